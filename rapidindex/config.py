@@ -1,0 +1,121 @@
+"""The options of each stage, checked where they are made, and the fingerprints that identify an index.
+
+Knows nothing of models or files. Every check names the flag a user typed.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from rapidindex.errors import UsageError
+
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("4bit", "8bit")
+NORMALIZATIONS = ("unit", "layer", "none")
+LEVELS = ("sentence", "token")
+
+
+def fingerprint(value: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of `value` written as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _one_of(flag: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    if value is not None and value not in allowed:
+        raise UsageError(f"{flag} {value!r} is unknown.", hint=f"Choose one of: {', '.join(allowed)}.")
+
+
+def _at_least(flag: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise UsageError(f"{flag} must be at least {least}, not {value}.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it is held in memory."""
+
+    model: str
+    """A folder, a hub name, or a GGUF file."""
+    adapter: str | None = None
+    """A PEFT adapter's folder; None trains (and explains) every parameter of the model."""
+    quantize: str | None = None
+    """`4bit` (NF4) or `8bit` for the frozen base under an adapter."""
+    dtype: str = "float32"
+    """What the model computes in."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes the GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        _one_of("--quantize", self.quantize, QUANTIZATIONS)
+        _one_of("--dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class EncodingConfig:
+    """How an example becomes token ids."""
+
+    template: str = "alpaca"
+    """`alpaca` (the paper's Figure 5), `chat` (the tokenizer's own), `plain`, or a string with `{prompt}` in it."""
+    max_length: int = 512
+    """Tokens; longer examples are cut at the end of the response."""
+
+    def __post_init__(self) -> None:
+        _at_least("--max-length", self.max_length, 8)
+
+
+@dataclass(frozen=True)
+class GradientConfig:
+    """What is done to a gradient before it is compressed."""
+
+    normalize: str = "unit"
+    """`unit`: the whole gradient to length 1; `layer`: each layer (the paper); `none` (TracIn)."""
+    second_moment: str = "estimate"
+    """`estimate`, `none`, or the path of a training checkpoint with Adam's or Adafactor's state."""
+    moment_examples: int = 64
+    """Examples from which `estimate` takes the mean squared gradient."""
+    seed: int = 0
+    """Draws those examples."""
+
+    def __post_init__(self) -> None:
+        _one_of("--normalize", self.normalize, NORMALIZATIONS)
+        _at_least("--moment-examples", self.moment_examples, 1)
+
+
+@dataclass(frozen=True)
+class SketchConfig:
+    """The RapidGrad of Algorithm 1: a pure function of these and of the gradient's length."""
+
+    K: int = 65_536
+    """Length of a RapidGrad, a power of two."""
+    shuffles: int = 20
+    """λ: how many row and column shuffles."""
+    seed: int = 0
+    """Draws the shuffles and the signs."""
+
+    def __post_init__(self) -> None:
+        _at_least("--shuffles", self.shuffles, 0)
+        if self.K < 16 or self.K > 2**24 or self.K & (self.K - 1):
+            raise UsageError(
+                f"-K {self.K} cannot be used: K must be a power of two from 16 to 16777216, so that RapidGrads fold.",
+                hint=f"The nearest is -K {2 ** min(24, max(4, round(self.K).bit_length() - 1))}.",
+            )
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """How the caching stage works through the examples; nothing here changes a row."""
+
+    batch_tokens: int = 1024
+    """Tokens in a padded batch, at most."""
+    workers: int = 1
+    """Processes."""
+    shard_seconds: float = 120.0
+    """A shard holds about this much work at most: what a killed build can lose."""
+    shard_bytes: int = 256 * 2**20
+    """A shard's rows take at most this many bytes."""
+
+    def __post_init__(self) -> None:
+        _at_least("--batch-tokens", self.batch_tokens, 16)
+        _at_least("--workers", self.workers, 1)
