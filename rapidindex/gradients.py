@@ -1,0 +1,331 @@
+"""Per-example gradients of a padded batch, one layer at a time, from hooks (a layer is one trainable parameter tensor).
+
+For a linear layer the gradient of example b is Σ_t δ_bt ⊗ x_bt: one batched product over the inputs x that the layer
+saw and the gradients δ of its outputs. Embeddings and norms have rules of their own. A model with a trainable parameter
+for which there is no rule, or whose batched gradients fail the comparison with autograd that `PerExampleGradients`
+makes on its first batch, is done one example at a time: slower, and right for any model.
+
+The loss of an example is Σ_t weight_t · cross-entropy_t, every token predicted from the ones before it; with the
+weights 1/G on its G response tokens it is the paper's L(s) (below Eq. 1). Knows nothing of sketches or files.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Relative error at which a batched gradient no longer counts as autograd's (a wrong rule is off by about 1)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One trainable parameter tensor and its place in the flattened gradient."""
+
+    name: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples padded on the right to a common length T."""
+
+    input_ids: Int64[Tensor, "examples T"]
+    attention: Int64[Tensor, "examples T"]
+    weights: Float[Tensor, "examples T"]
+    """The weight of each token's own cross-entropy in its example's loss; 0 for the prompt and the padding."""
+
+    @classmethod
+    def of(
+        cls, ids: Sequence[np.ndarray], weights: Sequence[np.ndarray], device: torch.device | str = "cpu"
+    ) -> "Batch":
+        """Pad token ids (int [T_b]) and loss weights (float [T_b]) of several examples."""
+        length = max(map(len, ids))
+        input_ids = torch.zeros(len(ids), length, dtype=torch.int64)
+        attention = torch.zeros_like(input_ids)
+        padded = torch.zeros(len(ids), length)
+        for row, (tokens, weight) in enumerate(zip(ids, weights, strict=True)):
+            input_ids[row, : len(tokens)] = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
+            attention[row, : len(tokens)] = 1
+            padded[row, : len(tokens)] = torch.from_numpy(np.asarray(weight, dtype=np.float32))
+        return cls(input_ids.to(device), attention.to(device), padded.to(device))
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def example(self, row: int) -> "Batch":
+        """One example alone, without its padding."""
+        length = int(self.attention[row].sum())
+        return Batch(*(part[row : row + 1, :length] for part in (self.input_ids, self.attention, self.weights)))
+
+
+Consume = Callable[[int, Tensor], None]
+"""Takes a layer's number and its gradients, float [examples, size]; may change them in place."""
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that count, by name; a tied one once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """The layers in the order of the flattened gradient."""
+    layers, start = [], 0
+    for name, parameter in trainable(model).items():
+        layers.append(Layer(name, start, parameter.numel()))
+        start += parameter.numel()
+    return layers
+
+
+class PerExampleGradients:
+    """Computes the gradients of batches of one model.
+
+    `batched` tells which way they are computed; `unbatched` names the parameters that made it False.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = layers_of(model)
+        self._parameters = list(trainable(model).values())
+        self._rules = _rules_of(model)
+        covered = {id(parameter) for rule in self._rules.values() for parameter in rule}
+        self.unbatched = [
+            layer.name
+            for layer, parameter in zip(self.layers, self._parameters, strict=True)
+            if id(parameter) not in covered
+        ]
+        self.batched = not self.unbatched
+        self._checked = False
+
+    def __call__(self, batch: Batch, consume: Consume) -> Float[Tensor, " examples"]:
+        """Hand every layer's gradients, float [examples, size], to `consume` once; return the losses, float32."""
+        if self.batched and not self._checked and len(batch) > 1:
+            self._check(batch)
+        if self.batched and self._checked:
+            return self._batched(batch, consume)
+        return self._single(batch, consume) if len(batch) == 1 else self._one_by_one(batch, consume)
+
+    def _batched(self, batch: Batch, consume: Consume) -> Tensor:
+        positions = _positions_used(batch.weights)
+        narrowed = _only_logits_at(self.model, positions)
+        with torch.enable_grad(), _Recorder(self, len(batch), consume) as recorder, narrowed as is_narrow:
+            losses = _losses(self.model, batch, positions if is_narrow else None)
+            losses.sum().backward()
+            recorder.flush()
+        return losses.detach()
+
+    def _single(self, batch: Batch, consume: Consume) -> Tensor:
+        with torch.enable_grad():
+            losses = _losses(self.model, batch)
+            found = torch.autograd.grad(losses.sum(), self._parameters, allow_unused=True)
+        for number, (parameter, gradient) in enumerate(zip(self._parameters, found, strict=True)):
+            whole = torch.zeros_like(parameter) if gradient is None else gradient
+            consume(number, whole.detach().float().reshape(1, -1))
+        return losses.detach()
+
+    def _one_by_one(self, batch: Batch, consume: Consume) -> Tensor:
+        found: list[list[Tensor]] = [[] for _ in self.layers]
+        losses = [
+            self._single(batch.example(row), lambda number, gradient: found[number].append(gradient))
+            for row in range(len(batch))
+        ]
+        for number, gradients in enumerate(found):
+            consume(number, torch.cat(gradients))
+        return torch.cat(losses)
+
+    def _check(self, batch: Batch) -> None:
+        """Compare the batched gradients of the shortest and the longest example with autograd's, layer by layer."""
+        lengths = batch.attention.sum(1)
+        rows = [int(lengths.argmin()), int(lengths.argmax())]
+        rows[1] = rows[1] if rows[1] != rows[0] else (rows[0] + 1) % len(batch)
+        pair = Batch(*(part[rows, : int(lengths.max())] for part in (batch.input_ids, batch.attention, batch.weights)))
+        ours: dict[int, Tensor] = {}
+        try:
+            self._batched(pair, lambda number, gradient: ours.__setitem__(number, gradient.clone()))
+        except _NoRule as reason:
+            self.unbatched = [str(reason)]
+        tolerance = TOLERANCE[next(p.dtype for p in self.model.parameters() if p.is_floating_point())]
+        for row in range(2 if ours else 0):
+            self._single(
+                pair.example(row), lambda n, truth, row=row: self._compare(n, ours[n][row], truth[0], tolerance)
+            )
+        self.batched = not self.unbatched
+        self._checked = True
+
+    def _compare(self, number: int, ours: Tensor, truth: Tensor, tolerance: float) -> None:
+        error = (ours - truth).norm()
+        # Gradients that are pure rounding (a key's bias, say) have no relative error worth the name.
+        if error > tolerance * truth.norm() and error > 1e-7 * truth.numel() ** 0.5:
+            self.unbatched.append(self.layers[number].name)
+
+
+class _NoRule(Exception):
+    """A module was called in a way that its rule does not cover."""
+
+
+class _Recorder:
+    """While open, hooks on the modules hand each layer's gradients on as soon as they are complete."""
+
+    def __init__(self, owner: PerExampleGradients, examples: int, consume: Consume) -> None:
+        self.owner, self.examples, self.consume = owner, examples, consume
+        self.numbers = {id(parameter): number for number, parameter in enumerate(owner._parameters)}
+        self.calls = [0] * len(owner.layers)
+        self.partial: list[Tensor | None] = [None] * len(owner.layers)
+        self.replaying = False
+        self.handles: list = []
+
+    def __enter__(self) -> "_Recorder":
+        for parameter in self.owner._parameters:
+            # Autograd then spends nothing on the batch's summed gradients, which nobody wants.
+            parameter.requires_grad_(False)
+        embeddings = {module for module in self.owner._rules if isinstance(module, nn.Embedding)}
+        for module in embeddings | {self.owner.model.get_input_embeddings()}:
+            self.handles.append(module.register_forward_hook(self._open))
+        for module in self.owner._rules:
+            self.handles.append(module.register_forward_hook(self._saw))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for parameter in self.owner._parameters:
+            parameter.requires_grad_(True)
+
+    def _open(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+        """Let the graph begin at an embedding's output, one copy an example (positions are often looked up once)."""
+        return None if self.replaying else output.expand(self.examples, *output.shape[1:]).detach().requires_grad_()
+
+    def flush(self) -> None:
+        """Hand on the layers whose gradient is zero, or lacks calls that the loss does not depend on."""
+        for number, layer in enumerate(self.owner.layers):
+            if self.calls[number] >= 0:
+                whole = self.partial[number]
+                device = self.owner._parameters[number].device
+                self._emit(number, torch.zeros(self.examples, layer.size, device=device) if whole is None else whole)
+
+    def _saw(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if self.replaying:
+            return
+        rule = self.owner._rules[module]
+        if not inputs or not isinstance(output, Tensor) or len(output) != self.examples:
+            raise _NoRule(f"a {type(module).__name__} that does not see the examples one after another")
+        if not output.requires_grad:
+            return
+        for parameter in rule:
+            self.calls[self.numbers[id(parameter)]] += 1
+        x = inputs[0].detach().expand(self.examples, *inputs[0].shape[1:])
+        output.register_hook(lambda delta: self._came_back(module, x, delta))
+
+    def _came_back(self, module: nn.Module, x: Tensor, delta: Tensor) -> None:
+        with torch.no_grad():
+            for parameter, name in self.owner._rules[module].items():
+                number = self.numbers[id(parameter)]
+                gradient = self._gradient(module, name, x, delta.detach()).reshape(self.examples, -1).float()
+                partial = self.partial[number]
+                self.partial[number] = gradient if partial is None else partial.add_(gradient)
+                self.calls[number] -= 1
+                if self.calls[number] == 0:
+                    self._emit(number, self.partial[number])
+
+    def _emit(self, number: int, gradient: Tensor) -> None:
+        self.partial[number] = None
+        self.calls[number] = -1
+        self.consume(number, gradient)
+
+    def _gradient(self, module: nn.Module, name: str, x: Tensor, delta: Tensor) -> Tensor:
+        if type(module) in (nn.Linear, Conv1D):
+            return _linear(module, name, x.to(delta.dtype), delta)
+        if type(module) is nn.Embedding:
+            return _embedding(module, x, delta)
+        self.replaying = True
+        try:
+            return torch.cat([_replay(module, name, x[b : b + 1], delta[b : b + 1]) for b in range(self.examples)])
+        finally:
+            self.replaying = False
+
+
+def _rules_of(model: nn.Module) -> dict[nn.Module, dict[nn.Parameter, str]]:
+    """The modules whose own trainable parameters have a batched rule, and those parameters' names there."""
+    rules = {}
+    for module in model.modules():
+        own = {p: name for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+        if own and (isinstance(module, nn.Embedding) or type(module) in (nn.Linear, Conv1D) or _is_norm(module)):
+            rules[module] = own
+    return rules
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__ and all(p.dim() == 1 for p in module.parameters())
+
+
+def _linear(module: nn.Module, name: str, x: Tensor, delta: Tensor) -> Tensor:
+    x, delta = x.flatten(1, -2), delta.flatten(1, -2)
+    if name == "bias":
+        return delta.float().sum(1)
+    first, second = (x, delta) if type(module) is Conv1D else (delta, x)
+    return first.transpose(1, 2) @ second
+
+
+def _embedding(module: nn.Embedding, ids: Tensor, delta: Tensor) -> Tensor:
+    gradient = torch.zeros(len(ids), *module.weight.shape, device=delta.device)
+    kept = delta.float() if module.padding_idx is None else delta.float() * (ids != module.padding_idx).unsqueeze(-1)
+    for row in range(len(ids)):
+        gradient[row].index_add_(0, ids[row], kept[row])
+    return gradient
+
+
+def _replay(module: nn.Module, name: str, x: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of one example from the module run once more: for norms and scaled embeddings, which are cheap."""
+    with torch.enable_grad():
+        parameter = getattr(module, name).detach().requires_grad_()
+        output = torch.func.functional_call(module, {name: parameter}, (x,))
+        return torch.autograd.grad(output, parameter, delta)[0].unsqueeze(0)
+
+
+def _positions_used(weights: Float[Tensor, "examples T"]) -> Int64[Tensor, "examples G"]:
+    """For each example the positions whose next token has a weight, filled up with position 0 to a common G."""
+    wanted: Bool[Tensor, "examples T"] = weights[:, 1:] != 0
+    most = max(1, int(wanted.sum(1).max()))
+    order = torch.argsort(wanted.to(torch.int8), dim=1, descending=True, stable=True)[:, :most]
+    return torch.where(wanted.gather(1, order), order, torch.zeros_like(order))
+
+
+def _losses(model: nn.Module, batch: Batch, positions: Tensor | None = None) -> Float[Tensor, " examples"]:
+    """The loss of each example; `positions` [examples, G] are those at which the logits were computed, if not all."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention, use_cache=False).logits
+    if positions is None:
+        positions = torch.arange(batch.input_ids.shape[1] - 1, device=logits.device).expand(len(batch), -1)
+        logits = logits[:, :-1]
+    labels = batch.input_ids.gather(1, positions + 1)
+    weights = batch.weights.gather(1, positions + 1)
+    # A filled-up position repeats position 0: it counts only where it stands first, and is wanted.
+    repeated = (positions == 0) & (torch.arange(positions.shape[1], device=positions.device) > 0)
+    weights = weights.masked_fill(repeated, 0.0)
+    entropies = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(weights)
+    return torch.where(weights != 0, weights * entropies, 0.0).sum(1)
+
+
+@contextmanager
+def _only_logits_at(model: nn.Module, positions: Tensor) -> Iterator[bool]:
+    """Let the output layer see the hidden states at `positions` [examples, G] alone: the rest of its work is unused."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield False
+        return
+
+    def narrow(_, inputs: tuple) -> tuple:
+        (hidden,) = inputs
+        return (hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])),)
+
+    handle = head.register_forward_pre_hook(narrow)
+    try:
+        yield True
+    finally:
+        handle.remove()

@@ -1,0 +1,66 @@
+"""From a batch to its RapidGrads: per-example gradients, corrected, normalised and compressed layer by layer.
+
+The way is the same for a training example and for a query, so that inner products of RapidGrads estimate Eq. 5 to 8
+(with e·η = 1). Each layer goes into the sketch as soon as its gradient is known. Knows nothing of files.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rapidindex.gradients import Batch, PerExampleGradients
+from rapidindex.sketch import Sketch
+
+
+@dataclass(frozen=True)
+class RapidGrads:
+    """What is kept of a batch; an example whose norms are not all finite has no usable row."""
+
+    rows: Float[Tensor, "examples K"]
+    norms: Float[Tensor, "examples layers"]
+    """Length of each layer's corrected gradient, before normalising."""
+    losses: Float[Tensor, " examples"]
+
+
+class Compressor:
+    """Turns batches of one model into RapidGrads.
+
+    `normalize` is `unit` (the whole gradient to length 1), `layer` (every layer to length 1, section 3.2) or `none`;
+    `correction` the factor of each gradient entry, float32 [|v|], or None.
+    """
+
+    def __init__(
+        self, gradients: PerExampleGradients, sketch: Sketch, *, normalize: str, correction: Tensor | None = None
+    ) -> None:
+        self.gradients = gradients
+        self.sketch = sketch
+        self.normalize = normalize
+        self.correction = correction
+
+    def __call__(self, batch: Batch) -> RapidGrads:
+        """The RapidGrads of every example of `batch`, float32, on the batch's device."""
+        device = batch.input_ids.device
+        sums = self.sketch.empty(len(batch), device)
+        norms = torch.zeros(len(batch), len(self.gradients.layers), device=device)
+
+        def consume(number: int, values: Tensor) -> None:
+            layer = self.gradients.layers[number]
+            if self.correction is not None:
+                values.mul_(self.correction[layer.start : layer.start + layer.size])
+            norms[:, number] = values.norm(dim=1)
+            if self.normalize == "layer":
+                values.div_(_or_one(norms[:, number]).unsqueeze(1))
+            self.sketch.add(sums, layer.start, values)
+
+        losses = self.gradients(batch, consume)
+        rows = self.sketch.finish(sums)
+        if self.normalize == "unit":
+            rows /= _or_one(norms.norm(dim=1)).unsqueeze(1)
+        return RapidGrads(rows, norms, losses)
+
+
+def _or_one(lengths: Tensor) -> Tensor:
+    """A zero gradient has no direction: it stays zero."""
+    return torch.where(lengths > 0, lengths, torch.ones_like(lengths))
