@@ -1,0 +1,219 @@
+"""Where a model's and an adapter's files lie, and the fingerprints of their content.
+
+Knows files, not tensors: nothing here needs torch, and only a hub name that is not in the cache yet needs a network.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rapidindex.config import fingerprint
+from rapidindex.errors import ModelError
+
+_MIB = 2**20
+_SLICES = 16
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_NOT_CONTENT = {
+    "_name_or_path",
+    "_attn_implementation",
+    "base_model_name_or_path",
+    "dtype",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+"""Entries of a config.json or adapter_config.json that say where, when or how a model was held, not which it is."""
+_GIVE_FOLDER = "Give -m the folder that holds its config.json and weights, or a .gguf file."
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A base model on disk."""
+
+    folder: Path
+    gguf: str | None
+    """The file's name in `folder`, or None for an ordinary model."""
+
+
+def find_model(model: str) -> ModelFiles:
+    """The files of `model`: a folder, a .gguf file, a folder with one .gguf, or a hub name (the cache is asked first).
+
+    ModelError where there is no model, saying what was looked for.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _in_folder(path)
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return ModelFiles(path.parent, path.name)
+        raise ModelError(f"{model} is a file, but no GGUF file.", hint=_GIVE_FOLDER)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or os.sep != "/" and os.sep in model:
+        raise ModelError(f"There is no model at {model}.", hint=_GIVE_FOLDER)
+    if model.lower().endswith(".gguf"):
+        raise ModelError(f"There is no file {model}.", hint=_GIVE_FOLDER)
+    return ModelFiles(_snapshot(model), None)
+
+
+def _in_folder(folder: Path) -> ModelFiles:
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
+        raise ModelError(
+            f"{folder} holds an adapter, not a whole model.",
+            hint=f"Give the base model and the adapter: -m {base} -a {folder}",
+        )
+    if has_weights(folder):
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} holds weights, but no config.json.", hint=_GIVE_FOLDER)
+        return ModelFiles(folder, None)
+    found = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".gguf")
+    if len(found) == 1:
+        return ModelFiles(folder, found[0])
+    if found:
+        names = ", ".join(found[:5])
+        raise ModelError(f"{folder} holds {len(found)} GGUF files: {names}.", hint=f"Name one: -m {folder / found[0]}")
+    inside = [child.name for child in _folders(folder) if (child / "config.json").is_file()]
+    hint = f"It has models in its subfolders: -m {folder / inside[0]}" if inside else _GIVE_FOLDER
+    raise ModelError(f"{folder} holds no model weights (*.safetensors, pytorch_model.bin or *.gguf).", hint=hint)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds a model's weights, every shard of its index included."""
+    for index in folder.glob("*.index.json"):
+        shards = set(read_json(index).get("weight_map", {}).values())
+        if any(not (folder / shard).is_file() for shard in shards):
+            return False
+    return any(file.is_file() for pattern in _WEIGHTS for file in folder.glob(pattern))
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(child for child in folder.iterdir() if child.is_dir())
+
+
+def _snapshot(name: str) -> Path:
+    """The cached copy of a hub model, downloaded where it is missing."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    except ValueError as error:  # no name a model could have on the hub
+        raise ModelError(f"{name!r} is neither a folder here nor a hub name.", hint=_GIVE_FOLDER) from error
+    if isinstance(cached, str) and has_weights(Path(cached).parent):
+        return Path(cached).parent
+    looked = f"{name} is no folder here, and not (completely) in the Hugging Face cache {constants.HF_HUB_CACHE}"
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(
+            f"{looked}; HF_HUB_OFFLINE forbids a download.",
+            hint=f"Download it where there is a network (`hf download {name}`), or give its folder: -m FOLDER",
+        )
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_wanted(name)))
+    except Exception as error:  # the hub's client has a dozen kinds: no network, no such model, no permission, no space
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"{looked}, and the download failed ({type(error).__name__}: {reason}).",
+            hint="Give its folder (-m FOLDER), or set HF_HUB_OFFLINE=1 to use only what the cache holds.",
+        ) from error
+
+
+def _wanted(name: str) -> list[str]:
+    """Patterns of the files to download: not the same weights twice, and none of a repository's subfolders."""
+    import huggingface_hub
+
+    files = huggingface_hub.HfApi().list_repo_files(name)
+    here = [file for file in files if "/" not in file]
+    safe = any(file.endswith(".safetensors") for file in here)
+    unwanted = (
+        (".bin", ".pth", ".pt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot") if safe else (".h5", ".msgpack", ".ot")
+    )
+    return [file for file in here if not file.endswith(unwanted)]
+
+
+def find_adapter(adapter: str) -> Path:
+    """The folder of a PEFT adapter; ModelError where there is none, naming the adapters in its subfolders."""
+    folder = Path(adapter).expanduser()
+    if not folder.exists():
+        raise ModelError(
+            f"There is no adapter at {adapter}.", hint="Give --adapter the folder with adapter_config.json."
+        )
+    if not folder.is_dir():
+        raise ModelError(f"{adapter} is a file.", hint=f"Give its folder: --adapter {folder.parent}")
+    if not (folder / "adapter_config.json").is_file():
+        raise _no_adapter(folder)
+    if not any((folder / name).is_file() for name in _ADAPTER_WEIGHTS):
+        raise ModelError(
+            f"{folder} has an adapter_config.json, but no adapter_model.safetensors.",
+            hint="The adapter was not saved completely: save or copy it again.",
+        )
+    return folder
+
+
+def _no_adapter(folder: Path) -> ModelError:
+    inside = [child for child in _folders(folder) if (child / "adapter_config.json").is_file()]
+    if inside:
+        names = ", ".join(child.name for child in inside[:8])
+        return ModelError(f"{folder} holds several adapters: {names}.", hint=f"Name one: --adapter {inside[-1]}")
+    if (folder / "config.json").is_file():
+        return ModelError(f"{folder} is a whole model, not an adapter.", hint=f"Leave --adapter out: -m {folder}")
+    return ModelError(
+        f"{folder} is no adapter: it has no adapter_config.json.",
+        hint="Give --adapter the folder that PEFT's save_pretrained wrote.",
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; ModelError where it holds none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read as JSON: {error}.", hint="Save or download it again.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} holds no JSON object.", hint="Save or download it again.")
+    return value
+
+
+def model_fingerprint(files: ModelFiles) -> str:
+    """16 hexadecimal digits over config and weights (sixteen slices of 1 MiB of each file), wherever they lie."""
+    if files.gguf:
+        return fingerprint({"gguf": _digest(files.folder / files.gguf)})
+    weights = next(found for pattern in _WEIGHTS if (found := sorted(files.folder.glob(pattern))))
+    config = _content(read_json(files.folder / "config.json"))
+    return fingerprint({"config": config, "weights": {file.name: _digest(file) for file in weights}})
+
+
+def adapter_fingerprint(folder: Path) -> str:
+    """16 hexadecimal digits over an adapter's settings and every byte of its weights."""
+    weights = next(folder / name for name in _ADAPTER_WEIGHTS if (folder / name).is_file())
+    settings = _content(read_json(folder / "adapter_config.json"))
+    with weights.open("rb") as stream:
+        return fingerprint({"config": settings, "weights": hashlib.file_digest(stream, "sha256").hexdigest()})
+
+
+def _content(value: Any) -> Any:
+    """A config without what is not content; lists of names sorted, because PEFT writes them from sets."""
+    if isinstance(value, dict):
+        return {key: _content(item) for key, item in value.items() if key not in _NOT_CONTENT}
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return sorted(value)
+    return [_content(item) for item in value] if isinstance(value, list) else value
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 over the size and evenly spaced slices, from the first byte to the last: 16 MiB at most are read."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        if size <= _SLICES * _MIB:
+            digest.update(stream.read())
+            return digest.hexdigest()
+        for k in range(_SLICES):
+            stream.seek((size - _MIB) * k // (_SLICES - 1))
+            digest.update(stream.read(_MIB))
+    return digest.hexdigest()
