@@ -228,11 +228,11 @@ def train_everything(model: PreTrainedModel, config: ModelConfig) -> None:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ModelError where the tokenizer knows ids for which the model has no embedding."""
+    """ModelError where the tokenizer belongs to a model with more embeddings; an unused pad token past them is fine."""
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if tokenizer.vocab_size > rows:
         raise ModelError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}.",
+            f"The tokenizer has {tokenizer.vocab_size} tokens, the model embeddings for {rows}.",
             hint="They do not belong together: give the model that the adapter was trained on.",
         )
 
