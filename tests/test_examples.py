@@ -1,0 +1,238 @@
+"""Rows become examples, or say why not; ids depend on content alone."""
+
+import datetime
+import decimal
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rapidindex.config import fingerprint
+from rapidindex.errors import DataError, UsageError
+from rapidindex.examples import Dataset, Skipped, display_text, read_examples
+
+GOOD = {"prompt": "Capital of Japan?", "response": "Tokyo"}
+CHAT = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Capital of Japan?")]
+
+
+def _read(folder: Path, rows: list, **options) -> Dataset:
+    path = folder / "data.jsonl"
+    path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
+    return read_examples(path, **options)
+
+
+def _only(folder: Path, row: dict):
+    (example,) = _read(folder, [row]).examples
+    return example
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"instruction": "Add.", "input": "1 + 1", "output": "Tokyo"}, "Add.\n1 + 1"),
+        ({"instruction": "Add.", "input": "", "output": "Tokyo"}, "Add."),
+        ({"instruction": "Add.", "input": " \n", "output": "Tokyo"}, "Add."),
+        ({"instruction": "Add.", "input": None, "output": "Tokyo"}, "Add."),
+        ({"instruction": "Add.", "output": "Tokyo"}, "Add."),
+        ({"prompt": "Add.", "response": "Tokyo"}, "Add."),
+        ({"prompt": "Add.", "completion": "Tokyo"}, "Add."),
+        ({"question": "Add.", "answer": "Tokyo"}, "Add."),
+        ({"question": "Add.", "response": "Tokyo"}, "Add."),
+        ({"messages": None, "prompt": "Add.", "response": "Tokyo"}, "Add."),
+        ({"messages": [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "Tokyo"}]}, "Add."),
+        ({"conversations": [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "Tokyo"}]}, "Add."),
+    ],
+)
+def test_each_layout_of_columns_gives_prompt_and_response(row, prompt, tmp_path):
+    example = _only(tmp_path, row)
+    assert (example.prompt, example.response) == (prompt, "Tokyo")
+    assert example.messages == (("user", prompt),)
+    assert {key: value for key, value in example.meta.items() if value is not None} == {}
+
+
+def test_the_last_assistant_turn_is_the_response_and_earlier_turns_the_prompt(tmp_path):
+    turns = [*CHAT, ("assistant", "Tokyo"), ("user", "Thanks")]
+    example = _only(tmp_path, {"messages": [{"role": role, "content": content} for role, content in turns], "n": 1})
+    assert example.response == "Tokyo"
+    assert example.messages == tuple(CHAT)
+    assert example.prompt == "system: Be brief.\nuser: Hi\nassistant: Hello\nuser: Capital of Japan?"
+    assert example.meta == {"n": 1, "later_turns": [["user", "Thanks"]]}
+
+
+def test_a_conversation_that_starts_with_its_response_has_an_empty_prompt(tmp_path):
+    example = _only(tmp_path, {"messages": [{"role": "assistant", "content": "Tokyo"}]})
+    assert (example.prompt, example.messages, example.response) == ("", (), "Tokyo")
+
+
+def test_a_lone_system_turn_is_shown_with_its_role():
+    assert display_text([("system", "Be brief.")]) == "system: Be brief."
+
+
+def test_text_is_kept_to_the_letter(tmp_path):
+    row = {"prompt": " {prompt} {0} %s \\n\t", "response": "  שלום عالم 👩‍👩‍👧 e\u0301 \u2028\x00 "}
+    example = _only(tmp_path, row)
+    assert (example.prompt, example.response) == (row["prompt"], row["response"])
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (b'{"prompt": ', "bad JSON: Expecting value at column 12"),
+        (b'{"prompt": "\xe9"}', "bad UTF-8 at byte 13 of the line"),
+        ([1], "not an object with columns but a list"),
+        ({"prompt": "a"}, "`prompt` without a `response`, `completion` or `answer`"),
+        ({"prompt": "a", "response": None}, "`prompt` without a `response`, `completion` or `answer`"),
+        ({"answer": "a"}, "`answer` without a `prompt` or `question`"),
+        ({"instruction": "a"}, "`instruction` without an `output`"),
+        ({"output": "a"}, "`output` without an `instruction`"),
+        ({"text": "a", "n": 1}, "no known columns (found: text, n)"),
+        ({}, "no known columns (found: none)"),
+        ({"prompt": 3, "response": "a"}, "`prompt` is a number, not text"),
+        ({"prompt": "a", "response": ["b"]}, "`response` is a list, not text"),
+        ({"instruction": "a", "input": True, "output": "b"}, "`input` is a boolean, not text"),
+        ({"messages": "hello"}, "`messages` is text, not a list of turns"),
+        ({"messages": []}, "`messages` has no assistant turn"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "`conversations` has no assistant turn"),
+        ({"messages": ["hello"]}, "turn 1 is text, not an object with role and content"),
+        ({"messages": [{"role": "user", "content": None}]}, "the content of turn 1 is null, not text"),
+        ({"messages": [{"role": "user", "content": "a"}, {"from": "gpt"}]}, "the value of turn 2 is null, not text"),
+        ({"messages": [{"content": "a"}]}, "the role of turn 1 is null, not text"),
+        ({"prompt": "a", "response": ""}, "an empty response has no gradient"),
+        ({"prompt": "a", "response": " \n\u3000"}, "an empty response has no gradient"),
+        ({"messages": [{"role": "assistant", "content": " "}]}, "an empty response has no gradient"),
+        (b'{"prompt": "\\ud83d", "response": "a"}', "not valid Unicode text (bad UTF-8 or a lone surrogate)"),
+        ({**GOOD, "a": {"\ud83d": 1}}, "not valid Unicode text (bad UTF-8 or a lone surrogate)"),
+        (b'{"prompt": "a", "response": "b", "x": ' + b"[" * 3000 + b"]" * 3000 + b"}", "nested too deeply"),
+        (GOOD, "the same as line 1"),
+    ],
+)
+def test_an_unusable_row_is_skipped_with_its_line_and_reason(row, reason, tmp_path):
+    dataset = _read(tmp_path, [GOOD, row, {"prompt": "last", "response": "kept"}])
+    assert dataset.skipped == [Skipped(2, reason)]
+    assert [example.line for example in dataset.examples] == [1, 3]
+
+
+def test_bad_utf8_in_a_csv_cell_skips_its_row_only(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,response\na,\xe9\nb,\xc3\xa9\n")
+    dataset = read_examples(path)
+    assert dataset.skipped == [Skipped(2, "not valid Unicode text (bad UTF-8 or a lone surrogate)")]
+    assert [example.response for example in dataset.examples] == ["é"]
+
+
+def test_duplicates_name_the_first_and_count_rows_where_a_file_has_no_lines(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([GOOD, GOOD, {**GOOD, "n": 1}, GOOD]))
+    dataset = read_examples(path)
+    assert dataset.skipped == [Skipped(2, "the same as row 1"), Skipped(4, "the same as row 1")]
+    assert len(dataset.examples) == 2
+
+
+def test_an_id_is_a_hash_of_content_and_the_same_in_every_format_and_place(tmp_path):
+    expected = fingerprint([[["user", "Capital of Japan?"]], "Tokyo", {"source": "a"}])
+    row = {**GOOD, "source": "a"}
+    first = _read(tmp_path, [row]).examples[0]
+    later = _read(tmp_path, [{"prompt": "x", "response": "y"}, dict(reversed(row.items()))]).examples[1]
+    (tmp_path / "a.csv").write_text("source,response,prompt\na,Tokyo,Capital of Japan?\n")
+    assert first.id == later.id == read_examples(tmp_path / "a.csv").examples[0].id == expected
+
+
+def test_ids_of_a_released_version_stay_what_they_are(tmp_path):
+    example = _only(tmp_path, {"instruction": "Say", "input": "hi 🤖", "output": "hi", "n": 1.5})
+    assert example.id == "941d29d690a12f67"
+
+
+def test_any_change_of_content_changes_the_id(tmp_path):
+    rows = [GOOD, {**GOOD, "prompt": "b"}, {**GOOD, "response": "b"}, {**GOOD, "n": 1}, {**GOOD, "n": 2}]
+    assert len({example.id for example in _read(tmp_path, rows).examples}) == len(rows)
+
+
+def test_a_dataset_fingerprint_ignores_order_and_skipped_rows_but_no_example(tmp_path):
+    other = {"prompt": "b", "response": "c"}
+    assert _read(tmp_path, [GOOD, other]).fingerprint == _read(tmp_path, [other, b"?", GOOD, GOOD]).fingerprint
+    assert _read(tmp_path, [GOOD, other]).fingerprint != _read(tmp_path, [GOOD]).fingerprint
+
+
+def test_limit_takes_the_first_usable_rows_and_reads_no_further(tmp_path):
+    rows = [b"?", GOOD, GOOD, {"prompt": "b", "response": "c"}, {"prompt": "d", "response": "e"}, b"?"]
+    dataset = _read(tmp_path, rows, limit=2)
+    assert [example.line for example in dataset.examples] == [2, 4]
+    assert [skipped.line for skipped in dataset.skipped] == [1, 3]
+
+
+def test_a_limit_above_the_number_of_rows_takes_them_all(tmp_path):
+    assert len(_read(tmp_path, [GOOD], limit=9).examples) == 1
+
+
+def test_a_limit_below_one_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="--limit must be at least 1, not 0"):
+        _read(tmp_path, [GOOD], limit=0)
+
+
+def test_a_file_without_a_usable_row_tells_the_first_reasons_and_the_columns(tmp_path):
+    rows = [{"qText": "a", "answers": []}, b"?", {"prompt": "a", "response": ""}, b"!"]
+    with pytest.raises(DataError, match="none of its 4 rows can be used") as caught:
+        _read(tmp_path, rows)
+    hint = caught.value.hint
+    assert hint.startswith("line 1: no known columns (found: qText, answers); line 2: bad JSON")
+    assert "line 3: an empty response" in hint and "line 4" not in hint and "instruction and output" in hint
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", "\n\n"), ("a.csv", "prompt,response\n"), ("a.json", "[]")])
+def test_a_file_without_rows_is_an_error(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match="it has no rows") as caught:
+        read_examples(tmp_path / name)
+    assert caught.value.hint.startswith("Columns understood")
+
+
+def test_a_link_that_leads_nowhere_is_an_error(tmp_path):
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "deep")
+    (tmp_path / "deep").symlink_to(tmp_path / "loop.jsonl")
+    with pytest.raises(DataError):
+        read_examples(tmp_path / "loop.jsonl")
+
+
+def test_meta_is_valid_json_whatever_the_columns_held(tmp_path):
+    line = b'{"prompt": "a", "response": "b", "x": [NaN, {"y": -Infinity}, 1e999, 1.5, true, null]}'
+    example = _read(tmp_path, [line]).examples[0]
+    assert example.meta == {"x": [None, {"y": None}, None, 1.5, True, None]}
+
+
+def test_parquet_values_become_plain_python(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {
+        "prompt": ["a"],
+        "response": ["b"],
+        "half": pyarrow.array([np.float16(0.5)], pyarrow.float16()),
+        "nan": [math.nan],
+        "price": [decimal.Decimal("1.50")],
+        "day": [datetime.date(2024, 5, 19)],
+        "raw": [b"\x00\xff"],
+        "pairs": pyarrow.array([[("k", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    meta = read_examples(tmp_path / "a.parquet").examples[0].meta
+    expected = {"half": 0.5, "nan": None, "price": "1.50", "day": "2024-05-19", "raw": "00ff", "pairs": [["k", 1]]}
+    assert meta == expected
+    assert json.loads(json.dumps(meta, allow_nan=False)) == expected
+
+
+def test_a_saved_dataset_reads_as_its_rows_do(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{**GOOD, "n": 1}, {"prompt": "b", "response": "", "n": 2}, {"prompt": "c", "response": "d", "n": 3}]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    saved, lines = read_examples(tmp_path / "saved"), _read(tmp_path, rows)
+    assert saved.examples == lines.examples and saved.skipped == lines.skipped
+    assert saved.fingerprint == lines.fingerprint
+
+
+def test_parquet_chats_read_as_chats(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    turns = [{"role": role, "content": content} for role, content in [*CHAT, ("assistant", "Tokyo")]]
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}]), tmp_path / "a.parquet")
+    assert read_examples(tmp_path / "a.parquet").examples[0].messages == tuple(CHAT)
