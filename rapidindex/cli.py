@@ -1,0 +1,317 @@
+"""The command line: parses, calls, prints. Results go to stdout, everything else to stderr.
+
+Nothing heavy is imported before a command runs, so `--help` answers at once.
+"""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rapidindex.errors import RapidIndexError, UsageError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Which training examples, and which words in them, made the language model say that?",
+)
+
+_INTERRUPTED = 130
+
+IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="The index folder.", show_default=False)]
+DataPath = Annotated[
+    Path,
+    typer.Argument(metavar="DATA", help="JSONL, JSON, CSV, Parquet, or a saved datasets folder.", show_default=False),
+]
+Model = Annotated[str, typer.Option("--model", "-m", help="Model folder, hub name or GGUF file.", show_default=False)]
+MovedModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="Where the model lies now, if not where it was.", show_default=False)
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", "-a", help="PEFT adapter folder; none: all parameters.", show_default=False),
+]
+MovedAdapter = Annotated[
+    str | None, typer.Option("--adapter", "-a", help="Where the adapter lies now.", show_default=False)
+]
+Quantize = Annotated[
+    str | None, typer.Option(help="Hold the base under the adapter in 4bit (NF4) or 8bit.", show_default=False)
+]
+Dtype = Annotated[str, typer.Option(help="What the model computes in: float32, bfloat16, float16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: the GPU where there is one.")]
+TemplateName = Annotated[
+    str, typer.Option("--template", help="alpaca, chat (the tokenizer's own), plain, or a text with {prompt} in it.")
+]
+MaxLength = Annotated[int, typer.Option(help="Tokens of an example; what is longer is cut.")]
+Limit = Annotated[int | None, typer.Option(help="Take the first N usable examples only.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there instead of going on with it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("rapidindex"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def build(
+    data: DataPath,
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The index folder.", show_default=False)],
+    adapter: Adapter = None,
+    K: Annotated[int, typer.Option("-K", help="Length of a RapidGrad, a power of two.")] = 65_536,
+    shuffles: Annotated[int, typer.Option(help="Row and column shuffles (the paper's λ).")] = 20,
+    quantize: Quantize = None,
+    template: TemplateName = "alpaca",
+    max_length: MaxLength = 512,
+    normalize: Annotated[str, typer.Option(help="unit, layer (the paper's) or none (TracIn).")] = "unit",
+    second_moment: Annotated[
+        str, typer.Option(help="Divide gradients by its root: estimate, none, or a training checkpoint's path.")
+    ] = "estimate",
+    moment_examples: Annotated[int, typer.Option(help="Examples that the estimate takes.")] = 64,
+    seed: Annotated[int, typer.Option(help="Draws shuffles, signs and the estimate's examples.")] = 0,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a padded batch, at most.")] = 1024,
+    limit: Limit = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Cache the gradient of every training example, and index them. Given again, it goes on where it stopped."""
+    from rapidindex import config
+    from rapidindex.build import Request
+    from rapidindex.build import build as run
+    from rapidindex.progress import Bars
+
+    request = Request(
+        data=str(data),
+        output=str(output),
+        model=config.ModelConfig(model, adapter, quantize, dtype, device),
+        encoding=config.EncodingConfig(template, max_length),
+        gradient=config.GradientConfig(normalize, second_moment, moment_examples, seed),
+        sketch=config.SketchConfig(K, shuffles, seed),
+        work=config.BuildConfig(batch_tokens=batch_tokens),
+        limit=limit,
+    )
+    with Bars(quiet=quiet) as bars:
+        summary = run(request, overwrite=overwrite, progress=bars)
+    _print(summary, as_json, _build_lines(summary))
+
+
+@app.command()
+def index(
+    path: IndexPath,
+    factory: Annotated[
+        str | None, typer.Option(help='FAISS factory such as Flat or "HR,RaBitQ", or exact.', show_default="by size")
+    ] = None,
+    dim: Annotated[int, typer.Option(help="Length of the folded rows; divides K.")] = 4096,
+    target_recall: Annotated[float, typer.Option(help="Recall@10 to reach by over-fetching.")] = 0.99,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Build and search on the GPU (flat and IVF).")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Rebuild the search index from the stored RapidGrads."""
+    from rapidindex.index import VectorIndex
+    from rapidindex.progress import Bars
+    from rapidindex.store import Store
+
+    store = Store.open(path)
+    with store.lock(), Bars(quiet=quiet) as bars:
+        options = {"factory": factory, "dim": dim, "target_recall": target_recall, "gpu": gpu, "progress": bars}
+        built = VectorIndex.build(store.rows("sentence"), **options)
+    described = built.describe()
+    _print(described, as_json, {"Search index": described})
+
+
+@app.command()
+def query(
+    path: IndexPath,
+    prompt: Annotated[str | None, typer.Argument(help="What the model was asked; - reads it from stdin.")] = None,
+    answer: Annotated[str | None, typer.Option(help="What it said; without it the model answers now.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Ask about WORD of the answer, every time it occurs, or the n-th: WORD#n.")
+    ] = None,
+    span: Annotated[str | None, typer.Option(help="Ask about the answer's tokens FIRST:LAST, counted from 0.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many examples.")] = 10,
+    opponents: Annotated[
+        bool, typer.Option("--opponents", help="The examples that speak against the answer instead.")
+    ] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Scan every stored RapidGrad.")] = False,
+    queries: Annotated[
+        Path | None, typer.Option(help="JSONL of {prompt, answer, token, span}: many queries at once.")
+    ] = None,
+    model: MovedModel = None,
+    adapter: MovedAdapter = None,
+    device: Device = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer that the model gives.")] = 64,
+    as_json: Json = False,
+    as_jsonl: Annotated[bool, typer.Option("--jsonl", help="Print JSON, one result a line.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the training examples that most influenced an answer, or a word of it."""
+    from rapidindex import render
+    from rapidindex.query import Index, Query, read_queries
+
+    if (prompt is None) == (queries is None):
+        raise UsageError(
+            "Give either a PROMPT or --queries FILE.", hint='For example: rapidindex query INDEX "…" --token WORD'
+        )
+    if queries is not None and (answer or token or span):
+        raise UsageError("--answer, --token and --span stand in the lines of --queries.", hint="Leave them out here.")
+    if k < 1:
+        raise UsageError(f"-k must be at least 1, not {k}.")
+    opened = Index.open(path, model=model, adapter=adapter, device=device)
+    prompt = sys.stdin.read().strip() if prompt == "-" else prompt
+    asked = read_queries(queries) if queries else [Query(prompt, answer, token, span)]
+    if not quiet:
+        print("Loading the model …", file=sys.stderr, flush=True)
+    results = opened.query_many(asked, k=k, opponents=opponents, exact=exact, max_new_tokens=max_new_tokens)
+    if as_json and queries is None:
+        typer.echo(results[0].to_json(indent=2))
+    elif as_json and not as_jsonl:
+        typer.echo("[" + ",\n".join(result.to_json() for result in results) + "]")
+    elif as_jsonl:
+        for result in results:
+            typer.echo(result.to_json())
+    else:
+        _show(*(render.result(result) for result in results))
+
+
+@app.command()
+def info(path: IndexPath, as_json: Json = False) -> None:
+    """Say what an index holds and how it was built."""
+    from rapidindex.query import Index
+
+    found = Index.open(path).info()
+    _print(found, as_json, _info_lines(found))
+
+
+@app.command()
+def check(
+    path: IndexPath,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Move what is damaged aside, so that the build can make it anew.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Read every byte of an index and say what is damaged, and how to mend it."""
+    from rapidindex.store import check as run
+
+    problems = run(path, repair=repair)
+    if as_json:
+        typer.echo(json.dumps([vars(problem) for problem in problems], default=str, indent=2))
+    elif not problems:
+        typer.echo(f"{path}: all files are as they were written.")
+    for problem in () if as_json else problems:
+        typer.echo(f"{problem.where}: {problem.what} {problem.mend}")
+    if problems and not repair:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line, and turn every expected failure into one sentence and an exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(prog_name="rapidindex", standalone_mode=True)
+    except RapidIndexError as error:
+        _fail(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\nInterrupted; what was finished is kept. Type the same command again to go on.", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(error: RapidIndexError) -> None:
+    if "--json" in sys.argv or "--jsonl" in sys.argv:
+        said = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
+        print(json.dumps({"error": said}, ensure_ascii=False), file=sys.stderr)
+    else:
+        print(f"Error: {error}", file=sys.stderr)
+
+
+def _print(value: Any, as_json: bool, tables: dict[str, dict[str, Any]]) -> None:
+    """Print plain data: as JSON, or as titled tables of names and values."""
+    from rapidindex import render
+
+    if as_json:
+        typer.echo(
+            json.dumps(value if isinstance(value, dict) else vars(value), ensure_ascii=False, indent=2, default=str)
+        )
+    else:
+        _show(*(render.fields(title, values) for title, values in tables.items()))
+
+
+def _show(*parts: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    for part in parts:
+        console.print(part)
+
+
+def _build_lines(summary: Any) -> dict[str, dict[str, Any]]:
+    lines = {
+        "examples": f"{summary.examples:,} ({summary.computed:,} computed now, in {summary.seconds:.0f} s)",
+        "gradient": f"{summary.gradient_size:,} entries in {summary.layers} layers",
+    }
+    if summary.rejected or summary.skipped:
+        lines["left out"] = f"{summary.skipped} unusable rows, {summary.rejected} without a finite gradient: see info"
+    if summary.truncated:
+        lines["truncated"] = f"{summary.truncated} examples were cut to --max-length"
+    if not summary.batched:
+        lines["note"] = "this model's gradients had to be computed one example at a time"
+    lines["next"] = f'rapidindex query {summary.index} "PROMPT" --token WORD'
+    return {f"Index {summary.index}": lines}
+
+
+def _info_lines(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    config = found["config"]
+    gradient, sketch = config["gradient"], config["sketch"]
+    state = "complete" if found["complete"] else f"{found['planned']:,} planned: give the build command again"
+    lines = {
+        "examples": f"{found['examples']:,} ({state})",
+        "size": f"{found['bytes'] / 2**20:,.1f} MiB in {found['shards']} shards",
+        "gradient": f"{found['gradient_size']:,} entries in {found['layers']} layers",
+        "model": f"{config['model']['path']} ({', '.join(filter(None, (config['dtype'], config['quantize'])))})",
+        "adapter": config["adapter"]["path"] or "none: all parameters",
+        "data": config["data"]["path"],
+        "template": config["encoding"]["template"],
+        "recipe": f"second moment {gradient['second_moment']}, normalize {gradient['normalize']}",
+        "RapidGrad": f"K = {sketch['K']:,}, {sketch['shuffles']} shuffles, seed {sketch['seed']}",
+        "created": found["created"],
+    }
+    if found["removed"]:
+        lines["removed"] = f"{found['removed']:,} examples"
+    tables = {f"Index {found['path']}": lines}
+    if found["index"]:
+        tables["Search"] = found["index"]
+    for title, rows in (("Unusable rows of the data", found["skipped"]), ("No finite gradient", found["rejected"])):
+        if rows:
+            tables[title] = {f"line {row['line']}": row["reason"] for row in rows}
+    return tables

@@ -1,0 +1,285 @@
+"""From a prompt, an answer and some of its tokens to the training examples that most influence them.
+
+A query's gradient takes the same way as a training example's, with the loss of the selected tokens alone (Eq. 5 for
+the whole answer, Eq. 7 for some of it), and its RapidGrad is looked up in the index.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rapidindex.build import load_compressor
+from rapidindex.config import ModelConfig
+from rapidindex.errors import ConfigMismatch, DataError, QueryError
+from rapidindex.exact import SearchResult, exact_search
+from rapidindex.examples import Example, display_text
+from rapidindex.gradients import Batch
+from rapidindex.index import VectorIndex
+from rapidindex.model import LoadedModel, generate, load
+from rapidindex.rapidgrad import Compressor
+from rapidindex.results import Asked, Match, Result, Seconds, Source, Span, Summary
+from rapidindex.selection import select
+from rapidindex.store import Store
+from rapidindex.templates import Encoding, Template
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question to an index."""
+
+    prompt: str
+    answer: str | None = None
+    """None lets the model answer, greedily."""
+    token: str | None = None
+    span: str | None = None
+
+
+class Index:
+    """An index on disk, and, once a query needs it, the model that it was built with."""
+
+    def __init__(self, store: Store, model: ModelConfig) -> None:
+        self.store = store
+        self._model = model
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, model: str | None = None, adapter: str | None = None, device: str = "auto"
+    ) -> "Index":
+        """Open the index at `path`; `model` and `adapter` say where they lie now, if not where they were.
+
+        Raises NotAnIndex, NewerFormat or DamagedIndex. The model is loaded, and checked, by the first query.
+        """
+        store = Store.open(path)
+        config = store.config
+        return cls(
+            store,
+            ModelConfig(
+                model=model or config["model"]["path"],
+                adapter=adapter or config["adapter"]["path"],
+                quantize=config["quantize"],
+                dtype=config["dtype"],
+                device=device,
+            ),
+        )
+
+    def query(
+        self,
+        prompt: str,
+        *,
+        answer: str | None = None,
+        token: str | None = None,
+        span: str | None = None,
+        k: int = 10,
+        opponents: bool = False,
+        exact: bool = False,
+        max_new_tokens: int = 64,
+    ) -> Result:
+        """The k training examples that most influence `answer`, or the tokens of it that `token` or `span` selects.
+
+        Without an answer the model gives one. Opponents are those whose influence is the most negative. `exact` scans
+        every stored RapidGrad. Raises QueryError (TokenNotFound) for a query that cannot be answered.
+        """
+        asked = Query(prompt, answer, token, span)
+        return self.query_many([asked], k=k, opponents=opponents, exact=exact, max_new_tokens=max_new_tokens)[0]
+
+    def query_many(
+        self,
+        queries: Sequence[Query],
+        *,
+        k: int = 10,
+        opponents: bool = False,
+        exact: bool = False,
+        max_new_tokens: int = 64,
+    ) -> list[Result]:
+        """As `query`, for many at once: one batch of gradients, one search."""
+        started = time.perf_counter()
+        posed = [self._pose(query, max_new_tokens) for query in queries]
+        vectors = self.vectors(posed)
+        gradient = (time.perf_counter() - started) / max(1, len(posed))
+        found = self._search(vectors, k, largest=not opponents, exact=exact)
+        return [self._result(asked, found, number, gradient) for number, (asked, _) in enumerate(posed)]
+
+    def vectors(self, posed: Sequence[tuple[Asked, Encoding]]) -> np.ndarray:
+        """The queries' RapidGrads, float32 [queries, K]."""
+        rows = [self.compressor(_batch(asked, encoding, self.loaded.device)).rows for asked, encoding in posed]
+        vectors = torch.cat(rows).cpu().numpy()
+        for (asked, _), vector in zip(posed, vectors, strict=True):
+            if not np.isfinite(vector).all():
+                raise QueryError(
+                    f"The gradient of the answer {asked.answer!r} is not finite.", hint="Use --dtype float32."
+                )
+        return vectors
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model; ConfigMismatch where it is not the one that the index was built with."""
+        loaded = load(self._model)
+        for part in ("model", "adapter", "tokenizer"):
+            built = self.store.config[part]
+            if loaded.fingerprints[part] != built["fingerprint"]:
+                where = getattr(self._model, part, None) or self._model.model
+                flag = "-a" if part == "adapter" else "-m"
+                raise ConfigMismatch(
+                    f"The {part} at {where} is not the one that {self.store.path} was built with.",
+                    hint=f"It was {built.get('path') or 'that of the model'}: give it with {flag}, or build anew.",
+                )
+        return loaded
+
+    @cached_property
+    def template(self) -> Template:
+        """How prompts are written, as when the index was built."""
+        encoding = self.store.config["encoding"]
+        return Template(encoding["template"], self.loaded.tokenizer, encoding["max_length"])
+
+    @cached_property
+    def compressor(self) -> Compressor:
+        """What turns a query into its RapidGrad, as when the index was built."""
+        return load_compressor(self.store, self.loaded)
+
+    @cached_property
+    def rows(self):
+        """The stored RapidGrads of whole examples."""
+        return self.store.rows("sentence")
+
+    def info(self) -> dict[str, Any]:
+        """What the index holds and how it was built, as plain data; loads no model."""
+        rows = self.rows
+        return {
+            "path": str(self.store.path),
+            "id": self.store.id,
+            "created": self.store.manifest["created"],
+            "examples": int(rows.alive.sum()),
+            "planned": self.store.manifest["levels"]["sentence"]["planned"],
+            "complete": self.store.complete("sentence"),
+            "removed": int((~rows.alive).sum()),
+            "rejected": rows.rejected,
+            "skipped": self.store.manifest["skipped"],
+            "shards": len(rows.shards),
+            "bytes": sum(file.stat().st_size for file in Path(self.store.path).rglob("*") if file.is_file()),
+            "layers": len(self.store.layers),
+            "gradient_size": sum(layer["size"] for layer in self.store.layers),
+            "config": self.store.config,
+            "versions": self.store.manifest["versions"],
+            "index": self._vector_index and self._vector_index.describe(),
+        }
+
+    def _pose(self, query: Query, max_new_tokens: int) -> tuple[Asked, Encoding]:
+        if not query.prompt.strip():
+            raise QueryError("The prompt is empty.", hint="Give the prompt that the model was asked.")
+        messages = (("user", query.prompt),)
+        answer = query.answer
+        if answer is None:
+            text = self.template.render_prompt(messages)
+            special = self.template.add_special_tokens
+            answer = generate(self.loaded, text, add_special_tokens=special, max_new_tokens=max_new_tokens)
+            if not answer.strip():
+                raise QueryError("The model's own answer to this prompt is empty.", hint="Give one with --answer.")
+        if not answer.strip():
+            raise QueryError("The answer is empty.", hint="Give its text with --answer, or leave --answer out.")
+        example = Example("", display_text(messages), answer, {}, 0, messages)
+        encoding = self.template.encode(example, end=False)
+        if encoding.truncated:
+            raise QueryError(
+                f"Prompt and answer have more than the {self.template.max_length} tokens of --max-length.",
+                hint="Shorten them, or build the index with a larger --max-length.",
+            )
+        tokens = spans(encoding)
+        return Asked(query.prompt, answer, tokens, select(tokens, answer, token=query.token, span=query.span)), encoding
+
+    def _search(self, vectors: np.ndarray, k: int, *, largest: bool, exact: bool) -> SearchResult:
+        index = None if exact else self._vector_index
+        if index is None:
+            return exact_search(self.rows, vectors, k, largest=largest, device=str(self.loaded.device))
+        return index.search(vectors, k, largest=largest)
+
+    @cached_property
+    def _vector_index(self) -> VectorIndex | None:
+        return VectorIndex.open(self.rows)
+
+    def _result(self, asked: Asked, found: SearchResult, number: int, gradient: float) -> Result:
+        percentiles = found.percentiles()[number]
+        matches = [
+            self._match(rank, int(row), float(score), float(percentile))
+            for rank, (row, score, percentile) in enumerate(
+                zip(found.rows[number], found.scores[number], percentiles, strict=True), 1
+            )
+            if row >= 0
+        ]
+        queries = len(found.rows)
+        summary = found.summaries[number] if found.summaries else None
+        return Result(
+            index=self._source(found.n),
+            query=asked,
+            direction="proponents" if found.largest else "opponents",
+            level="sentence",
+            search=found.method,
+            recall=found.recall,
+            seconds=Seconds(gradient, found.search_seconds / queries, found.rerank_seconds / queries, 0.0),
+            summary=summary and Summary(**{**vars(summary), "histogram": list(summary.histogram)}),
+            matches=matches,
+        )
+
+    def _source(self, n: int) -> Source:
+        config = self.store.config
+        adapter, sketch = config["adapter"]["path"], config["sketch"]
+        return Source(self.store.id, config["model"]["path"], adapter, sketch["K"], sketch["shuffles"], n)
+
+    def _match(self, rank: int, row: int, score: float, percentile: float) -> Match:
+        example = example_of(self.rows.record(int(self.rows.example[row])))
+        tokens = spans(self.template.encode(example))
+        return Match(
+            rank, score, None, percentile, example.id, example.prompt, example.response, example.meta, tokens, []
+        )
+
+
+def read_queries(path: str | Path) -> list[Query]:
+    """Queries from a JSONL file of objects with `prompt` and optionally `answer`, `token` and `span`."""
+    known = {"prompt", "answer", "token", "span"}
+    queries = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}.", hint="Give a JSONL file of queries.") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error}).", hint='Write {"prompt": "…"}.') from error
+        strings = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+        if not strings or "prompt" not in value or not value.keys() <= known:
+            raise DataError(
+                f"{path}, line {number}: a query has a text under prompt and, if wanted, under answer, token and span.",
+                hint='For example {"prompt": "Where does yoga come from?", "token": "Japan"}.',
+            )
+        queries.append(Query(**value))
+    if not queries:
+        raise DataError(f"{path} holds no query.", hint='Write lines such as {"prompt": "…"}.')
+    return queries
+
+
+def example_of(record: dict[str, Any]) -> Example:
+    """The example that a stored record describes."""
+    messages = tuple((role, content) for role, content in record["messages"])
+    prompt = display_text(messages)
+    return Example(record["id"], prompt, record["response"], record["meta"], record["line"], messages)
+
+
+def spans(encoding: Encoding) -> list[Span]:
+    """The response's tokens for a result."""
+    return [Span(token.text, token.start, token.end) for token in encoding.tokens]
+
+
+def _batch(asked: Asked, encoding: Encoding, device: torch.device) -> Batch:
+    """One query whose loss is the mean over the selected tokens."""
+    weights = np.zeros(len(encoding.input_ids), np.float32)
+    weights[np.flatnonzero(encoding.response_mask)[asked.selection]] = 1 / len(asked.selection)
+    return Batch.of([encoding.input_ids], [weights], device)

@@ -1,0 +1,105 @@
+"""Results for people: tables on a terminal. Imports neither torch nor faiss.
+
+Training text is untrusted: control characters are shown, never sent to the terminal, and no markup in it counts.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rapidindex.results import Asked, Match, Result
+
+_META_WIDTH = 16
+
+
+def clean(text: str) -> str:
+    """`text` on one line, with every control, format and line-breaking character made visible or harmless."""
+    return "".join(_visible(character) for character in text)
+
+
+def result(found: Result) -> RenderableType:
+    """A query's answer with the selected tokens marked, and a table of its matches."""
+    return Group(_asked(found.query), Text(), _matches(found), Text(_footer(found), style="dim"))
+
+
+def fields(title: str, values: dict[str, Any]) -> RenderableType:
+    """Names and values, a line each."""
+    table = Table(title=title, show_header=False, box=None, title_justify="left", title_style="bold")
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        table.add_row(name, clean(str(value)))
+    return table
+
+
+def _asked(asked: Asked) -> Text:
+    selected = set(asked.selection)
+    text = Text.assemble(("Prompt  ", "dim"), clean(asked.prompt), "\n", ("Answer  ", "dim"))
+    if len(selected) == len(asked.tokens):
+        return text.append(clean(asked.answer))
+    marked = [False] * len(asked.answer)
+    for position in selected:
+        token = asked.tokens[position]
+        marked[token.start : token.end] = [True] * (token.end - token.start)
+    for character, mark in zip(asked.answer, marked, strict=True):
+        text.append(_visible(character), "bold reverse" if mark and not character.isspace() else "")
+    words = "".join(asked.tokens[position].text for position in asked.selection).strip()
+    return text.append(f"\nToken   {clean(words)}", "dim")
+
+
+def _matches(found: Result) -> Table:
+    columns = _meta_columns(found.matches)
+    table = Table(title=found.direction, title_justify="left", title_style="bold", header_style="dim", expand=True)
+    for name in ("#", "score", "pct"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in columns:
+        table.add_column(clean(name), max_width=_META_WIDTH, overflow="ellipsis")
+    table.add_column("prompt → response", ratio=1)
+    for match in found.matches:
+        scores = (str(match.rank), f"{match.score:+.4f}", f"{match.percentile:.1f}")
+        meta = (clean(_short(match.meta.get(name))) for name in columns)
+        table.add_row(*map(Text, (*scores, *meta)), _example(match))
+    return table
+
+
+def _example(match: Match) -> Text:
+    return Text.assemble((clean(_cut(match.prompt, 120)), "bold"), (" → ", "dim"), clean(_cut(match.response, 240)))
+
+
+def _meta_columns(matches: Sequence[Match]) -> list[str]:
+    """The metadata worth a column: short in every match."""
+    names = {name: None for match in matches for name in match.meta}
+    return [n for n in names if all(len(_short(m.meta.get(n))) <= _META_WIDTH for m in matches)][:6]
+
+
+def _footer(found: Result) -> str:
+    seconds = found.seconds
+    how = "exact search" if found.search == "exact" else f"approximate search, {_recall(found.recall)}"
+    total = seconds.gradient + seconds.search + seconds.rerank + seconds.heatmaps
+    spread = ""
+    if found.summary and found.summary.std > 0 and found.matches:
+        best = (found.matches[0].score - found.summary.mean) / found.summary.std
+        spread = f"; the first lies {abs(best):.1f} standard deviations {'above' if best > 0 else 'below'} the mean"
+    return f"{how} over {found.index.n:,} examples in {total:.2f} s{spread}"
+
+
+def _recall(recall: float | None) -> str:
+    return "recall not measured" if recall is None else f"recall {recall:.3f} measured"
+
+
+def _short(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else str(value)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _visible(character: str) -> str:
+    if character in "\n\r\t\v\f\x85\u2028\u2029":
+        return " "
+    return "\ufffd" if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character != "\u200d" else character

@@ -1,0 +1,144 @@
+"""What a query returns, as plain data, and its JSON. Imports neither torch nor faiss.
+
+Positions, never token strings, are keys: `token_scores[i]` belongs to `tokens[i]`, and a token's text is
+`response[start:end]`.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rapidindex.errors import DataError
+
+SCHEMA = "rapidindex.result/1"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A token as the characters it stands for."""
+
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Match:
+    """One training example that a search found."""
+
+    rank: int
+    """1 for the first."""
+    score: float
+    """The estimated influence: the inner product of RapidGrads."""
+    exact_score: float | None
+    """The uncompressed influence, the mean of `token_scores`; None where it was not computed."""
+    percentile: float
+    """Percent of all examples that score lower."""
+    id: str
+    prompt: str
+    response: str
+    meta: dict[str, Any]
+    """The example's other columns."""
+    tokens: list[Span] = field(default_factory=list)
+    """The response's tokens."""
+    token_scores: list[float] = field(default_factory=list)
+    """The influence of each of `tokens` (Eq. 6 and 8); empty where it was not computed."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The query: what was said, and which of its tokens are asked about."""
+
+    prompt: str
+    answer: str
+    tokens: list[Span]
+    """The answer's tokens."""
+    selection: list[int]
+    """Positions in `tokens`; all of them for the whole sentence."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The index that was searched."""
+
+    id: str
+    model: str
+    adapter: str | None
+    K: int
+    shuffles: int
+    n: int
+    """Rows searched."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All scores of a search; `histogram` counts them in equal bins from `min` to `max`."""
+
+    n: int
+    min: float
+    max: float
+    mean: float
+    std: float
+    histogram: list[int]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Where the time went."""
+
+    gradient: float
+    search: float
+    rerank: float
+    heatmaps: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The training examples that most influence a query's answer, best first."""
+
+    index: Source
+    query: Asked
+    direction: str
+    """`proponents` (training on them makes the answer likelier) or `opponents`."""
+    level: str
+    """`sentence` or `token`."""
+    search: str
+    """`exact` or `ann`."""
+    recall: float | None
+    """1.0 for `exact`, the recall measured at build time for `ann`, None where it was not measured."""
+    seconds: Seconds
+    summary: Summary | None
+    """None for `ann`, which does not score every row."""
+    matches: list[Match]
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The result as JSON text; never NaN or infinity."""
+        value = {"schema": SCHEMA, **asdict(self)}
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Result":
+        """The result that `to_json` wrote. Raises DataError for anything else."""
+        try:
+            value = json.loads(text)
+            schema = value.pop("schema")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DataError(
+                "This is not a rapidindex result.", hint="Give what `rapidindex query --json` prints."
+            ) from error
+        if schema != SCHEMA:
+            raise DataError(f"The result has the schema {schema!r}, not {SCHEMA!r}.", hint="Upgrade rapidindex.")
+        query, summary = value.pop("query"), value.pop("summary")
+        matches = [{**match, "tokens": _spans(match["tokens"])} for match in value.pop("matches")]
+        return cls(
+            index=Source(**value.pop("index")),
+            query=Asked(**{**query, "tokens": _spans(query["tokens"])}),
+            seconds=Seconds(**value.pop("seconds")),
+            summary=Summary(**summary) if summary else None,
+            matches=[Match(**match) for match in matches],
+            **value,
+        )
+
+
+def _spans(values: list[dict[str, Any]]) -> list[Span]:
+    return [Span(**value) for value in values]
