@@ -12,7 +12,8 @@ import torch
 
 from tests import tiny
 
-torch.set_num_threads(2)
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +32,17 @@ def llama_folders(tiny_folders: dict[str, tuple[Path, Path]]) -> tuple[Path, Pat
 def tokenizer():
     """The tiny byte-level tokenizer with eos, pad and a chat template."""
     return tiny.make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def wide_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """As `llama_folders`, of hidden size 64, which 4-bit blocks divide; read only."""
+    return tiny.save_model(tmp_path_factory.mktemp("wide"), "llama", hidden_size=64)
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory, wide_folders: tuple[Path, Path]) -> Path:
+    """The wide tiny Llama as a GGUF file, alone in its folder; read only."""
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    tiny.write_gguf(file, wide_folders[0])
+    return file

@@ -39,52 +39,6 @@ def edit_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-@pytest.fixture(scope="module")
-def wide_folders(tmp_path_factory) -> tuple[Path, Path]:
-    """A tiny Llama of hidden size 64, which 4-bit blocks divide."""
-    return tiny.save_model(tmp_path_factory.mktemp("wide"), "llama", hidden_size=64)
-
-
-@pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory, wide_folders) -> Path:
-    """The wide tiny Llama (its weights unpermuted) and the tiny tokenizer as a float32 GGUF file."""
-    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    write_gguf(file, wide_folders[0])
-    return file
-
-
-def write_gguf(file: Path, folder: Path) -> None:
-    import gguf
-
-    config = transformers.AutoConfig.from_pretrained(folder)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
-    kinds = [gguf.TokenType.CONTROL if token.startswith("<|") else gguf.TokenType.NORMAL for token in tokens]
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
-    writer.add_eos_token_id(0)
-    writer.add_bos_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for key, value in load_file(folder / "model.safetensors").items():
-        writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)), value.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_every_parameter_of_a_whole_model_is_trainable_and_tied_ones_stand_once(tiny_folders, name):
     loaded = load(cpu(tiny_folders[name][0]))

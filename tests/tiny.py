@@ -4,11 +4,13 @@ Nothing is downloaded. Everything is seeded, and weights are drawn large enough 
 """
 
 import functools
+import json
 from pathlib import Path
 
 import peft
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -163,3 +165,36 @@ def save_model(
     model.name_or_path = model.config._name_or_path = str(base)
     with_lora(model, seed=seed).save_pretrained(adapter)
     return base, adapter
+
+
+def write_gguf(file: Path, folder: Path) -> None:
+    """The tiny Llama in `folder` (its attention weights unpermuted) and its tokenizer as a float32 GGUF file."""
+    import gguf
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    kinds = [gguf.TokenType.CONTROL if token.startswith("<|") else gguf.TokenType.NORMAL for token in tokens]
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for key, value in load_file(folder / "model.safetensors").items():
+        writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)), value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
