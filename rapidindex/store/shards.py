@@ -1,0 +1,235 @@
+"""A shard: RapidGrads, the norms that went into them, and the examples they belong to, in one sealed file.
+
+    rows      float16 [n, K]   a row is rows · scale
+    scale     float32 [n]      a power of two; 0 for a row of zeros
+    norms     float32 [n, L]   one for each layer
+    example   int32 [n]        which of this file's examples a row belongs to
+    position  int32 [n]        response token; -1 in a sentence row
+    token     int32 [n]        its token id; -1 in a sentence row
+    examples  uint8            the examples as JSON, one after the other
+    examples_offsets  int64 [m + 1]  where each begins, and where the last one ends
+    ids       uint8            their ids as one JSON list
+    rejected  uint8            JSON list of {"id", "line", "reason"}: examples whose gradient was not finite
+    index     uint8            JSON: the manifest's own words without its list of shards, from which it can be rebuilt
+
+Knows what a shard holds, not where it lies or which others there are.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rapidindex.store.sealed import Layout, damaged, map_arrays, read_layout
+from rapidindex.store.sealing import Column, column, encode_json, json_column, write
+
+PEAK = 10  # a row's largest entry becomes 2^9 to 2^10 in float16, whose normal numbers reach 2^-24 of that
+_LARGEST = 1023.5  # the largest float16 below 2^10
+_BLOCK_BYTES = 32 * 2**20
+_DTYPES = {
+    "rows": "<f2",
+    "scale": "<f4",
+    "norms": "<f4",
+    "example": "<i4",
+    "position": "<i4",
+    "token": "<i4",
+    "examples": "|u1",
+    "examples_offsets": "<i8",
+    "ids": "|u1",
+    "rejected": "|u1",
+    "index": "|u1",
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard: what it holds, its arrays left on the disk."""
+
+    layout: Layout
+    ids: list[str]
+    """Of its m examples."""
+    rejected: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.layout.path.name
+
+    @property
+    def rows(self) -> int:
+        """n."""
+        return self.layout.extents["rows"].shape[0]
+
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        counts = {"rows": self.rows, "examples": len(self.ids), "rejected": len(self.rejected)}
+        return {"sha256": self.layout.sha256, "bytes": self.layout.bytes, **counts}
+
+
+def encode_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [n, K] as (float16 [n, K], float32 scale [n]). ValueError where a row is not finite."""
+    scale = _scales(rows)
+    return _halves(rows, scale), scale
+
+
+def decode_rows(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """float32 [n, K]: within 2^-11 of what was encoded, row by row."""
+    return rows.astype(np.float32) * scale[:, None]
+
+
+def write_shard(
+    path: Path,
+    *,
+    level: str,
+    index: dict[str, Any],
+    rows: np.ndarray,
+    norms: np.ndarray,
+    example: np.ndarray,
+    position: np.ndarray,
+    token: np.ndarray,
+    examples: Sequence[dict[str, Any]],
+    rejected: Sequence[dict[str, Any]],
+) -> Layout:
+    """Write one shard; `index` is the manifest without its shards. Raises as `sealing.write` does."""
+    scale = _scales(rows)
+    texts = [encode_json(record) for record in examples]
+    columns = {
+        "scale": column(scale, "<f4"),
+        "norms": column(norms, "<f4"),
+        "example": column(example, "<i4"),
+        "position": column(position, "<i4"),
+        "token": column(token, "<i4"),
+        "examples": column(np.frombuffer(b"".join(texts), np.uint8), "|u1"),
+        "examples_offsets": column(np.cumsum([0, *map(len, texts)]), "<i8"),
+        "ids": json_column([record["id"] for record in examples]),
+        "rejected": json_column(list(rejected)),
+        "index": json_column(index),
+        "rows": Column(rows.shape, np.dtype("<f2"), _half_blocks(rows, scale)),
+    }
+    attributes = {"format": "rapidindex.rows/1", "level": level, "K": rows.shape[1], "index": index["id"]}
+    return write(path, columns, attributes)
+
+
+def check_content(
+    *, K: int, layers: int, rows: Any, norms: Any, example: Any, position: Any, token: Any, examples: Any, rejected: Any
+) -> None:
+    """ValueError where what is to be written does not fit together: an error of the program, not of the user."""
+    n = len(rows)
+    for name, array, shape in (("rows", rows, (n, K)), ("norms", norms, (n, layers))):
+        if array.shape != shape or array.dtype != np.float32:
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, not float32 {shape}")
+    for name, array in (("example", example), ("position", position), ("token", token)):
+        if array.shape != (n,) or array.dtype.kind not in "iu":
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, not integers ({n},)")
+    if not np.isfinite(norms).all():
+        raise ValueError("norms that are not finite cannot be stored")
+    if n and not (0 <= example.min() and example.max() < len(examples)):
+        raise ValueError(f"example points outside the {len(examples)} examples")
+    ids = [record["id"] for record in (*examples, *rejected)]
+    if not all(isinstance(id, str) for id in ids):
+        raise ValueError("an example's id must be a string")
+    if len(set(ids)) != len(ids):
+        raise ValueError("two examples of a shard have the same id")
+
+
+def read_shard(path: Path, *, index: str, level: str, K: int, layers: int) -> Shard:
+    """What the shard at `path` holds; its rows are not read.
+
+    Raises DamagedIndex where it is missing, is not what its seal says, or does not belong to this index.
+    """
+    layout = read_layout(path)
+    said = layout.attributes
+    if said.get("index") != index:
+        raise damaged(path, f"it belongs to another index ({said.get('index')}, not {index})")
+    if (said.get("level"), said.get("K")) != (level, K):
+        raise damaged(path, f"it holds {said.get('level')} rows of {said.get('K')}, not {level} rows of {K}")
+    _check_shapes(layout, K, layers)
+    try:
+        ids, rejected = (json.loads(layout.read(name).tobytes()) for name in ("ids", "rejected"))
+    except (ValueError, RecursionError):
+        raise damaged(path, "its list of examples cannot be read") from None
+    if len(ids) != layout.extents["examples_offsets"].shape[0] - 1:
+        raise damaged(path, "its examples and their ids differ in number")
+    return Shard(layout, ids, rejected)
+
+
+def faults(shard: Shard) -> Iterator[str]:
+    """What is wrong with the numbers and texts of an intact file; reads all of it."""
+    arrays = map_arrays(shard.layout)
+    for name in ("scale", "norms"):
+        if not np.isfinite(arrays[name]).all():
+            yield f"its {name} are not all finite"
+    rows = arrays["rows"]
+    step = _block_rows(rows.shape[1])
+    if not all(np.isfinite(rows[first : first + step]).all() for first in range(0, len(rows), step)):
+        yield "its rows are not all finite"
+    example, count = arrays["example"], len(shard.ids)
+    if len(example) and not (0 <= example.min() and example.max() < count):
+        yield f"its rows point outside its {count} examples"
+    try:
+        if [read_record(arrays, number).get("id") for number in range(count)] != shard.ids:
+            yield "its examples and their ids differ"
+    except (ValueError, AttributeError, RecursionError):
+        yield "its examples cannot be read"
+
+
+def read_record(arrays: dict[str, np.ndarray], number: int) -> dict[str, Any]:
+    """One example of a mapped shard, as it was given to `write_shard`."""
+    first, end = arrays["examples_offsets"][number : number + 2]
+    return json.loads(arrays["examples"][first:end].tobytes())
+
+
+def read_index(layout: Layout) -> dict[str, Any]:
+    """The manifest without its shards, as it was when the file was written."""
+    return json.loads(layout.read("index").tobytes())
+
+
+def _scales(rows: np.ndarray) -> np.ndarray:
+    """float32 [n]: the power of two that brings each row's largest entry just under 2^PEAK.
+
+    Not less than 2^-126, so that it is a normal number; the rows below that still have float16's subnormals.
+    """
+    if not len(rows):
+        return np.zeros(0, np.float32)
+    peak = np.maximum(rows.max(axis=1), -rows.min(axis=1))  # NaN stays NaN
+    if not np.isfinite(peak).all():
+        raise ValueError(f"rows that are not finite cannot be stored: {np.flatnonzero(~np.isfinite(peak))[:3]}")
+    exponent = np.maximum(np.frexp(peak)[1] - PEAK, -126)
+    return np.where(peak > 0, np.ldexp(np.float32(1), exponent), np.float32(0)).astype(np.float32)
+
+
+def _halves(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    with np.errstate(under="ignore"):
+        scaled = rows / np.where(scale > 0, scale, np.float32(1))[:, None]
+        # Rounding up to 2^10 would overflow float32 on the way back where the row is near its limit.
+        return np.clip(scaled, -_LARGEST, _LARGEST, out=scaled).astype("<f2")
+
+
+def _half_blocks(rows: np.ndarray, scale: np.ndarray) -> Iterator[np.ndarray]:
+    step = _block_rows(rows.shape[1])
+    for first in range(0, len(rows), step):
+        yield _halves(rows[first : first + step], scale[first : first + step])
+
+
+def _block_rows(K: int) -> int:
+    return max(1, _BLOCK_BYTES // (4 * K))
+
+
+def _check_shapes(layout: Layout, K: int, layers: int) -> None:
+    extents = layout.extents
+    wrong = [name for name, dtype in _DTYPES.items() if name not in extents or extents[name].dtype != dtype]
+    if wrong:
+        raise damaged(layout.path, f"its array {wrong[0]!r} is missing or of another kind")
+    n = extents["rows"].shape[0]
+    shapes = {
+        "rows": (n, K),
+        "norms": (n, layers),
+        **{name: (n,) for name in ("scale", "example", "position", "token")},
+    }
+    flat = ("examples", "examples_offsets", "ids", "rejected", "index")
+    for name, extent in extents.items():
+        if shapes.get(name, extent.shape) != extent.shape or (name in flat and len(extent.shape) != 1):
+            raise damaged(layout.path, f"its array {name!r} has the shape {extent.shape}")

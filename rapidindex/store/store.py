@@ -1,0 +1,311 @@
+"""The index folder as a whole: made, opened, locked, and kept in step with its finished shards.
+
+A shard appears complete or not at all, and the manifest lists only finished ones. Whatever the moment at which a build
+is killed, the next one finds every shard that was finished, listed or not, and goes on after them.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from rapidindex.errors import ConfigMismatch, StoreError
+from rapidindex.store import folder, manifest, sealed, sealing
+from rapidindex.store.manifest import Manifest
+from rapidindex.store.rows import Rows
+from rapidindex.store.shards import Shard, read_shard
+
+
+class Store:
+    """An index folder, from `create` or `open`. What changes it takes the lock; a build holds `lock()` throughout.
+
+    path      the folder
+    manifest  what `manifest.py` describes; read it, but change it by the methods only
+    removed   frozenset of the ids that were taken out
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._locks = 0
+        self._shards: dict[tuple[str, str], Shard] = {}
+        self._owners: dict[str, dict[str, str]] = {}
+        self.refresh()
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        config: dict[str, Any],
+        layers: Sequence[dict[str, Any]],
+        versions: dict[str, str],
+        planned: dict[str, tuple[int, int]],
+        skipped: Sequence[dict[str, Any]] = (),
+    ) -> Self:
+        """Make an index at `path`, a new or an empty folder.
+
+        layers: [{"name", "size"}] in the order of the norms; skipped: [{"line", "reason"}]; planned: {level: (K, number
+        of examples)}. Raises StoreError where `path` is not empty (an index included) or cannot be written to, and
+        IndexBusy where another process is making one there.
+        """
+        path, content = Path(path), manifest.new(config, layers, versions, planned, skipped)
+        folder.make_ready(path)
+        with folder.exclusive(path):
+            folder.make_ready(path)
+            folder.write_json(path / folder.MANIFEST, content)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """The index at `path`. Quick: looks whether all its files are there in full size, and reads none of them.
+
+        Raises NotAnIndex where there is none, NewerFormat where a newer version wrote it, and DamagedIndex, naming the
+        file, where the manifest was changed or a listed file is missing or of another size.
+        """
+        return cls(Path(path))
+
+    @staticmethod
+    def destroy(path: str | Path) -> None:
+        """Delete the index at `path`.
+
+        Raises NotAnIndex where there is none, StoreError, naming it, where the folder holds a file that is not the
+        index's, and IndexBusy where another process is writing to it. Nothing is deleted then.
+        """
+        folder.destroy(Path(path))
+
+    @property
+    def id(self) -> str:
+        """16 hexadecimal digits, drawn when the index was made."""
+        return self.manifest["id"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The options that the index was built with."""
+        return self.manifest["config"]
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """{"name", "size"} of each layer, in the order of the norms."""
+        return self.manifest["layers"]
+
+    @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """{"line", "reason"} of each line of the data that could not be used."""
+        return self.manifest["skipped"]
+
+    @property
+    def levels(self) -> list[str]:
+        """Which of `sentence` and `token` the index is to hold."""
+        return list(self.manifest["levels"])
+
+    def planned(self, level: str) -> int:
+        """How many examples the level is to hold. StoreError where the index has no such level."""
+        return self._plan(level)["planned"]
+
+    def complete(self, level: str) -> bool:
+        """Whether every planned example is stored or was rejected. StoreError where the index has no such level."""
+        rejected = {record["id"] for shard in self._level(level) for record in shard.rejected}
+        return len(rejected.union(self._owner(level))) >= self.planned(level)
+
+    def rows(self, level: str) -> Rows:
+        """The level's rows as they are now. StoreError where the index has no such level."""
+        return Rows(
+            self.path / level,
+            index=manifest.copy_for_files(self.manifest),
+            K=self._plan(level)["K"],
+            layers=len(self.layers),
+            files=self._level(level),
+            removed=self.removed,
+        )
+
+    def second_moment(self) -> np.ndarray | None:
+        """v, float32 [sum of the layers' sizes], a read-only view of its file; None where the index has none."""
+        said = self.manifest["second_moment"]
+        if said is None:
+            return None
+        layout = manifest.read_moment(self.path, self.manifest)
+        if manifest.moment_entry(layout) != said:
+            raise sealed.damaged(layout.path, "it is not the one that the manifest lists")
+        return sealed.map_arrays(layout)["v"]
+
+    # Changing it
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[Self]:
+        """Be the only writer. May be nested; IndexBusy, naming the other process, where there is one.
+
+        On entering, what others changed is read again, unfinished files of a killed build are deleted, and finished
+        shards that the manifest does not list are verified and listed. Nothing else is dropped.
+        """
+        with contextlib.nullcontext() if self._locks else folder.exclusive(self.path):
+            self._locks += 1
+            try:
+                if self._locks == 1:
+                    self.refresh()
+                    self._recover()
+                yield self
+            finally:
+                self._locks -= 1
+
+    def refresh(self) -> None:
+        """Read again what the manifest and the list of removed ids say. Raises as `open` does."""
+        content = manifest.load(self.path)
+        manifest.check_sizes(self.path, content)
+        self.manifest, self.removed = content, frozenset(manifest.load_removed(self.path))
+        self._owners.clear()
+        listed = {level: plan["shards"] for level, plan in content["levels"].items()}
+        self._shards = {
+            (level, name): shard
+            for (level, name), shard in self._shards.items()
+            if listed.get(level, {}).get(name) == shard.entry()
+        }
+
+    def record_shard(self, level: str, name: str) -> None:
+        """List a shard that `Rows.write_shard` finished, in this process or in a worker.
+
+        Raises DamagedIndex where it is no shard of this index, and StoreError where it holds an example that is stored.
+        """
+        with self.lock():
+            if name not in self._plan(level)["shards"]:
+                shard = self._read(level, name)
+                self._refuse_duplicates(level, shard)
+                self._list(level, shard)
+
+    def set_planned(self, level: str, n: int, *, K: int | None = None) -> None:
+        """Plan for n examples in all. K adds the level where it is new; ConfigMismatch where it has another K."""
+        with self._changing(revised=True) as content:
+            if level not in content["levels"] and K is not None:
+                content["levels"] |= manifest.new({}, [], {}, {level: (K, n)}, [])["levels"]
+            if K not in (None, self._plan(level, content)["K"]):
+                raise ConfigMismatch(f"The {level} rows of {self.path} have K = {self._plan(level)['K']}, not {K}.")
+            content["levels"][level]["planned"] = n
+
+    def update_config(self, changes: dict[str, Any], *, skipped: Sequence[dict[str, Any]] | None = None) -> None:
+        """Set these fields of `config`, and `skipped` where it is given."""
+        with self._changing(revised=True) as content:
+            content["config"] |= manifest.as_json(changes)
+            if skipped is not None:
+                content["skipped"] = manifest.as_json(list(skipped))
+
+    def remove(self, ids: Iterable[str]) -> int:
+        """Take examples out of every level; how many were in it. StoreError, naming some, where ids are unknown."""
+        ids = set(ids)
+        with self.lock():
+            stored = {id for level in self.levels for id in self._owner(level)}
+            _refuse_unknown(ids - stored, f"not in {self.path}")
+            return self._set_removed(self.removed | ids)
+
+    def restore(self, ids: Iterable[str]) -> int:
+        """Put removed examples back; how many. StoreError, naming some, where ids were not removed."""
+        ids = set(ids)
+        with self.lock():
+            _refuse_unknown(ids - self.removed, f"not among the examples removed from {self.path}")
+            return self._set_removed(self.removed - ids)
+
+    def write_second_moment(self, v: np.ndarray) -> None:
+        """Keep v, float32 [sum of the layers' sizes], with the index, once and for all.
+
+        StoreError where the index has one, ValueError where it does not fit the layers or is not finite.
+        """
+        length = sum(layer["size"] for layer in self.layers)
+        if v.shape != (length,) or v.dtype != np.float32 or not np.isfinite(v).all():
+            raise ValueError(f"a second moment must be finite float32 ({length},), not {v.dtype} {v.shape}")
+        with self.lock():
+            description = sealing.json_column(manifest.copy_for_files(self.manifest))
+            columns = {"index": description, "v": sealing.column(v, "<f4")}
+            attributes = {"format": "rapidindex.second-moment/1", "index": self.id}
+            sealing.write(self.path / folder.MOMENT, columns, attributes)
+            self._list_moment()
+
+    @contextlib.contextmanager
+    def _changing(self, *, revised: bool = False) -> Iterator[Manifest]:
+        """A copy of the manifest to change, which counts once it is written."""
+        with self.lock():
+            content = copy.deepcopy(self.manifest)
+            yield content
+            content["revision"] += revised
+            folder.write_json(self.path / folder.MANIFEST, content)
+            self.manifest = content
+
+    def _recover(self) -> None:
+        """Tidy up after a killed build."""
+        for part in folder.parts(self.path):
+            with sealing.writing(part, 0):
+                part.unlink(missing_ok=True)
+        for level in self.levels:
+            unlisted = set(folder.shard_names(self.path / level)) - set(self._plan(level)["shards"])
+            for name in sorted(unlisted, key=folder.shard_number):
+                with contextlib.suppress(StoreError):  # left alone: `check` says what is wrong with it
+                    sealed.verify(self.path / level / name)
+                    shard = self._read(level, name)
+                    self._refuse_duplicates(level, shard)
+                    self._list(level, shard)
+        if self.manifest["second_moment"] is None and (self.path / folder.MOMENT).exists():
+            with contextlib.suppress(StoreError):
+                sealed.verify(self.path / folder.MOMENT)
+                self._list_moment()
+
+    def _list(self, level: str, shard: Shard) -> None:
+        with self._changing() as content:
+            content["levels"][level]["shards"][shard.name] = shard.entry()
+        self._shards[level, shard.name] = shard
+        self._owner(level).update(dict.fromkeys(shard.ids, shard.name))
+
+    def _list_moment(self) -> None:
+        with self._changing() as content:
+            content["second_moment"] = manifest.moment_entry(manifest.read_moment(self.path, content))
+
+    def _set_removed(self, removed: frozenset[str]) -> int:
+        changed = len(removed ^ self.removed)
+        folder.write_json(self.path / folder.REMOVED, {"removed": sorted(removed)})
+        self.removed = removed
+        return changed
+
+    def _plan(self, level: str, content: Manifest | None = None) -> dict[str, Any]:
+        plan = (content or self.manifest)["levels"].get(level)
+        if plan is None:
+            raise StoreError(
+                f"{self.path} holds no {level} rows.", hint=f"Type `rapidindex build` with --level {level} to add them."
+            )
+        return plan
+
+    def _level(self, level: str) -> list[Shard]:
+        self._plan(level)
+        return [self._shard(level, name) for name in manifest.shard_names(self.manifest, level)]
+
+    def _shard(self, level: str, name: str) -> Shard:
+        if (level, name) not in self._shards:
+            shard = self._read(level, name)
+            if shard.entry() != self._plan(level)["shards"][name]:
+                raise sealed.damaged(shard.layout.path, "it is not the one that the manifest lists")
+            self._shards[level, name] = shard
+        return self._shards[level, name]
+
+    def _read(self, level: str, name: str) -> Shard:
+        K = self._plan(level)["K"]
+        return read_shard(self.path / level / name, index=self.id, level=level, K=K, layers=len(self.layers))
+
+    def _owner(self, level: str) -> dict[str, str]:
+        """The shard of each stored example."""
+        if level not in self._owners:
+            self._owners[level] = {id: shard.name for shard in self._level(level) for id in shard.ids}
+        return self._owners[level]
+
+    def _refuse_duplicates(self, level: str, shard: Shard) -> None:
+        for id in shard.ids:
+            if id in self._owner(level):
+                raise StoreError(
+                    f"{shard.layout.path} holds example {id}, which is stored in {self._owner(level)[id]} already.",
+                    hint=f"Type `rapidindex check {self.path} --repair`.",
+                )
+
+
+def _refuse_unknown(ids: set[str], what: str) -> None:
+    if ids:
+        some = ", ".join(sorted(ids)[:3]) + (" and others" if len(ids) > 3 else "")
+        raise StoreError(
+            f"{len(ids)} ids are {what}: {some}.", hint="`rapidindex info` says how many examples there are."
+        )
