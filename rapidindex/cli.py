@@ -72,6 +72,68 @@ def _root(
 
 
 @app.command()
+def finetune(
+    data: DataPath,
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the adapter, or the model.", show_default=False)
+    ],
+    method: Annotated[str, typer.Option(help="lora, qlora (4-bit base) or full.")] = "lora",
+    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
+    alpha: Annotated[int | None, typer.Option(help="LoRA alpha.", show_default="2 · rank")] = None,
+    dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = 0.0,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Linear layers to adapt, by comma.", show_default="attention projections")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 3,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak of the cosine.", show_default="5e-4; full: 5e-5")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples in a batch.")] = 8,
+    accumulation: Annotated[int, typer.Option(help="Batches in a step.")] = 1,
+    quantize: Quantize = None,
+    template: TemplateName = "alpaca",
+    max_length: MaxLength = 512,
+    seed: Annotated[int, typer.Option(help="Draws the adapter's start and the order of the examples.")] = 0,
+    save_optimizer: Annotated[
+        bool, typer.Option("--save-optimizer", help="Keep Adam's state, for build --second-moment.")
+    ] = False,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    limit: Limit = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune a model on the data: LoRA, QLoRA or all parameters. Given again, it goes on where it stopped."""
+    from rapidindex import config
+    from rapidindex.examples import read_examples
+    from rapidindex.finetune import FinetuneConfig
+    from rapidindex.finetune import finetune as run
+    from rapidindex.progress import Bars, steps
+
+    options = FinetuneConfig(
+        method=method,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=target_modules,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        seed=seed,
+        save_optimizer=save_optimizer,
+    )
+    encoding = config.EncodingConfig(template, max_length)
+    loaded = config.ModelConfig(model, None, quantize, dtype, device)
+    dataset = read_examples(data, limit=limit)
+    with Bars(quiet=quiet) as bars:
+        summary = run(dataset, encoding, loaded, options, output, overwrite=overwrite, progress=steps(bars))
+    _print(summary, as_json, _finetune_lines(summary, len(dataset.skipped), str(data), model, template))
+
+
+@app.command()
 def build(
     data: DataPath,
     model: Model,
@@ -227,6 +289,20 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--folder", help="Where the demo keeps its files.")] = Path("rapidindex-demo"),
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune a small model on data with planted errors, index the data, and ask where an error came from."""
+    from rapidindex.demo import run
+    from rapidindex.progress import Bars
+
+    with Bars(quiet=quiet) as bars:
+        run(folder, overwrite=overwrite, say=bars.say, show=_show, progress=bars)
+
+
 def main() -> None:
     """Run the command line, and turn every expected failure into one sentence and an exit code."""
     signal.signal(signal.SIGTERM, _terminate)
@@ -273,6 +349,21 @@ def _show(*parts: Any) -> None:
     console = Console(highlight=False, soft_wrap=False)
     for part in parts:
         console.print(part)
+
+
+def _finetune_lines(summary: Any, unusable: int, data: str, model: str, template: str) -> dict[str, dict[str, Any]]:
+    lines = {
+        "examples": f"{summary.examples:,}, {summary.steps:,} steps",
+        "trained": f"{summary.trainable_parameters:,} parameters ({summary.method})",
+        "loss": " → ".join(f"{loss:.3f}" for loss in summary.epoch_losses),
+        "time": "done before" if summary.already_there else f"{summary.seconds:.0f} s",
+    }
+    if summary.skipped or unusable:
+        lines["left out"] = f"{unusable} unusable rows, {summary.skipped} without room for their response"
+    trained = f"-m {summary.output}" if summary.method == "full" else f"-m {model} -a {summary.output}"
+    chosen = "" if template == "alpaca" else f" --template {template!r}"
+    lines["next"] = f"rapidindex build {data} {trained}{chosen} -o INDEX"
+    return {f"{'Model' if summary.method == 'full' else 'Adapter'} {summary.output}": lines}
 
 
 def _build_lines(summary: Any) -> dict[str, dict[str, Any]]:

@@ -4,16 +4,21 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-Progress = Callable[[str, int, int], None]
-"""Told (stage, done, total) as work goes on; the units are the stage's own. May raise to stop the work."""
+Progress = Callable[..., None]
+"""Told (stage, done, total), and perhaps a note, as work goes on; the units are the stage's own."""
 
 _PLAIN_SECONDS = 10.0
 
 
-def silent(stage: str, done: int, total: int) -> None:
+def silent(stage: str, done: int, total: int, note: str = "") -> None:
     """A `Progress` that says nothing."""
+
+
+def steps(progress: Progress) -> Callable[[Any], None]:
+    """`progress` as a function of the steps of fine-tuning (`finetune.FinetuneProgress`), with the loss as its note."""
+    return lambda done: progress("fine-tune", done.step, done.total, f"loss {done.loss:.2f}")
 
 
 class Bars:
@@ -48,16 +53,23 @@ class Bars:
         if self.live:
             self.live.stop()
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` of a stage is done."""
         if self.live:
             if stage not in self.tasks:
                 self.tasks[stage] = self.live.add_task(stage, total=total)
-            self.live.update(self.tasks[stage], completed=done, total=total)
+            self.live.update(self.tasks[stage], completed=done, total=total, description=f"{stage} {note}")
         elif not self.quiet:
-            self._plain(stage, done, total)
+            self._plain(stage, done, total, note)
 
-    def _plain(self, stage: str, done: int, total: int) -> None:
+    def say(self, text: str) -> None:
+        """A line on stderr, above the bars."""
+        if self.live:
+            self.live.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _plain(self, stage: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()
         began = self.began.setdefault(stage, now)
         if stage in self.told and done < total and now - self.told[stage] < _PLAIN_SECONDS:
@@ -66,5 +78,6 @@ class Bars:
             return
         self.told[stage] = float("inf") if done == total else now
         share = 100 * done / max(1, total)
-        left = f", about {(now - began) * (total - done) / done:.0f} s left" if 0 < done < total else ""
-        print(f"{stage}: {share:.0f} %{left}", file=sys.stderr, flush=True)
+        known = 0 < done < total and now - began > 1.0
+        left = f", about {(now - began) * (total - done) / done:.0f} s left" if known else ""
+        print(f"{stage}: {share:.0f} %{left}{note and ', ' + note}", file=sys.stderr, flush=True)

