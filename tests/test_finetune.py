@@ -348,3 +348,12 @@ def test_training_is_silent_and_leaves_the_random_generators_alone(tmp_path, lla
 def test_the_chat_template_can_be_trained_on(tmp_path, llama_folders, dataset):
     assert_learns(finetune(dataset, EncodingConfig("chat", 64), on_cpu(llama_folders[0]), QUICK, tmp_path / "adapter"))
     assert load(on_cpu(llama_folders[0], tmp_path / "adapter")).tokenizer.chat_template == tiny.CHAT_TEMPLATE
+
+
+def test_each_epoch_sees_every_example_in_an_order_of_its_own(tmp_path, llama_folders, dataset):
+    events = []
+    options = replace(QUICK, batch_size=1, learning_rate=1e-12)  # nothing moves, so a loss tells its example
+    finetune(dataset, PLAIN, on_cpu(llama_folders[0]), options, tmp_path / "adapter", progress=events.append)
+    orders = [[round(event.loss, 4) for event in events[start : start + 5]] for start in (0, 5, 10)]
+    assert len(set(orders[0])) == 5 and sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+    assert orders[0] != orders[1] or orders[1] != orders[2]
