@@ -1,0 +1,153 @@
+"""Which share of the exact answer an approximate index finds, and how many candidates it takes to find enough.
+
+Held-out queries. A real query is the gradient of a prompt and an answer that are not among the stored examples,
+computed by the same recipe. Two kinds stand in for it:
+
+    left out   a stored row, itself taken out of both answers: just what a further example of the same data would meet
+    blend      r_a + (r_b - r_c) / √2 of three stored rows, all taken out: half its squared length is of the rows' own
+               spectrum but in no row's direction. Queries that resemble no example (wrong answers, a few tokens of one)
+               stand out less from the rows; so does this.
+
+An index counts as no better than it is on the worse kind. Knows vectors, not text.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from rapidindex.exact import live_scores, top
+from rapidindex.store.rows import Rows
+
+KINDS = ("left out", "blend")
+QUERIES = 64
+"""Of each kind: 640 rows to be found at recall@10, so that .99 is measured to within about .004."""
+DEPTHS = (10, 100)
+OVERFETCHES = (1, 2, 4, 8, 16, 32, 64)
+_TIES = 28  # rows beyond the deepest: rows that score as much as the last one count as found, too
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Queries of both kinds, and their exact answers in both directions."""
+
+    queries: Float32[np.ndarray, "queries K"]
+    kinds: list[str]
+    """The kind of each query."""
+    left_out: list[Int64[np.ndarray, " rows"]]
+    """For each query the rows that count in no answer: all that belong to an example it is made of."""
+    answers: dict[bool, list[tuple[Float32[np.ndarray, " best"], Int64[np.ndarray, " best"]]]]
+    """For True (proponents) and False (opponents), for each query: scores and numbers of the best rows, best first."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured for one direction, and what a search does about it."""
+
+    overfetch: int | None
+    """Candidates for each row asked for; None: no over-fetch reached the target, so searches are exact."""
+    lists: int | None
+    """Lists of an IVF index that a search visits."""
+    recall_at_10: float
+    """Of the worse kind of query, at this over-fetch; at the greatest where none reached the target."""
+    recall_at_100: float
+    by_kind: dict[str, list[float]]
+    """Recall@10 and @100 of each kind."""
+    queries: int
+    rows: int
+    """Live rows when it was measured."""
+
+    def recall(self, k: int) -> float:
+        """What to state of a search for k rows: the lower figure where k lies between 10 and 100."""
+        if k <= DEPTHS[0]:
+            return self.recall_at_10
+        return min(self.recall_at_10, self.recall_at_100) if k < DEPTHS[1] else self.recall_at_100
+
+
+Find = Callable[[Float32[np.ndarray, "queries K"], int, int | None], Int64[np.ndarray, "queries count"]]
+"""(queries, candidates, lists to visit) → numbers of live rows, best first, and -1 where there is none."""
+
+
+def held_out(
+    rows: Rows, *, seed: int, device: str = "cpu", threads: int | None = None, queries: int = QUERIES
+) -> HeldOut | None:
+    """Draw `queries` of each kind and find their exact answers in one pass over the rows.
+
+    None where fewer than four examples have live rows: there is nothing to measure then.
+    """
+    rng = np.random.default_rng([seed, 1])
+    live = rng.permutation(np.flatnonzero(rows.alive))
+    _, first = np.unique(rows.example[live], return_index=True)
+    one_each = rng.permutation(live[first])
+    if len(one_each) < 4:
+        return None
+    alone = one_each[:queries]
+    trios = np.stack([rng.choice(one_each, 3, replace=False) for _ in alone])
+    blends = [a + (b - c) * np.float32(0.5**0.5) for a, b, c in map(rows.take, trios)]
+    made_of = [*alone[:, None], *trios]
+    left_out = [np.flatnonzero(np.isin(rows.example, rows.example[numbers])) for numbers in made_of]
+    drawn = np.concatenate([rows.take(alone), np.stack(blends)])
+    kinds = [kind for kind in KINDS for _ in alone]
+    return HeldOut(drawn, kinds, left_out, _answers(rows, drawn, left_out, device, threads))
+
+
+def calibrate(find: Find, held_out: HeldOut, *, largest: bool, target: float, lists: int, rows: int) -> Calibration:
+    """The smallest over-fetch, and the fewest of an IVF index's `lists`, at which recall@10 reaches `target`."""
+    visited = _enough_lists(find, held_out, largest, target, lists) if lists else None
+    shallow, deep = DEPTHS
+    for overfetch in OVERFETCHES:
+        found = _recall(find, held_out, shallow, overfetch, visited, largest)
+        if min(found.values()) >= target:
+            break
+    below = _recall(find, held_out, deep, overfetch, visited, largest)
+    return Calibration(
+        overfetch=overfetch if min(found.values()) >= target else None,
+        lists=visited,
+        recall_at_10=min(found.values()),
+        recall_at_100=min(below.values()),
+        by_kind={kind: [found[kind], below[kind]] for kind in KINDS},
+        queries=len(held_out.queries),
+        rows=rows,
+    )
+
+
+def _answers(
+    rows: Rows, queries: np.ndarray, left_out: list[np.ndarray], device: str, threads: int | None
+) -> dict[bool, list[tuple[np.ndarray, np.ndarray]]]:
+    live = np.flatnonzero(rows.alive)
+    answers: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {True: [], False: []}
+    for scores, excluded in zip(live_scores(rows, queries, device=device, threads=threads), left_out, strict=True):
+        counts = ~np.isin(live, excluded)
+        scores, numbers = scores[counts], live[counts]
+        for largest, so_far in answers.items():
+            best = top(scores, DEPTHS[-1] + _TIES, largest)
+            so_far.append((scores[best], numbers[best]))
+    return answers
+
+
+def _recall(
+    find: Find, held_out: HeldOut, k: int, overfetch: int, lists: int | None, largest: bool
+) -> dict[str, float]:
+    """Of each kind of query, the mean share of the true k best that are among `overfetch` · k candidates."""
+    count = overfetch * k
+    candidates = find(held_out.queries, count + max(map(len, held_out.left_out)), lists)
+    shares: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for kind, numbers, excluded, (scores, rows) in zip(
+        held_out.kinds, candidates, held_out.left_out, held_out.answers[largest], strict=True
+    ):
+        depth = min(k, len(rows))
+        true = rows[scores >= scores[depth - 1] if largest else scores <= scores[depth - 1]]
+        counted = numbers[(numbers >= 0) & ~np.isin(numbers, excluded)][:count]
+        shares[kind].append(min(depth, int(np.isin(true, counted).sum())) / depth)
+    return {kind: round(float(np.mean(share)), 6) for kind, share in shares.items()}
+
+
+def _enough_lists(find: Find, held_out: HeldOut, largest: bool, target: float, lists: int) -> int:
+    """The fewest lists whose rows hold enough of the answers; all where even those do not."""
+    visited = max(1, lists // 64)
+    while visited < lists:
+        if min(_recall(find, held_out, DEPTHS[0], OVERFETCHES[4], visited, largest).values()) >= target:
+            return visited
+        visited *= 2
+    return lists
