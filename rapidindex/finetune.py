@@ -142,8 +142,10 @@ def finetune(
     if finished:
         return finished
     _prepare(work, settings, overwrite)
-    from rapidindex.training import train
+    from rapidindex.loading import quiet
 
+    with quiet():  # importing Trainer imports bitsandbytes, which logs what it does not find
+        from rapidindex.training import train
     result = train(dataset, encoding, model_config, options, work, progress)
     summary = Summary(output=str(output), method=options.method, **result)
     _write_json(work / "finished" / RECORD, {"settings": settings, "summary": asdict(summary)})

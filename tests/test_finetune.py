@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -343,6 +345,16 @@ def test_training_is_silent_and_leaves_the_random_generators_alone(tmp_path, lla
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
     printed = capfd.readouterr()
     assert printed.out == printed.err == ""
+
+
+def test_a_fresh_process_that_trains_says_nothing(tmp_path, llama_folders, dataset):
+    code = (
+        "from rapidindex.finetune import *; from rapidindex.examples import read_examples\n"
+        f"finetune(read_examples({dataset.path!r}), EncodingConfig('plain', 64), "
+        f"ModelConfig({str(llama_folders[0])!r}, device='cpu'), FinetuneConfig(epochs=1), {str(tmp_path / 'out')!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_chat_template_can_be_trained_on(tmp_path, llama_folders, dataset):
