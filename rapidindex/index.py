@@ -31,11 +31,12 @@ from rapidindex.card import Card, rebuild_hint
 from rapidindex.errors import ResourceError, StoreError, UsageError
 from rapidindex.exact import (
     SearchResult,
-    check_finite,
+    as_tensor,
     checked_queries,
     exact_search,
     not_finite,
     padding,
+    scores_of,
     to_float32,
     top,
 )
@@ -55,7 +56,6 @@ REMEASURE_GROWTH = 1.1
 """`update` measures recall again once there are so many times the live rows that it was measured with."""
 _TRAIN_ROWS, _TRAIN_PER_LIST, _TRAIN_BYTES = 2**14, 64, 2**30
 _FOLD_BYTES = 2**25  # float32 bytes of rows folded at a time
-_RERANK_BYTES = 2**23  # float32 bytes of rows re-ranked at a time
 
 
 def default_factory(rows: int, K: int) -> str:
@@ -222,14 +222,7 @@ class VectorIndex:
     ) -> tuple[Float32[np.ndarray, " k"], Int64[np.ndarray, " k"]]:
         """The k best of the rows of these numbers by their inner products at full K."""
         numbers = np.sort(numbers)  # the disk is read forwards, and of equal scores the lower row comes first
-        chunk = max(1, _RERANK_BYTES // (4 * self.rows.K))
-        on_torch = torch.from_numpy(query)
-        parts = [
-            torch.mv(torch.from_numpy(self.rows.take(numbers[at : at + chunk])), on_torch)
-            for at in range(0, len(numbers), chunk)
-        ]
-        scores = torch.cat(parts).numpy()
-        check_finite(scores, self.rows, numbers)
+        scores = scores_of(self.rows, numbers, query)
         best = top(scores, k, largest)
         return scores[best], numbers[best]
 
@@ -335,5 +328,7 @@ def _training_rows(rows: Rows, count: int, dim: int, seed: int) -> Float32[np.nd
     live = np.flatnonzero(rows.alive)
     count = min(count, len(live), _TRAIN_BYTES // (4 * dim))
     drawn = np.sort(np.random.default_rng([seed, 0]).choice(live, count, replace=False))
-    chunk = max(1, _FOLD_BYTES // (4 * rows.K))
-    return np.concatenate([fold(rows.take(drawn[at : at + chunk]), dim) for at in range(0, count, chunk)])
+    folded = np.empty((count, dim), np.float32)
+    for place, halves, scale in rows.each(drawn):
+        folded[place] = fold(as_tensor(halves).float(), dim).numpy() * scale
+    return folded

@@ -71,14 +71,21 @@ class Rows:
 
     def take(self, row_numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """float32 [m, K]: the rows of these m numbers, in this order. IndexError where one is not 0 to n - 1."""
-        row_numbers = self._checked(row_numbers)
-        taken = np.empty((len(row_numbers), self.K), np.float32)
-        for file, here, inside in self._by_file(row_numbers):
-            arrays = self._arrays(file)
-            for to, source in zip(here, inside, strict=True):  # faster than all at once, which needs two copies more
-                taken[to] = arrays["rows"][source]
-                taken[to] *= arrays["scale"][source]
+        taken = np.empty((np.size(row_numbers), self.K), np.float32)
+        for to, halves, scale in self.each(row_numbers):  # faster than all at once, which needs two copies more
+            taken[to] = halves
+            taken[to] *= scale
         return taken
+
+    def each(self, row_numbers: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray, np.float32]]:
+        """(i, float16 [K], scale) of the i-th of these row numbers, file by file: a row is its halves times its scale.
+
+        The arrays are read-only views of the files, not copies. IndexError where a number is not 0 to n - 1.
+        """
+        for file, here, inside in self._by_file(self._checked(row_numbers)):
+            arrays = self._arrays(file)
+            for to, source in zip(here, inside, strict=True):
+                yield int(to), arrays["rows"][source], arrays["scale"][source]
 
     def norms(self, row_numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """float32 [m, L]: each layer's norm in these m rows. IndexError where a number is not 0 to n - 1."""
