@@ -41,14 +41,22 @@ def _asked(asked: Asked) -> Text:
     text = Text.assemble(("Prompt  ", "dim"), clean(asked.prompt), "\n", ("Answer  ", "dim"))
     if len(selected) == len(asked.tokens):
         return text.append(clean(asked.answer))
+    runs = _runs(asked)
+    for (start, end), chosen in runs:
+        text.append(clean(asked.answer[start:end]), "bold reverse" if chosen else "")
+    words = " … ".join(asked.answer[start:end].strip() for (start, end), chosen in runs if chosen)
+    return text.append(f"\nAbout   {clean(words)}", "dim")
+
+
+def _runs(asked: Asked) -> list[tuple[tuple[int, int], bool]]:
+    """The answer cut where selected characters begin and end; white space before a word is not marked."""
     marked = [False] * len(asked.answer)
-    for position in selected:
+    for position in asked.selection:
         token = asked.tokens[position]
-        marked[token.start : token.end] = [True] * (token.end - token.start)
-    for character, mark in zip(asked.answer, marked, strict=True):
-        text.append(_visible(character), "bold reverse" if mark and not character.isspace() else "")
-    words = "".join(asked.tokens[position].text for position in asked.selection).strip()
-    return text.append(f"\nToken   {clean(words)}", "dim")
+        blank = len(token.text) - len(token.text.lstrip())
+        marked[token.start + blank : token.end] = [True] * (token.end - token.start - blank)
+    edges = [i for i in range(1, len(marked)) if marked[i] != marked[i - 1]]
+    return [((a, b), marked[a]) for a, b in zip([0, *edges], [*edges, len(marked)], strict=True)]
 
 
 def _matches(found: Result) -> Table:

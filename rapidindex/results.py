@@ -122,7 +122,7 @@ class Result:
         try:
             value = json.loads(text)
             schema = value.pop("schema")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise DataError(
                 "This is not a rapidindex result.", hint="Give what `rapidindex query --json` prints."
             ) from error

@@ -31,7 +31,7 @@ LAYERS = [
     {"build"},
     {"query"},
     {"demo"},
-    {"cli", "__init__"},
+    {"cli", "__init__", "__main__"},
 ]
 """A module imports from the sets above its own, or from its own."""
 

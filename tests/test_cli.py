@@ -1,0 +1,153 @@
+"""The command line as a user has it: real processes, their streams and their exit codes."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.test_build import WORDS, data  # noqa: F401
+
+PROMPT, ANSWER = "Tell me about tea", "tea is from Japan"
+
+
+def rapidindex(*arguments, **options):
+    command = [sys.executable, "-m", "rapidindex", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def index(data, tmp_path_factory, llama_folders):  # noqa: F811
+    path = tmp_path_factory.mktemp("index") / "index"
+    base, adapter = llama_folders
+    done = rapidindex("build", data, "-m", base, "-a", adapter, "-o", path, "-K", 1024, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["examples"] == len(WORDS)
+    return path
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = """
+import runpy, sys
+sys.argv = ["rapidindex", "--help"]
+try:
+    runpy.run_module("rapidindex", run_name="__main__")
+except SystemExit:
+    assert not {"torch", "faiss"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("finetune", "build", "index", "query", "info", "check", "demo"):
+        assert command in done.stdout
+
+
+def test_query_prints_a_table_on_stdout_and_nothing_else_there(index):
+    done = rapidindex("query", index, PROMPT, "--answer", ANSWER, "--token", "Japan", "-k", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Tell me about") >= 4
+    assert "number" in done.stdout and "exact search over 10 examples" in done.stdout
+    assert "Loading" in done.stderr and "Loading" not in done.stdout
+
+
+def test_json_is_one_object_and_jsonl_one_a_line(index, tmp_path):
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text("\n".join(json.dumps({"prompt": PROMPT, "answer": f"{word} from Japan"}) for word in WORDS[:3]))
+    done = rapidindex("query", index, "--queries", queries, "--jsonl", "-k", 2)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [r["query"]["answer"] for r in results] == [f"{word} from Japan" for word in WORDS[:3]]
+    assert len(json.loads(rapidindex("query", index, "--queries", queries, "--json", "-q").stdout)) == 3
+    alone = rapidindex("query", index, "-", "--answer", ANSWER, "--span", "0:1", "--json", "-q", input=PROMPT + "\n")
+    assert alone.stderr == ""
+    value = json.loads(alone.stdout)
+    assert value["query"]["selection"] == [0, 1] and value["query"]["prompt"] == PROMPT
+
+
+def test_info_and_check_speak_json_too(index):
+    found = json.loads(rapidindex("info", index, "--json").stdout)
+    assert (found["examples"], found["complete"]) == (10, True)
+    assert "K = 1,024" in rapidindex("info", index).stdout
+    assert json.loads(rapidindex("check", index, "--json").stdout) == []
+
+
+def test_index_is_rebuilt_with_another_factory(index):
+    done = rapidindex("index", index, "--factory", "Flat", "--dim", 256, "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["factory"] == "Flat"
+    again = rapidindex("query", index, PROMPT, "--answer", ANSWER, "--json", "-q")
+    assert again.returncode == 0, again.stderr
+
+
+def test_check_finds_a_changed_byte_and_fails(data, tmp_path, llama_folders):  # noqa: F811
+    base, adapter = llama_folders
+    build = ("build", data, "-m", base, "-a", adapter, "-o", tmp_path / "index", "-K", 256, "-q")
+    assert rapidindex(*build).returncode == 0
+    shard = tmp_path / "index" / "sentence" / "shard-00000.h5"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    done = rapidindex("check", tmp_path / "index")
+    assert done.returncode == 1
+    assert "shard-00000.h5" in done.stdout
+    assert rapidindex("check", tmp_path / "index", "--repair").returncode == 0
+    assert rapidindex(*build).returncode == 0
+    assert rapidindex("check", tmp_path / "index").returncode == 0
+
+
+ERRORS = {
+    "no such index": (["query", "nowhere", PROMPT], 1, "NotAnIndex"),
+    "no prompt": (["query", "INDEX"], 2, "UsageError"),
+    "a word that is not there": (
+        ["query", "INDEX", PROMPT, "--answer", ANSWER, "--token", "India"],
+        1,
+        "TokenNotFound",
+    ),
+    "an empty answer": (["query", "INDEX", PROMPT, "--answer", ""], 1, "QueryError"),
+    "a K that is no power of two": (["build", "DATA", "-m", "x", "-o", "y", "-K", "1000"], 2, "UsageError"),
+    "an unknown recipe": (["build", "DATA", "-m", "x", "-o", "y", "--normalize", "x"], 2, "UsageError"),
+    "no data": (["build", "nothing.jsonl", "-m", "x", "-o", "y"], 1, "DataError"),
+    "no model": (["build", "DATA", "-m", "/no/such/model", "-o", "y"], 1, "ModelError"),
+    "no queries": (["query", "INDEX", "--queries", "nothing.jsonl"], 1, "DataError"),
+    "an unknown factory": (["index", "INDEX", "--factory", "Flatt"], 2, "UsageError"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "kind"), ERRORS.values(), ids=ERRORS.keys())
+def test_an_expected_error_is_one_sentence_and_an_exit_code(index, data, tmp_path, arguments, code, kind):  # noqa: F811
+    named = {"INDEX": index, "DATA": data}
+    arguments = [named.get(argument, argument) for argument in arguments]
+    plain = rapidindex(*arguments, cwd=tmp_path)
+    assert (plain.returncode, plain.stdout) == (code, "")
+    assert "Error: " in plain.stderr and "Traceback" not in plain.stderr
+    coded = rapidindex(*arguments, "--json", cwd=tmp_path)
+    error = json.loads(coded.stderr.splitlines()[-1])["error"]
+    assert error["type"] == kind and error["message"] and error["hint"]
+
+
+def test_a_mistyped_option_is_a_usage_error():
+    done = rapidindex("build", "--nonsense")
+    assert done.returncode == 2 and "--nonsense" in done.stderr
+
+
+@pytest.mark.parametrize("signal", ["INT", "TERM"])
+def test_an_interrupted_build_says_how_to_go_on_and_does(data, tmp_path, llama_folders, signal):  # noqa: F811
+    import signal as signals
+
+    big = tmp_path / "big.jsonl"
+    rows = [{"instruction": f"{word} {number}", "output": "very " * 60} for word in WORDS for number in range(60)]
+    big.write_text("\n".join(map(json.dumps, rows)))
+    base, adapter = llama_folders
+    command = [sys.executable, "-m", "rapidindex", "build", big, "-m", base, "-a", adapter, "-o", tmp_path / "index"]
+    command += ["-K", "256", "--batch-tokens", "200", "--second-moment", "none"]
+    running = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for line in running.stderr:
+        if line.startswith("cache"):
+            break
+    time.sleep(0.5)
+    running.send_signal(getattr(signals, f"SIG{signal}"))
+    said = running.stderr.read()
+    assert running.wait(timeout=60) == 130
+    assert "Traceback" not in said and "again to go on" in said
+    done = rapidindex(*command[3:], "--json")
+    summary = json.loads(done.stdout)
+    assert summary["examples"] == len(rows) and summary["computed"] < len(rows)
