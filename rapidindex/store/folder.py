@@ -66,11 +66,11 @@ def parts(path: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a file that `write_json` wrote.
 
-    A change to any byte raises DamagedIndex, a newer format NewerFormat, and no file at all FileNotFoundError.
+    A change to any byte raises DamagedIndex, a newer format NewerFormat, no file FileNotFoundError.
     """
     try:
         text = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except PermissionError as error:
         raise StoreError(f"{path} may not be read by you.", hint="Change its permissions.") from error
@@ -183,7 +183,7 @@ def is_index(path: Path) -> bool:
             return True
     except NewerFormat:
         return True
-    except (FileNotFoundError, StoreError):
+    except (FileNotFoundError, NotADirectoryError, StoreError):
         pass
     sealed = [path / MOMENT, *(path / level / name for level in LEVELS for name in shard_names(path / level))]
     for file in sealed:
