@@ -307,16 +307,17 @@ def main() -> None:
     """Run the command line, and turn every expected failure into one sentence and an exit code."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(prog_name="rapidindex", standalone_mode=True)
+        app(prog_name="rapidindex")
     except RapidIndexError as error:
         _fail(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("\nInterrupted; what was finished is kept. Type the same command again to go on.", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()
+    except OSError as error:
+        _fail(RapidIndexError(f"{error.strerror or error}: {error.filename or 'a file'}."))
         sys.exit(1)
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:  # Typer's own exit code for Ctrl-C
+            print("\nInterrupted; what was finished is kept. Type the same command again to go on.", file=sys.stderr)
+        raise
 
 
 def _terminate(number: int, frame: Any) -> None:
