@@ -114,6 +114,15 @@ def test_an_index_is_destroyed_without_a_trace(path):
     assert not path.exists()
 
 
+def test_an_index_behind_a_link_is_emptied_and_made_anew(path, tmp_path):
+    (tmp_path / "large disk").mkdir()
+    path.symlink_to(tmp_path / "large disk")
+    make(path, "abc")
+    Store.destroy(path)
+    assert path.is_symlink() and files(path) == []
+    assert make(path, "de").rows("sentence").ids == ["d", "e"]
+
+
 def test_a_damaged_index_can_be_destroyed(path):
     make(path, "abc")
     (path / "manifest.json").write_text("")

@@ -20,16 +20,23 @@ from rapidindex.store import Store, check, sealed
 from tests.store_content import content, create, make, row_of, write
 path = Path(sys.argv[1])
 
-def killed(work, seconds):
-    "Run `work` in a child and kill it after so long; whether it had not ended by itself."
+tell = None
+
+def killed(work, seconds, *, steps=0):
+    "Run `work` in a child and kill it so long after it told of so many steps; whether it had not ended by itself."
+    global tell
+    told, tell = os.pipe()
     child = os.fork()
     if not child:
         try:
             work()
         finally:
             os._exit(1)
+    for _ in range(steps):
+        os.read(told, 1)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
+    os.close(told), os.close(tell)
     return os.waitpid(child, 0)[1] == signal.SIGKILL
 
 def build():
@@ -43,6 +50,7 @@ def build():
         for number in range(rows.next_number(), 10**5):
             name = rows.write_shard(number, **content([next(todo) for _ in range(3)]))
             store.record_shard("sentence", name)
+            os.write(tell, b".")
 
 def state():
     rows = Store.open(path).rows("sentence")
@@ -82,7 +90,7 @@ def test_no_moment_of_killing_a_build_loses_a_finished_shard(path):
 rng, kills, problems = random.Random(0), 0, set()
 for _ in range(25):
     before = state()
-    kills += killed(build, rng.uniform(0.002, 0.06))
+    kills += killed(build, rng.uniform(0, 0.02), steps=rng.randrange(1, 4))
     problems |= {problem.what for problem in check(path) if problem.where != "sentence"}
     with Store.open(path).lock():
         after = state()
@@ -94,7 +102,7 @@ print(json.dumps([kills, sorted(problems), after]))
     kills, problems, after = json.loads(run(code, path))
     assert kills == 25
     assert set(problems) <= {"was left by a killed build", "is finished, but the manifest does not list it"}
-    assert len(after) >= 30 and set(after) == {f"e{number}" for number in range(len(after))}
+    assert len(after) >= 25 * 3 and set(after) == {f"e{number}" for number in range(len(after))}
     assert all(np.array_equal(row, row_of(id)) for id, row in after.items())
 
 
@@ -116,6 +124,28 @@ for _ in range(25):
     assert list(state()) == ["a", "b"]
     Store.destroy(path)
     assert not path.exists()
+"""
+    run(code, path)
+
+
+def test_of_many_processes_that_create_an_index_at_once_one_does(path):
+    code = """
+def attempt(start):
+    time.sleep(max(0, start - time.time()))
+    try:
+        create(path)
+    except StoreError:
+        os._exit(3)
+    os._exit(0)
+for _ in range(10):
+    start, children = time.time() + 0.02, []
+    for _ in range(4):
+        children.append(os.fork())
+        if not children[-1]:
+            attempt(start)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert sorted(codes) == [0, 3, 3, 3], codes
+    Store.destroy(path)
 """
     run(code, path)
 

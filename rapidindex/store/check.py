@@ -4,6 +4,7 @@ Repairing deletes nothing but unfinished files. What is damaged is moved to INDE
 anew from the intact shards, so that `rapidindex build` with the same options computes what was lost, and only that.
 """
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -40,7 +41,9 @@ def check(path: str | Path, *, repair: bool = False) -> list[Problem]:
     folder cannot be written to, and ResourceError where there is no room.
     """
     path = Path(path)
-    if not (path / folder.MANIFEST).exists() and not folder.is_index(path):
+    with sealed.reading(path):
+        found = (path / folder.MANIFEST).exists()
+    if not found and not folder.is_index(path):
         manifest.load(path)  # says that this is no index
     if not repair:
         return _Audit(path, repair=False, busy=folder.writer(path) is not None).problems
@@ -51,7 +54,7 @@ def check(path: str | Path, *, repair: bool = False) -> list[Problem]:
 
 
 class _Audit:
-    """One reading of an index: its problems, and what the manifest should say (None where that cannot be known)."""
+    """One reading of an index: its problems, what the manifest should say, and whether that is `known` at all."""
 
     def __init__(self, path: Path, *, repair: bool, busy: bool) -> None:
         self.path, self.busy = path, busy
@@ -61,8 +64,10 @@ class _Audit:
         self._to_repair = "" if repair else f"type `rapidindex check {path} --repair`"
         self._owners: dict[str, dict[str, str]] = {}
         self._broken = self._verify()
-        self.content = self._manifest()
-        if self.content is not None:
+        content = self._manifest()
+        self.known = content is not None
+        self.content: Manifest = content or {}
+        if self.known:
             for level in LEVELS:
                 self._level(level) if level in self.content["levels"] else self._unknown_level(level)
             self._moment()
@@ -71,7 +76,7 @@ class _Audit:
 
     def repair(self) -> None:
         """Mend what can be mended: called once, under the lock."""
-        if self.content is None:
+        if not self.known:
             return
         for file in self.damaged:
             self._move_aside(file)
@@ -141,7 +146,7 @@ class _Audit:
             file = self.path / level / name
             shard = self._read(self.content, file)
             fault = shard if isinstance(shard, str) else _content_fault(shard, owners)
-            if fault:
+            if isinstance(shard, str) or fault:
                 self._damage(file, fault, f"its examples are not in the index now: {_BUILD}")
                 continue
             kept[name] = shard.entry()
@@ -184,7 +189,10 @@ class _Audit:
         try:
             removed = set(manifest.load_removed(self.path))
         except (DamagedIndex, NewerFormat) as error:
-            lines = {line.strip().removesuffix(b",") for line in file.read_bytes().splitlines()}  # an id each
+            text = b""
+            with contextlib.suppress(OSError):
+                text = file.read_bytes()
+            lines = {line.strip().removesuffix(b",") for line in text.splitlines()}  # an id each
             self.removed = [id for id in stored if json.dumps(id).encode() in lines]
             what = f"{_what(error, file)}; {len(self.removed)} ids in it can be read"
             self._damage(

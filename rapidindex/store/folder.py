@@ -24,7 +24,7 @@ from typing import Any
 
 from rapidindex.config import LEVELS
 from rapidindex.errors import IndexBusy, NewerFormat, NotAnIndex, StoreError
-from rapidindex.store.sealed import damaged, read_layout
+from rapidindex.store.sealed import damaged, read_layout, reading
 from rapidindex.store.sealing import part_name, sync_folder, writing
 
 FORMAT = 1
@@ -49,15 +49,19 @@ def shard_number(name: str) -> int:
 
 def shard_names(folder: Path) -> list[str]:
     """The finished shards in a level's folder, in order; none where the folder does not exist."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return sorted((name for name in os.listdir(folder) if _SHARD.fullmatch(name)), key=shard_number)
-    return []
+    return sorted((name for name in _entries(folder) if _SHARD.fullmatch(name)), key=shard_number)
 
 
 def parts(path: Path) -> list[Path]:
     """The unfinished files in an index folder."""
     folders = [path, *(path / level for level in LEVELS)]
-    return [entry for folder in folders if folder.is_dir() for entry in folder.iterdir() if _PART.fullmatch(entry.name)]
+    return [folder / name for folder in folders for name in _entries(folder) if _PART.fullmatch(name)]
+
+
+def _entries(folder: Path) -> list[str]:
+    with reading(folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return os.listdir(folder)
+    return []
 
 
 # JSON files that check themselves
@@ -68,14 +72,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
     A change to any byte raises DamagedIndex, a newer format NewerFormat, no file FileNotFoundError.
     """
-    try:
+    text = None
+    with reading(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except PermissionError as error:
-        raise StoreError(f"{path} may not be read by you.", hint="Change its permissions.") from error
-    except OSError as error:
-        raise damaged(path, f"it cannot be read ({error.strerror or error})") from error
+    if text is None:
+        raise FileNotFoundError(path)
     try:
         content = json.loads(text)
         version = content.pop("format")
@@ -183,7 +184,7 @@ def is_index(path: Path) -> bool:
             return True
     except NewerFormat:
         return True
-    except (FileNotFoundError, NotADirectoryError, StoreError):
+    except (FileNotFoundError, StoreError):
         pass
     sealed = [path / MOMENT, *(path / level / name for level in LEVELS for name in shard_names(path / level))]
     for file in sealed:
@@ -221,7 +222,7 @@ def destroy(path: Path) -> None:
     Raises NotAnIndex where there is none, StoreError, naming it, where the folder holds a file that is not the index's,
     and IndexBusy where another process is writing to it. Nothing is deleted then.
     """
-    if not path.is_dir() or not is_index(path):
+    if not is_index(path):
         raise NotAnIndex(f"There is no index at {path}.", hint="Nothing was deleted.")
     _own_files(path)
     with exclusive(path), writing(path, 0):

@@ -58,7 +58,7 @@ def load(path: Path) -> Manifest:
     """The manifest of the index at `path`; raises as `Store.open` does."""
     try:
         return folder.read_json(path / folder.MANIFEST)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         if folder.is_index(path):
             file = path / folder.MANIFEST
             raise DamagedIndex(f"{file} is missing.", hint=f"Type `rapidindex check {path} --repair`.") from None
@@ -115,4 +115,4 @@ def read_moment(path: Path, manifest: Manifest) -> Layout:
 
 def moment_entry(layout: Layout) -> dict[str, Any]:
     """What the manifest says of the second moment."""
-    return {"sha256": layout.sha256, "bytes": layout.bytes, "length": layout.extents["v"].shape[0]}
+    return {"sha256": layout.sha256, "bytes": layout.size, "length": layout.extents["v"].shape[0]}

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,20 +48,20 @@ class Layout:
     """A sealed file's table of contents."""
 
     path: Path
-    bytes: int
-    """The size of the whole file."""
+    size: int
+    """Bytes of the whole file."""
     sha256: str
     """Of everything after the user block."""
-    attributes: dict[str, str | int]
+    attributes: Mapping[str, str | int]
     extents: dict[str, Extent]
 
     def block(self) -> bytes:
         """The first 2,048 bytes of the file."""
         content = {
             "format": f"{_FORMAT}{_VERSION}",
-            "bytes": self.bytes,
+            "bytes": self.size,
             "sha256": self.sha256,
-            "attributes": self.attributes,
+            "attributes": dict(self.attributes),
             "arrays": {name: vars(extent) for name, extent in self.extents.items()},
         }
         seal = hashlib.sha256(_json(content)).hexdigest()
@@ -104,8 +104,8 @@ def read_layout(path: Path) -> Layout:
     with reading(path), open(path, "rb") as file:
         block, size = file.read(USER_BLOCK), os.fstat(file.fileno()).st_size
     layout = _parse(path, block)
-    if layout.bytes != size:
-        raise damaged(path, f"it should have {layout.bytes} bytes and has {size}")
+    if layout.size != size:
+        raise damaged(path, f"it should have {layout.size} bytes and has {size}")
     return layout
 
 
@@ -123,8 +123,8 @@ def verify(path: Path) -> Layout:
 def map_arrays(layout: Layout) -> dict[str, np.ndarray]:
     """The arrays of a file as read-only views of one memory map, which holds a file descriptor as long as they live."""
     with reading(layout.path):
-        if os.stat(layout.path).st_size != layout.bytes:  # touching pages past a file's end kills the process
-            raise damaged(layout.path, f"it does not have {layout.bytes} bytes any more")
+        if os.stat(layout.path).st_size != layout.size:  # touching pages past a file's end kills the process
+            raise damaged(layout.path, f"it does not have {layout.size} bytes any more")
         whole = np.memmap(layout.path, mode="r")
     return {name: _view(whole, extent) for name, extent in layout.extents.items()}
 

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def encode_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
-def write(path: Path, columns: dict[str, Column], attributes: dict[str, str | int]) -> Layout:
+def write(path: Path, columns: dict[str, Column], attributes: Mapping[str, str | int]) -> Layout:
     """Write `path` as one sealed file. It appears complete and synced to the disk, or not at all.
 
     Raises ResourceError where there is no room for it, and StoreError where `path` exists (a finished file is never
@@ -168,14 +168,15 @@ class _Pieces:
     readinto = read
 
 
-def _plan(columns: dict[str, Column], attributes: dict[str, str | int]) -> tuple[_Pieces, dict[str, Extent]]:
+def _plan(columns: dict[str, Column], attributes: Mapping[str, str | int]) -> tuple[_Pieces, dict[str, Extent]]:
     """The file without its arrays, and where they go: their space is allocated, but not filled."""
     pieces, extents = _Pieces(), {}
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    places = {"userblock_size": USER_BLOCK, "alignment_threshold": 1, "alignment_interval": _ALIGNMENT}
-    with h5py.File(pieces, "w", **places) as file:
+    with h5py.File(
+        pieces, "w", userblock_size=USER_BLOCK, alignment_threshold=1, alignment_interval=_ALIGNMENT
+    ) as file:
         file.attrs.update(attributes)
         for name, values in columns.items():
             dataset = file.create_dataset(name, values.shape, values.dtype, dcpl=creation)
@@ -206,7 +207,7 @@ def _write_blocks(descriptor: int, blocks: Iterable[np.ndarray], extent: Extent)
     written = 0
     for block in blocks:
         if block.size:
-            data = memoryview(np.ascontiguousarray(block, extent.dtype)).cast("B")
+            data = np.ascontiguousarray(block, extent.dtype).data.cast("B")
             _write_at(descriptor, data, extent.offset + written)
         written += block.nbytes
     if written != extent.nbytes:

@@ -66,7 +66,7 @@ class Shard:
     def entry(self) -> dict[str, Any]:
         """What the manifest says of it."""
         counts = {"rows": self.rows, "examples": len(self.ids), "rejected": len(self.rejected)}
-        return {"sha256": self.layout.sha256, "bytes": self.layout.bytes, **counts}
+        return {"sha256": self.layout.sha256, "bytes": self.layout.size, **counts}
 
 
 def encode_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
