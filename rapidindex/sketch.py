@@ -34,15 +34,19 @@ def fold(rows, K: int):
 
 
 class Sketch:
-    """The compression of gradients of `size` entries (|v|) to `config.K`."""
+    """The compression of gradients of `size` entries (|v|) to `config.K`.
 
-    def __init__(self, size: int, config: SketchConfig) -> None:
+    `slots` is the whole map where it was computed before, in memory shared by several processes, say.
+    """
+
+    def __init__(self, size: int, config: SketchConfig, slots: Int32[Tensor, " size"] | None = None) -> None:
         if size < 1:
             raise ValueError("a gradient has at least one entry")
         self.size = size
         self.config = config
         largest_K = max(config.K, FOLDABLE_K)
         self.padded = largest_K * -(-size // largest_K)
+        self._whole = slots
         self._slots_of: dict[tuple[int, int, torch.device], Tensor] = {}
         self._tensors: dict[torch.device, tuple[list[tuple[Tensor, Tensor]], Tensor]] = {}
 
@@ -77,7 +81,9 @@ class Sketch:
         """Add gradient entries `start` to `start + n` of each example to `sums`; the map of slots is kept."""
         key = (start, values.shape[1], values.device)
         if key not in self._slots_of:
-            self._slots_of[key] = self.slots(start, start + values.shape[1], values.device)
+            stop = start + values.shape[1]
+            known = self.slots(start, stop, values.device) if self._whole is None else self._whole[start:stop]
+            self._slots_of[key] = known.to(values.device)
         sums.index_add_(1, self._slots_of[key], values.to(sums.dtype))
 
     def finish(self, sums: Float[Tensor, "examples slots"]) -> Float[Tensor, "examples K"]:

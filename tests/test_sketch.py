@@ -109,3 +109,12 @@ def test_the_gpu_makes_the_same_rapidgrads():
     gradients = torch.randn(4, 300_000, generator=torch.Generator().manual_seed(0))
     there = sketch.compress(gradients.cuda()).cpu()
     torch.testing.assert_close(there, sketch.compress(gradients), rtol=1e-4, atol=1e-3)
+
+
+def test_a_map_of_slots_that_was_computed_before_gives_the_same_rapidgrads():
+    config = SketchConfig(K=64)
+    ours = Sketch(1000, config)
+    gradients = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    again = Sketch(1000, config, ours.slots(0, 1000))
+    assert torch.equal(again.compress(gradients), ours.compress(gradients))
+    assert "shuffles" not in vars(again), "the map was computed anew"
