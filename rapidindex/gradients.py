@@ -299,6 +299,12 @@ def _positions_used(weights: Float[Tensor, "examples T"]) -> Int64[Tensor, "exam
 
 def _losses(model: nn.Module, batch: Batch, positions: Tensor | None = None) -> Float[Tensor, " examples"]:
     """The loss of each example; `positions` [examples, G] are those at which the logits were computed, if not all."""
+    weights, entropies = _token_losses(model, batch, positions)
+    return torch.where(weights != 0, weights * entropies, 0.0).sum(1)
+
+
+def _token_losses(model: nn.Module, batch: Batch, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weight and the cross-entropy of the token after each position, float32 [examples, G] both."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention, use_cache=False).logits
     if positions is None:
         positions = torch.arange(batch.input_ids.shape[1] - 1, device=logits.device).expand(len(batch), -1)
@@ -309,7 +315,21 @@ def _losses(model: nn.Module, batch: Batch, positions: Tensor | None = None) -> 
     repeated = (positions == 0) & (torch.arange(positions.shape[1], device=positions.device) > 0)
     weights = weights.masked_fill(repeated, 0.0)
     entropies = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(weights)
-    return torch.where(weights != 0, weights * entropies, 0.0).sum(1)
+    return weights, entropies
+
+
+def weighted_token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The tokens that have a weight, as a mask bool [examples, G], and their cross-entropies, float32 [examples, G].
+
+    An example's tokens stand first in its row, in their order; G is the largest number of them.
+    """
+    positions = _positions_used(batch.weights)
+    with _only_logits_at(model, positions) as narrowed:
+        weights, entropies = _token_losses(model, batch, positions if narrowed else None)
+    if narrowed:
+        return weights != 0, entropies
+    wanted = batch.weights[:, 1:].gather(1, positions) != 0
+    return wanted, entropies.gather(1, positions)
 
 
 @contextmanager

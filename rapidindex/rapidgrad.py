@@ -60,6 +60,34 @@ class Compressor:
             rows /= _or_one(norms.norm(dim=1)).unsqueeze(1)
         return RapidGrads(rows, norms, losses)
 
+    def direction(self, batch: Batch) -> Float[Tensor, " size"]:
+        """The u of a query (a batch of one), such that ⟨u, ∇L(s)⟩ is its influence on s but for the norms of s.
+
+        It is the corrected and normalised gradient, corrected once more for the other side; uncompressed, float32.
+        """
+        layers = self.gradients.layers
+        flat = torch.zeros(layers[-1].start + layers[-1].size, device=batch.input_ids.device)
+        norms = torch.zeros(len(layers), device=flat.device)
+
+        def consume(number: int, values: Tensor) -> None:
+            layer = layers[number]
+            if self.correction is not None:
+                values.mul_(self.correction[layer.start : layer.start + layer.size])
+            norms[number] = values.norm()
+            flat[layer.start : layer.start + layer.size] = values[0]
+
+        self.gradients(batch, consume)
+        if self.normalize == "unit":
+            flat /= _or_one(norms.norm())
+        if self.normalize == "layer":
+            flat = self.divided(flat, norms)
+        return flat if self.correction is None else flat.mul_(self.correction)
+
+    def divided(self, flat: Float[Tensor, " size"], norms: Float[Tensor, " layers"]) -> Float[Tensor, " size"]:
+        """A copy of a flattened gradient with each layer's part divided by its norm; a zero norm divides by 1."""
+        sizes = torch.tensor([layer.size for layer in self.gradients.layers], device=flat.device)
+        return flat / _or_one(norms).repeat_interleave(sizes)
+
 
 def _or_one(lengths: Tensor) -> Tensor:
     """A zero gradient has no direction: it stays zero."""
