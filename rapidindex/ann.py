@@ -105,7 +105,7 @@ class AnnIndex:
         """An empty index. UsageError where FAISS does not know `factory`."""
         faiss, index = load_faiss(), _make(factory, dim)
         inner = _inner(faiss, index)
-        for part in (inner, getattr(inner, "pq", None)):
+        for part in (inner, getattr(inner, "pq", inner)):
             if hasattr(part, "cp"):
                 part.cp.min_points_per_centroid = 1  # else FAISS warns on stderr; recall is measured anyway
         if hasattr(inner, "qb"):
@@ -202,7 +202,7 @@ class AnnIndex:
             most = _GPU_MOST if self._on_gpu else self._ivf.nlist
             return self._faiss.SearchParametersIVF(nprobe=min(lists or self._ivf.nlist, most))
         if hasattr(self._inner, "hnsw"):
-            return self._faiss.SearchParametersHNSW(efSearch=max(64, 2 * count))
+            return self._faiss.SearchParametersHNSW(efSearch=max(64, 4 * count))
         return None
 
     def _guarded(self, call: Callable[..., None], *arguments: np.ndarray) -> None:

@@ -68,7 +68,7 @@ class SearchResult:
 
 def exact_search(
     rows: Rows,
-    queries: Float32[np.ndarray, "queries K"],
+    queries: np.ndarray,
     k: int,
     *,
     largest: bool = True,
@@ -77,8 +77,9 @@ def exact_search(
 ) -> SearchResult:
     """The k live rows of the largest (or smallest) inner product with each query; equal scores: lower row first.
 
-    `device` is a torch device; `threads` are torch's, its own setting where None. Raises UsageError for queries of
-    another shape or k < 1, QueryError for values that are not finite, DamagedIndex where a stored row's are not.
+    `queries` are floats [queries, K] of any precision, computed with as float32. `device` is a torch device; `threads`
+    are torch's, its own setting where None. Raises UsageError for queries of another shape or k < 1, QueryError for
+    values that are not finite, DamagedIndex where a stored row's are not.
     """
     started = time.perf_counter()
     queries = checked_queries(queries, rows.K, k)
@@ -225,5 +226,5 @@ def _summary(scores: Float32[np.ndarray, " n"]) -> ScoreSummary:
     least, most = wide.min(), wide.max()
     bins = (wide - least) * (HISTOGRAM_BINS / (most - least or 1.0))
     counts = np.bincount(bins.astype(np.int64).clip(max=HISTOGRAM_BINS - 1), minlength=HISTOGRAM_BINS)
-    moments = (float(value) for value in (least, most, wide.mean(), wide.std()))
-    return ScoreSummary(len(wide), *moments, tuple(counts.tolist()))
+    mean, std = float(wide.mean()), float(wide.std())
+    return ScoreSummary(len(wide), float(least), float(most), mean, std, tuple(counts.tolist()))

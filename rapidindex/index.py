@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from os import sysconf
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ class VectorIndex:
         seed: int = 0,
         threads: int | None = None,
         progress: Progress = silent,
-    ) -> Self:
+    ) -> "VectorIndex":
         """Build the index of `rows` anew and write it into their folder; the caller holds the store's lock.
 
         `factory` is `exact`, FAISS's `index_factory` string, or None to choose by size; `dim` is lowered to K, and must
@@ -110,7 +110,7 @@ class VectorIndex:
         return index._published()
 
     @classmethod
-    def open(cls, rows: Rows, *, gpu: bool = False, threads: int | None = None) -> Self | None:
+    def open(cls, rows: Rows, *, gpu: bool = False, threads: int | None = None) -> "VectorIndex | None":
         """The index built before over `rows`, None where there is none. It may not hold all of them: see `stale`.
 
         Raises DamagedIndex where it is not as it was written, StoreError where it cannot be read, ResourceError without
@@ -128,7 +128,7 @@ class VectorIndex:
         return cls(rows, card, ann, device=_device(card.factory, gpu), threads=threads)
 
     @classmethod
-    def update(cls, rows: Rows, *, threads: int | None = None, progress: Progress = silent) -> Self:
+    def update(cls, rows: Rows, *, threads: int | None = None, progress: Progress = silent) -> "VectorIndex":
         """Bring the index up to date with `rows`, adding only those that it lacks; the caller holds the store's lock.
 
         It is built where there is none, and built anew with the same options where other rows have taken the place of
@@ -152,8 +152,8 @@ class VectorIndex:
             index._measure(progress)
         return index._published()
 
-    def search(self, queries: Float32[np.ndarray, "queries K"], k: int, *, largest: bool = True) -> SearchResult:
-        """The k live rows of the largest (or smallest) inner product with each query, approximately or exactly.
+    def search(self, queries: np.ndarray, k: int, *, largest: bool = True) -> SearchResult:
+        """The k live rows of the largest (or smallest) inner product with each of `queries` [queries, K].
 
         It is exact for the factory `exact`, in a direction in which no over-fetch reached the target recall, and where
         re-ranking the candidates would read a quarter of the rows or more: `SearchResult.method` says which it was.
@@ -263,7 +263,7 @@ class VectorIndex:
             progress("measure recall", done, 2)
         self.card = replace(self.card, proponents=settled[0], opponents=settled[1])
 
-    def _published(self) -> Self:
+    def _published(self) -> "VectorIndex":
         """Write FAISS's file under a new name, then the card that names it, and delete what no card names any more."""
         folder = self.rows.path
         folder.mkdir(exist_ok=True)

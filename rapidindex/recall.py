@@ -35,9 +35,9 @@ class HeldOut:
     queries: Float32[np.ndarray, "queries K"]
     kinds: list[str]
     """The kind of each query."""
-    left_out: list[Int64[np.ndarray, " rows"]]
+    left_out: list[Int64[np.ndarray, " _"]]
     """For each query the rows that count in no answer: all that belong to an example it is made of."""
-    answers: dict[bool, list[tuple[Float32[np.ndarray, " best"], Int64[np.ndarray, " best"]]]]
+    answers: dict[bool, list[tuple[Float32[np.ndarray, " _"], Int64[np.ndarray, " _"]]]]
     """For True (proponents) and False (opponents), for each query: scores and numbers of the best rows, best first."""
 
 
@@ -96,6 +96,7 @@ def calibrate(find: Find, held_out: HeldOut, *, largest: bool, target: float, li
     """The smallest over-fetch, and the fewest of an IVF index's `lists`, at which recall@10 reaches `target`."""
     visited = _enough_lists(find, held_out, largest, target, lists) if lists else None
     shallow, deep = DEPTHS
+    overfetch, found = 0, dict.fromkeys(KINDS, 0.0)
     for overfetch in OVERFETCHES:
         found = _recall(find, held_out, shallow, overfetch, visited, largest)
         if min(found.values()) >= target:

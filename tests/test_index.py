@@ -284,7 +284,7 @@ def test_what_cannot_work_is_refused_with_the_reason(tmp_path, factory, dim, rea
     assert not list(rows.path.glob("ann.*"))
 
 
-@pytest.mark.parametrize("target", [0, 1.5, -1])
+@pytest.mark.parametrize("target", [0.0, 1.5, -1.0])
 def test_a_target_that_is_no_share_is_refused(compact, target):
     with pytest.raises(UsageError, match="--target-recall"):
         VectorIndex.build(compact.rows, target_recall=target)
@@ -528,7 +528,9 @@ def test_readers_are_undisturbed_while_the_index_is_rebuilt(store, queries):
 
     with ThreadPoolExecutor(2) as pool:
         readers = [pool.submit(read) for _ in range(2)]
-        for factory in ("SQ8", "HR,RaBitQ", "exact", "Flat"):
-            VectorIndex.build(rows, factory=factory, dim=K, target_recall=0.9)
-        done.set()
+        try:
+            for factory in ("SQ8", "HR,RaBitQ", "exact", "Flat"):
+                VectorIndex.build(rows, factory=factory, dim=K, target_recall=0.9)
+        finally:
+            done.set()
         assert min(min(reader.result()) for reader in readers) >= 0.85
