@@ -7,7 +7,7 @@ the whole answer, Eq. 7 for some of it), and its RapidGrad is looked up in the i
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,19 @@ from rapidindex.errors import ConfigMismatch, DataError, QueryError
 from rapidindex.exact import SearchResult, exact_search
 from rapidindex.examples import Example, display_text
 from rapidindex.gradients import Batch
+from rapidindex.heatmaps import TokenScores, shares
 from rapidindex.index import VectorIndex
 from rapidindex.model import LoadedModel, generate, load
 from rapidindex.rapidgrad import Compressor
-from rapidindex.results import Asked, Match, Result, Seconds, Source, Span, Summary
+from rapidindex.results import Asked, Match, Rescoring, Result, Seconds, Source, Span, Summary
 from rapidindex.selection import select
 from rapidindex.store import Store
 from rapidindex.templates import Encoding, Template
+
+RESCORED = 4
+"""Candidates for each match asked for, of which `rescore` computes the uncompressed influence."""
+HEATMAP_TOKENS = 1024
+"""Padded tokens of candidates whose heat-maps are computed together."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,15 @@ class Query:
     """None lets the model answer, greedily."""
     token: str | None = None
     span: str | None = None
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A row that a search found, and what is said of it."""
+
+    row: int
+    encoding: Encoding
+    match: Match
 
 
 class Index:
@@ -79,15 +94,20 @@ class Index:
         k: int = 10,
         opponents: bool = False,
         exact: bool = False,
+        heatmaps: bool = True,
+        rescore: bool = False,
         max_new_tokens: int = 64,
     ) -> Result:
         """The k training examples that most influence `answer`, or the tokens of it that `token` or `span` selects.
 
         Without an answer the model gives one. Opponents are those whose influence is the most negative. `exact` scans
-        every stored RapidGrad. Raises QueryError (TokenNotFound) for a query that cannot be answered.
+        every stored RapidGrad; `heatmaps` adds every response token's share to the matches, and their uncompressed
+        influence; `rescore` computes that of four times k candidates and orders by it. Raises QueryError
+        (TokenNotFound) for a query that cannot be answered.
         """
-        asked = Query(prompt, answer, token, span)
-        return self.query_many([asked], k=k, opponents=opponents, exact=exact, max_new_tokens=max_new_tokens)[0]
+        asked = [Query(prompt, answer, token, span)]
+        how = {"k": k, "opponents": opponents, "exact": exact, "heatmaps": heatmaps, "rescore": rescore}
+        return self.query_many(asked, **how, max_new_tokens=max_new_tokens)[0]
 
     def query_many(
         self,
@@ -96,15 +116,33 @@ class Index:
         k: int = 10,
         opponents: bool = False,
         exact: bool = False,
+        heatmaps: bool = True,
+        rescore: bool = False,
         max_new_tokens: int = 64,
     ) -> list[Result]:
-        """As `query`, for many at once: one batch of gradients, one search."""
+        """As `query`, for many at once: one search."""
         started = time.perf_counter()
         posed = [self._pose(query, max_new_tokens) for query in queries]
         vectors = self.vectors(posed)
         gradient = (time.perf_counter() - started) / max(1, len(posed))
-        found = self._search(vectors, k, largest=not opponents, exact=exact)
-        return [self._result(asked, found, number, gradient) for number, (asked, _) in enumerate(posed)]
+        found = self._search(vectors, RESCORED * k if rescore else k, largest=not opponents, exact=exact)
+        results = []
+        for number, (asked, encoding) in enumerate(posed):
+            matches = self._matches(found, number)
+            started = time.perf_counter()
+            rescoring = None
+            if heatmaps or rescore:
+                matches = self._with_heatmaps(matches, asked, encoding)
+            if rescore:
+                matches, rescoring = rescored(matches, k, largest=not opponents)
+            seconds = Seconds(
+                gradient,
+                found.search_seconds / len(posed),
+                found.rerank_seconds / len(posed),
+                time.perf_counter() - started,
+            )
+            results.append(self._result(asked, found, number, matches, seconds, rescoring))
+        return results
 
     def answer(self, prompt: str, *, max_new_tokens: int = 64) -> str:
         """What the model says to `prompt`, greedily."""
@@ -207,40 +245,85 @@ class Index:
     def _vector_index(self) -> VectorIndex | None:
         return VectorIndex.open(self.rows)
 
-    def _result(self, asked: Asked, found: SearchResult, number: int, gradient: float) -> Result:
-        percentiles = found.percentiles()[number]
-        matches = [
-            self._match(rank, int(row), float(score), float(percentile))
-            for rank, (row, score, percentile) in enumerate(
-                zip(found.rows[number], found.scores[number], percentiles, strict=True), 1
-            )
-            if row >= 0
+    def _matches(self, found: SearchResult, number: int) -> list[_Candidate]:
+        told = zip(found.rows[number], found.scores[number], found.percentiles()[number], strict=True)
+        return [
+            self._candidate(rank, int(row), float(s), float(p)) for rank, (row, s, p) in enumerate(told, 1) if row >= 0
         ]
-        queries = len(found.rows)
+
+    def _candidate(self, rank: int, row: int, score: float, percentile: float) -> _Candidate:
+        example = example_of(self.rows.record(int(self.rows.example[row])))
+        encoding = self.template.encode(example)
+        text = (example.id, example.prompt, example.response, example.meta)
+        return _Candidate(row, encoding, Match(rank, score, None, percentile, *text, spans(encoding), []))
+
+    def _with_heatmaps(self, found: list[_Candidate], asked: Asked, encoding: Encoding) -> list[_Candidate]:
+        """The candidates with every token's share, and the uncompressed influence, their mean."""
+        direction = self.compressor.direction(_batch(asked, encoding, self.loaded.device))
+        told: list[_Candidate] = []
+        for group in _groups(found):
+            masks = [one.encoding.response_mask.astype(np.float32) for one in group]
+            batch = Batch.of([one.encoding.input_ids for one in group], masks, self.loaded.device)
+            norms = torch.from_numpy(self.rows.norms([one.row for one in group])).to(self.loaded.device)
+            for one, scores in zip(group, shares(self.scorer, self.compressor, direction, batch, norms), strict=True):
+                filled = replace(one.match, token_scores=scores.tolist(), exact_score=float(scores.mean()))
+                told.append(replace(one, match=filled))
+        return told
+
+    @cached_property
+    def scorer(self) -> TokenScores:
+        """What computes heat-maps."""
+        return TokenScores(self.loaded.model)
+
+    def _result(
+        self,
+        asked: Asked,
+        found: SearchResult,
+        number: int,
+        matches: list[_Candidate],
+        seconds: Seconds,
+        rescoring: Rescoring | None,
+    ) -> Result:
         summary = found.summaries[number] if found.summaries else None
+        config = self.store.config
+        sketch = config["sketch"]
+        place = (self.store.id, config["model"]["path"], config["adapter"]["path"])
         return Result(
-            index=self._source(found.n),
+            index=Source(*place, sketch["K"], sketch["shuffles"], found.n),
             query=asked,
             direction="proponents" if found.largest else "opponents",
             level="sentence",
             search=found.method,
             recall=found.recall,
-            seconds=Seconds(gradient, found.search_seconds / queries, found.rerank_seconds / queries, 0.0),
+            seconds=seconds,
             summary=summary and Summary(**{**vars(summary), "histogram": list(summary.histogram)}),
-            matches=matches,
+            matches=[one.match for one in matches],
+            rescoring=rescoring,
         )
 
-    def _source(self, n: int) -> Source:
-        config = self.store.config
-        adapter, sketch = config["adapter"]["path"], config["sketch"]
-        return Source(self.store.id, config["model"]["path"], adapter, sketch["K"], sketch["shuffles"], n)
 
-    def _match(self, rank: int, row: int, score: float, percentile: float) -> Match:
-        example = example_of(self.rows.record(int(self.rows.example[row])))
-        tokens = spans(self.template.encode(example))
-        return Match(
-            rank, score, None, percentile, example.id, example.prompt, example.response, example.meta, tokens, []
-        )
+def rescored(found: list[_Candidate], k: int, *, largest: bool) -> tuple[list[_Candidate], Rescoring]:
+    """The k candidates of the largest (or smallest) uncompressed influence, and how far the order has moved."""
+    exact = np.array([one.match.exact_score for one in found])
+    order = np.argsort(-exact if largest else exact, kind="stable")
+    n = len(order)
+    moves = np.abs(np.argsort(order) - np.arange(n))
+    spearman = 1 - 6 * float((moves.astype(float) ** 2).sum()) / (n * (n**2 - 1)) if n > 1 else None
+    kept = [replace(found[i], match=replace(found[i].match, rank=rank)) for rank, i in enumerate(order[:k], 1)]
+    return kept, Rescoring(n, spearman, int(moves.max(initial=0)))
+
+
+def _groups(found: list[_Candidate]) -> list[list[_Candidate]]:
+    """Candidates in their order, in batches of about so many padded tokens."""
+    groups: list[list[_Candidate]] = []
+    for one in found:
+        longest = max((len(other.encoding.input_ids) for other in groups[-1]), default=0) if groups else 0
+        longest = max(longest, len(one.encoding.input_ids))
+        if groups and longest * (len(groups[-1]) + 1) <= HEATMAP_TOKENS:
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    return groups
 
 
 def read_queries(path: str | Path) -> list[Query]:

@@ -93,6 +93,17 @@ class Seconds:
 
 
 @dataclass(frozen=True)
+class Rescoring:
+    """How far the RapidGrad scores of the candidates were off the uncompressed influence that orders the matches."""
+
+    candidates: int
+    rank_correlation: float | None
+    """Spearman's, between the two orders of the candidates; None for fewer than two."""
+    largest_move: int
+    """Places by which a candidate moved, at most."""
+
+
+@dataclass(frozen=True)
 class Result:
     """The training examples that most influence a query's answer, best first."""
 
@@ -110,11 +121,28 @@ class Result:
     summary: Summary | None
     """None for `ann`, which does not score every row."""
     matches: list[Match]
+    rescoring: Rescoring | None = None
+    """Where the matches are ordered by `exact_score` instead of `score`."""
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The result as JSON text; never NaN or infinity."""
         value = {"schema": SCHEMA, **asdict(self)}
         return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+
+    def to_html(self, *, opponents: "Result | None" = None, command: str = "") -> str:
+        """One self-contained HTML page, with the other direction's matches beside these where `opponents` gives them.
+
+        `command` is shown as what makes the page again.
+        """
+        from rapidindex import report
+
+        return report.page(self, opponents, command)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from rapidindex import report
+
+        return report.fragment(self)
 
     @classmethod
     def from_json(cls, text: str) -> "Result":
@@ -128,13 +156,14 @@ class Result:
             ) from error
         if schema != SCHEMA:
             raise DataError(f"The result has the schema {schema!r}, not {SCHEMA!r}.", hint="Upgrade rapidindex.")
-        query, summary = value.pop("query"), value.pop("summary")
+        query, summary, rescoring = value.pop("query"), value.pop("summary"), value.pop("rescoring", None)
         matches = [{**match, "tokens": _spans(match["tokens"])} for match in value.pop("matches")]
         return cls(
             index=Source(**value.pop("index")),
             query=Asked(**{**query, "tokens": _spans(query["tokens"])}),
             seconds=Seconds(**value.pop("seconds")),
             summary=Summary(**summary) if summary else None,
+            rescoring=Rescoring(**rescoring) if rescoring else None,
             matches=[Match(**match) for match in matches],
             **value,
         )

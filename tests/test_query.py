@@ -68,6 +68,25 @@ def test_the_order_is_that_of_a_brute_force_computation(index, token, opponents)
         assert match.score == pytest.approx(truth[match.id], abs=1e-4 * scale)
 
 
+def test_shares_average_to_an_influence_near_the_compressed_one(index):
+    result = index.query(PROMPT, answer=ANSWER, token="Japan", k=10)
+    spread = max(abs(match.exact_score) for match in result.matches)
+    for match in result.matches:
+        assert len(match.token_scores) == len(match.tokens)
+        assert match.exact_score == pytest.approx(np.mean(match.token_scores), abs=1e-6 * spread)
+        assert match.score == pytest.approx(match.exact_score, abs=0.35 * spread)  # K is 1,024 here
+    assert index.query(PROMPT, answer=ANSWER, k=3, heatmaps=False).matches[0].token_scores == []
+
+
+def test_rescoring_orders_by_the_uncompressed_influence(index):
+    plain = index.query(PROMPT, answer=ANSWER, k=10)
+    result = index.query(PROMPT, answer=ANSWER, k=3, rescore=True)
+    truth = sorted(plain.matches, key=lambda match: match.exact_score, reverse=True)
+    assert [match.id for match in result.matches] == [match.id for match in truth[:3]]
+    assert [match.rank for match in result.matches] == [1, 2, 3]
+    assert result.rescoring.candidates == 10 and result.rescoring.rank_correlation > 0.5
+
+
 def test_a_match_carries_what_the_data_said(index):
     match = index.query(PROMPT, answer=ANSWER, k=1).matches[0]
     assert match.prompt.startswith("Tell me about ")
