@@ -1,9 +1,8 @@
-"""Results for people: tables on a terminal. Imports neither torch nor faiss.
+"""Results for people, on a terminal: tables, or cards where there are token scores. Imports neither torch nor faiss.
 
 Training text is untrusted: control characters are shown, never sent to the terminal, and no markup in it counts.
 """
 
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,19 +10,25 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rapidindex import cards, chips
 from rapidindex.results import Asked, Match, Result
+from rapidindex.untrusted import line
 
 _META_WIDTH = 16
 
 
-def clean(text: str) -> str:
-    """`text` on one line, with every control, format and line-breaking character made visible or harmless."""
-    return "".join(_visible(character) for character in text)
-
-
 def result(found: Result) -> RenderableType:
-    """A query's answer with the selected tokens marked, and a table of its matches."""
-    return Group(_asked(found.query), Text(), _matches(found), Text(_footer(found), style="dim"))
+    """A query's answer with the selected tokens marked, its matches, and how they lie among all scores."""
+    parts: list[RenderableType] = [_asked(found.query), Text()]
+    if any(match.token_scores for match in found.matches):
+        parts += [Text(found.direction, style="bold"), cards.cards(found), Text()]
+    else:
+        parts.append(_matches(found))
+    if found.summary and sum(found.summary.histogram):
+        parts.append(cards.histogram(found.summary, found.matches))
+    if said := chips.verdict(found):
+        parts.append(Text(said, style="bold"))
+    return Group(*parts, Text(_footer(found), style="dim"))
 
 
 def fields(title: str, values: dict[str, Any]) -> RenderableType:
@@ -32,20 +37,20 @@ def fields(title: str, values: dict[str, Any]) -> RenderableType:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in values.items():
-        table.add_row(name, clean(str(value)))
+        table.add_row(name, line(str(value)))
     return table
 
 
 def _asked(asked: Asked) -> Text:
     selected = set(asked.selection)
-    text = Text.assemble(("Prompt  ", "dim"), clean(asked.prompt), "\n", ("Answer  ", "dim"))
+    text = Text.assemble(("Prompt  ", "dim"), line(asked.prompt), "\n", ("Answer  ", "dim"))
     if len(selected) == len(asked.tokens):
-        return text.append(clean(asked.answer))
+        return text.append(line(asked.answer))
     runs = _runs(asked)
     for (start, end), chosen in runs:
-        text.append(clean(asked.answer[start:end]), "bold reverse" if chosen else "")
+        text.append(line(asked.answer[start:end]), "bold reverse" if chosen else "")
     words = " … ".join(asked.answer[start:end].strip() for (start, end), chosen in runs if chosen)
-    return text.append(f"\nAbout   {clean(words)}", "dim")
+    return text.append(f"\nAbout   {line(words)}", "dim")
 
 
 def _runs(asked: Asked) -> list[tuple[tuple[int, int], bool]]:
@@ -65,17 +70,17 @@ def _matches(found: Result) -> Table:
     for name in ("#", "score", "pct"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in columns:
-        table.add_column(clean(name), max_width=_META_WIDTH, overflow="ellipsis")
+        table.add_column(line(name), max_width=_META_WIDTH, overflow="ellipsis")
     table.add_column("prompt → response", ratio=1)
     for match in found.matches:
         scores = (str(match.rank), f"{match.score:+.4f}", f"{match.percentile:.1f}")
-        meta = (clean(_short(match.meta.get(name))) for name in columns)
+        meta = (line(_short(match.meta.get(name))) for name in columns)
         table.add_row(*map(Text, (*scores, *meta)), _example(match))
     return table
 
 
 def _example(match: Match) -> Text:
-    return Text.assemble((clean(_cut(match.prompt, 120)), "bold"), (" → ", "dim"), clean(_cut(match.response, 240)))
+    return Text.assemble((line(_cut(match.prompt, 120)), "bold"), (" → ", "dim"), line(_cut(match.response, 240)))
 
 
 def _meta_columns(matches: Sequence[Match]) -> list[str]:
@@ -105,9 +110,3 @@ def _short(value: Any) -> str:
 
 def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _visible(character: str) -> str:
-    if character in "\n\r\t\v\f\x85\u2028\u2029":
-        return " "
-    return "\ufffd" if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character != "\u200d" else character

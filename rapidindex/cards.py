@@ -1,0 +1,142 @@
+"""Matches with token scores on a terminal: a card each, its response coloured by signed share; and all scores as bars.
+
+Colour-blind-safe: what speaks against the answer is underlined too. Without colour there is a list of the strongest.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from rapidindex import chips
+from rapidindex.results import Match, Result, Summary
+from rapidindex.untrusted import line
+
+_LONGEST = 1200
+"""Characters of a response that a card shows."""
+_WEAKEST = 5
+"""Colour steps below this are left plain: the terminal's own background may be dark or light."""
+_LISTED = 8
+_COLUMNS = 50
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def cards(found: Result) -> RenderableType:
+    """The matches as cards, on one scale of colour, under a line that says what the colours mean."""
+    full = chips.scale(found)
+    return Group(_Legend(full), *(_card(match, full) for match in found.matches))
+
+
+def histogram(summary: Summary, matches: Sequence[Match]) -> Text:
+    """All scores as bars that grow with the root of the count, and below them where the matches lie."""
+    counts = _merged(summary.histogram)
+    tallest = max(counts, default=0)
+    bars = "".join(_bar(count, tallest) for count in counts)
+    marks = [" "] * len(counts)
+    for match in matches:
+        marks[_column(match.score, summary, len(counts))] = "▲"
+    low, high = chips.signed(summary.min), chips.signed(summary.max)
+    text = Text(f"All {summary.n:,} scores\n", "dim")
+    text.append(f"{low} {bars} {high}\n").append(" " * (len(low) + 1) + "".join(marks).rstrip())
+    return text.append("  ▲ shown here", "dim")
+
+
+def _merged(counts: Sequence[int]) -> list[int]:
+    group = math.ceil(len(counts) / _COLUMNS) or 1
+    return [sum(counts[i : i + group]) for i in range(0, len(counts), group)]
+
+
+def _bar(count: int, tallest: int) -> str:
+    return _BLOCKS[round(math.sqrt(count / tallest) * (len(_BLOCKS) - 1))] if count else " "
+
+
+def _column(score: float, summary: Summary, columns: int) -> int:
+    width = summary.max - summary.min
+    part = (score - summary.min) / width if width > 0 else 0.5
+    return min(columns - 1, max(0, int(part * columns)))
+
+
+def _card(match: Match, full: float) -> RenderableType:
+    exact = "" if match.exact_score is None else f"   exact {chips.signed(match.exact_score)}"
+    head = Text.assemble(
+        (f"{match.rank}.", "bold"), f"  score {chips.signed(match.score)}{exact}   percentile {match.percentile:.1f}"
+    )
+    for name, value in match.meta.items():
+        shown = "" if value is None else str(value)
+        head.append(f"   {line(_cut(str(name), 30))} ", "dim").append(line(_cut(shown, 60)))
+    prompt = Text.assemble(("Prompt    ", "dim"), (line(_cut(match.prompt, _LONGEST)), "bold"))
+    return Group(Text(), head, Padding(Group(prompt, _Response(match, full)), (0, 0, 0, 3)))
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _colourless(console: Console) -> bool:
+    return console.no_color or console.color_system is None
+
+
+@dataclass(frozen=True)
+class _Legend:
+    """What the colours of the cards mean; the signs alone where there is no colour."""
+
+    full: float
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        if _colourless(console):
+            yield Text("Tokens with their estimated influence: + makes the answer likelier, - less likely.", "dim")
+            return
+        yield Text.assemble(
+            ("Estimated influence of each token:  ", "dim"),
+            (" makes the answer likelier ", _style(chips.STEPS)),
+            "  ",
+            ("less likely", _style(-chips.STEPS)),
+            (f"  full colour is {chips.signed(self.full)[1:]}", "dim"),
+        )
+
+
+@dataclass(frozen=True)
+class _Response:
+    """A match's response, coloured where the console has colours; with its strongest tokens as a list where not."""
+
+    match: Match
+    full: float
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        plain = _colourless(console) or not self.match.token_scores
+        text = Text.assemble(("Response  ", "dim"), self._plain() if plain else self._coloured())
+        hidden = len(self.match.response) - _LONGEST
+        if hidden > 0:
+            text.append(f" … {hidden:,} more characters", "dim")
+        yield text
+        if self.match.token_scores and (plain or hidden > 0):
+            yield self._list()
+
+    def _plain(self) -> Text:
+        return Text(line(self.match.response[:_LONGEST]))
+
+    def _coloured(self) -> Text:
+        text, match = Text(), self.match
+        pieces, rest = chips.cut(match.response, match.tokens, match.token_scores)
+        for chip in pieces:
+            text.append(line(chip.before))
+            text.append(line(chip.label), _style(chips.step(chip.score, self.full)))
+            text.append(line(chip.after))
+            if len(text) >= _LONGEST:
+                return text
+        return text.append(line(rest))
+
+    def _list(self) -> Text:
+        shares = chips.strongest(self.match, _LISTED)
+        words = (f"{chips.signed(share.score)}\u00a0{line(chips.word(share.text))}" for share in shares)
+        return Text.assemble(("Strongest ", "dim"), "  ".join(words))
+
+
+def _style(number: int) -> str:
+    if abs(number) < _WEAKEST:
+        return ""
+    mark = "underline " if number < 0 else ""
+    return f"{mark}{chips.LIGHT.text} on {chips.blend(chips.LIGHT, number)}"

@@ -1,0 +1,81 @@
+"use strict";
+const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+const tip = document.getElementById("tip");
+
+// A token's title becomes the tip, which the keyboard and a screen reader reach too.
+function show(chip) {
+  tip.textContent = chip.dataset.said;
+  tip.hidden = false;
+  const box = chip.getClientRects()[0], own = tip.getBoundingClientRect();
+  const top = box.top - own.height - 6;
+  tip.style.left = Math.max(4, Math.min(box.left, innerWidth - own.width - 4)) + "px";
+  tip.style.top = (top < 4 ? box.bottom + 6 : top) + "px";
+}
+const hide = () => { tip.hidden = true; };
+
+function move(heat, chips, to) {
+  chips.forEach((chip) => chip.classList.remove("now"));
+  heat.at = Math.max(0, Math.min(chips.length - 1, to));
+  const chip = chips[heat.at];
+  chip.classList.add("now");
+  chip.scrollIntoView({block: "nearest"});
+  show(chip);
+}
+
+all(".heat").forEach((heat) => {
+  const chips = all(".c", heat);
+  chips.forEach((chip) => { chip.dataset.said = chip.title; chip.removeAttribute("title"); });
+  heat.at = -1;
+  heat.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const ahead = getComputedStyle(heat).direction === "rtl" ? "ArrowLeft" : "ArrowRight";
+    const back = ahead === "ArrowLeft" ? "ArrowRight" : "ArrowLeft";
+    const to = {[ahead]: heat.at + 1, [back]: heat.at - 1, Home: 0, End: chips.length - 1}[event.key];
+    if (to === undefined || !chips.length) return;
+    event.preventDefault();
+    move(heat, chips, to);
+  });
+  heat.addEventListener("blur", () => { chips.forEach((chip) => chip.classList.remove("now")); hide(); });
+});
+
+document.addEventListener("pointerover", (event) => {
+  const chip = event.target.closest(".heat .c");
+  if (chip) show(chip);
+  else if (!event.target.closest("#tip")) hide();
+});
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
+document.addEventListener("scroll", (event) => { if (!document.querySelector(".now")) hide(); }, true);
+
+const tabs = all("[role=tab]"), panels = tabs.map((tab) => document.getElementById(tab.getAttribute("aria-controls")));
+function choose(number) {
+  tabs.forEach((tab, i) => {
+    tab.setAttribute("aria-selected", i === number);
+    tab.tabIndex = i === number ? 0 : -1;
+    panels[i].classList.toggle("off", i !== number);
+  });
+  hide();
+}
+if (tabs.length) {
+  document.getElementById("tabs").hidden = false;
+  panels.forEach((panel, i) => { panel.setAttribute("role", "tabpanel"); panel.setAttribute("aria-labelledby", tabs[i].id); });
+  tabs.forEach((tab, i) => {
+    tab.addEventListener("click", () => choose(i));
+    tab.addEventListener("keydown", (event) => {
+      const steps = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+      if (!steps) return;
+      event.preventDefault();
+      const to = (i + steps + tabs.length) % tabs.length;
+      choose(to);
+      tabs[to].focus();
+    });
+  });
+  choose(0);
+}
+
+const button = document.getElementById("theme"), system = matchMedia("(prefers-color-scheme: dark)");
+const dark = () => (document.documentElement.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
+const name = () => { button.textContent = dark() ? "Light theme" : "Dark theme"; };
+button.hidden = false;
+button.addEventListener("click", () => { document.documentElement.dataset.theme = dark() ? "light" : "dark"; name(); });
+system.addEventListener("change", name);
+name();

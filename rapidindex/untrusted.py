@@ -1,0 +1,35 @@
+"""Training text made harmless to show: it may hold anything, also what commands a terminal or turns a page around.
+
+Every function keeps the text's length, so that positions in it stay right.
+"""
+
+import unicodedata
+
+_BREAKS = "\n\r\t\v\f\x85\u2028\u2029"
+_OVERRIDES = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""They reorder the text that follows them, even past their own element."""
+
+
+def line(text: str) -> str:
+    """`text` on one line for a terminal: no control or format character is left; a break is a space."""
+    return text if text.isprintable() else "".join(_on_a_line(character) for character in text)
+
+
+def paragraph(text: str) -> str:
+    """`text` for a page: line breaks stay; other controls, lone surrogates and direction overrides do not."""
+    return text if text.isprintable() else "".join(_in_a_paragraph(character) for character in text)
+
+
+def _on_a_line(character: str) -> str:
+    if character in _BREAKS:
+        return " "
+    return "\ufffd" if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character != "\u200d" else character
+
+
+def _in_a_paragraph(character: str) -> str:
+    if character in "\n\t":
+        return character
+    if character in _BREAKS:
+        return " "
+    control = unicodedata.category(character) in ("Cc", "Cs") or character in _OVERRIDES
+    return "\ufffd" if control else character
