@@ -48,6 +48,8 @@ TemplateName = Annotated[
     str, typer.Option("--template", help="alpaca, chat (the tokenizer's own), plain, or a text with {prompt} in it.")
 ]
 MaxLength = Annotated[int, typer.Option(help="Tokens of an example; what is longer is cut.")]
+BatchTokens = Annotated[int, typer.Option(help="Tokens of a padded batch, at most.")]
+Workers = Annotated[int, typer.Option(help="Processes, each with a model of its own; spread over the GPUs.")]
 Limit = Annotated[int | None, typer.Option(help="Take the first N usable examples only.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there instead of going on with it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -152,8 +154,12 @@ def build(
     seed: Annotated[int, typer.Option(help="Draws shuffles, signs and the estimate's examples.")] = 0,
     dtype: Dtype = "float32",
     device: Device = "auto",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a padded batch, at most.")] = 1024,
+    batch_tokens: BatchTokens = 1024,
+    workers: Workers = 1,
     limit: Limit = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it will take, in time, disk and memory; write nothing.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -171,12 +177,72 @@ def build(
         encoding=config.EncodingConfig(template, max_length),
         gradient=config.GradientConfig(normalize, second_moment, moment_examples, seed),
         sketch=config.SketchConfig(K, shuffles, seed),
-        work=config.BuildConfig(batch_tokens=batch_tokens),
+        work=config.BuildConfig(batch_tokens=batch_tokens, workers=workers),
         limit=limit,
     )
+    if dry_run:
+        from rapidindex.estimate import estimate
+
+        with Bars(quiet=quiet) as bars:
+            found = estimate(request, overwrite=overwrite, progress=bars)
+        _print(found, as_json, _estimate_lines(found))
+        found.check()
+        return
     with Bars(quiet=quiet) as bars:
         summary = run(request, overwrite=overwrite, progress=bars)
     _print(summary, as_json, _build_lines(summary))
+
+
+@app.command()
+def add(
+    path: IndexPath,
+    data: DataPath,
+    model: MovedModel = None,
+    adapter: MovedAdapter = None,
+    device: Device = "auto",
+    batch_tokens: BatchTokens = 1024,
+    workers: Workers = 1,
+    limit: Limit = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add data to an index, with the model and the options that it was built with. What it holds is not added twice.
+
+    Building from A and adding B gives the rows of building from A and B: exactly with --second-moment none, and
+    otherwise but for the second moment, which stays that of A. Examples that were removed, and are in the data, come
+    back.
+    """
+    from rapidindex.config import BuildConfig
+    from rapidindex.growth import add as run
+    from rapidindex.progress import Bars
+
+    work = BuildConfig(batch_tokens=batch_tokens, workers=workers)
+    moved = {"model": model, "adapter": adapter, "device": device}
+    with Bars(quiet=quiet) as bars:
+        summary = run(path, str(data), **moved, work=work, limit=limit, progress=bars)
+    _print(summary, as_json, _build_lines(summary))
+
+
+@app.command()
+def remove(
+    path: IndexPath,
+    ids: Annotated[
+        list[str] | None, typer.Option("--ids", help="An example's id, or a file with one a line; may be repeated.")
+    ] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Examples like this; repeated: all of it.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Take examples out of an index: no search finds them any more. Adding their data again brings them back."""
+    from rapidindex.growth import remove as run
+    from rapidindex.progress import Bars
+
+    with Bars(quiet=quiet) as bars:
+        removal = run(path, ids=ids or (), where=where or (), progress=bars)
+    lines = {"removed": f"{removal.removed:,} examples", "examples": f"{removal.examples:,} are left"}
+    _print(removal, as_json, {f"Index {removal.index}": lines})
 
 
 @app.command()
@@ -372,6 +438,8 @@ def _build_lines(summary: Any) -> dict[str, dict[str, Any]]:
         "examples": f"{summary.examples:,} ({summary.computed:,} computed now, in {summary.seconds:.0f} s)",
         "gradient": f"{summary.gradient_size:,} entries in {summary.layers} layers",
     }
+    if summary.restored:
+        lines["restored"] = f"{summary.restored:,} examples that had been removed"
     if summary.rejected or summary.skipped:
         lines["left out"] = f"{summary.skipped} unusable rows, {summary.rejected} without a finite gradient: see info"
     if summary.truncated:
@@ -380,6 +448,23 @@ def _build_lines(summary: Any) -> dict[str, dict[str, Any]]:
         lines["note"] = "this model's gradients had to be computed one example at a time"
     lines["next"] = f'rapidindex query {summary.index} "PROMPT" --token WORD'
     return {f"Index {summary.index}": lines}
+
+
+def _estimate_lines(found: Any) -> dict[str, dict[str, Any]]:
+    def sizes(parts: dict[str, int]) -> dict[str, str]:
+        return {name: f"{size / 2**20:,.1f} MiB" for name, size in {**parts, "in all": sum(parts.values())}.items()}
+
+    time = {"for": f"{found.examples:,} examples, {found.tokens:,} tokens", "workers": found.workers}
+    time |= {name: f"{seconds:,.1f} s" for name, seconds in {**found.seconds, "in all": found.total_seconds}.items()}
+    free = {name: size / 2**20 for name, size in found.free.items()}
+    tables = {
+        "Time": time,
+        f"Disk, of {free['disk']:,.0f} MiB free": sizes(found.disk),
+        f"Memory, {free['memory']:,.0f} MiB free": sizes(found.memory),
+    }
+    if found.device_memory:
+        tables[f"GPU memory, {free['device']:,.0f} MiB free"] = sizes(found.device_memory)
+    return tables
 
 
 def _info_lines(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -392,7 +477,7 @@ def _info_lines(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "gradient": f"{found['gradient_size']:,} entries in {found['layers']} layers",
         "model": f"{config['model']['path']} ({', '.join(filter(None, (config['dtype'], config['quantize'])))})",
         "adapter": config["adapter"]["path"] or "none: all parameters",
-        "data": config["data"]["path"],
+        "data": ", ".join(source["path"] for source in (config["data"], *config.get("added", []))),
         "template": config["encoding"]["template"],
         "recipe": f"second moment {gradient['second_moment']}, normalize {gradient['normalize']}",
         "RapidGrad": f"K = {sketch['K']:,}, {sketch['shuffles']} shuffles, seed {sketch['seed']}",
@@ -405,5 +490,5 @@ def _info_lines(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
         tables["Search"] = found["index"]
     for title, rows in (("Unusable rows of the data", found["skipped"]), ("No finite gradient", found["rejected"])):
         if rows:
-            tables[title] = {f"line {row['line']}": row["reason"] for row in rows}
+            tables[title] = {f"{row.get('source', '')} line {row['line']}".strip(): row["reason"] for row in rows}
     return tables

@@ -1,0 +1,192 @@
+"""Adding data to an index, and taking examples out of it.
+
+An index keeps the options, and the second moment, that it was built with, so added rows are as if they had been there
+from the start: exactly so with --second-moment none, and otherwise up to that moment being the first data's own.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rapidindex.build import Summary, fill, summary
+from rapidindex.card import Card
+from rapidindex.config import BuildConfig, EncodingConfig, GradientConfig, ModelConfig, SketchConfig
+from rapidindex.errors import StoreError, UsageError
+from rapidindex.index import VectorIndex
+from rapidindex.jobs import Job, Request, check_identity, prepare
+from rapidindex.progress import Progress, silent
+from rapidindex.store import Store
+from rapidindex.store.rows import Rows
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a removal did."""
+
+    index: str
+    removed: int
+    """By this run."""
+    examples: int
+    """Left in the index."""
+
+
+def add(
+    path: str | Path,
+    data: str,
+    *,
+    model: str | None = None,
+    adapter: str | None = None,
+    device: str = "auto",
+    work: BuildConfig | None = None,
+    limit: int | None = None,
+    progress: Progress = silent,
+) -> Summary:
+    """Cache the examples of `data` that the index at `path` lacks, as it was built; those removed before are back.
+
+    `model` and `adapter` say where they lie now, if not where they were. Raises as `build` does, and StoreError where
+    the index is not finished yet.
+    """
+    started = time.perf_counter()
+    with Store.open(path).lock() as store:
+        request = _request(store, data, ModelPlace(model, adapter, device), work or BuildConfig(), limit)
+        job = prepare(request, progress)
+        hint = "Say with -m and -a where the model and the adapter of the index lie now."
+        check_identity({**store.config, "data": None}, {**job.identity, "data": None}, Path(path), hint=hint)
+        done = store.rows("sentence").done_ids
+        todo = [replace(item, source=data) for item in job.items if item.example.id not in done]
+        batched = job.gradients.batched
+        _plan(store, job, len(todo))
+        if todo:
+            batched = fill(store, job, todo, progress)
+        restored = store.restore(store.removed & {item.example.id for item in job.items})
+        _update(store.rows("sentence"), progress)
+        return summary(store, job, done, batched, started, restored)
+
+
+def remove(
+    path: str | Path, *, ids: Sequence[str] = (), where: Sequence[str] = (), progress: Progress = silent
+) -> Removal:
+    """Take examples out of the index at `path`: those of `ids` (ids, or files with one a line), or those whose columns
+    have the values of all of `where` (`COLUMN=VALUE`).
+
+    StoreError where nothing is meant by them, naming what is unknown; nothing is removed then.
+    """
+    if bool(ids) == bool(where):
+        raise UsageError(
+            "Give either --ids or --where.", hint="For example: rapidindex remove INDEX --where source=web"
+        )
+    with Store.open(path).lock() as store:
+        rows = store.rows("sentence")
+        found = _meant(rows, where) if where else _listed(ids)
+        removed = store.remove(found)
+        rows = store.rows("sentence")
+        VectorIndex.update(rows, progress=progress)
+    return Removal(str(path), removed, int(rows.alive.sum()))
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """Where a model and an adapter lie now, None for where they were, and where to compute."""
+
+    model: str | None
+    adapter: str | None
+    device: str
+
+
+def _request(store: Store, data: str, place: ModelPlace, work: BuildConfig, limit: int | None) -> Request:
+    """What would build the index at `store` from other data."""
+    config = store.config
+    encoding = {name: value for name, value in config["encoding"].items() if name != "fingerprint"}
+    return Request(
+        data=data,
+        output=str(store.path),
+        model=ModelConfig(
+            place.model or config["model"]["path"],
+            place.adapter or config["adapter"]["path"],
+            config["quantize"],
+            config["dtype"],
+            place.device,
+        ),
+        encoding=EncodingConfig(**encoding),
+        gradient=GradientConfig(**config["gradient"]),
+        sketch=SketchConfig(**config["sketch"]),
+        work=work,
+        limit=limit,
+    )
+
+
+def _plan(store: Store, job: Job, new: int) -> None:
+    """List the data among the index's sources, unless it is one of them, and plan for what it adds."""
+    config, found = store.config, job.identity["data"]
+    sources = [config["data"], *config.get("added", [])]
+    if any(source["fingerprint"] == found["fingerprint"] for source in sources):
+        return
+    if not store.complete("sentence"):
+        last = sources[-1]["path"]
+        command = f"rapidindex add {store.path} {last}" if len(sources) > 1 else "its rapidindex build command"
+        raise StoreError(
+            f"{store.path} does not hold all of {last} yet.", hint=f"Finish that first: give {command} again."
+        )
+    rows = store.rows("sentence")
+    store.set_planned("sentence", len(rows.done_ids) + new)
+    added = {**found, "examples": new}
+    skipped = [{**row, "source": found["path"]} for row in job.skipped]
+    store.update_config({"added": [*sources[1:], added]}, skipped=[*store.skipped, *skipped])
+
+
+def _update(rows: Rows, progress: Progress) -> None:
+    """Bring the search index up to date; anew where examples were out when it was made, as it lacks their rows."""
+    card = Card.read(rows.path)
+    if card is not None and card.file and card.live < card.rows:
+        options = {"factory": card.asked, "dim": card.dim, "target_recall": card.target_recall, "seed": card.seed}
+        VectorIndex.build(rows, **options, progress=progress)
+    else:
+        VectorIndex.update(rows, progress=progress)
+
+
+def _listed(ids: Iterable[str]) -> set[str]:
+    """The ids, each given as itself or in a file that has one a line."""
+    found: set[str] = set()
+    for id in ids:
+        found.update(Path(id).read_text().split() if Path(id).is_file() else [id])
+    if not found:
+        raise StoreError("The files of --ids hold no id.", hint="Write one id a line.")
+    return found
+
+
+def _meant(rows: Rows, where: Sequence[str]) -> set[str]:
+    """Ids of the live examples whose columns have these values."""
+    wanted = dict(_condition(text) for text in where)
+    live = sorted({int(number) for number in rows.example[rows.alive]})
+    columns: dict[str, set[str]] = {}
+    found = set()
+    for number in live:
+        meta = rows.record(number)["meta"]
+        for name, value in meta.items():
+            columns.setdefault(name, set()).add(_as_text(value))
+        if all(name in meta and _as_text(meta[name]) == value for name, value in wanted.items()):
+            found.add(rows.ids[number])
+    if found:
+        return found
+    for name in wanted:
+        if name not in columns:
+            known = ", ".join(sorted(columns)) or "none"
+            raise StoreError(f"No example has a column {name!r}.", hint=f"Columns: {known}.")
+    some = {name: ", ".join(sorted(columns[name])[:5]) for name in wanted}
+    told = "; ".join(f"{name}: {values}" for name, values in some.items())
+    raise StoreError(f"No example has {' and '.join(where)}.", hint=f"Values there, among others: {told}.")
+
+
+def _condition(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise UsageError(f"--where {text!r} is no condition.", hint="Write it as COLUMN=VALUE.")
+    return name, value
+
+
+def _as_text(value: Any) -> str:
+    """A column's value as it is typed: `true`, `7`, `null`, or the text itself."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,138 @@
+"""What a build was asked for, what its model and data turned out to be, and whether an index was built from the same.
+
+A build is identified by everything that changes a row: model, adapter, tokenizer, template, data, and every option of
+the gradient and of the sketch. Computes no gradient, and writes nothing.
+"""
+
+import gc
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rapidindex.caching import Item
+from rapidindex.config import BuildConfig, EncodingConfig, GradientConfig, ModelConfig, SketchConfig
+from rapidindex.errors import ConfigMismatch, DataError
+from rapidindex.examples import Dataset, read_examples
+from rapidindex.gradients import Layer, PerExampleGradients
+from rapidindex.model import LoadedModel, load
+from rapidindex.progress import Progress, silent
+from rapidindex.templates import Template
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `rapidindex build` was asked for."""
+
+    data: str
+    output: str
+    model: ModelConfig
+    encoding: EncodingConfig = field(default_factory=EncodingConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig)
+    sketch: SketchConfig = field(default_factory=SketchConfig)
+    work: BuildConfig = field(default_factory=BuildConfig)
+    limit: int | None = None
+
+
+@dataclass
+class Job:
+    """A build whose model and data have been read and found to fit together."""
+
+    request: Request
+    dataset: Dataset
+    loaded: LoadedModel
+    gradients: PerExampleGradients
+    layers: list[Layer]
+    items: list[Item]
+    skipped: list[dict[str, Any]]
+    identity: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """|v|, the length of the flattened gradient."""
+        return sum(layer.size for layer in self.layers)
+
+    def release_model(self) -> None:
+        """Give its memory back: workers have models of their own."""
+        del self.loaded, self.gradients
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def prepare(request: Request, progress: Progress = silent) -> Job:
+    """Read the data and the model, and turn every example into token ids."""
+    progress("read", 0, 2)
+    dataset = read_examples(request.data, limit=request.limit)
+    loaded = load(request.model)
+    progress("read", 1, 2)
+    template = Template(request.encoding.template, loaded.tokenizer, request.encoding.max_length)
+    items, skipped = _encode(dataset, template)
+    gradients = PerExampleGradients(loaded.model)
+    identity = {
+        "model": {"path": request.model.model, "fingerprint": loaded.fingerprints["model"]},
+        "adapter": {"path": request.model.adapter, "fingerprint": loaded.fingerprints["adapter"]},
+        "tokenizer": {"fingerprint": loaded.fingerprints["tokenizer"]},
+        "quantize": request.model.quantize,
+        "dtype": request.model.dtype,
+        "encoding": {**asdict(request.encoding), "fingerprint": template.fingerprint},
+        "gradient": asdict(request.gradient),
+        "sketch": asdict(request.sketch),
+        "data": {"path": request.data, "fingerprint": dataset.fingerprint},
+    }
+    progress("read", 2, 2)
+    return Job(request, dataset, loaded, gradients, gradients.layers, items, skipped, identity)
+
+
+def drawn(job: Job) -> list[Item]:
+    """The examples from which the second moment is estimated: drawn by seed, whatever their order."""
+    options = job.request.gradient
+    ordered = sorted(job.items, key=lambda item: item.example.id)
+    numbers = np.random.default_rng(options.seed).permutation(len(ordered))[: options.moment_examples]
+    return [ordered[number] for number in numbers]
+
+
+_GO_ON = "Give the same options to go on with it, another -o, or --overwrite to build it anew."
+
+
+def check_identity(built: dict[str, Any], asked: dict[str, Any], path: Path, *, hint: str = _GO_ON) -> None:
+    """Raise ConfigMismatch, naming the fields, where an index was built from something else. Paths may differ.
+
+    Data that was added to the index later is none of its build's.
+    """
+    before, now = dict(_fields(built)), dict(_fields(asked))
+    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if not differing:
+        return
+    told = "; ".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} asked for" for name in differing)
+    if differing == ["data.fingerprint"]:
+        told = f"the data file has changed, or is another one (it was {built['data']['path']})"
+        hint = f"Add its new rows with: rapidindex add {path} {asked['data']['path']}, or build anew with --overwrite."
+    raise ConfigMismatch(f"The index {path} was built differently: {told}.", hint=hint)
+
+
+def _fields(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{name}.")
+        elif name not in ("path", "added"):
+            yield f"{prefix}{name}", value
+
+
+def _encode(dataset: Dataset, template: Template) -> tuple[list[Item], list[dict[str, Any]]]:
+    items, skipped = [], [asdict(row) for row in dataset.skipped]
+    for example in dataset.examples:
+        encoding = template.encode(example)
+        if encoding.response_mask.any():
+            items.append(Item(example, encoding))
+        else:
+            reason = f"the prompt alone has {encoding.prompt_tokens} tokens, and --max-length is {template.max_length}"
+            skipped.append({"line": example.line, "reason": reason})
+    if not items:
+        raise DataError(
+            f"{dataset.path} has no example with a response left to learn from.", hint="Give a larger --max-length."
+        )
+    return items, skipped

@@ -1,0 +1,156 @@
+"""What a build takes of disk and memory, by arithmetic from its options, and the refusal where there is less.
+
+Everything is in bytes. Memory is what comes on top of what the process holds already, its model included.
+"""
+
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from rapidindex.ann import AnnIndex
+from rapidindex.caching import Item, record_of
+from rapidindex.errors import ResourceError
+from rapidindex.index import DIM, EXACT, default_factory
+from rapidindex.jobs import Job
+from rapidindex.sketch import LARGEST_DIVISOR, Sketch
+from rapidindex.store.sealed import USER_BLOCK
+from rapidindex.store.sealing import encode_json
+
+PROCESS = 450 * 2**20
+"""A worker before its model: the interpreter, torch and transformers (measured with torch 2.13: 430 MiB, half of it
+pages of files that others map too)."""
+_HDF5 = 9 * 2**10  # what libhdf5 writes around a shard's eleven arrays
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a build takes, by part, in bytes."""
+
+    disk: dict[str, int]
+    memory: dict[str, int]
+    """Of the machine."""
+    device: dict[str, int]
+    """Of the fullest GPU; empty where there is none."""
+
+
+@dataclass(frozen=True)
+class Free:
+    """What there is, in bytes."""
+
+    disk: int
+    memory: int
+    device: int
+
+
+def needed_room(job: Job, todo: Sequence[Item], batches: Sequence[Sequence[Item]], workers: int) -> Room:
+    """What caching `todo` takes, in these batches and by so many processes, the activations of the model excepted."""
+    per_process, shared = _of_each_process(job, len(todo), batches), _of_all(job)
+    buffers = {"rows buffer": per_process.pop("rows buffer")}
+    times = workers
+    on_gpu = job.loaded.device.type == "cuda"
+    if on_gpu:
+        one_gpu = ":" in job.request.model.device
+        times = workers if one_gpu else -(-workers // torch.cuda.device_count())
+    parts = {name: size * times for name, size in per_process.items()}
+    parts |= {name: size * (times if on_gpu else 1) for name, size in shared.items()}
+    if workers > 1:  # one is held already, and is given back
+        parts["model"] = held_by(job.loaded.model) * (times - 1)
+    memory = {name: size * workers for name, size in buffers.items()}
+    if workers > 1:
+        memory["processes"] = PROCESS * workers
+    if on_gpu:
+        return Room(_disk(job, todo, workers), memory | (shared if workers > 1 else {}), parts)
+    return Room(_disk(job, todo, workers), parts | memory, {})
+
+
+def free_room(job: Job) -> Free:
+    """What is free now; of memory also what the limits of the container leave."""
+    path = Path(job.request.output).absolute()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    device = 0
+    if job.loaded.device.type == "cuda":
+        device = torch.cuda.mem_get_info(job.loaded.device)[0]
+    return Free(shutil.disk_usage(existing).free, min(psutil.virtual_memory().available, _left_in_container()), device)
+
+
+def check_room(room: Room, free: Free, output: str) -> None:
+    """ResourceError, with the numbers, where a build cannot fit."""
+    fewer = "Use fewer --workers, a smaller --batch-tokens or -K, an adapter, or a larger machine."
+    for parts, there, what, hint in (
+        (room.disk, free.disk, "disk space", "Free some, choose another -o, or a smaller -K."),
+        (room.memory, free.memory, "memory", fewer),
+        (room.device, free.device, "GPU memory", fewer),
+    ):
+        if sum(parts.values()) > there:
+            told = ", ".join(f"{name} {_mib(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1]))
+            raise ResourceError(
+                f"{output} needs {_mib(sum(parts.values()))} MiB of {what} ({told}); {_mib(there)} are free.", hint=hint
+            )
+
+
+def held_by(model: torch.nn.Module) -> int:
+    """Bytes of a model's parameters and buffers; tied ones count once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _of_all(job: Job) -> dict[str, int]:
+    """What processes share: 4 bytes a gradient entry, and as many for the correction."""
+    sketch = Sketch(job.size, job.request.sketch)
+    candidates = np.arange(2, min(sketch.padded, LARGEST_DIVISOR) + 1)
+    order = int(candidates[sketch.padded % candidates == 0].mean())  # a permutation's length, on average
+    slots = 4 * job.size + 2 * job.request.sketch.shuffles * 8 * order + sketch.padded // 8
+    correction = {} if job.request.gradient.second_moment == "none" else {"correction": 4 * job.size}
+    return {"map of slots": slots, **correction}
+
+
+def _of_each_process(job: Job, rows: int, batches: Sequence[Sequence[Item]]) -> dict[str, int]:
+    K, work = job.request.sketch.K, job.request.work
+    most = max(map(len, batches))
+    buffered = min(rows, work.shard_bytes // (2 * K) + most)
+    return {
+        # One layer's, as they are made and as they are added.
+        "per-example gradients": 2 * 4 * most * max(layer.size for layer in job.layers),
+        "RapidGrads of a batch": 4 * most * 4 * K,
+        "rows buffer": 4 * K * buffered + min(4 * K * buffered, 64 * 2**20),
+    }
+
+
+def _disk(job: Job, todo: Sequence[Item], workers: int) -> dict[str, int]:
+    K, layers, n = job.request.sketch.K, len(job.layers), len(todo)
+    texts = sum(len(encode_json(record_of(item, 1.234567))) + 20 for item in todo)
+    named = [{"name": layer.name, "size": layer.size} for layer in job.layers]
+    description = len(encode_json({"config": job.identity, "layers": named, "skipped": job.skipped})) + 400
+    shards = max(-(-2 * K * n // job.request.work.shard_bytes), min(workers, n))
+    parts = {
+        "rows": n * (2 * K + 4 + 4 * layers + 12 + 8),
+        "examples": texts,
+        "shards and manifest": shards * (USER_BLOCK + _HDF5 + description + 300) + 2 * description,
+    }
+    if job.request.gradient.second_moment != "none":
+        parts["second moment"] = 4 * job.size + USER_BLOCK + _HDF5 // 2 + description
+    factory = default_factory(n, K)
+    if factory != EXACT:
+        parts["search index"] = n * AnnIndex.create(factory, min(DIM, K)).bytes_per_row()
+    return parts
+
+
+def _left_in_container() -> int:
+    """Bytes that the control group of a container leaves; a number beyond any memory where it sets no limit."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):
+            return int(Path(limit).read_text()) - int(Path(used).read_text())
+    return 2**63
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}" if size < 10 * 2**20 else f"{size / 2**20:,.0f}"
