@@ -157,13 +157,14 @@ def signed(value: float) -> str:
 def verdict(found: Result) -> str:
     """A sentence where nothing stands out among the scores, and an empty text otherwise.
 
-    Nothing stands out where the first score has the wrong sign, or lies no further from the mean than the most extreme
+    Nothing stands out where the best score has the wrong sign, or lies no further from the mean than the most extreme
     of as many draws from a normal distribution would (Blom's approximation): 2.5 standard deviations for 100 examples,
     3.2 for 1,000, 3.9 for 10,000.
     """
     if not found.matches:
         return "There is nothing to compare: the search found no example."
-    first, proponents = found.matches[0].score, found.direction == "proponents"
+    proponents = found.direction == "proponents"
+    first = (max if proponents else min)(match.score for match in found.matches)  # a rescored order is another
     if first == 0 or (first > 0) != proponents:
         return f"Nothing stands out: no example scores {'above' if proponents else 'below'} zero."
     summary = found.summary
@@ -176,8 +177,20 @@ def verdict(found: Result) -> str:
     if away > chance:
         return ""
     return (
-        f"Nothing stands out: the first score lies {away:.1f} standard deviations from the mean, and the most extreme "
+        f"Nothing stands out: the best score lies {away:.1f} standard deviations from the mean, and the most extreme "
         f"of {summary.n:,} scores lies {chance:.1f} away by chance."
+    )
+
+
+def rescored(found: Result) -> str:
+    """A sentence about the order of the matches, where it is not that of their scores; an empty text otherwise."""
+    if found.rescoring is None:
+        return ""
+    correlation = found.rescoring.rank_correlation
+    agreed = "" if correlation is None else f" The two orders have a rank correlation of {correlation:.2f};"
+    return (
+        f"Ordered by uncompressed influence among {found.rescoring.candidates:,} candidates.{agreed} "
+        f"{'a' if agreed else 'A'} candidate moved by {found.rescoring.largest_move:,} places at most."
     )
 
 

@@ -26,6 +26,8 @@ def result(found: Result) -> RenderableType:
         parts.append(_matches(found))
     if found.summary and sum(found.summary.histogram):
         parts.append(cards.histogram(found.summary, found.matches))
+    if said := chips.rescored(found):
+        parts.append(Text(said, style="dim"))
     if said := chips.verdict(found):
         parts.append(Text(said, style="bold"))
     return Group(*parts, Text(_footer(found), style="dim"))

@@ -5,7 +5,7 @@ import pytest
 
 from rapidindex import chips
 from rapidindex.errors import DataError
-from rapidindex.results import Span
+from rapidindex.results import Rescoring, Span
 from tests import shown
 
 
@@ -107,7 +107,11 @@ def test_a_first_score_far_from_all_others_stands_out():
 @pytest.mark.parametrize(
     ("score", "direction", "words"),
     [
-        (0.15, "proponents", "2.5 standard deviations from the mean, and the most extreme of 1,000 scores lies 3.2"),
+        (
+            0.15,
+            "proponents",
+            "best score lies 2.5 standard deviations from the mean, and the most extreme of 1,000 scores lies 3.2",
+        ),
         (-0.15, "opponents", "2.5 standard deviations"),
         (-0.15, "proponents", "no example scores above zero"),
         (0.15, "opponents", "no example scores below zero"),
@@ -116,6 +120,15 @@ def test_a_first_score_far_from_all_others_stands_out():
 def test_a_sentence_says_that_nothing_stands_out(score, direction, words):
     found = shown.result(direction, [shown.match(1, "Yoga.", score=score)])
     assert words in chips.verdict(found)
+
+
+def test_a_rescored_order_is_explained_and_does_not_hide_what_stands_out():
+    matches = [shown.match(1, "Yoga.", score=0.01), shown.match(2, "Japan.", score=0.4)]
+    found = shown.result(matches=matches, rescoring=Rescoring(40, 0.873, 7))
+    assert chips.verdict(found) == ""
+    assert "among 40 candidates. The two orders have a rank correlation of 0.87; a candidate" in chips.rescored(found)
+    assert "moved by 7 places at most" in found.to_html()
+    assert "candidates. A candidate" in chips.rescored(shown.result(rescoring=Rescoring(1, None, 0)))
 
 
 def test_without_a_summary_only_the_sign_is_judged():

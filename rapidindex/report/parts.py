@@ -25,6 +25,8 @@ class Shown:
     matches: list[dict[str, Any]]
     verdict: str
     """Empty where something stands out."""
+    order: str
+    """Empty where the scores order the matches."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Histogram:
 def shown(result: Result, full: float) -> Shown:
     """A result for the page; `full` is the share that takes full colour."""
     matches = [_match(match, full) for match in result.matches]
-    return Shown(result, result.direction.capitalize(), matches, chips.verdict(result))
+    return Shown(result, result.direction.capitalize(), matches, chips.verdict(result), chips.rescored(result))
 
 
 def answer(asked: Asked) -> list[tuple[str, bool]]:
