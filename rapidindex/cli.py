@@ -50,6 +50,9 @@ TemplateName = Annotated[
 MaxLength = Annotated[int, typer.Option(help="Tokens of an example; what is longer is cut.")]
 BatchTokens = Annotated[int, typer.Option(help="Tokens of a padded batch, at most.")]
 Workers = Annotated[int, typer.Option(help="Processes, each with a model of its own; spread over the GPUs.")]
+ShardSeconds = Annotated[
+    float, typer.Option(help="Work in a shard, in seconds at most: what a build that is killed can lose.")
+]
 Limit = Annotated[int | None, typer.Option(help="Take the first N usable examples only.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there instead of going on with it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -156,6 +159,7 @@ def build(
     device: Device = "auto",
     batch_tokens: BatchTokens = 1024,
     workers: Workers = 1,
+    shard_seconds: ShardSeconds = 120.0,
     limit: Limit = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it will take, in time, disk and memory; write nothing.")
@@ -177,7 +181,7 @@ def build(
         encoding=config.EncodingConfig(template, max_length),
         gradient=config.GradientConfig(normalize, second_moment, moment_examples, seed),
         sketch=config.SketchConfig(K, shuffles, seed),
-        work=config.BuildConfig(batch_tokens=batch_tokens, workers=workers),
+        work=config.BuildConfig(batch_tokens, workers, shard_seconds),
         limit=limit,
     )
     if dry_run:
@@ -202,6 +206,7 @@ def add(
     device: Device = "auto",
     batch_tokens: BatchTokens = 1024,
     workers: Workers = 1,
+    shard_seconds: ShardSeconds = 120.0,
     limit: Limit = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -216,7 +221,7 @@ def add(
     from rapidindex.growth import add as run
     from rapidindex.progress import Bars
 
-    work = BuildConfig(batch_tokens=batch_tokens, workers=workers)
+    work = BuildConfig(batch_tokens, workers, shard_seconds)
     moved = {"model": model, "adapter": adapter, "device": device}
     with Bars(quiet=quiet) as bars:
         summary = run(path, str(data), **moved, work=work, limit=limit, progress=bars)
