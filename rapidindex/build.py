@@ -39,6 +39,7 @@ __all__ = [
     "Summary",
     "as_batch",
     "build",
+    "check_fits",
     "check_identity",
     "fill",
     "load_compressor",
@@ -82,7 +83,10 @@ def build(request: Request, *, overwrite: bool = False, progress: Progress = sil
             pass  # damaged, busy or read-only: better said now than after the model is loaded
     job = prepare(request, progress)
     batched = job.gradients.batched
-    store = _open_or_create(job, overwrite=overwrite)
+    store = None if overwrite or not (path / "manifest.json").exists() else _matching(job)
+    held = store.rows("sentence").done_ids if store else frozenset()
+    check_fits(job, [item for item in job.items if item.example.id not in held])
+    store = store or _create(job, overwrite=overwrite)
     with store.lock():
         done = store.rows("sentence").done_ids
         todo = [item for item in job.items if item.example.id not in done]
@@ -92,15 +96,26 @@ def build(request: Request, *, overwrite: bool = False, progress: Progress = sil
         return summary(store, job, done, batched, started)
 
 
+def check_fits(job: Job, todo: Sequence[Item]) -> None:
+    """ResourceError, with the numbers, where disk or memory cannot hold what caching `todo` takes."""
+    if todo:
+        batches = plan_batches(todo, job.request.work.batch_tokens)
+        check_room(needed_room(job, todo, batches, len(_places(job, batches))), free_room(job), job.request.output)
+
+
+def _places(job: Job, batches: Sequence[list[Item]]) -> list[str]:
+    """The device of each process: no more of them than there are batches."""
+    return devices(job.loaded.device, job.request.model.device, min(job.request.work.workers, len(batches)))
+
+
 def fill(store: Store, job: Job, todo: Sequence[Item], progress: Progress) -> bool:
     """Compute the rows of `todo` into the locked `store`, by one process or several; whether it was done in batches.
 
-    ResourceError, before the work, where memory or disk cannot hold it. Several processes release the job's model.
+    Several processes release the job's model. Raises as `build` does; `check_fits` comes first.
     """
     work = job.request.work
     batches = plan_batches(todo, work.batch_tokens)
-    places = devices(job.loaded.device, job.request.model.device, min(work.workers, len(batches)))
-    check_room(needed_room(job, todo, batches, len(places)), free_room(job), job.request.output)
+    places = _places(job, batches)
     _ensure_second_moment(job, store, progress)
     if len(places) > 1:
         return _fill_with_workers(store, job, batches, places, progress)
@@ -160,14 +175,17 @@ def summary(
     )
 
 
-def _open_or_create(job: Job, *, overwrite: bool) -> Store:
+def _matching(job: Job) -> Store:
+    """The index that is there already; ConfigMismatch where it was built from something else."""
+    store = Store.open(job.request.output)
+    check_identity(store.config, job.identity, store.path)
+    return store
+
+
+def _create(job: Job, *, overwrite: bool) -> Store:
     path = Path(job.request.output)
     if overwrite and path.exists():
         Store.destroy(path)
-    if (path / "manifest.json").exists():
-        store = Store.open(path)
-        check_identity(store.config, job.identity, path)
-        return store
     layers = [{"name": layer.name, "size": layer.size} for layer in job.layers]
     versions = {name: version(name) for name in ("rapidindex", "torch", "transformers", "peft", "numpy")}
     planned = {"sentence": (job.request.sketch.K, len(job.items))}

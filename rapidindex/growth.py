@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rapidindex.build import Summary, fill, summary
+from rapidindex.build import Summary, check_fits, fill, summary
 from rapidindex.card import Card
 from rapidindex.config import BuildConfig, EncodingConfig, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.errors import StoreError, UsageError
@@ -58,6 +58,7 @@ def add(
         done = store.rows("sentence").done_ids
         todo = [replace(item, source=data) for item in job.items if item.example.id not in done]
         batched = job.gradients.batched
+        check_fits(job, todo)
         _plan(store, job, len(todo))
         if todo:
             batched = fill(store, job, todo, progress)

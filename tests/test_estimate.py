@@ -1,0 +1,60 @@
+"""What a build is said to take, before it takes it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.crash import write_data
+from rapidindex.build import Request, build
+from rapidindex.config import BuildConfig, GradientConfig, ModelConfig, SketchConfig
+from rapidindex.errors import ResourceError
+from rapidindex.estimate import estimate
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "data.jsonl", 60)
+
+
+@pytest.fixture
+def asked(data, tmp_path, llama_folders):
+    model = ModelConfig(*map(str, llama_folders))
+    return Request(str(data), str(tmp_path / "index"), model, sketch=SketchConfig(K=4096))
+
+
+@pytest.mark.parametrize("second_moment", ["none", "estimate"])
+def test_the_bytes_on_disk_are_predicted_within_two_per_cent(asked, second_moment):
+    asked = replace(asked, gradient=GradientConfig(second_moment=second_moment))
+    predicted = estimate(asked)
+    assert not Path(asked.output).exists()
+    build(asked)
+    written = sum(file.stat().st_size for file in Path(asked.output).rglob("*") if file.is_file())
+    assert predicted.total_disk == pytest.approx(written, rel=0.02)
+
+
+def test_parts_add_up_and_an_index_that_is_there_needs_only_the_rest(asked):
+    whole = estimate(asked)
+    assert whole.examples == 60 and whole.total_seconds == pytest.approx(sum(whole.seconds.values()))
+    assert {"model", "map of slots", "correction", "per-example gradients", "rows buffer"} <= set(whole.memory)
+    whole.check()
+
+    def stop(stage, done, total):
+        if stage == "cache" and done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(asked, progress=stop)
+    assert 0 < estimate(asked).examples < 60
+    build(asked)
+    with pytest.raises(ResourceError, match="nothing is left"):
+        estimate(asked)
+    assert estimate(asked, overwrite=True).examples == 60
+
+
+def test_more_workers_than_memory_are_refused_with_the_numbers_before_anything_is_written(asked):
+    greedy = replace(asked, work=BuildConfig(batch_tokens=16, workers=10_000), sketch=SketchConfig(K=2**24))
+    for attempt in (build, estimate):
+        with pytest.raises(ResourceError, match=r"MiB of (memory|disk space) \(.*[0-9]\); [0-9,]+ are free"):
+            attempt(greedy)
+    assert not Path(asked.output).exists()
