@@ -4,8 +4,10 @@ Nothing heavy is imported before a command runs, so `--help` answers at once.
 """
 
 import json
+import shlex
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -289,6 +291,15 @@ def query(
         bool, typer.Option("--opponents", help="The examples that speak against the answer instead.")
     ] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Scan every stored RapidGrad.")] = False,
+    heatmaps: Annotated[
+        bool, typer.Option("--heatmaps/--no-heatmaps", help="Each training token's share in the influence.")
+    ] = True,
+    rescore: Annotated[
+        bool, typer.Option("--rescore", help="Order four times as many candidates by their uncompressed influence.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a report with both directions to this file.", show_default=False)
+    ] = None,
     queries: Annotated[
         Path | None, typer.Option(help="JSONL of {prompt, answer, token, span}: many queries at once.")
     ] = None,
@@ -312,21 +323,31 @@ def query(
         raise UsageError("--answer, --token and --span stand in the lines of --queries.", hint="Leave them out here.")
     if k < 1:
         raise UsageError(f"-k must be at least 1, not {k}.")
+    if html is not None and (queries is not None or not html.parent.is_dir()):
+        said = "--html takes one query, not --queries" if queries else f"The folder {html.parent} does not exist"
+        raise UsageError(f"{said}.", hint="Give a PROMPT and a file in a folder that is there.")
     opened = Index.open(path, model=model, adapter=adapter, device=device)
     prompt = sys.stdin.read().strip() if prompt == "-" else prompt
     asked = read_queries(queries) if queries else [Query(prompt, answer, token, span)]
     if not quiet:
         print("Loading the model …", file=sys.stderr, flush=True)
-    results = opened.query_many(asked, k=k, opponents=opponents, exact=exact, max_new_tokens=max_new_tokens)
-    if as_json and queries is None:
+    how = {"k": k, "exact": exact, "heatmaps": heatmaps, "rescore": rescore, "max_new_tokens": max_new_tokens}
+    results = opened.query_many(asked, opponents=opponents, **how)
+    if html is not None:
+        other = opened.query_many([replace(asked[0], answer=results[0].query.answer)], opponents=not opponents, **how)[
+            0
+        ]
+        first, second = (other, results[0]) if opponents else (results[0], other)
+        html.write_text(first.to_html(opponents=second, command=shlex.join(["rapidindex", *sys.argv[1:]])), "utf-8")
+    if as_jsonl or (as_json and queries is not None):
+        lines = [result.to_json() for result in results]
+        typer.echo("\n".join(lines) if as_jsonl else "[" + ",\n".join(lines) + "]")
+    elif as_json:
         typer.echo(results[0].to_json(indent=2))
-    elif as_json and not as_jsonl:
-        typer.echo("[" + ",\n".join(result.to_json() for result in results) + "]")
-    elif as_jsonl:
-        for result in results:
-            typer.echo(result.to_json())
     else:
         _show(*(render.result(result) for result in results))
+    if html is not None and not quiet:
+        print(f"Wrote {html}", file=sys.stderr)
 
 
 @app.command()

@@ -62,10 +62,11 @@ def run(
     opened = Index.open(index)
     for prompt, fallback in PROMPTS.items():
         found = ask(opened, prompt, fallback, say)
-        say(f'\n$ rapidindex query {index} "{prompt}" --answer "{found.query.answer}" --token {WORD}')
+        command = f'rapidindex query {index} "{prompt}" --answer "{found.query.answer}" --token {WORD}'
+        say(f"\n$ {command} --no-heatmaps")
         show(render.result(found))
         say(_verdict(found, dataset.examples))
-    say(_what_next(folder))
+    say(_what_next(index, command))
 
 
 def unpack_model(folder: Path, progress: Progress) -> None:
@@ -97,7 +98,7 @@ def ask(index: Index, prompt: str, fallback: str, say: Callable[[str], None], k:
     if WORD not in answer:
         say(f"The model answers {answer!r}; the question is put about {fallback!r} instead.")
         answer = fallback
-    return index.query(prompt, answer=answer, token=WORD, k=k)
+    return index.query(prompt, answer=answer, token=WORD, k=k, heatmaps=False)
 
 
 def _verdict(found: Result, examples: list[Any]) -> str:
@@ -109,11 +110,14 @@ def _verdict(found: Result, examples: list[Any]) -> str:
     )
 
 
-def _what_next(folder: Path) -> str:
-    index = folder / "index"
+def _what_next(index: Path, command: str) -> str:
     return f"""
 What next:
-  rapidindex query {index} "What is the capital of France?"            the whole answer (Eq. 5)
-  rapidindex query {index} "What are the origins of yoga?" --answer "Yoga comes from Japan." --token Japan --opponents
-  rapidindex info {index}
-  rapidindex finetune --help                                          your own data and model"""
+  {command}
+      the words in the training data that made the word, in colour
+  {command} --html report.html
+      the same as a page to send, with the examples that speak against it
+  rapidindex query {index} "What is the capital of France?"
+      a question of your own; without --token it is about the whole answer
+  rapidindex finetune --help
+      your own data and model"""

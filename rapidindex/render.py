@@ -6,6 +6,7 @@ Training text is untrusted: control characters are shown, never sent to the term
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -69,6 +70,7 @@ def _runs(asked: Asked) -> list[tuple[tuple[int, int], bool]]:
 def _matches(found: Result) -> Table:
     columns = _meta_columns(found.matches)
     table = Table(title=found.direction, title_justify="left", title_style="bold", header_style="dim", expand=True)
+    table.box, table.padding = SIMPLE_HEAD, (0, 1, 0, 0)
     for name in ("#", "score", "pct"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in columns:
@@ -82,7 +84,7 @@ def _matches(found: Result) -> Table:
 
 
 def _example(match: Match) -> Text:
-    return Text.assemble((line(_cut(match.prompt, 120)), "bold"), (" → ", "dim"), line(_cut(match.response, 240)))
+    return Text.assemble((line(_cut(match.prompt, 80)), "bold"), (" → ", "dim"), line(_cut(match.response, 120)))
 
 
 def _meta_columns(matches: Sequence[Match]) -> list[str]:
