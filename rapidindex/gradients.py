@@ -116,14 +116,14 @@ class PerExampleGradients:
         positions = _positions_used(batch.weights)
         narrowed = _only_logits_at(self.model, positions)
         with torch.enable_grad(), _Recorder(self, len(batch), consume) as recorder, narrowed as is_narrow:
-            losses = _losses(self.model, batch, positions if is_narrow else None)
+            losses = example_losses(self.model, batch, positions if is_narrow else None)
             losses.sum().backward()
             recorder.flush()
         return losses.detach()
 
     def _single(self, batch: Batch, consume: Consume) -> Tensor:
         with torch.enable_grad():
-            losses = _losses(self.model, batch)
+            losses = example_losses(self.model, batch)
             found = torch.autograd.grad(losses.sum(), self._parameters, allow_unused=True)
         for number, (parameter, gradient) in enumerate(zip(self._parameters, found, strict=True)):
             whole = torch.zeros_like(parameter) if gradient is None else gradient
@@ -297,13 +297,13 @@ def _positions_used(weights: Float[Tensor, "examples T"]) -> Int64[Tensor, "exam
     return torch.where(wanted.gather(1, order), order, torch.zeros_like(order))
 
 
-def _losses(model: nn.Module, batch: Batch, positions: Tensor | None = None) -> Float[Tensor, " examples"]:
+def example_losses(model: nn.Module, batch: Batch, positions: Tensor | None = None) -> Float[Tensor, " examples"]:
     """The loss of each example; `positions` [examples, G] are those at which the logits were computed, if not all."""
-    weights, entropies = _token_losses(model, batch, positions)
+    weights, entropies = token_losses(model, batch, positions)
     return torch.where(weights != 0, weights * entropies, 0.0).sum(1)
 
 
-def _token_losses(model: nn.Module, batch: Batch, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+def token_losses(model: nn.Module, batch: Batch, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     """The weight and the cross-entropy of the token after each position, float32 [examples, G] both."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention, use_cache=False).logits
     if positions is None:
@@ -325,7 +325,7 @@ def weighted_token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tenso
     """
     positions = _positions_used(batch.weights)
     with _only_logits_at(model, positions) as narrowed:
-        weights, entropies = _token_losses(model, batch, positions if narrowed else None)
+        weights, entropies = token_losses(model, batch, positions if narrowed else None)
     if narrowed:
         return weights != 0, entropies
     wanted = batch.weights[:, 1:].gather(1, positions) != 0
