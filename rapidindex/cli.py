@@ -322,7 +322,7 @@ def query(
     if queries is not None and (answer or token or span):
         raise UsageError("--answer, --token and --span stand in the lines of --queries.", hint="Leave them out here.")
     if k < 1:
-        raise UsageError(f"-k must be at least 1, not {k}.")
+        raise UsageError(f"-k must be at least 1, not {k}.", hint="Leave it out for 10 examples.")
     if html is not None and (queries is not None or not html.parent.is_dir()):
         said = "--html takes one query, not --queries" if queries else f"The folder {html.parent} does not exist"
         raise UsageError(f"{said}.", hint="Give a PROMPT and a file in a folder that is there.")

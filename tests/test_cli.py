@@ -49,6 +49,25 @@ def test_query_prints_a_table_on_stdout_and_nothing_else_there(index):
     assert "Loading" in done.stderr and "Loading" not in done.stdout
 
 
+def test_a_report_holds_both_directions_and_the_command(index, tmp_path):
+    page = tmp_path / "report.html"
+    done = rapidindex("query", index, PROMPT, "--answer", ANSWER, "-k", 2, "--html", page)
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    assert "roponents" in text and "pponents" in text
+    assert "rapidindex query" in text and "--html" in text
+    assert f"Wrote {page}" in done.stderr
+
+
+def test_rescoring_and_plain_tables_can_be_asked_for(index):
+    rescored = rapidindex("query", index, PROMPT, "--answer", ANSWER, "-k", 2, "--rescore", "--json", "-q")
+    value = json.loads(rescored.stdout)
+    assert value["rescoring"]["candidates"] == 8
+    assert value["matches"][0]["exact_score"] >= value["matches"][1]["exact_score"]
+    plain = rapidindex("query", index, PROMPT, "--answer", ANSWER, "-k", 2, "--no-heatmaps", "--json", "-q")
+    assert json.loads(plain.stdout)["matches"][0]["exact_score"] is None
+
+
 def test_json_is_one_object_and_jsonl_one_a_line(index, tmp_path):
     queries = tmp_path / "queries.jsonl"
     queries.write_text("\n".join(json.dumps({"prompt": PROMPT, "answer": f"{word} from Japan"}) for word in WORDS[:3]))
@@ -107,6 +126,8 @@ ERRORS = {
     "no data": (["build", "nothing.jsonl", "-m", "x", "-o", "y"], 1, "DataError"),
     "no model": (["build", "DATA", "-m", "/no/such/model", "-o", "y"], 1, "ModelError"),
     "no queries": (["query", "INDEX", "--queries", "nothing.jsonl"], 1, "DataError"),
+    "a report in no folder": (["query", "INDEX", PROMPT, "--html", "/no/such/folder/page.html"], 2, "UsageError"),
+    "no matches wanted": (["query", "INDEX", PROMPT, "-k", "0"], 2, "UsageError"),
     "an unknown factory": (["index", "INDEX", "--factory", "Flatt"], 2, "UsageError"),
 }
 
