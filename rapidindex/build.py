@@ -61,7 +61,8 @@ class Summary:
     """With a gradient that is not finite: listed by `rapidindex info`."""
     skipped: int
     """Rows of the data file that cannot be used: listed by `rapidindex info`."""
-    truncated: int
+    truncated: list[int]
+    """Lines of the data file whose example was cut to --max-length."""
     layers: int
     gradient_size: int
     batched: bool
@@ -166,7 +167,7 @@ def summary(
         computed=len(rows.done_ids - done_before),
         rejected=len(rows.rejected),
         skipped=len(job.skipped),
-        truncated=sum(item.encoding.truncated for item in job.items),
+        truncated=[item.example.line for item in job.items if item.encoding.truncated],
         layers=len(job.layers),
         gradient_size=job.size,
         batched=batched,

@@ -469,7 +469,8 @@ def _build_lines(summary: Any) -> dict[str, dict[str, Any]]:
     if summary.rejected or summary.skipped:
         lines["left out"] = f"{summary.skipped} unusable rows, {summary.rejected} without a finite gradient: see info"
     if summary.truncated:
-        lines["truncated"] = f"{summary.truncated} examples were cut to --max-length"
+        first, more = ", ".join(map(str, summary.truncated[:10])), ", …" * (len(summary.truncated) > 10)
+        lines["truncated"] = f"{len(summary.truncated)} examples were cut to --max-length (lines {first}{more})"
     if not summary.batched:
         lines["note"] = "this model's gradients had to be computed one example at a time"
     lines["next"] = f'rapidindex query {summary.index} "PROMPT" --token WORD'

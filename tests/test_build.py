@@ -163,6 +163,14 @@ def test_a_response_that_does_not_fit_is_listed_and_not_dropped_silently(data, t
     assert "JSON" in reasons[12]
 
 
+def test_examples_that_are_cut_are_told_by_their_lines(data, tmp_path, llama_folders):
+    longest = max(prepare(request(data, tmp_path / "index", llama_folders)).items, key=lambda item: item.tokens)
+    encoding = EncodingConfig(max_length=longest.tokens - 1)
+    assert build(request(data, tmp_path / "index", llama_folders, encoding=encoding)).truncated == [
+        longest.example.line
+    ]
+
+
 def test_an_example_whose_gradient_is_not_finite_is_named_and_kept_out(data, tmp_path, llama_folders):
     asked = request(data, tmp_path / "index", llama_folders, gradient=GradientConfig(second_moment="none"))
     job = prepare(asked)
