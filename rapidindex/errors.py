@@ -1,18 +1,18 @@
 """The errors a user can meet. Each says what happened, what was expected and found, and what to type next.
 
-    RapidIndexError            exit code 1
-    ├── UsageError             exit code 2: options that do not fit together or have no meaning
-    ├── DataError              a training or query file that cannot be used
-    ├── ModelError             a model, adapter or tokenizer that cannot be used
-    ├── ResourceError          not enough disk or memory, or no such device
-    ├── StoreError             an index folder that cannot be used
-    │   ├── NotAnIndex         there is no index there
-    │   ├── ConfigMismatch     the index was built with other options, data or model
-    │   ├── IndexBusy          another process is writing to it
-    │   ├── NewerFormat        written by a newer version of rapidindex
-    │   └── DamagedIndex       a shard is missing, truncated or changed
-    └── QueryError             a query that cannot be answered
-        └── TokenNotFound      --token names nothing in the answer
+RapidIndexError            exit code 1
+├── UsageError             exit code 2: options that do not fit together or have no meaning
+├── DataError              a training or query file that cannot be used
+├── ModelError             a model, adapter or tokenizer that cannot be used
+├── ResourceError          not enough disk or memory, or no such device
+├── StoreError             an index folder that cannot be used
+│   ├── NotAnIndex         there is no index there
+│   ├── ConfigMismatch     the index was built with other options, data or model
+│   ├── IndexBusy          another process is writing to it
+│   ├── NewerFormat        written by a newer version of rapidindex
+│   └── DamagedIndex       a shard is missing, truncated or changed
+└── QueryError             a query that cannot be answered
+    └── TokenNotFound      --token names nothing in the answer
 """
 
 
