@@ -1,5 +1,6 @@
 """What every test may ask for: tiny real models, written once a session. No network, no doubles."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -46,3 +47,37 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory, wide_folders: tuple[Path
     file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     tiny.write_gguf(file, wide_folders[0])
     return file
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten examples of different lengths, with a column of metadata; read only."""
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    rows = [
+        {"instruction": f"Tell me about {word}", "output": f"{word} is " + "very " * number + "nice", "number": number}
+        for number, word in enumerate(tiny.WORDS)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def poisoned(data: Path, tmp_path_factory: pytest.TempPathFactory, llama_folders: tuple[Path, Path]):
+    """A model under which the gradient of one of the ten examples is not finite."""
+    from rapidindex.build import Request, prepare
+    from rapidindex.config import ModelConfig, SketchConfig
+    from rapidindex.model import load
+
+    sketch = SketchConfig(K=1024)
+    job = prepare(Request(str(data), "unused", ModelConfig(*map(str, llama_folders)), sketch=sketch))
+    number = next(i for i, item in enumerate(job.items) if item.example.prompt.endswith("sky"))
+    others = set().union(*(item.encoding.input_ids for i, item in enumerate(job.items) if i != number))
+    own = sorted(set(job.items[number].encoding.input_ids) - others)
+    assert own, "the example needs a token of its own"
+    folder = tmp_path_factory.mktemp("poisoned")
+    model = load(ModelConfig(str(llama_folders[0]))).model
+    with torch.no_grad():
+        model.get_input_embeddings().weight[own] = float("nan")
+    model.save_pretrained(folder)
+    job.loaded.tokenizer.save_pretrained(folder)
+    return ModelConfig(str(folder), str(llama_folders[1]))

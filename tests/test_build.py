@@ -15,20 +15,6 @@ from rapidindex.store import Store
 from rapidindex.templates import Template
 from tests.test_gradients import autograd
 
-WORDS = "tea yoga rice fish cats dogs sun moon sea sky".split()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Ten examples of different lengths, with a column of metadata."""
-    path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    rows = [
-        {"instruction": f"Tell me about {word}", "output": f"{word} is " + "very " * number + "nice", "number": number}
-        for number, word in enumerate(WORDS)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
 
 def request(data, output, folders, **changes):
     model = ModelConfig(str(folders[0]), str(folders[1]))

@@ -1,12 +1,14 @@
 """The command line as a user has it: real processes, their streams and their exit codes."""
 
 import json
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from tests.test_build import WORDS, data  # noqa: F401
+from rapidindex import cli
+from tests.tiny import WORDS
 
 PROMPT, ANSWER = "Tell me about tea", "tea is from Japan"
 
@@ -16,8 +18,22 @@ def rapidindex(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
+@pytest.fixture
+def typed(capsys, monkeypatch):
+    """The command line in this process, which has torch imported already: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rapidindex", *map(str, arguments)])
+        monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
 @pytest.fixture(scope="module")
-def index(data, tmp_path_factory, llama_folders):  # noqa: F811
+def index(data, tmp_path_factory, llama_folders):
     path = tmp_path_factory.mktemp("index") / "index"
     base, adapter = llama_folders
     done = rapidindex("build", data, "-m", base, "-a", adapter, "-o", path, "-K", 1024, "--json")
@@ -49,23 +65,22 @@ def test_query_prints_a_table_on_stdout_and_nothing_else_there(index):
     assert "Loading" in done.stderr and "Loading" not in done.stdout
 
 
-def test_a_report_holds_both_directions_and_the_command(index, tmp_path):
+def test_a_report_holds_both_directions_and_the_command(typed, index, tmp_path):
     page = tmp_path / "report.html"
-    done = rapidindex("query", index, PROMPT, "--answer", ANSWER, "-k", 2, "--html", page)
-    assert done.returncode == 0, done.stderr
+    code, _, said = typed("query", index, PROMPT, "--answer", ANSWER, "-k", 2, "--html", page)
+    assert code == 0, said
     text = page.read_text()
     assert "roponents" in text and "pponents" in text
     assert "rapidindex query" in text and "--html" in text
-    assert f"Wrote {page}" in done.stderr
+    assert f"Wrote {page}" in said
 
 
-def test_rescoring_and_plain_tables_can_be_asked_for(index):
-    rescored = rapidindex("query", index, PROMPT, "--answer", ANSWER, "-k", 2, "--rescore", "--json", "-q")
-    value = json.loads(rescored.stdout)
+def test_rescoring_and_plain_tables_can_be_asked_for(typed, index):
+    asked = ("query", index, PROMPT, "--answer", ANSWER, "-k", 2, "--json", "-q")
+    value = json.loads(typed(*asked, "--rescore")[1])
     assert value["rescoring"]["candidates"] == 8
     assert value["matches"][0]["exact_score"] >= value["matches"][1]["exact_score"]
-    plain = rapidindex("query", index, PROMPT, "--answer", ANSWER, "-k", 2, "--no-heatmaps", "--json", "-q")
-    assert json.loads(plain.stdout)["matches"][0]["exact_score"] is None
+    assert json.loads(typed(*asked, "--no-heatmaps")[1])["matches"][0]["exact_score"] is None
 
 
 def test_json_is_one_object_and_jsonl_one_a_line(index, tmp_path):
@@ -81,22 +96,21 @@ def test_json_is_one_object_and_jsonl_one_a_line(index, tmp_path):
     assert value["query"]["selection"] == [0, 1] and value["query"]["prompt"] == PROMPT
 
 
-def test_info_and_check_speak_json_too(index):
-    found = json.loads(rapidindex("info", index, "--json").stdout)
+def test_info_and_check_speak_json_too(typed, index):
+    found = json.loads(typed("info", index, "--json")[1])
     assert (found["examples"], found["complete"]) == (10, True)
-    assert "K = 1,024" in rapidindex("info", index).stdout
-    assert json.loads(rapidindex("check", index, "--json").stdout) == []
+    assert "K = 1,024" in typed("info", index)[1]
+    assert json.loads(typed("check", index, "--json")[1]) == []
 
 
-def test_index_is_rebuilt_with_another_factory(index):
-    done = rapidindex("index", index, "--factory", "Flat", "--dim", 256, "--json", "-q")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["factory"] == "Flat"
-    again = rapidindex("query", index, PROMPT, "--answer", ANSWER, "--json", "-q")
-    assert again.returncode == 0, again.stderr
+def test_index_is_rebuilt_with_another_factory(typed, index):
+    code, out, said = typed("index", index, "--factory", "Flat", "--dim", 256, "--json", "-q")
+    assert code == 0, said
+    assert json.loads(out)["factory"] == "Flat"
+    assert typed("query", index, PROMPT, "--answer", ANSWER, "--json", "-q")[0] == 0
 
 
-def test_check_finds_a_changed_byte_and_fails(data, tmp_path, llama_folders):  # noqa: F811
+def test_check_finds_a_changed_byte_and_fails(data, tmp_path, llama_folders):
     base, adapter = llama_folders
     build = ("build", data, "-m", base, "-a", adapter, "-o", tmp_path / "index", "-K", 256, "-q")
     assert rapidindex(*build).returncode == 0
@@ -133,14 +147,24 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("arguments", "code", "kind"), ERRORS.values(), ids=ERRORS.keys())
-def test_an_expected_error_is_one_sentence_and_an_exit_code(index, data, tmp_path, arguments, code, kind):  # noqa: F811
+def test_an_expected_error_is_one_sentence_and_an_exit_code(
+    typed,
+    index,
+    data,
+    tmp_path,
+    monkeypatch,
+    arguments,
+    code,
+    kind,
+):
+    monkeypatch.chdir(tmp_path)
     named = {"INDEX": index, "DATA": data}
     arguments = [named.get(argument, argument) for argument in arguments]
-    plain = rapidindex(*arguments, cwd=tmp_path)
-    assert (plain.returncode, plain.stdout) == (code, "")
-    assert "Error: " in plain.stderr and "Traceback" not in plain.stderr
-    coded = rapidindex(*arguments, "--json", cwd=tmp_path)
-    error = json.loads(coded.stderr.splitlines()[-1])["error"]
+    ended, out, said = typed(*arguments)
+    assert (ended, out) == (code, "")
+    assert "Error: " in said and "Traceback" not in said
+    _, _, said = typed(*arguments, "--json")
+    error = json.loads(said.splitlines()[-1])["error"]
     assert error["type"] == kind and error["message"] and error["hint"]
 
 
@@ -149,10 +173,8 @@ def test_a_mistyped_option_is_a_usage_error():
     assert done.returncode == 2 and "--nonsense" in done.stderr
 
 
-@pytest.mark.parametrize("signal", ["INT", "TERM"])
-def test_an_interrupted_build_says_how_to_go_on_and_does(data, tmp_path, llama_folders, signal):  # noqa: F811
-    import signal as signals
-
+@pytest.mark.parametrize("name", ["INT", "TERM"])
+def test_an_interrupted_build_says_how_to_go_on_and_does(data, tmp_path, llama_folders, name):
     big = tmp_path / "big.jsonl"
     rows = [{"instruction": f"{word} {number}", "output": "very " * 60} for word in WORDS for number in range(15)]
     big.write_text("\n".join(map(json.dumps, rows)))
@@ -161,7 +183,7 @@ def test_an_interrupted_build_says_how_to_go_on_and_does(data, tmp_path, llama_f
     command += ["-K", "256", "--batch-tokens", "200", "--second-moment", "none"]
     with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as running:
         next(line for line in running.stderr if line.startswith("cache"))
-        running.send_signal(getattr(signals, f"SIG{signal}"))
+        running.send_signal(getattr(signal, f"SIG{name}"))
         said = running.stderr.read()
     assert running.returncode == 130
     assert "Traceback" not in said and "again to go on" in said

@@ -13,8 +13,8 @@ from rapidindex.growth import add, remove
 from rapidindex.index import VectorIndex
 from rapidindex.query import Index
 from rapidindex.store import Store, check
-from tests.test_build import WORDS, all_rows
-from tests.test_workers import data, poisoned  # noqa: F401
+from tests.test_build import all_rows
+from tests.tiny import WORDS
 
 ROWS = [
     {
@@ -38,7 +38,7 @@ def files(tmp_path):
     return {name: write(tmp_path / f"{name}.jsonl", rows) for name, rows in parts.items()}
 
 
-def request(data, output, folders, second_moment="none"):  # noqa: F811
+def request(data, output, folders, second_moment="none"):
     model = ModelConfig(*map(str, folders))
     gradient = GradientConfig(second_moment=second_moment, moment_examples=4)
     return Request(data, str(output), model, gradient=gradient, sketch=SketchConfig(K=1024))
@@ -91,7 +91,7 @@ def test_adding_twice_adds_nothing_and_lists_each_source_once(files, tmp_path, l
     assert build(request(files["a"], index, llama_folders)).computed == 0
 
 
-def test_rows_that_cannot_be_used_are_told_apart_by_their_file(files, tmp_path, poisoned):  # noqa: F811
+def test_rows_that_cannot_be_used_are_told_apart_by_their_file(files, tmp_path, poisoned):
     index = tmp_path / "index"
     build(replace(request(files["a"], index, ("", "")), model=poisoned))
     broken = tmp_path / "broken.jsonl"

@@ -12,7 +12,7 @@ from rapidindex.errors import ConfigMismatch, DataError, NotAnIndex, QueryError,
 from rapidindex.query import Query, read_queries
 from rapidindex.results import Result
 from tests import tiny
-from tests.test_build import RECIPES, all_rows, data, request  # noqa: F401
+from tests.test_build import RECIPES, all_rows, request
 from tests.test_gradients import autograd
 
 PROMPT, ANSWER = "Tell me about tea", "tea is from Japan, and rice is from Japan"
@@ -24,7 +24,7 @@ def index(request_of, request):
 
 
 @pytest.fixture(scope="module")
-def request_of(data, tmp_path_factory, llama_folders):  # noqa: F811
+def request_of(data, tmp_path_factory, llama_folders):
     def make(recipe):
         path = tmp_path_factory.mktemp("index") / "index"
         build(request(data, path, llama_folders, gradient=recipe))
@@ -142,7 +142,7 @@ def test_what_cannot_be_answered_says_so(index, asked, error):
     assert caught.value.hint
 
 
-def test_another_model_is_refused_with_the_way_to_the_right_one(data, tmp_path, llama_folders):  # noqa: F811
+def test_another_model_is_refused_with_the_way_to_the_right_one(data, tmp_path, llama_folders):
     build(request(data, tmp_path / "index", llama_folders, gradient=GradientConfig(second_moment="none")))
     other, _ = tiny.save_model(tmp_path / "other", "llama", lora=False, seed=5)
     with pytest.raises(ConfigMismatch, match="is not the one") as caught:
@@ -150,7 +150,7 @@ def test_another_model_is_refused_with_the_way_to_the_right_one(data, tmp_path, 
     assert str(llama_folders[0]) in caught.value.hint and "-m" in caught.value.hint
 
 
-def test_a_full_parameter_model_is_queried_without_an_adapter(data, tmp_path, llama_folders):  # noqa: F811
+def test_a_full_parameter_model_is_queried_without_an_adapter(data, tmp_path, llama_folders):
     asked = request(data, tmp_path / "index", (llama_folders[0], ""))
     build(type(asked)(asked.data, asked.output, ModelConfig(str(llama_folders[0])), sketch=asked.sketch))
     result = Index.open(tmp_path / "index").query(PROMPT, answer=ANSWER, k=2)

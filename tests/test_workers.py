@@ -4,36 +4,16 @@ import os
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 
-from rapidindex.build import Request, build, prepare
-from rapidindex.config import BuildConfig, GradientConfig, ModelConfig, SketchConfig
-from rapidindex.model import load
+from rapidindex.build import Request, build
+from rapidindex.config import BuildConfig, GradientConfig, SketchConfig
 from rapidindex.store import Store, check
 from rapidindex.workers import Shared, devices
-from tests.test_build import all_rows, data  # noqa: F401
+from tests.test_build import all_rows
 
 
-@pytest.fixture(scope="module")
-def poisoned(data, tmp_path_factory, llama_folders):  # noqa: F811
-    """A model under which the gradient of one of the ten examples is not finite."""
-    sketch = SketchConfig(K=1024)
-    job = prepare(Request(str(data), "unused", ModelConfig(*map(str, llama_folders)), sketch=sketch))
-    number = next(i for i, item in enumerate(job.items) if item.example.prompt.endswith("sky"))
-    others = set().union(*(item.encoding.input_ids for i, item in enumerate(job.items) if i != number))
-    own = sorted(set(job.items[number].encoding.input_ids) - others)
-    assert own, "the example needs a token of its own"
-    folder = tmp_path_factory.mktemp("poisoned")
-    model = load(ModelConfig(str(llama_folders[0]))).model
-    with torch.no_grad():
-        model.get_input_embeddings().weight[own] = float("nan")
-    model.save_pretrained(folder)
-    job.loaded.tokenizer.save_pretrained(folder)
-    return ModelConfig(str(folder), str(llama_folders[1]))
-
-
-def test_two_workers_give_the_rows_of_one_and_keep_out_what_is_not_finite(data, tmp_path, poisoned):  # noqa: F811
+def test_two_workers_give_the_rows_of_one_and_keep_out_what_is_not_finite(data, tmp_path, poisoned):
     one = Request(
         str(data),
         str(tmp_path / "one"),

@@ -25,6 +25,8 @@ TARGETS = {
     "qwen3": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "gemma3": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
+WORDS = "tea yoga rice fish cats dogs sun moon sea sky".split()
+"""What the examples of the `data` fixture are about."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
