@@ -25,7 +25,7 @@ def save(name: str, figures: Any) -> Path:
 def circumstances() -> dict[str, Any]:
     """The command, the commit, the versions, the machine and the time."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "commit": _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},

@@ -16,7 +16,7 @@ from rapidindex.results import Asked, Match, Result
 from rapidindex.untrusted import line
 
 _META_WIDTH = 16
-_META_LEAST = 7
+_META_LEAST = 9
 
 
 def result(found: Result) -> RenderableType:
