@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rapidindex.gradients import Batch, PerExampleGradients
+from rapidindex.gradients import Batch, Layer, PerExampleGradients
 from rapidindex.sketch import Sketch
 
 
@@ -47,8 +47,7 @@ class Compressor:
 
         def consume(number: int, values: Tensor) -> None:
             layer = self.gradients.layers[number]
-            if self.correction is not None:
-                values.mul_(self.correction[layer.start : layer.start + layer.size])
+            self._correct(layer, values)
             norms[:, number] = values.norm(dim=1)
             if self.normalize == "layer":
                 values.div_(_or_one(norms[:, number]).unsqueeze(1))
@@ -71,8 +70,7 @@ class Compressor:
 
         def consume(number: int, values: Tensor) -> None:
             layer = layers[number]
-            if self.correction is not None:
-                values.mul_(self.correction[layer.start : layer.start + layer.size])
+            self._correct(layer, values)
             norms[number] = values.norm()
             flat[layer.start : layer.start + layer.size] = values[0]
 
@@ -82,6 +80,10 @@ class Compressor:
         if self.normalize == "layer":
             flat = self.divided(flat, norms)
         return flat if self.correction is None else flat.mul_(self.correction)
+
+    def _correct(self, layer: Layer, values: Float[Tensor, "examples n"]) -> None:
+        if self.correction is not None:
+            values.mul_(self.correction[layer.start : layer.start + layer.size])
 
     def divided(self, flat: Float[Tensor, " size"], norms: Float[Tensor, " layers"]) -> Float[Tensor, " size"]:
         """A copy of a flattened gradient with each layer's part divided by its norm; a zero norm divides by 1."""
