@@ -164,6 +164,14 @@ class AnnIndex:
         """Add rows under their numbers."""
         self._guarded(self._index.add_with_ids, folded, numbers)
 
+    def numbers(self) -> Int64[np.ndarray, " n"]:
+        """The numbers of the rows it holds, in no order. Of indexes on the CPU."""
+        if not self._ivf:
+            return self._faiss.vector_to_array(self._faiss.downcast_index(self._index).id_map)
+        lists = self._ivf.invlists
+        each = (self._faiss.rev_swig_ptr(lists.get_ids(at), lists.list_size(at)) for at in range(self._ivf.nlist))
+        return np.concatenate([numbers.copy() for numbers in each])
+
     def search(
         self, folded: Float32[np.ndarray, "queries dim"], count: int, lists: int | None = None
     ) -> Int64[np.ndarray, "queries count"]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rapidindex.build import Summary, check_fits, fill, summary
-from rapidindex.card import Card
 from rapidindex.config import BuildConfig, EncodingConfig, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.errors import StoreError, UsageError
 from rapidindex.index import VectorIndex
@@ -63,7 +62,7 @@ def add(
         if todo:
             batched = fill(store, job, todo, progress)
         restored = store.restore(store.removed & {item.example.id for item in job.items})
-        _update(store.rows("sentence"), progress)
+        VectorIndex.update(store.rows("sentence"), progress=progress)
         return summary(store, job, done, batched, started, restored)
 
 
@@ -136,16 +135,6 @@ def _plan(store: Store, job: Job, new: int) -> None:
     added = {**found, "examples": new}
     skipped = [{**row, "source": found["path"]} for row in job.skipped]
     store.update_config({"added": [*sources[1:], added]}, skipped=[*store.skipped, *skipped])
-
-
-def _update(rows: Rows, progress: Progress) -> None:
-    """Bring the search index up to date; anew where examples were out when it was made, as it lacks their rows."""
-    card = Card.read(rows.path)
-    if card is not None and card.file and card.live < card.rows:
-        options = {"factory": card.asked, "dim": card.dim, "target_recall": card.target_recall, "seed": card.seed}
-        VectorIndex.build(rows, **options, progress=progress)
-    else:
-        VectorIndex.update(rows, progress=progress)
 
 
 def _listed(ids: Iterable[str]) -> set[str]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 
 from rapidindex.ann import AnnIndex, check_factory, faiss_version, require_gpu
 from rapidindex.card import Card, rebuild_hint
@@ -105,7 +105,7 @@ class VectorIndex:
             ann.train(_training_rows(rows, max(_TRAIN_ROWS, _TRAIN_PER_LIST * ann.lists), dim, seed))
             progress("train the index", 1, 1)
         index = cls(rows, card, ann, device=device, threads=threads)
-        index._add(0, progress)
+        index._add(rows.alive, progress)
         index._measure(progress)
         return index._published()
 
@@ -131,6 +131,7 @@ class VectorIndex:
     def update(cls, rows: Rows, *, threads: int | None = None, progress: Progress = silent) -> "VectorIndex":
         """Bring the index up to date with `rows`, adding only those that it lacks; the caller holds the store's lock.
 
+        It lacks those that are newer, and those that had been removed when it was built and are back.
         It is built where there is none, and built anew with the same options where other rows have taken the place of
         those it holds. Raises as `build` and `open` do.
         """
@@ -143,10 +144,11 @@ class VectorIndex:
             options = {"dim": card.dim, "target_recall": card.target_recall, "seed": card.seed}
             return cls.build(rows, factory=card.asked, **options, threads=threads, progress=progress)
         index = cls(rows, card, _load(rows, card, to_add=True, threads=threads), threads=threads)
-        if card.shards == rows.shards:
+        lacking = index._lacking()
+        if card.shards == rows.shards and not lacking.any():
             return index
         index.card = replace(card, shards=rows.shards, live=live)
-        index._add(card.rows, progress)
+        index._add(lacking, progress)
         measured = card.proponents.rows if card.proponents else 0
         if live > REMEASURE_GROWTH * measured:
             index._measure(progress)
@@ -226,14 +228,21 @@ class VectorIndex:
         best = top(scores, k, largest)
         return scores[best], numbers[best]
 
-    def _add(self, first_row: int, progress: Progress) -> None:
-        """Add the live rows from `first_row` on, where a shard begins."""
+    def _lacking(self) -> Bool[np.ndarray, " n"]:
+        """The live rows that FAISS's index does not hold."""
         assert self._ann is not None
-        alive, block_rows = self.rows.alive, max(1, _FOLD_BYTES // (4 * self.rows.K))
+        lacking = self.rows.alive.copy()
+        lacking[self._ann.numbers()] = False
+        return lacking
+
+    def _add(self, wanted: Bool[np.ndarray, " n"], progress: Progress) -> None:
+        """Add the rows that are `wanted`."""
+        assert self._ann is not None
+        block_rows = max(1, _FOLD_BYTES // (4 * self.rows.K))
         for first, block, scale in self.rows.blocks(block_rows):
-            if first < first_row:
+            numbers = first + np.flatnonzero(wanted[first : first + len(block)])
+            if not len(numbers):
                 continue
-            numbers = first + np.flatnonzero(alive[first : first + len(block)])
             folded = fold(to_float32(block, scale, self._device), self.card.dim)[numbers - first].cpu().numpy()
             if not np.isfinite(folded).all():
                 bad = numbers[np.flatnonzero(~np.isfinite(folded).all(axis=1))[0]]

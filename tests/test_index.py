@@ -392,6 +392,32 @@ def test_an_index_that_lacks_rows_says_so_and_an_update_adds_only_them(store, qu
     np.testing.assert_array_equal(found.rows[:, 0], np.arange(N, N + 100))
 
 
+@pytest.mark.parametrize("factory", ["Flat", "HNSW16", "HR,RaBitQ", "IVF16,Flat", "HR,IVF16,RaBitQ"])
+def test_rows_that_were_out_when_the_index_was_built_and_are_back_are_added(store, values, factory):
+    gone = np.arange(0, N, 10)
+    remove(store, gone)
+    VectorIndex.build(store.rows("sentence"), factory=factory, dim=K, target_recall=0.9)
+    remove(store, np.arange(1, N, 10))  # these it holds
+    with store.lock():
+        store.restore(store.removed)
+        stages = []
+        VectorIndex.update(store.rows("sentence"), progress=lambda *told: stages.append(told))
+    assert {stage for stage, _, _ in stages} == {"index the rows", "measure recall"}  # 11 % more rows
+    updated = VectorIndex.open(store.rows("sentence"))
+    assert updated.card.live == N and sorted(updated._ann.numbers()) == list(range(N))
+    found = updated.search(values[gone], 1)
+    assert found.method == "ann"
+    np.testing.assert_array_equal(found.rows[:, 0], gone)
+    np.testing.assert_array_equal(found.rows, exact_search(updated.rows, values[gone], 1).rows)
+
+
+def test_an_update_with_nothing_to_add_writes_nothing(store):
+    remove(store, np.arange(0, N, 10))
+    made = VectorIndex.build(store.rows("sentence"), factory="Flat", dim=DIM, target_recall=0.9)
+    remove(store, np.arange(1, N, 10))
+    assert VectorIndex.update(store.rows("sentence")).card == made.card
+
+
 def test_recall_is_measured_again_once_the_index_has_grown(store):
     VectorIndex.build(store.rows("sentence"), factory="Flat", dim=DIM, target_recall=0.9)
     append(store, gradients(200, K, seed=5))
