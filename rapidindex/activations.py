@@ -1,4 +1,4 @@
-"""What a model keeps of a forward pass for the backward one, from two short passes, and what is alive of tensors.
+"""What a model keeps of a forward pass for the backward one, from three short passes, and what is alive of tensors.
 
 All figures are bytes. Knows nothing of data, of options or of what else a build takes.
 """
@@ -14,19 +14,22 @@ from torch.utils._pytree import tree_leaves
 
 from rapidindex.gradients import Batch, PerExampleGradients, example_losses
 
-_LENGTHS = (16, 64)
+_LENGTHS = (16, 40, 64)
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes for an example of T tokens: `linear` T + `square` T², the square from masks and eager attention."""
+    """Bytes for n examples of T tokens: `constant` + n (`linear` T + `square` T²)."""
 
+    constant: float
+    """A layer's dequantized weights, for one."""
     linear: float
     square: float
+    """Of masks and eager attention."""
 
     def of(self, examples: int, tokens: int) -> int:
         """Bytes for a batch of examples padded to so many tokens, logits excepted."""
-        return int(examples * tokens * (self.linear + self.square * tokens))
+        return int(self.constant + examples * tokens * (self.linear + self.square * tokens))
 
 
 class Alive(TorchDispatchMode):
@@ -58,27 +61,28 @@ class Alive(TorchDispatchMode):
 
 
 def measure_activations(gradients: PerExampleGradients) -> Activations:
-    """From forward passes over two examples of 16 and of 64 tokens; the model is left as it was."""
-    short, long = _LENGTHS
-    per_token = {length: _peak(gradients, length) / length for length in _LENGTHS}
-    square = max(0.0, (per_token[long] - per_token[short]) / (long - short))
-    return Activations(per_token[long] - square * long, square)
+    """From forward passes over two examples of 16, 40 and 64 tokens; the model is left as it was."""
+    batches = [_made_up(gradients.model, length) for length in _LENGTHS]
+    if not gradients.batched:
+        batches = [batch.example(0) for batch in batches]
+    terms = [(1, len(batch) * length, len(batch) * length**2) for batch, length in zip(batches, _LENGTHS, strict=True)]
+    found = np.linalg.solve(np.array(terms, float), [_peak(gradients, batch) for batch in batches])
+    return Activations(*found.tolist())
 
 
-def _peak(gradients: PerExampleGradients, length: int) -> float:
-    """Bytes an example of so many tokens, of which one is in the loss."""
-    batch = _made_up(gradients.model, length)
+def _peak(gradients: PerExampleGradients, batch: Batch) -> int:
+    """Bytes alive at the fullest moment of a forward pass."""
     with Alive() as alive:
         if gradients.batched:
             with gradients.forward(batch, lambda number, values: None):
-                return alive.peak / len(batch)
+                return alive.peak
         with torch.enable_grad():
-            losses = example_losses(gradients.model, batch.example(0))
-            return alive.peak / len(losses)
+            example_losses(gradients.model, batch)
+        return alive.peak
 
 
 def _made_up(model: torch.nn.Module, length: int) -> Batch:
-    """Two examples, the second one shorter, so that there is a mask as there is in real batches."""
+    """Two examples with one token each in the loss; the second is shorter, so that there is a mask, as mostly."""
     embedding = model.get_input_embeddings()
     ids = [np.arange(tokens) % embedding.num_embeddings for tokens in (length, length - 1)]
     weights = [(np.arange(len(tokens)) == len(tokens) - 1).astype(np.float32) for tokens in ids]
