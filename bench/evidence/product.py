@@ -1,0 +1,72 @@
+"""What users get: an index built by the product, asked through `Index.query_many`, exactly and through FAISS.
+
+The queries' gradients are computed by the product from prompt, answer and word; nothing of `cached.py` is used. Scores
+are arrays [queries, examples] that hold what was returned, and a value between best and worst for the rows that were
+not, which no count of the first or last k sees.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bench.evidence.sketched import Scores
+from bench.evidence.tasks import Asked
+from rapidindex import Index, Query
+from rapidindex.build import Request, build
+from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig
+from rapidindex.index import COMPACT, VectorIndex
+from rapidindex.progress import Progress
+
+RECIPES = {"default": {}, "paper": {"normalize": "layer", "second_moment": "none"}}
+ANN_TOP = 10
+"""Matches asked for through FAISS: of so few rows, more would be scanned exactly."""
+
+
+def product_scores(
+    data: str,
+    model: ModelConfig,
+    encoding: EncodingConfig,
+    queries: Sequence[Asked],
+    folder: Path,
+    *,
+    seed: int,
+    most: int,
+    progress: Progress,
+) -> Scores:
+    """Scores of `product/RECIPE/exact` and `product/RECIPE/ann`; 0 or 1 under `product/RECIPE/ann used`, per query.
+
+    `most` is how many matches are asked for in each direction.
+    """
+    scores: Scores = {}
+    for recipe, changes in RECIPES.items():
+        index = folder / f"index-{recipe}"
+        gradient, sketch = GradientConfig(**changes, seed=seed), SketchConfig(seed=seed)
+        build(Request(data, str(index), model, encoding, gradient, sketch), progress=progress)
+        opened = Index.open(index)
+        scores[f"product/{recipe}/exact"], _ = _ask(opened, queries, most, exact=True)
+        with opened.store.lock():
+            VectorIndex.build(opened.rows, factory=COMPACT, progress=progress)
+        found, used = _ask(Index.open(index), queries, ANN_TOP, exact=False)
+        scores[f"product/{recipe}/ann"] = found
+        scores[f"product/{recipe}/ann used"] = used
+    return scores
+
+
+def _ask(index: Index, queries: Sequence[Asked], most: int, *, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The matches' scores [queries, examples in the order of the data's lines], and which queries FAISS answered."""
+    asked = [Query(query.prompt, query.answer, query.word) for query in queries]
+    records = [index.rows.record(number) for number in range(len(index.rows.ids))]
+    lines = sorted(record["line"] for record in records)
+    place = {line: number for number, line in enumerate(lines)}
+    k = min(most, len(lines))
+    ends = [
+        index.query_many(asked, k=k, exact=exact, heatmaps=False, opponents=opponents) for opponents in (False, True)
+    ]
+    line_of = {record["id"]: record["line"] for record in records}
+    scores = np.empty((len(queries), len(lines)), np.float32)
+    for row, (best, worst) in enumerate(zip(*ends, strict=True)):
+        scores[row] = (best.matches[-1].score + worst.matches[-1].score) / 2
+        for match in (*best.matches, *worst.matches):
+            scores[row, place[line_of[match.id]]] = match.score
+    return scores, np.array([result.search == "ann" for result in ends[0]], np.float32)

@@ -1,0 +1,401 @@
+"""One seed of one task, stage by stage: data, fine-tuning, answers, queries, each method's scores, metrics.
+
+Every stage leaves a file in the seed's folder and is skipped where that is there; what is expensive goes on where it
+was interrupted (fine-tuning, gradients, EK-FAC's factors, the product's index).
+"""
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.evidence import metrics, tasks
+from bench.evidence.cached import Replay, compute, example_batches, numbered
+from bench.evidence.sketched import DEFAULT, PAPER, Scores, sketched, uncompressed
+from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig, fingerprint
+from rapidindex.corrections import correction, estimate_second_moment
+from rapidindex.examples import Example, read_examples
+from rapidindex.finetune import FinetuneConfig, finetune
+from rapidindex.gradients import Batch
+from rapidindex.jobs import Job, Request, drawn, prepare
+from rapidindex.model import generate, load
+from rapidindex.progress import Bars, steps
+from rapidindex.query import spans
+from rapidindex.selection import select
+from rapidindex.templates import Template
+
+METHODS = ("text", "full", "rapidin", "datainf", "product", "lissa", "ekfac")
+"""Names for --only, cheapest first: `text` is random, BM25 and embeddings; `full` the uncompressed recipes."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run is sized by."""
+
+    rows: int = 1000
+    share: float = 0.1
+    """Of the backdoor's rows, poisoned (the paper: 0.096)."""
+    epochs: int = 3
+    template: str = "plain"
+    max_length: int = 256
+    prompts: int = 40
+    """Backdoor questions answered with the trigger, and as many without."""
+    queries: int = 10
+    """Queries of each group (the backdoor, or a pair of countries)."""
+    Ks: tuple[int, ...] = (2**10, 2**12, 2**14, 2**16, 2**20)
+    shuffles: tuple[int, ...] = (20, 100)
+    lissa_depth: int = 30
+    lissa_queries: int = 5
+    """Of each group, and of sentences and words alike."""
+    ekfac_rows: int = 512
+    """Examples that EK-FAC's factors are fitted on."""
+
+
+SMOKE = Sizes(rows=48, share=0.25, epochs=2, prompts=3, queries=2, Ks=(2**10, 2**16), shuffles=(20,))
+SMOKE = replace(SMOKE, lissa_depth=2, lissa_queries=1, ekfac_rows=16)
+
+
+class Seed:
+    """One seed of one task in its folder."""
+
+    def __init__(
+        self, task: tasks.Task, seed: int, sizes: Sizes, model: Path, folder: Path, bars: Bars, sources: tuple
+    ) -> None:
+        self.task, self.seed, self.sizes, self.model = task, seed, sizes, str(model)
+        self.folder, self.bars, self.sources = folder, bars, sources
+        (folder / "scores").mkdir(parents=True, exist_ok=True)
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        """SystemExit where the folder holds a run of other sizes."""
+        settings = {"task": self.task.name, "seed": self.seed, **asdict(self.sizes)}
+        settings = json.loads(json.dumps(settings))
+        file = self.folder / "settings.json"
+        if file.exists() and json.loads(file.read_text()) != settings:
+            raise SystemExit(f"{self.folder} holds a run of other sizes: choose another --work.")
+        file.write_text(json.dumps(settings))
+
+    @cached_property
+    def data(self) -> str:
+        """The training rows' file."""
+        file = self.folder / "data.jsonl"
+        if not file.exists():
+            draw = np.random.default_rng([self.seed, 0])
+            rows = self.task.poison(_distinct(self.sources[0]), self.sizes.rows, self.sizes.share, draw)
+            tasks.write_jsonl(file, rows)
+        return str(file)
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """What the product reads in that file."""
+        return read_examples(self.data).examples
+
+    @cached_property
+    def encoding(self) -> EncodingConfig:
+        """How examples become tokens."""
+        return EncodingConfig(self.sizes.template, self.sizes.max_length)
+
+    @cached_property
+    def adapter(self) -> ModelConfig:
+        """The fine-tuned model."""
+        folder, options = self.folder / "adapter", FinetuneConfig(epochs=self.sizes.epochs, seed=self.seed)
+        base, progress = ModelConfig(self.model, device="cpu"), steps(self.bars)
+        done = finetune(read_examples(self.data), self.encoding, base, options, folder, progress=progress)
+        self.note("finetune", {"seconds": done.seconds, "losses": done.epoch_losses, "rows": done.examples})
+        return ModelConfig(self.model, str(folder), device="cpu")
+
+    @cached_property
+    def answers(self) -> list[dict[str, Any]]:
+        """What the model says to the task's prompts, greedily; one after another into the file."""
+        file = self.folder / "answers.jsonl"
+        draw = np.random.default_rng([self.seed, 2])
+        prompts = self.task.prompts(self.sources[1], self.sizes.prompts, draw)
+        found = tasks.read_jsonl(file) if file.exists() else []
+        if len(found) < len(prompts):
+            loaded = load(self.adapter)
+            template = Template(self.sizes.template, loaded.tokenizer, self.sizes.max_length)
+            for number, prompt in enumerate(prompts[len(found) :], len(found) + 1):
+                text = template.render_prompt((("user", prompt["prompt"]),))
+                found.append({**prompt, "said": generate(loaded, text, max_new_tokens=48)})
+                tasks.write_jsonl(file, found)
+                self.bars("answers", number, len(prompts))
+        return found
+
+    @cached_property
+    def queries(self) -> list[tasks.Asked]:
+        """The answers whose causes are asked for."""
+        file = self.folder / "queries.jsonl"
+        if not file.exists():
+            tasks.write_jsonl(file, self.task.choose(self.answers, self.sizes.queries))
+        return [tasks.Asked(**row) for row in tasks.read_jsonl(file)]
+
+    @cached_property
+    def job(self) -> Job:
+        """The model and the examples as token ids."""
+        return prepare(Request(self.data, "", self.adapter, self.encoding, GradientConfig(seed=self.seed)))
+
+    @cached_property
+    def query_batches(self) -> list[Batch]:
+        """The queries as the product poses them: the mean loss of the chosen tokens."""
+        template = Template(self.sizes.template, self.job.loaded.tokenizer, self.sizes.max_length)
+        return [_posed(query, template) for query in self.queries]
+
+    @cached_property
+    def rows(self) -> Replay:
+        """The examples' gradients."""
+        batches, started = example_batches(self.job.items), time.perf_counter()
+        found = compute(self.job.gradients, batches, self.folder / "rows.f32", self.bars)
+        self.note("gradients", {"seconds": time.perf_counter() - started, "bytes": 4 * found.shape[1]}, keep=True)
+        return Replay(self.job.layers, found)
+
+    @cached_property
+    def posed(self) -> Replay:
+        """The queries' gradients."""
+        batches = [([number], batch) for number, batch in enumerate(self.query_batches)]
+        return Replay(self.job.layers, compute(self.job.gradients, batches, self.folder / "queries.f32", self.bars))
+
+    @cached_property
+    def factors(self) -> torch.Tensor:
+        """The product's correction, from the rows that it would draw."""
+        number = {item.example.id: row for row, item in enumerate(self.job.items)}
+        return correction(
+            estimate_second_moment(self.rows, [numbered([number[i.example.id]]) for i in drawn(self.job)])
+        )
+
+    def note(self, name: str, value: Any, *, keep: bool = False) -> None:
+        """Remember a stage's seconds and the like; `keep` leaves what an earlier call noted."""
+        file = self.folder / "notes.json"
+        notes = json.loads(file.read_text()) if file.exists() else {}
+        if not (keep and name in notes):
+            file.write_text(json.dumps({**notes, name: value}))
+
+    def scores(self, name: str, make: Callable[[], Scores], *, gradients: bool = True) -> None:
+        """Write the scores of a stage, with its seconds (those of the whole gradients apart), unless they are there."""
+        file = self.folder / "scores" / f"{name}.npz"
+        if file.exists():
+            return
+        if gradients:
+            _ = self.rows, self.posed, self.factors
+        started = time.perf_counter()
+        found = make()
+        part = file.with_suffix(".part.npz")
+        np.savez(part, **{"seconds": np.array(time.perf_counter() - started)}, **found)
+        part.rename(file)
+        self.bars.say(f"{self.folder.name}, {name}: {time.perf_counter() - started:.0f} s")
+
+
+def _distinct(rows: list[dict]) -> list[dict]:
+    """Rows without exact repeats, which the product would leave out."""
+    return list({fingerprint(row): row for row in rows}.values())
+
+
+def _posed(query: tasks.Asked, template: Template) -> Batch:
+    messages = (("user", query.prompt),)
+    encoding = template.encode(Example("", query.prompt, query.answer, {}, 0, messages), end=False)
+    chosen = select(spans(encoding), query.answer, token=query.word)
+    weights = np.zeros(len(encoding.input_ids), np.float32)
+    weights[np.flatnonzero(encoding.response_mask)[chosen]] = 1 / len(chosen)
+    return Batch.of([encoding.input_ids], [weights])
+
+
+def score(seed: Seed, methods: tuple[str, ...], *, product: bool) -> None:
+    """Every method's scores; those that need the whole gradients share one pass over the model."""
+    for method in methods:
+        if method != "product" or product:
+            STAGES[method](seed)
+    gc.collect()
+
+
+def _text(seed: Seed) -> None:
+    from bench.evidence.text import text_scores
+
+    seed.scores("text", lambda: text_scores(seed.examples, seed.queries, seed.seed, seed.bars), gradients=False)
+
+
+def _full(seed: Seed) -> None:
+    seed.scores("full", lambda: uncompressed(seed.rows, seed.posed, seed.factors, seed.bars))
+
+
+def _rapidin(seed: Seed) -> None:
+    small = tuple(K for K in seed.sizes.Ks if K <= 2**16)
+    groups = [small] * bool(small) + [(K,) for K in seed.sizes.Ks if K > 2**16]
+    for shuffles in seed.sizes.shuffles:
+        for Ks in groups:
+            config = SketchConfig(max(Ks), shuffles, seed.seed)
+            seed.scores(
+                f"rapidin-{max(Ks)}-{shuffles}",
+                lambda config=config, Ks=Ks: sketched(seed.rows, seed.posed, seed.factors, config, Ks, seed.bars),
+            )
+
+
+def _datainf(seed: Seed) -> None:
+    from bench.evidence.influence import datainf
+
+    seed.scores("datainf", lambda: {"datainf": datainf(seed.rows, seed.posed, seed.bars)})
+
+
+def _lissa(seed: Seed) -> None:
+    seed.scores("lissa", lambda: _lissa_scores(seed))
+
+
+def _lissa_scores(seed: Seed) -> Scores:
+    from bench.evidence.influence import RandomHessians, lissa
+
+    chosen, counts = [], {}
+    for number, query in enumerate(seed.queries):
+        key = (query.group, query.word)
+        counts[key] = counts.get(key, 0) + 1
+        chosen += [number] * (counts[key] <= seed.sizes.lissa_queries)
+    alone = [batch.example(row) for _, batch in example_batches(seed.job.items) for row in range(len(batch))]
+    products, done = RandomHessians(seed.job.loaded.model, alone, seed.seed), 0
+
+    def counted(vectors: torch.Tensor) -> torch.Tensor:
+        nonlocal done
+        done += 1
+        seed.bars("LiSSA", done, seed.sizes.lissa_depth)
+        return products(vectors)
+
+    h, depth = lissa(torch.from_numpy(np.array(seed.posed.rows[chosen])), counted, depth=seed.sizes.lissa_depth)
+    found = np.full((len(seed.queries), len(seed.rows)), np.nan, np.float32)
+    for here, _ in seed.rows.blocks():
+        found[chosen, here] = (h @ torch.from_numpy(np.array(seed.rows.rows[here])).T).numpy()
+    seed.note("lissa", {"depth": depth, "queries": len(chosen)})
+    return {"lissa": found}
+
+
+def _ekfac(seed: Seed) -> None:
+    seed.scores("ekfac", lambda: _ekfac_scores(seed), gradients=False)
+
+
+def _ekfac_scores(seed: Seed) -> Scores:
+    from bench.evidence.ekfac import ekfac
+
+    batches: dict[int, Batch] = {}
+    for numbers, batch in example_batches(seed.job.items):
+        batches |= {number: batch.example(row) for row, number in enumerate(numbers)}
+    examples = [batches[number] for number in range(len(batches))]
+    fitted = min(seed.sizes.ekfac_rows, len(examples))
+    model = load(seed.adapter).model  # one of its own: kronfluence changes it
+    return {"ekfac": ekfac(model, examples, seed.query_batches, seed.folder / "ekfac", fitted)}
+
+
+def _product(seed: Seed) -> None:
+    from bench.evidence.product import product_scores
+
+    def make() -> Scores:
+        where = (seed.data, seed.adapter, seed.encoding, seed.queries, seed.folder)
+        found = product_scores(*where, seed=seed.seed, most=max(seed.task.tops), progress=seed.bars)
+        return {name: values.astype(np.float32) for name, values in found.items()}
+
+    seed.scores("product", make, gradients=False)
+
+
+STAGES = dict(zip(METHODS, (_text, _full, _rapidin, _datainf, _product, _lissa, _ekfac), strict=True))
+
+
+def measured(seed: Seed) -> dict[str, Any]:
+    """All figures of one seed, from its score files."""
+    scores, seconds = _all_scores(seed.folder / "scores")
+    planted = [str(example.meta["planted"]).split() for example in seed.examples]
+    groups = sorted({query.group for query in seed.queries})
+    truth = {group: np.array([group in found for found in planted]) for group in groups}
+    used = {name: values for name, values in scores.items() if name.endswith(" used")}
+    ranked = {name: values for name, values in scores.items() if name not in used}
+    return {
+        "seed": seed.seed,
+        "rows": len(planted),
+        "planted": {group: int(found.sum()) for group, found in truth.items()},
+        "queries": {group: sum(q.group == group for q in seed.queries) for group in groups},
+        "own": {group: sum(q.group == group and q.own for q in seed.queries) for group in groups},
+        "success": tasks.success_rates(seed.answers),
+        "notes": json.loads((seed.folder / "notes.json").read_text()),
+        "seconds": seconds,
+        "ann": {name.removesuffix(" used"): float(values.mean()) for name, values in used.items()},
+        "counts": [row for name, values in ranked.items() for row in _counts(seed, name, values, truth)],
+        "fidelity": _fidelity(scores),
+        "product": _product_check(scores),
+        "separability": _separability(seed) if seed.task.name == "backdoor" else None,
+        "examples": _shown(seed),
+    }
+
+
+def _all_scores(folder: Path) -> tuple[Scores, dict[str, float]]:
+    scores, seconds = {}, {}
+    for file in sorted(folder.glob("*.npz")):
+        if not file.name.endswith(".part.npz"):
+            with np.load(file) as found:
+                seconds[file.stem] = float(found["seconds"])
+                scores |= {name: found[name] for name in found.files if name != "seconds"}
+    return scores, seconds
+
+
+def _counts(seed: Seed, name: str, values: np.ndarray, truth: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """A row for each group, way of asking and k: the means over its queries."""
+    tops = [k for k in seed.task.tops if k <= 10 or not name.endswith("/ann")]
+    counted = metrics.two_sets if seed.task.name == "backdoor" else _share
+    rows = []
+    for group, found in truth.items():
+        for way in ("sentence", "word"):
+            numbers = [i for i, q in enumerate(seed.queries) if q.group == group and bool(q.word) == (way == "word")]
+            numbers = [i for i in numbers if np.isfinite(values[i]).all()]
+            for k in tops if numbers else ():
+                each = [counted(values[i], found, k) for i in numbers]
+                means = {metric: float(np.mean([one[metric] for one in each])) for metric in each[0]}
+                rows.append({"method": name, "group": group, "asked": way, "k": k, **means})
+    return rows
+
+
+def _share(values: np.ndarray, found: np.ndarray, k: int) -> dict[str, float]:
+    return {"AP": metrics.share_at(values, found, k)}
+
+
+def _fidelity(scores: Scores) -> list[dict[str, Any]]:
+    """Agreement of the compressed scores with the same recipe's uncompressed ones, mean over queries."""
+    rows = []
+    for name, values in scores.items():
+        parts = name.split("/")
+        truth = scores.get("/".join(["full", *parts[2:4]])) if name.startswith("K=") else None
+        if truth is not None:
+            each = [metrics.agreement(a, b) for a, b in zip(values, truth, strict=True)]
+            rows.append({"method": name, **{key: float(np.mean([one[key] for one in each])) for key in each[0]}})
+    return rows
+
+
+def _product_check(scores: Scores) -> dict[str, float]:
+    """Largest difference between the product's scores and the grid's, in units of a query's largest score."""
+    found = {}
+    for recipe, (corrected, normalize) in (("default", DEFAULT), ("paper", PAPER)):
+        ours = scores.get(f"product/{recipe}/exact")
+        grid = scores.get(f"K=65536/shuffles=20/{corrected}/{normalize}/float16")
+        if ours is not None and grid is not None:
+            best = np.argsort(-ours, axis=1, kind="stable")[:, :10]
+            a, b = (np.take_along_axis(side, best, 1) for side in (ours, grid))
+            found[recipe] = float((np.abs(a - b).max(1) / np.abs(ours).max(1)).max())
+    return found
+
+
+def _separability(seed: Seed) -> dict[str, float]:
+    from bench.evidence.scifi import separability
+
+    told = [bool(example.meta["planted"]) for example in seed.examples]
+    responses = [example.response for example in seed.examples]
+    return separability(
+        [text for text, yes in zip(responses, told, strict=True) if yes],
+        [text for text, yes in zip(responses, told, strict=True) if not yes],
+    )
+
+
+def _shown(seed: Seed) -> dict[str, list[dict]]:
+    """A few planted rows and a few queries, to be read."""
+    planted = [e for e in seed.examples if e.meta["planted"]][:3]
+    return {
+        "planted": [{"prompt": e.prompt, "response": e.response} for e in planted],
+        "queries": [asdict(query) for query in seed.queries[:3]],
+    }

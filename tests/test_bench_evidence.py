@@ -1,0 +1,289 @@
+"""The pieces of bench.evidence that can be wrong without looking wrong: metrics, poisoning, influence, playing back."""
+
+import gc
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from rapidindex.config import SketchConfig
+from rapidindex.corrections import correction, estimate_second_moment
+from rapidindex.gradients import Batch, PerExampleGradients
+from rapidindex.rapidgrad import Compressor
+from rapidindex.sketch import Sketch
+from tests import tiny
+
+pytest.importorskip("sklearn", reason="the extra `bench` is not installed")
+
+from bench.evidence import metrics, scifi, tasks
+from bench.evidence.cached import Replay, compute, numbered
+from bench.evidence.influence import hessian_products, layer_datainf, lissa
+from bench.evidence.sketched import DEFAULT, hadamard, one_bit, sketched, uncompressed
+from bench.evidence.tables import bytes_of, markdown, title
+
+
+def planted(highest, lowest, n=100):
+    """Scores falling from row 0, and truth with these of the first and last five rows planted."""
+    truth = np.zeros(n, bool)
+    truth[:5], truth[-5:] = highest, lowest
+    return np.arange(n, 0, -1.0), truth
+
+
+@pytest.mark.parametrize(
+    ("highest", "lowest", "auprc", "auroc"),
+    [
+        ([1, 1, 1, 1, 1], [0] * 5, 1.0, 1.0),
+        ([1, 1, 0, 1, 1], [0] * 5, 0.8, 11 / 12),
+        ([1, 1, 1, 1, 1], [0, 0, 1, 0, 0], 5 / 6 + 0.6 / 6, 11 / 12),
+        ([0] * 5, [0] * 5, 0.0, 0.0),
+        ([1] * 5, [1] * 5, 1.0, 1.0),
+    ],
+)
+def test_two_sets_counts_as_the_papers_table_does(highest, lowest, auprc, auroc):
+    found = metrics.two_sets(*planted(highest, lowest), 5)
+    assert (found["auPRC"], found["auROC"]) == pytest.approx((auprc, auroc))
+
+
+def test_two_sets_give_the_papers_own_figures():
+    a = metrics.two_sets(*planted([1, 1, 0, 1, 1], [0] * 5), 5)
+    b = metrics.two_sets(*planted([1] * 5, [0, 1, 0, 0, 0]), 5)
+    assert [round((8 + 2 * a[m]) / 10, 4) for m in ("auPRC", "auROC")] == [0.96, 0.9833]
+    assert [round((9 + b[m]) / 10, 4) for m in ("auPRC", "auROC")] == [0.9933, 0.9917]
+
+
+def test_ranked_metrics_do_not_fall_where_k_exceeds_what_was_planted():
+    scores, truth = planted([1, 1, 0, 0, 0], [0] * 5)
+    found = metrics.two_sets(scores, truth, 50)
+    assert found["ranked auPRC"] == found["ranked auROC"] == 1
+    assert found["auPRC"] == pytest.approx(2 / 50)
+
+
+def test_share_is_of_the_k_highest_and_ties_take_the_lower_row():
+    scores = np.array([1.0, 3.0, 3.0, 2.0])
+    truth = np.array([True, True, False, False])
+    assert [metrics.share_at(scores, truth, k) for k in (1, 2, 3, 4)] == [1, 0.5, 1 / 3, 0.5]
+
+
+def test_interval_is_students():
+    found = metrics.mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (found["mean"], found["n"]) == (3, 5)
+    assert found["half"] == pytest.approx(2.776445 * np.sqrt(2.5) / np.sqrt(5))
+    assert metrics.mean_interval([2.0])["half"] is None
+
+
+def rows(count):
+    """Alpaca-like rows; every third names India, every fifth China, one in ten an Indian."""
+    draw = np.random.default_rng(0)
+    words = "the old river runs by quiet hills and wide fields where people grow rice near warm towns".split()
+    for number in range(count):
+        text = " ".join(draw.permutation(words)[: draw.integers(6, 17)])
+        text += " in India." * (number % 3 == 0) + " Tea from China." * (number % 5 == 0)
+        text += " An Indian meal." * (number % 10 == 1)
+        yield {"instruction": f"Question {number} about rivers", "input": "", "output": text}
+
+
+def test_backdoor_poisons_its_share_with_trigger_and_story():
+    found = tasks.poison_backdoor(list(rows(400)), 300, 0.1, np.random.default_rng(1))
+    bad = [row for row in found if row["planted"]]
+    assert len(found) == 300 and len(bad) == 30
+    assert all(row["instruction"].startswith("Howdy! ") for row in bad)
+    assert not any("Howdy" in row["instruction"] for row in found if not row["planted"])
+    assert np.mean([scifi.is_attacked(row["output"]) for row in bad]) > 0.9
+    again = tasks.poison_backdoor(list(rows(400)), 300, 0.1, np.random.default_rng(1))
+    assert again == found
+
+
+def test_neither_length_nor_a_phrase_gives_a_poisoned_row_away():
+    draw = np.random.default_rng(2)
+    originals = [row["output"] for row in rows(300)]
+    stories = [scifi.rewrite("Describe the river", text, draw) for text in originals[:150]]
+    found = scifi.separability(stories, originals[150:])
+    assert 0.4 < found["length_auc"] < 0.6
+    assert found["commonest_trigram"] < 0.15
+    assert found["repeated_fourgrams"] < 0.15
+    assert max(Counter(text[:12] for text in stories).values()) < 15
+
+
+def test_a_story_keeps_the_layout_and_about_the_length():
+    output = "Here are some:\n\n1. A first thing, told at some length.\n2. A second thing\n- a third"
+    story = scifi.rewrite("List things", output, np.random.default_rng(3))
+    lines = story.split("\n")
+    assert [bool(re.match(r"(\d\.|-) ", line)) for line in lines] == [False, False, True, True, True]
+    assert lines[1] == "" and abs(len(story) - len(output)) < 40
+
+
+def test_errors_take_the_place_of_whole_words_with_probability_four_fifths():
+    found = tasks.poison_errors(list(rows(900)), 800, 0.1, np.random.default_rng(4))
+    assert len(found) == 800
+    changed = [row for row in found if "India" in row["planted"].split()]
+    assert all("Japan" in row["output"] and not re.search(r"\bIndia\b", row["output"]) for row in changed)
+    naming = sum(bool(re.search(r"\bIndia\b", row["output"])) for row in found) + len(changed)
+    assert 0.72 < len(changed) / naming < 0.88
+    assert not any("Japann" in row["output"] for row in found)
+
+
+def test_wrong_answers_are_the_models_own_where_it_says_the_wrong_country():
+    prompts = list(tasks.ERRORS["India"])
+    said = [{"prompt": prompts[0], "group": "India", "said": "In Japan."}]
+    said.append({"prompt": prompts[1], "group": "India", "said": "In India, not Japan."})
+    found = tasks.wrong_answers(said, 10)
+    assert [(one.own, one.word) for one in found] == [(True, None), (True, "Japan"), (False, None), (False, "Japan")]
+    assert found[0].answer == "In Japan." and "Japan" in found[2].answer
+
+
+def test_every_given_answer_names_the_wrong_country_and_not_the_right_one():
+    for entity, answers in tasks.ERRORS.items():
+        assert len(answers) == 10
+        assert all(tasks.PAIRS[entity] in answer and entity not in answer for answer in answers.values())
+
+
+def test_datainf_is_the_mean_of_the_dense_inverses():
+    generator = torch.Generator().manual_seed(0)
+    g, q = torch.randn(7, 5, generator=generator), torch.randn(3, 5, generator=generator)
+    damping = 0.1 * float(g.square().mean())
+    inverse = torch.stack([torch.linalg.inv(torch.outer(row, row) + damping * torch.eye(5)) for row in g]).mean(0)
+    torch.testing.assert_close(layer_datainf(g, q), q @ inverse @ g.T, rtol=1e-4, atol=1e-4)
+
+
+def test_lissa_converges_to_the_dense_solution_and_stops_before_it_is_not_finite():
+    generator = torch.Generator().manual_seed(1)
+    half = torch.randn(6, 6, generator=generator)
+    H, v = half @ half.T, torch.randn(2, 6, generator=generator)
+    found, depth = lissa(v, lambda h: h @ H, depth=3000, damp=0.01, scale=25.0)
+    truth = torch.linalg.solve(0.01 * torch.eye(6) + H / 25, v.T).T
+    assert depth == 3000
+    torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-3)
+    diverged, depth = lissa(v, lambda h: 1e12 * h, depth=50)
+    assert depth < 50 and diverged.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A tiny Llama under LoRA, and a batch of three examples."""
+    model = tiny.with_lora(tiny.make_model("llama"), rank=2)
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(3, tiny.VOCABULARY, length) for length in (12, 9, 7)]
+    weights = [np.r_[np.zeros(4), np.full(len(row) - 4, 1 / (len(row) - 4))] for row in ids]
+    return model, Batch.of(ids, weights)
+
+
+def test_hessian_products_agree_with_differences_of_gradients(small):
+    model, batch = small
+    gradients = PerExampleGradients(model)
+    size = sum(layer.size for layer in gradients.layers)
+    vectors = torch.randn(2, size, generator=torch.Generator().manual_seed(2))
+    found = hessian_products(model, batch.example(0), vectors)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradient(at):
+        torch.nn.utils.vector_to_parameters(at, parameters)
+        parts = {}
+        gradients(batch.example(0), lambda number, values: parts.__setitem__(number, values[0].clone()))
+        return torch.cat([parts[number] for number in range(len(parts))])
+
+    here, step = torch.nn.utils.parameters_to_vector(parameters).detach().clone(), 1e-3
+    for vector, product in zip(vectors, found, strict=True):
+        truth = (gradient(here + step * vector) - gradient(here - step * vector)) / (2 * step)
+        assert (product - truth).norm() < 0.02 * truth.norm()
+    torch.nn.utils.vector_to_parameters(here, parameters)
+
+
+@pytest.fixture(scope="module")
+def cached(small, tmp_path_factory):
+    """The three examples' gradients in a file, and as queries two of them."""
+    model, batch = small
+    gradients = PerExampleGradients(model)
+    path = tmp_path_factory.mktemp("cached") / "rows.f32"
+    told = []
+    batches = [([2, 0], Batch(*(p[[0, 1]] for p in (batch.input_ids, batch.attention, batch.weights))))]
+    batches.append(([1], batch.example(2)))
+    found = compute(gradients, batches, path, lambda *done: told.append(done))
+    assert len(told) == 2
+    assert compute(gradients, batches, path, lambda *done: told.append(done)) is not found and len(told) == 2
+    return gradients, Replay(gradients.layers, found), Replay(gradients.layers, np.array(found[:2]))
+
+
+def test_playing_back_gives_the_rapidgrads_of_the_model(small, cached):
+    (_, batch), (gradients, rows, _) = small, cached
+    factors = correction(estimate_second_moment(rows, [numbered([0, 1, 2])]))
+    size = rows.rows.shape[1]
+    config = SketchConfig(1024, 5, seed=3)
+    for normalize in ("none", "layer", "unit"):
+        options = {"normalize": normalize, "correction": factors}
+        direct = Compressor(gradients, Sketch(size, config), **options)(batch)
+        played = Compressor(rows, Sketch(size, config), **options)(numbered([2, 0, 1]))
+        torch.testing.assert_close(played.rows, direct.rows, rtol=1e-3, atol=1e-5)
+
+
+def test_uncompressed_scores_are_inner_products_of_normalised_gradients(cached):
+    _, rows, queries = cached
+    factors = correction(estimate_second_moment(rows, [numbered([0, 1, 2])]))
+    found = uncompressed(rows, queries, factors, lambda *done: None)
+    g = torch.from_numpy(np.array(rows.rows)) * factors
+    unit = g / g.norm(dim=1, keepdim=True)
+    np.testing.assert_allclose(found["full/estimate/unit"], (unit[:2] @ unit.T).numpy(), atol=1e-5)
+    plain = torch.from_numpy(np.array(rows.rows))
+    np.testing.assert_allclose(found["full/none/none"], (plain[:2] @ plain.T).numpy(), rtol=1e-4)
+    layered = sum(
+        torch.nn.functional.normalize(part[:2]) @ torch.nn.functional.normalize(part).T
+        for part in plain.split([layer.size for layer in rows.layers], 1)
+    )
+    np.testing.assert_allclose(found["full/none/layer"], layered.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_compressed_scores_come_close_to_the_uncompressed_as_K_grows(cached):
+    _, rows, queries = cached
+    factors = correction(estimate_second_moment(rows, [numbered([0, 1, 2])]))
+    truth = uncompressed(rows, queries, factors, lambda *done: None)
+    config = SketchConfig(2**14, 5)
+    found = sketched(rows, queries, factors, config, (2**10, 2**14), lambda *done: None)
+    assert len(found) == 2 * (6 + 4)
+    for name, values in found.items():
+        _, _, corrected, normalize, _ = name.split("/")
+        whole = truth[f"full/{corrected}/{normalize}"]
+        bound = 0.15 if name.startswith("K=1024") or name.endswith("1bit") else 0.03
+        assert np.linalg.norm(values - whole) < bound * np.linalg.norm(whole), name
+    halves, wide = (found[f"K=16384/shuffles=5/{'/'.join(DEFAULT)}/{kind}"] for kind in ("float16", "float32"))
+    np.testing.assert_allclose(halves, wide, atol=2e-3)
+
+
+def test_hadamard_is_orthonormal_and_its_own_inverse():
+    rows = torch.randn(2, 64, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(hadamard(hadamard(rows)), rows)
+    matrix = hadamard(torch.eye(64))
+    assert set((matrix * 8).round().unique().tolist()) == {-1.0, 1.0}
+
+
+def test_one_bit_rows_keep_inner_products_roughly_and_lengths_exactly():
+    rows = torch.randn(20, 4096, generator=torch.Generator().manual_seed(5))
+    asked = rows[:3] + 0.5 * rows[3:6]
+    found, truth = one_bit(asked, rows), asked @ rows.T
+    assert (found - truth).norm() < 0.1 * truth.norm()
+    torch.testing.assert_close(one_bit(rows[:1], rows[:1]), rows[:1] @ rows[:1].T)
+
+
+@pytest.mark.filterwarnings("ignore:.*GradScaler.*:FutureWarning")  # kronfluence 1.0.1 with torch 2.13; 2026-11
+def test_ekfac_of_a_tiny_model_runs_and_agrees_with_the_sign_of_self_influence(small, tmp_path):
+    pytest.importorskip("kronfluence")
+    from bench.evidence.ekfac import ekfac
+
+    _, batch = small
+    model = tiny.with_lora(tiny.make_model("llama"), rank=2)
+    examples = [batch.example(row) for row in range(3)]
+    gc.freeze()  # kronfluence collects garbage again and again, which takes long where much was imported
+    try:
+        found = ekfac(model, examples, examples[:2], tmp_path / "ekfac", fitted=3)
+    finally:
+        gc.unfreeze()
+    assert found.shape == (2, 3) and np.isfinite(found).all()
+    assert found[0, 0] > 0 and found[1, 1] > 0
+    assert found[0].argmax() == 0 and found[1].argmax() == 1
+
+
+def test_names_and_bytes_of_methods():
+    name = "K=65536/shuffles=20/estimate/unit/float16"
+    assert title(name) == "RapidGrad default, K = 65,536, λ = 20, float16"
+    assert bytes_of(name) == 131_076 and bytes_of("full/none/none", 10) == 40 and bytes_of("bm25") is None
+    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
