@@ -264,7 +264,6 @@ def test_one_bit_rows_keep_inner_products_roughly_and_lengths_exactly():
     torch.testing.assert_close(one_bit(rows[:1], rows[:1]), rows[:1] @ rows[:1].T)
 
 
-@pytest.mark.filterwarnings("ignore:.*GradScaler.*:FutureWarning")  # kronfluence 1.0.1 with torch 2.13; 2026-11
 def test_ekfac_of_a_tiny_model_runs_and_agrees_with_the_sign_of_self_influence(small, tmp_path):
     pytest.importorskip("kronfluence")
     from bench.evidence.ekfac import ekfac

@@ -4,6 +4,7 @@ Covariances and eigenvalues of the true Fisher, with labels drawn from the model
 of the mean eigenvalue of each layer. Factors are kept in a folder, so an interrupted run goes on from them.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,30 +83,43 @@ def ekfac(
     names = [name for name, module in model.named_modules() if ".lora_" in name and isinstance(module, nn.Linear)]
     task = LanguageModelling(names)
     data, asked = Rows(examples), Rows(queries)
-    analyzer = Analyzer("ekfac", prepare_model(model, task), task, cpu=True, disable_tqdm=True, output_dir=str(folder))
-    loading = DataLoaderKwargs(collate_fn=collate)
-    spread = Rows([examples[i] for i in np.random.default_rng(0).permutation(len(examples))[:fitted]])
-    factors = FactorArguments(strategy="ekfac", lambda_max_examples=fitted, covariance_max_examples=fitted)
-    analyzer.fit_all_factors(
-        factors_name="factors",
-        dataset=spread,
-        per_device_batch_size=8,
-        factor_args=factors,
-        dataloader_kwargs=loading,
-    )
-    scoring = ScoreArguments(damping_factor=None, query_gradient_accumulation_steps=len(asked) // 4 + 1)
-    analyzer.compute_pairwise_scores(
-        scores_name="scores",
-        factors_name="factors",
-        query_dataset=asked,
-        train_dataset=data,
-        per_device_query_batch_size=4,
-        per_device_train_batch_size=8,
-        score_args=scoring,
-        dataloader_kwargs=loading,
-        overwrite_output_dir=True,
-    )
-    found = analyzer.load_pairwise_scores("scores")["all_modules"].float().numpy()
+    drawn = np.random.default_rng(0).permutation(len(examples))[:fitted]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*GradScaler.*", FutureWarning)  # kronfluence 1.0.1 with torch 2.13; 2026-11
+        analyzer = Analyzer(
+            "ekfac", prepare_model(model, task), task, cpu=True, disable_tqdm=True, output_dir=str(folder)
+        )
+        _fit(analyzer, Rows([examples[number] for number in drawn]))
+        found = _scored(analyzer, asked, data)
     scores = np.empty_like(found)
     scores[np.ix_(asked.order, data.order)] = found
     return scores
+
+
+def _fit(analyzer: Analyzer, data: Rows) -> None:
+    """Covariances, eigenvectors and eigenvalues, unless the folder has them."""
+    most = len(data)
+    analyzer.fit_all_factors(
+        factors_name="factors",
+        dataset=data,
+        per_device_batch_size=8,
+        factor_args=FactorArguments(strategy="ekfac", lambda_max_examples=most, covariance_max_examples=most),
+        dataloader_kwargs=DataLoaderKwargs(collate_fn=collate),
+    )
+
+
+def _scored(analyzer: Analyzer, queries: Rows, data: Rows) -> np.ndarray:
+    """Scores in the orders of `queries` and `data`; all queries share one pass over the data."""
+    steps = len(queries) // 4 + 1
+    analyzer.compute_pairwise_scores(
+        scores_name="scores",
+        factors_name="factors",
+        query_dataset=queries,
+        train_dataset=data,
+        per_device_query_batch_size=4,
+        per_device_train_batch_size=8,
+        score_args=ScoreArguments(damping_factor=None, query_gradient_accumulation_steps=steps),
+        dataloader_kwargs=DataLoaderKwargs(collate_fn=collate),
+        overwrite_output_dir=True,
+    )
+    return analyzer.load_pairwise_scores("scores")["all_modules"].float().numpy()

