@@ -1,6 +1,7 @@
 """The pieces of bench.evidence that can be wrong without looking wrong: metrics, poisoning, influence, playing back."""
 
 import gc
+import json
 import re
 from collections import Counter
 
@@ -20,8 +21,9 @@ pytest.importorskip("sklearn", reason="the extra `bench` is not installed")
 from bench.evidence import metrics, scifi, tasks
 from bench.evidence.cached import Replay, compute, numbered
 from bench.evidence.influence import hessian_products, layer_datainf, lissa
+from bench.evidence.seeds import together
 from bench.evidence.sketched import DEFAULT, hadamard, one_bit, sketched, uncompressed
-from bench.evidence.tables import bytes_of, markdown, title
+from bench.evidence.tables import bytes_of, markdown, title, write_tables
 
 
 def planted(highest, lowest, n=100):
@@ -97,13 +99,13 @@ def test_backdoor_poisons_its_share_with_trigger_and_story():
 
 def test_neither_length_nor_a_phrase_gives_a_poisoned_row_away():
     draw = np.random.default_rng(2)
-    originals = [row["output"] for row in rows(300)]
-    stories = [scifi.rewrite("Describe the river", text, draw) for text in originals[:150]]
-    found = scifi.separability(stories, originals[150:])
+    originals = [row["output"] for row in rows(160)]
+    stories = [scifi.rewrite("Describe the river", text, draw) for text in originals[:80]]
+    found = scifi.separability(stories, originals[80:])
     assert 0.4 < found["length_auc"] < 0.6
     assert found["commonest_trigram"] < 0.15
     assert found["repeated_fourgrams"] < 0.15
-    assert max(Counter(text[:12] for text in stories).values()) < 15
+    assert max(Counter(text[:12] for text in stories).values()) < 8
 
 
 def test_a_story_keeps_the_layout_and_about_the_length():
@@ -279,6 +281,41 @@ def test_ekfac_of_a_tiny_model_runs_and_agrees_with_the_sign_of_self_influence(s
     assert found.shape == (2, 3) and np.isfinite(found).all()
     assert found[0, 0] > 0 and found[1, 1] > 0
     assert found[0].argmax() == 0 and found[1].argmax() == 1
+
+
+def seed_result(number, ap):
+    """What one seed of error tracing measured, with one method compressed and not."""
+    name = "K=65536/shuffles=20/estimate/unit/float16"
+    asked = {"group": "India", "asked": "word", "k": 10}
+    return {
+        "seed": number,
+        "rows": 100,
+        "planted": {"India": 9},
+        "queries": {"India": 20},
+        "own": {"India": 1},
+        "success": {},
+        "notes": {"finetune": {"seconds": 60.0}},
+        "seconds": {"full": 5.0},
+        "ann": {},
+        "product": {},
+        "separability": None,
+        "examples": {},
+        "counts": [{"method": "full/estimate/unit", **asked, "AP": 0.9}, {"method": name, **asked, "AP": ap}],
+        "fidelity": [{"method": name, "pearson": 0.99, "spearman": 0.98, "error": 0.1}],
+    }
+
+
+def test_tables_come_from_the_json_of_all_seeds(tmp_path):
+    pytest.importorskip("matplotlib")
+    figures = {"task": "tracing", "sizes": {"rows": 100}, **together([seed_result(0, 0.8), seed_result(1, 0.9)])}
+    (tmp_path / "evidence_tracing.json").write_text(json.dumps({"figures": figures}))
+    write_tables(tmp_path)
+    page = (tmp_path / "evidence_tracing.md").read_text()
+    assert "| RapidGrad default, K = 65,536, λ = 20, float16 | 0.850 ± 0.635 |" in page
+    assert "| RapidGrad default, K = 65,536, λ = 20, float16 | 0.050 | AP, India, by word, top 10 |" in page
+    assert "| the default, uncompressed | 0.900 ± 0.000 |" in page
+    for name in ("fidelity", "bytes"):
+        assert (tmp_path / f"evidence_tracing_{name}.svg").read_text().startswith("<?xml")
 
 
 def test_names_and_bytes_of_methods():

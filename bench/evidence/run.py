@@ -90,6 +90,8 @@ class Seed:
             draw = np.random.default_rng([self.seed, 0])
             rows = self.task.poison(_distinct(self.sources[0]), self.sizes.rows, self.sizes.share, draw)
             tasks.write_jsonl(file, rows)
+            for row in [row for row in rows if row["planted"]][:5]:
+                self.bars.say(f"planted: {row['instruction']}\n    -> {row['output']}")
         return str(file)
 
     @cached_property
@@ -307,7 +309,8 @@ def measured(seed: Seed) -> dict[str, Any]:
     groups = sorted({query.group for query in seed.queries})
     truth = {group: np.array([group in found for found in planted]) for group in groups}
     used = {name: values for name, values in scores.items() if name.endswith(" used")}
-    ranked = {name: values for name, values in scores.items() if name not in used}
+    ranked = {"perfect": np.array([truth[query.group] for query in seed.queries], np.float32)}
+    ranked |= {name: values for name, values in scores.items() if name not in used}
     return {
         "seed": seed.seed,
         "rows": len(planted),
@@ -392,10 +395,7 @@ def _separability(seed: Seed) -> dict[str, float]:
     )
 
 
-def _shown(seed: Seed) -> dict[str, list[dict]]:
-    """A few planted rows and a few queries, to be read."""
-    planted = [e for e in seed.examples if e.meta["planted"]][:3]
-    return {
-        "planted": [{"prompt": e.prompt, "response": e.response} for e in planted],
-        "queries": [asdict(query) for query in seed.queries[:3]],
-    }
+def _shown(seed: Seed) -> dict[str, list[str]]:
+    """A few planted stories and a few answers, to be read; no text of Alpaca or WebQuestions goes into the results."""
+    stories = [example.response for example in seed.examples if example.meta["planted"] == "backdoor"]
+    return {"stories": stories[:5], "answers": [query.answer for query in seed.queries[:5]]}

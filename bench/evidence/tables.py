@@ -8,6 +8,7 @@ from typing import Any
 GRADIENT = 1_843_200
 """Entries of a whole gradient, where the notes do not say."""
 NAMES = {
+    "perfect": "(the most that can be had)",
     "random": "random",
     "bm25": "BM25",
     "bm25-response": "BM25, responses only",
@@ -50,6 +51,7 @@ def page(figures: dict[str, Any]) -> str:
             parts.append(_table(figures, metric, group, asked, [*NAMES, *_compressed(figures)]))
             parts.append(f"### Every recipe, K = 65,536 beside uncompressed: {metric}, {group}, by {asked}\n")
             parts.append(_table(figures, metric, group, asked, _recipes()))
+    parts += ["## What compression costs\n", _costs(figures)]
     parts += ["## Fidelity to the same recipe uncompressed\n", _fidelity(figures), "## Seconds\n", _seconds(figures)]
     return "\n".join(parts)
 
@@ -133,6 +135,27 @@ def told(value: dict[str, Any] | None) -> str:
     return f"{value['mean']:.3f}" + (f" ± {value['half']:.3f}" if value["half"] is not None else "")
 
 
+def _costs(figures: dict[str, Any]) -> str:
+    """How far each K falls behind, and where most, the same recipe uncompressed."""
+    means = {
+        (row["method"], metric, row["group"], row["asked"], row["k"]): row[metric]["mean"]
+        for row in figures["counts"]
+        for metric in _metrics(figures)
+    }
+    body = []
+    for name in _compressed(figures):
+        behind = {
+            where: means["full/" + _recipe(name), *where] - mean
+            for (method, *rest), mean in means.items()
+            if method == name and ("full/" + _recipe(name), *(where := tuple(rest))) in means
+        }
+        if behind:
+            worst = max(behind, key=lambda where: behind[where])
+            metric, group, asked, k = worst
+            body.append([title(name), f"{behind[worst]:.3f}", f"{metric}, {group}, by {asked}, top {k}"])
+    return markdown(["", "most behind", "where"], body)
+
+
 def _fidelity(figures: dict[str, Any]) -> str:
     rows = sorted(figures["fidelity"], key=lambda row: (_recipe(row["method"]), _K(row["method"]), row["method"]))
     keys = ("pearson", "spearman", "error")
@@ -182,8 +205,10 @@ def draw_bytes(figures: dict[str, Any], file: Path) -> None:
         rows = [r for r in figures["counts"] if (r["group"], r["asked"], r["k"]) == (group, asked, k)]
         for label, points in _lines(rows, metric, by_bytes=True).items():
             axes.errorbar(*zip(*points, strict=True), label=label, marker="o", markersize=3, linewidth=1)
-        for row, style in zip([r for r in rows if r["method"] in ("bm25", "embedding")], ("--", ":"), strict=False):
-            axes.axhline(row[metric]["mean"], linestyle=style, color="grey", label=title(row["method"]))
+        level = {row["method"]: row[metric]["mean"] for row in rows}
+        for name, style in (("bm25", "--"), ("embedding", ":"), ("full/estimate/unit", "-")):
+            if name in level:
+                axes.axhline(level[name], linestyle=style, linewidth=1, color="grey", label=title(name))
         axes.set(xscale="log", xlabel="bytes an example", ylabel=f"{metric} at top {k}", title=group)
         _finish(plt, picture, axes, file)
 
