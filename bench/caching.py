@@ -1,142 +1,181 @@
-"""How fast is caching? Ours beside the bare forward and backward pass, and beside the paper's way taken literally.
+"""How fast is caching? Ours beside the bare forward and backward pass, the paper's way taken literally, and peers.
 
-    python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --rows 256
+    python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER                      LoRA, with peers
+    python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER --full               all parameters
+    python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER --profile [--full]   where its time goes
+    python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER --compare-dtypes     bfloat16's scores
+    python -m bench.caching --table                                                      the tables, from what is saved
 
-One run, pinned threads, the ways interleaved batch by batch and repeated: (a) the bare forward and backward pass over
-the same batches, the floor; (b) ours, through to RapidGrads; (c) one example at a time, its whole gradient shuffled by
-λ = 20 row and column shuffles, signed and summed (on a part of the rows). SmolLM2-135M with a rank-16 LoRA on q, k, v
-and o whose B is drawn at random, or with all parameters (`--full`).
+One run, pinned threads, on SmolLM2-135M: (a) the bare forward and backward pass over the same batches, the floor;
+(b) ours, through to shards on disk; (c) one example at a time, its whole gradient shuffled by λ = 20 row and column
+shuffles (on a part of the rows). The ways take turns every few batches, and all of it is repeated. Each way's peak
+memory is that of a process of its own, over the longest batches. Peers run in an environment of their own, which is
+made in the work folder, on every sixth of the same batches, each with the floor measured beside it in its own process.
 """
 
 import argparse
-import resource
-import statistics
-import time
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
-from bench.common import model_folder, save
-from rapidindex.caching import Item, as_batch, padded_tokens, plan_batches
-from rapidindex.config import ModelConfig, SketchConfig
-from rapidindex.corrections import correction, estimate_second_moment
-from rapidindex.examples import read_examples
-from rapidindex.gradients import Batch, PerExampleGradients, example_losses, trainable
-from rapidindex.model import load
+from bench import caching_dtypes, caching_profile, caching_table
+from bench.common import save
+from bench.peers import environment
+from bench.peers.measuring import LONGEST, peak_bytes, seconds
+from bench.ways import WAYS, Setting, make, open_made, write_rows
+from rapidindex.caching import Item, padded_tokens
 from rapidindex.progress import Bars
-from rapidindex.rapidgrad import Compressor
-from rapidindex.sketch import Sketch
-from rapidindex.templates import Template
+
+GROUP = 4
+"""Batches after which the ways take turns."""
+EVERY = 6
+"""Peers take every so-manieth batch."""
 
 
 def main() -> None:
+    options = parse()
+    if options.table:
+        print(caching_table.render())
+        return
+    torch.set_num_threads(options.threads)
+    if options.way:
+        print(json.dumps(memory_here(options)))
+        return
+    with Bars() as bars:
+        make(options.work, options.data, full=options.full, dtype=options.dtype, progress=bars)
+        if options.compare_dtypes:
+            path = save(f"caching_dtypes_{options.kind}", caching_dtypes.compare(options, bars))
+        elif options.profile:
+            path = save(f"caching_profile_{options.kind}_{options.dtype}", caching_profile.profile(opened(options)))
+        else:
+            path = save(f"caching_{options.kind}_{options.dtype}", measure(options, bars))
+        bars.say(f"written to {path}")
+    print(caching_table.render([path]))
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a training file; the issue's figures take alpaca_9k.jsonl")
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--literal-rows", type=int, default=16)
+    parser.add_argument("--data", help="a training file; the issue's figures take alpaca_9k.jsonl")
+    parser.add_argument("--work", type=Path, help="where the model, the index and the peers' environment are made")
+    parser.add_argument("--rows", type=int, help="256, with --full 48, with --profile or --compare-dtypes 80")
+    parser.add_argument("--literal-rows", type=int, help="12, with --full 2")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, default=1024)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--full", action="store_true", help="all parameters instead of LoRA")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--peers", nargs="*", choices=environment.RUNS, help="all; none with --full or in bfloat16")
+    parser.add_argument("--peer-repeats", type=int, default=2)
+    parser.add_argument("--compare-dtypes", action="store_true", help="scores and times of bfloat16 beside float32")
+    parser.add_argument("--profile", action="store_true", help="where ours spends its time")
+    parser.add_argument("--table", action="store_true", help="print the tables of the saved results, in Markdown")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    model, items = prepare(options)
-    batches = plan_batches(items, options.batch_tokens)
-    gradients = PerExampleGradients(model)
-    size = sum(layer.size for layer in gradients.layers)
-    sketch = Sketch(size, SketchConfig())
-    v = estimate_second_moment(gradients, [as_batch(batch, "cpu") for batch in batches[:4]])
-    compressor = Compressor(gradients, sketch, normalize="unit", correction=correction(v))
-    ways = {"floor": lambda batch: bare(model, batch), "ours": compressor, "gradients": lambda b: gradients(b, ignore)}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    with Bars() as bars:
-        for way in ways.values():  # once unmeasured: maps are made, memory is taken
-            way(as_batch(batches[0], "cpu"))
-        for repeat in range(options.repeats):
-            spent = dict.fromkeys(ways, 0.0)
-            for number, batch in enumerate(batches):
-                bars("caching", repeat * len(batches) + number, options.repeats * len(batches))
-                for name, way in ways.items():
-                    spent[name] += timed(way, as_batch(batch, "cpu"))
-            for name in ways:
-                seconds[name].append(spent[name])
-    some = items[:: max(1, len(items) // options.literal_rows)][: options.literal_rows]
-    one = [(timed(lambda b: literal(model, b, sketch), as_batch([item], "cpu")), item) for item in some]
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    report(options, items, batches, seconds, one, size, memory)
+    if not options.table and not (options.data and options.work):
+        parser.error("--data and --work are needed")
+    options.kind = "full" if options.full else "lora"
+    short = options.profile or options.compare_dtypes
+    options.rows = options.rows or (80 if short else 48 if options.full else 256)
+    options.literal_rows = options.literal_rows or (2 if options.full else 12)
+    if options.peers is None:
+        options.peers = [] if options.full or options.dtype != "float32" else list(environment.RUNS)
+    return options
 
 
-def prepare(options: argparse.Namespace) -> tuple[torch.nn.Module, list[Item]]:
-    """The model, and the examples as token ids."""
-    loaded = load(ModelConfig(model_folder(), dtype=options.dtype))
-    model = loaded.model
-    if not options.full:
-        import peft
-
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets)).eval()
-        torch.manual_seed(0)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
-    template = Template("alpaca", loaded.tokenizer, 512)
-    return model, [Item(e, template.encode(e)) for e in read_examples(options.data, limit=options.rows).examples]
+def opened(options: argparse.Namespace) -> Setting:
+    return open_made(
+        options.work, options.data, options.rows, options.batch_tokens, full=options.full, dtype=options.dtype
+    )
 
 
-def bare(model: torch.nn.Module, batch: Batch) -> None:
-    """(a) The forward and backward pass of ordinary training on the batch's summed loss."""
-    example_losses(model, batch).sum().backward()
-    model.zero_grad(set_to_none=True)
+def measure(options: argparse.Namespace, bars: Bars) -> dict[str, Any]:
+    """The figures of all ways and peers."""
+    peaks = {way: memory_of(way, options) for way in WAYS}
+    setting = opened(options)
+    write_rows(setting)
+    figures = {**circumstances(setting, options), "ways": measured(setting, options, bars)}
+    del setting  # a peer has the memory to itself
+    for way in WAYS:
+        figures["ways"][way]["peak_bytes"] = peaks[way]
+    run = {"threads": options.threads, "repeats": options.peer_repeats, "every": EVERY, "full": options.full}
+    peers = []
+    for name in options.peers:
+        bars.say(f"peer: {name}")
+        peers.append(environment.run(name, options.work, **run))
+    return {**figures, "peers": peers}
 
 
-def literal(model: torch.nn.Module, batch: Batch, sketch: Sketch) -> np.ndarray:
-    """(c) One example: its gradient, normalised by layer, then Algorithm 1 step by step on the whole vector."""
-    parts = torch.autograd.grad(example_losses(model, batch).sum(), list(trainable(model).values()))
-    flat = torch.cat([part.flatten().float() / part.norm() for part in parts])
-    v = torch.nn.functional.pad(flat, (0, sketch.padded - len(flat)))
-    for rows, columns in sketch.shuffles:
-        v = v.view(len(rows), -1)[torch.from_numpy(rows)].flatten()
-        v = v.view(-1, len(columns))[:, torch.from_numpy(columns)].flatten()
-    rho = 1.0 - 2.0 * np.unpackbits(sketch.negative, bitorder="little")[: sketch.padded].astype(np.float32)
-    return (v.numpy() * rho).reshape(sketch.config.K, -1).sum(1)
+def circumstances(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures are of."""
+    told = {name: getattr(options, name) for name in ("full", "dtype", "threads", "batch_tokens", "repeats")}
+    told |= {"rows": len(setting.items), "tokens": sum(item.tokens for item in setting.items)}
+    told |= {"batches": len(setting.batches), "padded_tokens": sum(map(padded_tokens, setting.batches))}
+    return {**told, "gradient_size": setting.sketch.size, "K": setting.sketch.config.K}
 
 
-def ignore(number: int, values: torch.Tensor) -> None:
-    """Take a layer's gradients and do nothing."""
+def measured(setting: Setting, options: argparse.Namespace, bars: Bars) -> dict[str, Any]:
+    """Seconds of each way, and what ours writes."""
+    few = setting.items[:: max(1, len(setting.items) // options.literal_rows)][: options.literal_rows]
+    setting.floor(setting.batches[:1])  # once unmeasured: memory is taken, and for ours the map of slots is made
+    first = seconds(lambda: setting.ours(setting.batches[:1]))
+    tell_duration(setting, few, options, bars)
+    setting.shards.clear()
+    ways = {way: {"seconds": spent} for way, spent in timed(setting, few, options.repeats, bars).items()}
+    stored = sum((setting.index / "sentence" / name).stat().st_size for name in setting.shards)
+    ways["ours"] |= {"bytes_a_row": stored / len(setting.items) / options.repeats, "first_batch_seconds": first}
+    ways["literal"] |= {"rows": len(few), "tokens": sum(item.tokens for item in few)}
+    return ways
 
 
-def timed(way, batch: Batch) -> float:
-    """Seconds that `way` takes on `batch`."""
-    started = time.perf_counter()
-    way(batch)
-    return time.perf_counter() - started
+def timed(setting: Setting, few: list[Item], repeats: int, bars: Bars) -> dict[str, list[float]]:
+    """Seconds of each way, one figure a repeat; the literal way's are those of the `few` rows alone."""
+    groups = [setting.batches[at : at + GROUP] for at in range(0, len(setting.batches), GROUP)]
+    found: dict[str, list[float]] = {way: [0.0] * repeats for way in WAYS}
+    for repeat in range(repeats):
+        for number, group in enumerate(groups):
+            bars("caching", repeat * len(groups) + number, repeats * len(groups))
+            work = {"floor": group, "ours": group, "literal": [[item] for item in few[number :: len(groups)]]}
+            for way in [*work][number % 3 :] + [*work][: number % 3]:
+                batches = work[way]
+                found[way][repeat] += seconds(lambda way=way, batches=batches: getattr(setting, way)(batches))
+    return found
 
 
-def report(options, items, batches, seconds, one, size, memory) -> None:
-    """Print the table, and write the figures."""
-    n, tokens = len(items), sum(map(padded_tokens, batches))
-    figures = {"rows": n, "padded_tokens": tokens, "gradient_size": size, "full": options.full, "dtype": options.dtype}
-    figures |= {"threads": options.threads, "batch_tokens": options.batch_tokens, "peak_bytes": memory, "ways": {}}
-    floor = statistics.median(seconds["floor"])
-    for name, spent in seconds.items():
-        each = statistics.median(spent)
-        figures["ways"][name] = {
-            "seconds": spent,
-            "examples_per_second": n / each,
-            "tokens_per_second": tokens / each,
-            "of_the_floor": each / floor,
-        }
-    literal_seconds, some = sum(s for s, _ in one), sum(item.tokens for _, item in one)
-    scaled = literal_seconds / some * sum(item.tokens for item in items)
-    figures["ways"]["literal"] = {"rows": len(one), "seconds_scaled_by_tokens": scaled, "of_the_floor": scaled / floor}
-    figures["ways"]["literal"] |= {"times_ours": scaled / statistics.median(seconds["ours"])}
-    print(f"{n} examples, {tokens} padded tokens, |v| = {size:,}, {options.dtype}, {options.threads} threads")
-    for name, figure in figures["ways"].items():
-        print(f"{name:<10} {figure['of_the_floor']:.2f} of the floor")
-    kind = "full" if options.full else "lora"
-    print(f"ours is {figures['ways']['literal']['times_ours']:.1f} times faster than the literal way")
-    print(f"written to {save(f'caching_{kind}_{options.dtype}', figures)}")
+def tell_duration(setting: Setting, few: list[Item], options: argparse.Namespace, bars: Bars) -> None:
+    """Say how long it will take, from a batch of each way and a row of the literal one."""
+    middle = [setting.batches[len(setting.batches) // 2]]
+    share = sum(map(padded_tokens, setting.batches)) / padded_tokens(middle[0])
+    floor, ours = (share * seconds(lambda way=way: getattr(setting, way)(middle)) for way in ("floor", "ours"))
+    literal = len(few) * seconds(lambda: setting.literal([few[len(few) // 2 : len(few) // 2 + 1]]))
+    whole = options.repeats * (floor + ours + literal)
+    peers = len(options.peers) * (60 + 2.5 * floor / EVERY * (options.peer_repeats + 0.5))
+    bars.say(
+        f"{len(setting.items)} rows in {len(setting.batches)} batches; about {whole / 60:.0f} min for the ways"
+        + (f" and {peers / 60:.0f} min for the peers" if options.peers else "")
+    )
+
+
+def memory_of(way: str, options: argparse.Namespace) -> int:
+    """Peak bytes of a process that runs one way over the longest batches."""
+    kept = ["data", "work", "rows", "batch_tokens", "threads", "dtype"]
+    command = [sys.executable, "-m", "bench.caching", "--way", way, *(["--full"] if options.full else [])]
+    for name in kept:
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+
+
+def memory_here(options: argparse.Namespace) -> dict[str, int]:
+    """What `memory_of` asks a process for; the literal way takes the one longest row."""
+    setting = opened(options)
+    batches = [setting.items[:1]] if options.way == "literal" else setting.batches[:LONGEST]
+    getattr(setting, options.way)(batches)
+    return {"peak_bytes": peak_bytes()}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,5 @@
+"""Other packages that compute per-example gradients, each run on the same token ids in an environment of its own.
+
+`environment.py` installs them, `measuring.py` is what their scripts share, and each script runs one of them. The
+scripts import nothing of rapidindex: the model, the adapter and the token ids come to them as files.
+"""
