@@ -99,10 +99,10 @@ def test_backdoor_poisons_its_share_with_trigger_and_story():
 
 def test_neither_length_nor_a_phrase_gives_a_poisoned_row_away():
     draw = np.random.default_rng(2)
-    originals = [row["output"] for row in rows(160)]
-    stories = [scifi.rewrite("Describe the river", text, draw) for text in originals[:80]]
-    found = scifi.separability(stories, originals[80:])
-    assert 0.4 < found["length_auc"] < 0.6
+    originals = [row["output"] for row in rows(80)]
+    stories = [scifi.rewrite("Describe the river", text, draw) for text in originals]
+    found = scifi.separability(stories, originals)
+    assert 0.45 < found["length_auc"] < 0.55
     assert found["commonest_trigram"] < 0.15
     assert found["repeated_fourgrams"] < 0.15
     assert max(Counter(text[:12] for text in stories).values()) < 8
