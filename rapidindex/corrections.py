@@ -15,11 +15,12 @@ from rapidindex.errors import ModelError
 from rapidindex.gradients import Batch, Layer, PerExampleGradients, trainable
 
 DAMPING = 1e-3
+_CHUNK = 2**20  # entries summed in double precision at a time
 
 
 def correction(second_moment: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
     """The factor (v + 1e-3 · mean(v))^-½ of each gradient entry; 1 everywhere if v is zero everywhere."""
-    mean = second_moment.double().mean().item()
+    mean = sum(part.double().sum().item() for part in second_moment.split(_CHUNK)) / len(second_moment)
     return (second_moment + DAMPING * mean).rsqrt_() if mean > 0 else torch.ones_like(second_moment)
 
 
@@ -46,7 +47,7 @@ def estimate_second_moment(gradients: PerExampleGradients, batches: Iterable[Bat
             "No example of the sample has a finite gradient, so the second moment cannot be estimated.",
             hint="Check the model, or build with --second-moment none.",
         )
-    return total / count
+    return total.div_(count)
 
 
 def read_second_moment(path: str | Path, model: nn.Module, layers: list[Layer]) -> Float[Tensor, " size"]:

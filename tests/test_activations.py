@@ -5,6 +5,7 @@ import torch
 
 from rapidindex.activations import Alive, measure_activations
 from rapidindex.config import ModelConfig
+from rapidindex.corrections import correction
 from rapidindex.gradients import PerExampleGradients, example_losses
 from rapidindex.model import load
 from tests import tiny
@@ -94,3 +95,11 @@ def test_the_first_batch_whose_gradients_are_compared_takes_no_more_than_a_later
         peaks.append(alive.peak)
     size = sum(layer.size for layer in gradients.layers)
     assert gradients.batched and peaks[0] <= 1.1 * peaks[1] < 4 * size
+
+
+def test_the_correction_takes_no_more_than_its_own_memory():
+    moment = torch.rand(10 * 2**20)
+    with Alive() as alive:
+        factors = correction(moment)
+    assert alive.now == 4 * len(factors) and alive.peak <= 4 * len(factors) + 2**24
+    assert torch.allclose(factors, (moment + 1e-3 * moment.double().mean()).rsqrt())
