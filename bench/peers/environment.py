@@ -1,6 +1,6 @@
 """The peers' own environment, and their scripts run in it.
 
-python -m bench.peers.environment FOLDER        makes FOLDER/peers-venv (600 MB, about two minutes)
+python -m bench.peers.environment FOLDER        makes FOLDER/peers-venv (1.6 GB, some minutes)
 """
 
 import argparse
