@@ -1,0 +1,125 @@
+"""The stores that are measured: an index's own rows, linked, and rows of any number drawn to be like them.
+
+Some examples are taken out of each store before anything is built over it. Their rows are the queries "left out": they
+are in no index, in no answer, and had no part in measuring the recall that an index states.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from bench.retrieval.synthetic import RowModel
+from rapidindex.sketch import fold
+from rapidindex.store import Store
+from rapidindex.store.rows import Rows
+
+LEFT_OUT = 50
+"""Examples taken out of a store as queries, of each kind that it holds: real and synthetic."""
+LEVEL = "sentence"
+"""Of the stores that are drawn; a vector index knows rows, not what they are of."""
+_SHARD_BYTES = 2**28
+
+
+def linked(index: Path, copy: Path, level: str) -> Store:
+    """A store of the same rows beside the index, which stays as it is: hard links where it can be, else copies."""
+    if not (copy / "manifest.json").exists():
+        (copy / level).mkdir(parents=True, exist_ok=True)
+        names = [
+            path for folder in (index, *(p for p in index.iterdir() if p.is_dir())) for path in folder.glob("*.h5")
+        ]
+        for path in names:
+            to = copy / path.relative_to(index)
+            to.parent.mkdir(exist_ok=True)
+            to.unlink(missing_ok=True)
+            _link(path, to)
+        if (index / "removed.json").exists():
+            shutil.copyfile(index / "removed.json", copy / "removed.json")
+        shutil.copyfile(index / "manifest.json", copy / "manifest.json")  # last: with it the copy is whole
+    store = Store.open(copy)
+    hold_out(store, level, 0, len(store.rows(level)))
+    return store
+
+
+def hold_out(store: Store, level: str, first: int, end: int) -> None:
+    """Remove some of the examples that rows `first` to `end` are of, as `rapidindex remove` does, if none is yet."""
+    rows = store.rows(level)
+    if end > first and rows.alive[first:end].all():
+        examples = np.unique(rows.example[first:end])
+        drawn = np.random.default_rng(3).choice(examples, min(LEFT_OUT, len(examples) // 4), replace=False)
+        store.remove([rows.ids[example] for example in drawn])
+
+
+def left_out(rows: Rows, real: int) -> tuple[np.ndarray, list[str]]:
+    """Rows of the examples that were taken out, one an example, float32 [n, K], and of which kind each is.
+
+    The first `real` rows of the store are real ones.
+    """
+    gone = np.flatnonzero(~rows.alive)
+    _, first = np.unique(rows.example[gone], return_index=True)
+    numbers = gone[first]
+    kinds = ["left out" if number < real else "left out, synthetic" for number in numbers]
+    return rows.take(numbers), kinds
+
+
+class Grown:
+    """A store of real rows first, then of synthetic ones, that grows up to `size` live rows; what is there is kept.
+
+    `real` counts the real rows.
+    """
+
+    def __init__(self, path: Path, K: int, source: Rows, size: int) -> None:
+        if not (path / "manifest.json").exists():
+            layers = [{"name": "all", "size": 1}]
+            Store.create(path, config={}, layers=layers, versions={}, planned={LEVEL: (K, 0)})
+        self.store, self.K, self.source = Store.open(path), K, source
+        self.per_shard = _SHARD_BYTES // (2 * K)
+        self._starts = np.flatnonzero(np.diff(source.example, prepend=-1, append=source.example[-1] + 1))
+        self.real = self._start(size)
+        self._model: RowModel | None = None
+
+    @property
+    def rows(self) -> Rows:
+        """As they are now."""
+        return self.store.rows(LEVEL)
+
+    def grow(self, size: int) -> None:
+        """Write shards until `size` live rows are there, the held-out examples not counted."""
+        while (first := len(self.rows)) < self.real:
+            end = min(self.real, max(self._start(first + self.per_shard), self._start(first, after=True)))
+            numbers = np.arange(first, end)
+            self._append(fold(self.source.take(numbers), self.K), self.source.example[numbers])
+        hold_out(self.store, LEVEL, 0, self.real)
+        while (missing := size - np.count_nonzero(self.rows.alive)) > 0:
+            self._model = self._model or RowModel(self.source, self.K)
+            fresh = self._model.draw(min(missing, self.per_shard), seed=self.rows.next_number())
+            self._append(fresh, np.arange(len(fresh)))
+            hold_out(self.store, LEVEL, self.real, len(self.rows))
+
+    def _start(self, row: int, *, after: bool = False) -> int:
+        """Where the example of a source row begins, or the one after it: no example may lie in two shards."""
+        at = np.searchsorted(self._starts, min(row, len(self.source)), side="right")
+        return int(self._starts[min(at if after else at - 1, len(self._starts) - 1)])
+
+    def _append(self, values: np.ndarray, example: np.ndarray) -> None:
+        rows, nothing = self.rows, np.full(len(values), -1)
+        example, first_id = example - example[0], len(rows.ids)
+        with self.store.lock():
+            name = rows.write_shard(
+                rows.next_number(),
+                rows=np.ascontiguousarray(values, dtype=np.float32),
+                norms=np.ones((len(values), 1), np.float32),
+                example=example,
+                position=nothing,
+                token=nothing,
+                examples=[{"id": f"{first_id + i:016x}"} for i in range(int(example[-1]) + 1)],
+            )
+            self.store.record_shard(LEVEL, name)
+
+
+def _link(source: Path, to: Path) -> None:
+    try:
+        os.link(source, to)
+    except OSError:  # another file system
+        shutil.copyfile(source, to)
