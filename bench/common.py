@@ -44,10 +44,6 @@ def model_folder() -> str:
 
 
 def _module(started: Path) -> str:
-    return f"bench.{started.parent.name if started.stem == '__main__' else started.stem}"
-
-
-def _module(started: Path) -> str:
     """What `python -m` was given, from the file that it ran."""
     return f"bench.{started.parent.name if started.stem == '__main__' else started.stem}"
 

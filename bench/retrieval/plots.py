@@ -5,7 +5,9 @@ from typing import Any
 
 from bench.common import RESULTS
 
-STYLE = {"HR,RaBitQ": "o", "RaBitQ": "s", "SQ8": "^", "Flat": "D", "HNSW32": "v"}
+MARKERS = {"HR,RaBitQ": "o", "RaBitQ": "s", "SQ8": "^", "Flat": "D", "HNSW32": "v"}
+COLOURS = {1024: "tab:orange", 4096: "tab:blue", 16_384: "tab:green"}
+"""By fold."""
 
 
 def plot(stores: dict[str, Any], fitted: dict[int, Any], latencies: dict[int, Any]) -> list[Path]:
@@ -34,8 +36,9 @@ def _recall(name: str, figures: dict[str, Any]) -> Path:
             curve = [point for point in one["curve"] if point.get("method") == "ann"]
             speed = [exact / point["seconds"]["median"] for point in curve]
             recall = [min(point["recall"][way].values()) for point in curve]
-            marker = STYLE.get(one["factory"], "x")
-            panel.plot(speed, recall, marker=marker, markersize=4, linewidth=0.8, label=label)
+            marker = MARKERS.get(one["factory"], "x" if "Flat" in one["factory"] else "+")
+            colour = COLOURS.get(one["dim"], "black")
+            panel.plot(speed, recall, marker=marker, color=colour, markersize=4, linewidth=0.8, label=label)
         panel.set(xscale="log", xlabel="times as fast as the exact scan at full K", title=way)
         panel.grid(True, linewidth=0.3)
     panels[0].set_ylabel("recall@10, worst kind of query")
