@@ -37,7 +37,7 @@ from rapidindex.store import Store
 
 STAGES = ("real", "synthetic", "tracin", "rows", "tables")
 DIMS = (1024, 4096, 16_384)
-STEPS = (4, 2)
+STEPS = (10, 4, 2)
 """A store that grows is measured, the default index alone, at these parts of its size, too."""
 
 
@@ -159,7 +159,7 @@ def alone(bed: Bed, bars: Bars) -> dict[str, Any]:
     """The default index."""
     dim = min(DIM, bed.rows.K)
     bars.say(f"{bed.live:,} rows: {COMPACT} at {dim}")
-    return measure(bed, COMPACT, dim, Flat(bed, dim, int(0.4 * bed.room())), bars, whole=False)
+    return measure(bed, COMPACT, dim, Flat(bed, dim, int(0.4 * bed.room())), bars)
 
 
 def _exact(bed: Bed) -> dict[str, Any]:

@@ -32,18 +32,18 @@ def configurations(figures: Figures) -> Iterator[Figures]:
             yield value
 
 
-def costs(figures: Figures) -> Iterator[tuple[int, Figures]]:
-    """(live rows, latency on one thread) of the default index while a store grew, exact scans left out."""
-    for name, value in figures.items():
-        if (name.startswith("at ") or name == DEFAULT) and "search" in value["latency"]["1"]:
-            yield value["live"], value["latency"]["1"]
+def defaults(figures: Figures) -> Iterator[Figures]:
+    """The default index at every size of a store, the smallest first."""
+    found = [value for name, value in figures.items() if name.startswith("at ") or name == DEFAULT]
+    yield from sorted(found, key=lambda one: one["live"])
 
 
 def latencies(stores: dict[str, Figures]) -> dict[int, list[tuple[int, Figures]]]:
-    """`costs` of all stores by K."""
+    """For each K (live rows, latency on one thread) of the default index, exact scans that stood in for it left out."""
     found: dict[int, list[tuple[int, Figures]]] = {}
     for figures in stores.values():
-        found.setdefault(figures["K"], []).extend(costs(figures))
+        measured = [(one["live"], one["latency"]["1"]) for one in defaults(figures)]
+        found.setdefault(figures["K"], []).extend(pair for pair in measured if "search" in pair[1])
     return {K: sorted(pairs, key=lambda pair: pair[0]) for K, pairs in found.items()}
 
 

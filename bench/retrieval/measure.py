@@ -122,8 +122,8 @@ def batches(bed: Bed, search: Callable[[np.ndarray, int], Any], scale: float = 1
     return seconds
 
 
-def measure(bed: Bed, factory: str, dim: int, flat: Flat, progress: Progress, *, whole: bool = True) -> dict[str, Any]:
-    """Build the index and measure it; without `whole` only what a query of it costs beside the exact scan and Flat."""
+def measure(bed: Bed, factory: str, dim: int, flat: Flat, progress: Progress) -> dict[str, Any]:
+    """Build the index, and measure it beside the exact scan and Flat."""
     pin(max(THREADS))
     steps: dict[str, float] = {}
     with bed.store.lock():
@@ -139,10 +139,9 @@ def measure(bed: Bed, factory: str, dim: int, flat: Flat, progress: Progress, *,
         figures["recall"][_direction(largest)] = _recalls(bed, index, largest)
     del index
     figures["latency"] = {str(t): _latency(bed, flat, t) for t in THREADS}
-    if whole:
-        opened = {t: VectorIndex.open(bed.rows, threads=t) for t in THREADS}
-        figures["batch_seconds"] = batches(bed, lambda queries, t: opened[t].search(queries, 10))
-        figures["curve"] = [_at(bed.part(_CURVE_QUERIES), overfetch, progress) for overfetch in CURVE]
+    opened = {t: VectorIndex.open(bed.rows, threads=t) for t in THREADS}
+    figures["batch_seconds"] = batches(bed, lambda queries, t: opened[t].search(queries, 10))
+    figures["curve"] = [_at(bed.part(_CURVE_QUERIES), overfetch, progress) for overfetch in CURVE]
     pin(max(THREADS))
     return figures
 
