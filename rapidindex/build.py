@@ -6,12 +6,16 @@ computes is in `caching.py`, several of them in `workers.py`, what a build will 
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
+from rapidindex.activations import measure_activations
 from rapidindex.caching import (
+    STAGES,
     Item,
     ShardWriter,
     as_batch,
@@ -25,27 +29,14 @@ from rapidindex.corrections import estimate_second_moment, read_second_moment
 from rapidindex.errors import ModelError
 from rapidindex.gradients import Batch
 from rapidindex.index import VectorIndex
-from rapidindex.jobs import Job, Request, check_identity, drawn, prepare
+from rapidindex.jobs import Job, Plan, Request, check_identity, drawn, prepare
 from rapidindex.progress import Progress, silent
-from rapidindex.room import check_room, free_room, needed_room
+from rapidindex.room import check_room, free_room, needed_room, together
 from rapidindex.sketch import Sketch
 from rapidindex.store import Store
 from rapidindex.workers import Shared, cache_with_workers, devices
 
-__all__ = [
-    "Item",
-    "Job",
-    "Request",
-    "Summary",
-    "as_batch",
-    "build",
-    "check_fits",
-    "check_identity",
-    "fill",
-    "load_compressor",
-    "plan_batches",
-    "prepare",
-]
+__all__ = ["Item", "Request", "Summary", "as_batch", "build", "load_compressor", "plan_batches", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +48,8 @@ class Summary:
     """In the index now."""
     computed: int
     """Of these, by this run."""
+    tokens: int | None
+    """Response tokens with a row of their own in the index now; None where none were asked for."""
     rejected: int
     """With a gradient that is not finite: listed by `rapidindex info`."""
     skipped: int
@@ -83,89 +76,132 @@ def build(request: Request, *, overwrite: bool = False, progress: Progress = sil
         with Store.open(path).lock():
             pass  # damaged, busy or read-only: better said now than after the model is loaded
     job = prepare(request, progress)
-    batched = job.gradients.batched
-    store = None if overwrite or not (path / "manifest.json").exists() else _matching(job)
-    held = store.rows("sentence").done_ids if store else frozenset()
-    check_fits(job, [item for item in job.items if item.example.id not in held])
+    store = None if overwrite or not (path / "manifest.json").exists() else matching(job)
+    check_fits(job, {level: left(job, level, store) for level in request.levels})
     store = store or _create(job, overwrite=overwrite)
     with store.lock():
-        done = store.rows("sentence").done_ids
-        todo = [item for item in job.items if item.example.id not in done]
+        widen(store, job)
+        return fill_levels(store, job, started, progress)
+
+
+def left(job: Job, level: str, store: Store | None) -> list[Item]:
+    """The examples that `store`, where there is one, lacks of a level."""
+    done = store.rows(level).done_ids if store and level in store.levels else frozenset()
+    return [item for item in job.wanted(level) if item.example.id not in done]
+
+
+def matching(job: Job) -> Store:
+    """The index that is there already; ConfigMismatch where it was built from something else."""
+    store = Store.open(job.request.output)
+    token = store.config.get("token")
+    if token is not None and "token" in job.request.levels:
+        token = asdict(job.request.token)
+    check_identity(store.config, {**job.identity, "token": token}, store.path)
+    return store
+
+
+def widen(store: Store, job: Job) -> None:
+    """Make room in the locked `store` for the levels asked for, and for what they are to hold more than before."""
+    for level in job.request.levels:
+        known = store.rows(level).done_ids if level in store.levels else frozenset()
+        wanted = known | {item.example.id for item in job.wanted(level)}
+        before = store.planned(level) if level in store.levels else -1
+        if len(wanted) > before:
+            store.set_planned(level, len(wanted), K=job.request.K(level))
+    if "token" in job.request.levels:
+        _note_tokens(store, job.request)
+
+
+def _note_tokens(store: Store, request: Request) -> None:
+    """Keep with the index which tokens it holds, and whether those of all examples or of listed ones."""
+    all_of_them = request.token_examples is None or store.config.get("tokens_of") == "all"
+    told = {"token": asdict(request.token), "tokens_of": "all" if all_of_them else "listed"}
+    if {name: store.config.get(name) for name in told} != told:
+        store.update_config(told)
+
+
+def fill_levels(store: Store, job: Job, started: float, progress: Progress, restored: int = 0) -> Summary:
+    """Compute what the locked `store` lacks, and bring its search indexes up to date; what was done since `started`."""
+    before = {level: store.rows(level).done_ids for level in job.request.levels}
+    batched = job.gradients.batched
+    for level in job.request.levels:
+        todo = left(job, level, store)
         if todo:
-            batched = fill(store, job, todo, progress)
-        VectorIndex.update(store.rows("sentence"), progress=progress)
-        return summary(store, job, done, batched, started)
+            batched = fill(store, job, job.plan(level, todo), progress) and batched
+        VectorIndex.update(store.rows(level), progress=progress)
+    return _summary(store, job, before, batched, started, restored)
 
 
-def check_fits(job: Job, todo: Sequence[Item]) -> None:
-    """ResourceError, with the numbers, where disk or memory cannot hold what caching `todo` takes."""
-    if todo:
-        batches = plan_batches(todo, job.request.work.batch_tokens)
-        check_room(needed_room(job, todo, batches, len(_places(job, batches))), free_room(job), job.request.output)
+def check_fits(job: Job, todo: dict[str, list[Item]]) -> None:
+    """ResourceError, with the numbers, where disk or memory cannot hold what caching `todo`, by level, takes."""
+    plans = [job.plan(level, examples) for level, examples in todo.items() if examples]
+    if plans:
+        activations = measure_activations(job.gradients)
+        room = together([needed_room(job, plan, len(places(job, plan)), activations) for plan in plans])
+        check_room(room, free_room(job), job.request.output)
 
 
-def _places(job: Job, batches: Sequence[list[Item]]) -> list[str]:
-    """The device of each process: no more of them than there are batches."""
-    return devices(job.loaded.device, job.request.model.device, min(job.request.work.workers, len(batches)))
+def places(job: Job, plan: Plan) -> list[str]:
+    """The device of each process: no more of them than there are units."""
+    return devices(job.device, job.request.model.device, min(job.request.work.workers, len(plan.units)))
 
 
-def fill(store: Store, job: Job, todo: Sequence[Item], progress: Progress) -> bool:
-    """Compute the rows of `todo` into the locked `store`, by one process or several; whether it was done in batches.
+def fill(store: Store, job: Job, plan: Plan, progress: Progress) -> bool:
+    """Compute the rows of `plan` into the locked `store`, by one process or several; whether it was done in batches.
 
     Several processes release the job's model. Raises as `build` does; `check_fits` comes first.
     """
-    work = job.request.work
-    batches = plan_batches(todo, work.batch_tokens)
-    places = _places(job, batches)
     _ensure_second_moment(job, store, progress)
-    if len(places) > 1:
-        return _fill_with_workers(store, job, batches, places, progress)
-    rows, total, done = store.rows("sentence"), sum(map(padded_tokens, batches)), 0
+    if len(places(job, plan)) > 1:
+        return _fill_with_workers(store, job, plan, progress)
+    rows, total, done = store.rows(plan.level), plan.tokens, 0
 
     def cached(batch: list[Item]) -> None:
         nonlocal done
         done += padded_tokens(batch)
-        progress("cache", done, total)
+        progress(STAGES[plan.level], done, total)
 
     def finished(name: str) -> None:
-        store.record_shard("sentence", name)
+        store.record_shard(plan.level, name)
 
-    progress("cache", 0, total)
-    compressor = load_compressor(store, job.loaded, job.gradients)
-    writer = ShardWriter(rows, work, itertools.count(rows.next_number()), finished, capacity=len(todo))
-    cache(batches, compressor, writer, cached)
+    progress(STAGES[plan.level], 0, total)
+    job.hold_model()
+    compressor = load_compressor(store, job.loaded, job.gradients, K=plan.K)
+    writer = ShardWriter(rows, job.request.work, itertools.count(rows.next_number()), finished, capacity=plan.rows)
+    cache(plan.units, compressor, writer, cached)
     return job.gradients.batched
 
 
-def _fill_with_workers(
-    store: Store, job: Job, batches: list[list[Item]], places: list[str], progress: Progress
-) -> bool:
+def _fill_with_workers(store: Store, job: Job, plan: Plan, progress: Progress) -> bool:
     progress("map", 0, 1)
     job.release_model()
-    slots = Shared.copy(Sketch(job.size, job.request.sketch).slots(0, job.size))
+    slots = Shared.copy(Sketch(job.size, replace(job.request.sketch, K=plan.K)).slots(0, job.size))
     factors = load_factors(store)
     shared_factors = None if factors is None else Shared.copy(factors)
     del factors
     progress("map", 1, 1)
     try:
         request = job.request
-        return cache_with_workers(batches, store, request.model, places, request.work, slots, shared_factors, progress)
+        where = places(job, plan)
+        return cache_with_workers(plan, store, request.model, where, request.work, slots, shared_factors, progress)
     finally:
         slots.close()
         if shared_factors is not None:
             shared_factors.close()
 
 
-def summary(
-    store: Store, job: Job, done_before: frozenset[str], batched: bool, started: float, restored: int = 0
+def _summary(
+    store: Store, job: Job, before: dict[str, frozenset[str]], batched: bool, started: float, restored: int
 ) -> Summary:
-    """What was done since `started` (of `time.perf_counter`), when the store held `done_before`."""
-    rows = store.rows("sentence")
+    """What was done since `started` (of `time.perf_counter`), when the levels held `before`."""
+    rows = {level: store.rows(level) for level in before}
+    main = rows[next(iter(rows))]
     return Summary(
         index=str(store.path),
-        examples=int(rows.alive.sum()),
-        computed=len(rows.done_ids - done_before),
-        rejected=len(rows.rejected),
+        examples=len(np.unique(main.example[main.alive])),
+        computed=len({id for level in rows for id in rows[level].done_ids - before[level]}),
+        tokens=int(rows["token"].alive.sum()) if "token" in rows else None,
+        rejected=len({record["id"] for level in rows for record in rows[level].rejected}),
         skipped=len(job.skipped),
         truncated=[item.example.line for item in job.items if item.encoding.truncated],
         layers=len(job.layers),
@@ -176,20 +212,13 @@ def summary(
     )
 
 
-def _matching(job: Job) -> Store:
-    """The index that is there already; ConfigMismatch where it was built from something else."""
-    store = Store.open(job.request.output)
-    check_identity(store.config, job.identity, store.path)
-    return store
-
-
 def _create(job: Job, *, overwrite: bool) -> Store:
     path = Path(job.request.output)
     if overwrite and path.exists():
         Store.destroy(path)
     layers = [{"name": layer.name, "size": layer.size} for layer in job.layers]
     versions = {name: version(name) for name in ("rapidindex", "torch", "transformers", "peft", "numpy")}
-    planned = {"sentence": (job.request.sketch.K, len(job.items))}
+    planned = {level: (job.request.K(level), len(job.wanted(level))) for level in job.request.levels}
     return Store.create(
         path, config=job.identity, layers=layers, versions=versions, skipped=job.skipped, planned=planned
     )

@@ -1,4 +1,7 @@
-"""From examples to shards: batches of like length, their RapidGrads, and rows that wait for the next shard.
+"""From examples, or their tokens, to shards: batches of like length, their RapidGrads, and rows for the next shard.
+
+The gradient of a response token's own loss is that of the example cut after it, with no other token in the loss (models
+are causal), so tokens take the same way as examples.
 
 What one process does of a build, whether it is the only one or one of several workers. Knows nothing of options or of
 what an index is identified by.
@@ -9,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,37 +25,74 @@ from rapidindex.errors import ResourceError, StoreError
 from rapidindex.examples import Example
 from rapidindex.gradients import Batch, PerExampleGradients
 from rapidindex.model import LoadedModel
-from rapidindex.rapidgrad import Compressor, RapidGrads
+from rapidindex.rapidgrad import Compressor, RapidGrads, joined
 from rapidindex.sketch import Sketch
 from rapidindex.store import Store
 from rapidindex.store.rows import Rows
 from rapidindex.templates import Encoding
 
+STAGES = {"sentence": "cache", "token": "cache tokens"}
+"""What the work on each level is called while it is under way."""
+_UNIT_BATCHES = 8
+"""Batches of tokens whose rows are stored together: what a killed build can lose beside the shard under way."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Item:
-    """An example on its way to a row."""
+    """An example, or one token of its response, on its way to a row."""
 
     example: Example
     encoding: Encoding
     source: str = ""
     """The data file, where it is not the one that the index was built from."""
+    position: int = -1
+    """The response token whose own loss is meant (Eq. 6); -1 for the mean over all of them (Eq. 5)."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of prompt and response."""
-        return len(self.encoding.input_ids)
+        """Tokens of prompt and response that the loss depends on."""
+        if self.position < 0:
+            return len(self.encoding.input_ids)
+        return int(np.flatnonzero(self.encoding.response_mask)[self.position]) + 1
+
+    @property
+    def token(self) -> int:
+        """The id of the token that is meant; -1 for an example."""
+        return -1 if self.position < 0 else int(self.encoding.input_ids[self.tokens - 1])
+
+
+Unit = list[list[Item]]
+"""Batches whose rows are stored together, so that an example has all of its rows in the store or none."""
 
 
 def plan_batches(items: Sequence[Item], batch_tokens: int) -> list[list[Item]]:
-    """Batches of like length, longest first, of at most `batch_tokens` padded tokens (or one example)."""
+    """Batches of like length, longest first, of at most `batch_tokens` padded tokens (or one item)."""
     batches: list[list[Item]] = []
-    for item in sorted(items, key=lambda item: (-item.tokens, item.example.id)):
+    for item in sorted(items, key=lambda item: (-item.tokens, item.example.id, item.position)):
         if batches and batches[-1][0].tokens * (len(batches[-1]) + 1) <= batch_tokens:
             batches[-1].append(item)
         else:
             batches.append([item])
     return batches
+
+
+def plan_units(items: Sequence[Item], batch_tokens: int) -> list[Unit]:
+    """All work, longest first: for examples a batch each; for tokens examples of like length, several batches each."""
+    if all(item.position < 0 for item in items):
+        return [[batch] for batch in plan_batches(items, batch_tokens)]
+    examples: dict[str, list[Item]] = {}
+    for item in items:
+        examples.setdefault(item.example.id, []).append(item)
+    work = {id: sum(item.tokens for item in tokens) for id, tokens in examples.items()}
+    groups: list[list[Item]] = []
+    filled = _UNIT_BATCHES * batch_tokens
+    for id in sorted(examples, key=lambda id: (-work[id], id)):
+        if filled + work[id] > _UNIT_BATCHES * batch_tokens:
+            groups.append([])
+            filled = 0
+        groups[-1] += examples[id]
+        filled += work[id]
+    return [plan_batches(group, batch_tokens) for group in groups]
 
 
 def padded_tokens(batch: Sequence[Item]) -> int:
@@ -61,10 +101,17 @@ def padded_tokens(batch: Sequence[Item]) -> int:
 
 
 def as_batch(items: Sequence[Item], device: torch.device | str) -> Batch:
-    """Examples whose loss is the mean over their response tokens."""
-    masks = [item.encoding.response_mask for item in items]
-    weights = [mask / mask.sum() for mask in masks]
-    return Batch.of([item.encoding.input_ids for item in items], weights, device)
+    """Items with their losses: the mean over an example's response tokens, or one token's own."""
+    cut = [item.tokens for item in items]
+    ids = [item.encoding.input_ids[:end] for item, end in zip(items, cut, strict=True)]
+    return Batch.of(ids, [_weights(item, end) for item, end in zip(items, cut, strict=True)], device)
+
+
+def _weights(item: Item, end: int) -> np.ndarray:
+    if item.position < 0:
+        mask = item.encoding.response_mask
+        return mask / mask.sum()
+    return np.arange(end) == end - 1
 
 
 def load_factors(store: Store) -> Tensor | None:
@@ -88,42 +135,48 @@ def load_compressor(
     loaded: LoadedModel,
     gradients: PerExampleGradients | None = None,
     *,
+    K: int | None = None,
     slots: Tensor | None = None,
     factors: Tensor | None = None,
 ) -> Compressor:
     """What turns examples and queries into the RapidGrads of this index. StoreError if its second moment is missing.
 
-    `slots` (int32 [|v|]) and `factors` (float32 [|v|]) are given where they are at hand, as they are to workers.
+    `K` is the length of a row, by default that of an example's. `slots` (int32 [|v|]) and `factors` (float32 [|v|]) are
+    given where they are at hand, as they are to workers.
     """
     gradients = gradients or PerExampleGradients(loaded.model)
     factors = load_factors(store) if factors is None else factors
     size = sum(layer.size for layer in gradients.layers)
     return Compressor(
         gradients,
-        Sketch(size, SketchConfig(**store.config["sketch"]), slots),
+        Sketch(size, replace(SketchConfig(**store.config["sketch"]), **({"K": K} if K else {})), slots),
         normalize=store.config["gradient"]["normalize"],
         correction=None if factors is None else factors.to(loaded.device),
     )
 
 
 def cache(
-    batches: Iterable[list[Item]],
+    units: Iterable[Unit],
     compressor: Compressor,
     writer: "ShardWriter",
     cached: Callable[[list[Item]], None],
 ) -> None:
-    """Compute the RapidGrads of `batches` and hand them to `writer`, telling `cached` of each batch that is done.
+    """Compute the RapidGrads of `units` and hand them to `writer`, telling `cached` of each batch that is done.
 
-    However it ends, by an interrupt say, the batches that were done are written first. ResourceError where the memory
+    However it ends, by an interrupt say, the units that were done are written first. ResourceError where the memory
     does not suffice.
     """
     device = next(compressor.gradients.model.parameters()).device
     try:
-        for batch in batches:
-            writer.add(batch, compressor(as_batch(batch, device)))
-            if writer.full:
-                writer.write()
-            cached(batch)
+        for unit in units:
+            found = []
+            for batch in unit:
+                found.append(compressor(as_batch(batch, device)))
+                if batch is unit[-1]:
+                    writer.add([item for one in unit for item in one], joined(found))
+                    if writer.full:
+                        writer.write()
+                cached(batch)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ResourceError(
             f"The memory of {device} does not suffice for a batch of {padded_tokens(batch)} tokens.",
@@ -154,48 +207,68 @@ class ShardWriter:
         self._begin()
 
     def _begin(self) -> None:
-        self.norms: list[np.ndarray] = []
-        self.examples: list[dict[str, Any]] = []
-        self.rejected: list[dict[str, Any]] = []
-        self.started = time.monotonic()
+        self._taken = 0
+        self._norms: list[np.ndarray] = []
+        self._places: list[tuple[int, int, int]] = []  # example, position and token of each row
+        self._examples: list[dict[str, Any]] = []
+        self._rejected: list[dict[str, Any]] = []
+        self._started = time.monotonic()
 
     def add(self, items: Sequence[Item], found: RapidGrads) -> None:
-        """Take a batch; an example whose gradient is not finite is rejected."""
-        rows, norms = found.rows.cpu().numpy(), found.norms.cpu().numpy()
+        """Take a unit, all rows of its examples; an example with a gradient that is not finite is rejected."""
+        rows, norms, losses = (tensor.cpu().numpy() for tensor in (found.rows, found.norms, found.losses))
         finite = np.isfinite(norms).all(1) & np.isfinite(rows).all(1)
-        told = list(zip(items, found.losses.tolist(), finite, strict=True))
-        with uninterrupted():  # an interrupt leaves no half batch
-            first = len(self.examples)
-            last = first + int(finite.sum())
-            if last > len(self._rows):
-                self._rows = np.concatenate([self._rows[:first], np.empty((2 * last - first, rows.shape[1]), "f4")])
-            self._rows[first:last] = rows[finite]
-            self.norms.append(norms[finite])
-            self.examples += [record_of(item, loss) for item, loss, ok in told if ok]
-            self.rejected += [_rejection(item, loss) for item, loss, ok in told if not ok]
+        examples: dict[str, list[int]] = {}
+        for number, item in enumerate(items):
+            examples.setdefault(item.example.id, []).append(number)
+        good, bad = [], []
+        for mine in examples.values():
+            (good if finite[mine].all() else bad).append(mine)
+        kept = [number for mine in good for number in mine]
+        first = len(self._examples)
+        places = [
+            (first + nth, items[number].position, items[number].token)
+            for nth, mine in enumerate(good)
+            for number in mine
+        ]
+        with uninterrupted():  # an interrupt leaves no half unit
+            self._room_for(len(kept))[:] = rows[kept]
+            self._taken += len(kept)
+            self._norms.append(norms[kept])
+            self._places += places
+            self._examples += [record_of(items[mine[0]], float(losses[mine].mean())) for mine in good]
+            for number in (mine[int(np.argmin(finite[mine]))] for mine in bad):
+                self._rejected.append(_rejection(items[number], float(losses[number])))
+
+    def _room_for(self, more: int) -> np.ndarray:
+        """The next rows of the buffer, which grows where a unit is larger than what was left of it."""
+        last = self._taken + more
+        if last > len(self._rows):
+            self._rows = np.concatenate([self._rows[: self._taken], np.empty((last, self._rows.shape[1]), "f4")])
+        return self._rows[self._taken : last]
 
     @property
     def full(self) -> bool:
         """Whether it is time to write: there is enough of rows, or of work."""
-        enough = 2 * self.store_rows.K * len(self.examples) >= self.work.shard_bytes
-        return enough or time.monotonic() - self.started > self.work.shard_seconds
+        enough = 2 * self.store_rows.K * self._taken >= self.work.shard_bytes
+        return enough or time.monotonic() - self._started > self.work.shard_seconds
 
     def write(self) -> None:
         """Write what there is, if anything, and begin anew. Interrupts wait until it is done."""
-        if not (self.examples or self.rejected):
+        if not (self._examples or self._rejected):
             return
-        n = len(self.examples)
+        places = np.array(self._places, np.int32).reshape(-1, 3)
         with uninterrupted():
             try:
                 name = self.store_rows.write_shard(
                     next(self.numbers),
-                    rows=self._rows[:n],
-                    norms=np.concatenate(self.norms),
-                    example=np.arange(n, dtype=np.int32),
-                    position=np.full(n, -1, np.int32),
-                    token=np.full(n, -1, np.int32),
-                    examples=self.examples,
-                    rejected=self.rejected,
+                    rows=self._rows[: self._taken],
+                    norms=np.concatenate(self._norms),
+                    example=places[:, 0],
+                    position=places[:, 1],
+                    token=places[:, 2],
+                    examples=self._examples,
+                    rejected=self._rejected,
                 )
                 self.finished(name)
             finally:
@@ -236,5 +309,6 @@ def record_of(item: Item, loss: float) -> dict[str, Any]:
 
 def _rejection(item: Item, loss: float) -> dict[str, Any]:
     source = {"source": item.source} if item.source else {}
-    reason = f"its gradient is not finite (loss {loss:.4g})"
+    whose = "its gradient" if item.position < 0 else f"the gradient of its token {item.position}"
+    reason = f"{whose} is not finite (loss {loss:.4g})"
     return {"id": item.example.id, "line": item.example.line, "reason": reason, **source}

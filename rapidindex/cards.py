@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from rapidindex import chips
-from rapidindex.results import Match, Result, Summary
+from rapidindex.results import Asked, Match, Result, Span, Summary
 from rapidindex.untrusted import line
 
 _LONGEST = 1200
@@ -26,8 +26,8 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 def cards(found: Result) -> RenderableType:
     """The matches as cards, on one scale of colour, under a line that says what the colours mean."""
-    full = chips.scale(found)
-    return Group(_Legend(full), *(_card(match, full) for match in found.matches))
+    full, of_answer = chips.scale(found), chips.answer_scale(found)
+    return Group(_Legend(full), *(_card(match, found.query, full, of_answer) for match in found.matches))
 
 
 def histogram(summary: Summary, matches: Sequence[Match]) -> Text:
@@ -59,16 +59,21 @@ def _column(score: float, summary: Summary, columns: int) -> int:
     return min(columns - 1, max(0, int(part * columns)))
 
 
-def _card(match: Match, full: float) -> RenderableType:
+def _card(match: Match, asked: Asked, full: float, of_answer: float) -> RenderableType:
     exact = "" if match.exact_score is None else f"   exact {chips.signed(match.exact_score)}"
     head = Text.assemble(
         (f"{match.rank}.", "bold"), f"  score {chips.signed(match.score)}{exact}   percentile {match.percentile:.1f}"
     )
+    if match.position is not None:
+        head.append(f"   token {line(chips.found_token(match))}", "bold")
     for name, value in match.meta.items():
         shown = "" if value is None else str(value)
         head.append(f"   {line(_cut(str(name), 30))} ", "dim").append(line(_cut(shown, 60)))
     prompt = Text.assemble(("Prompt    ", "dim"), (line(_cut(match.prompt, _LONGEST)), "bold"))
-    return Group(Text(), head, Padding(Group(prompt, _Response(match, full)), (0, 0, 0, 3)))
+    heats = [_Heat("Response", match.response, match.tokens, match.token_scores, full, match.position)]
+    if match.answer_scores:
+        heats.append(_Heat("Answer", asked.answer, asked.tokens, match.answer_scores, of_answer))
+    return Group(Text(), head, Padding(Group(prompt, *heats), (0, 0, 0, 3)))
 
 
 def _cut(text: str, length: int) -> str:
@@ -99,38 +104,44 @@ class _Legend:
 
 
 @dataclass(frozen=True)
-class _Response:
-    """A match's response, coloured where the console has colours; with its strongest tokens as a list where not."""
+class _Heat:
+    """A text, coloured where the console has colours; with its strongest tokens as a list where not."""
 
-    match: Match
+    name: str
+    text: str
+    tokens: list[Span]
+    scores: list[float]
     full: float
+    found: int | None = None
+    """The token that a search of tokens found."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        plain = _colourless(console) or not self.match.token_scores
-        text = Text.assemble(("Response  ", "dim"), self._plain() if plain else self._coloured())
-        hidden = len(self.match.response) - _LONGEST
+        plain = _colourless(console) or not self.scores
+        text = Text.assemble((f"{self.name:<10}", "dim"), self._plain() if plain else self._coloured())
+        hidden = len(self.text) - _LONGEST
         if hidden > 0:
             text.append(f" … {hidden:,} more characters", "dim")
         yield text
-        if self.match.token_scores and (plain or hidden > 0):
+        if self.scores and (plain or hidden > 0):
             yield self._list()
 
     def _plain(self) -> Text:
-        return Text(line(self.match.response[:_LONGEST]))
+        return Text(line(self.text[:_LONGEST]))
 
     def _coloured(self) -> Text:
-        text, match = Text(), self.match
-        pieces, rest = chips.cut(match.response, match.tokens, match.token_scores)
+        text = Text()
+        pieces, rest = chips.cut(self.text, self.tokens, self.scores)
         for chip in pieces:
+            mark = "bold reverse " if chip.holds(self.found) else ""
             text.append(line(chip.before))
-            text.append(line(chip.label), _style(chips.step(chip.score, self.full)))
+            text.append(line(chip.label), mark or _style(chips.step(chip.score, self.full)))
             text.append(line(chip.after))
             if len(text) >= _LONGEST:
                 return text
         return text.append(line(rest))
 
     def _list(self) -> Text:
-        shares = chips.strongest(self.match, _LISTED)
+        shares = chips.strongest(self.tokens, self.scores, _LISTED)
         words = (f"{chips.signed(share.score)}\u00a0{line(chips.word(share.text))}" for share in shares)
         return Text.assemble(("Strongest ", "dim"), "  ".join(words))
 

@@ -5,7 +5,7 @@ Knows neither terminals nor HTML. The shares of a response average to its influe
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -54,6 +54,10 @@ class Chip:
     """Of one token, or of each of those that share characters."""
     special: bool = False
     """Whether the token stands for no characters, as one that ends the turn; `text` is then its name."""
+
+    def holds(self, position: int | None) -> bool:
+        """Whether the token at `position` is in it."""
+        return any(share.position == position for share in self.shares)
 
     @property
     def score(self) -> float:
@@ -122,10 +126,17 @@ def word(text: str) -> str:
 def scale(*results: Result | None) -> float:
     """The largest absolute share of any chip of any match: what takes full colour. 0.0 where there is none."""
     found = (match for result in results if result for match in result.matches if match.token_scores)
-    return max(
-        (abs(chip.score) for match in found for chip in cut(match.response, match.tokens, match.token_scores)[0]),
-        default=0.0,
-    )
+    return _largest((match.response, match.tokens, match.token_scores) for match in found)
+
+
+def answer_scale(*results: Result | None) -> float:
+    """As `scale`, of the matches' influence on the words of the answer."""
+    found = ((result.query, match) for result in results if result for match in result.matches if match.answer_scores)
+    return _largest((asked.answer, asked.tokens, match.answer_scores) for asked, match in found)
+
+
+def _largest(heats: Iterable[tuple[str, Sequence[Span], Sequence[float]]]) -> float:
+    return max((abs(chip.score) for heat in heats for chip in cut(*heat)[0]), default=0.0)
 
 
 def step(score: float, full: float) -> int:
@@ -142,11 +153,18 @@ def blend(theme: Theme, number: int) -> str:
     return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(low, high, strict=True))
 
 
-def strongest(match: Match, count: int) -> list[Share]:
-    """A match's shares of the largest absolute value, largest first."""
-    pairs = enumerate(zip(match.tokens, match.token_scores, strict=True))
+def strongest(tokens: Sequence[Span], scores: Sequence[float], count: int) -> list[Share]:
+    """The shares of the largest absolute value, largest first."""
+    pairs = enumerate(zip(tokens, scores, strict=True))
     shares = (Share(position, score, token.text) for position, (token, score) in pairs)
     return sorted(shares, key=lambda share: -abs(share.score))[:count]
+
+
+def found_token(match: Match) -> str:
+    """The token that was found, quoted, with its position; an empty text where an example was found."""
+    if match.position is None:
+        return ""
+    return f"“{word(match.tokens[match.position].text)}” at {match.position}"
 
 
 def signed(value: float) -> str:
@@ -162,16 +180,16 @@ def verdict(found: Result) -> str:
     3.2 for 1,000, 3.9 for 10,000.
     """
     if not found.matches:
-        return "There is nothing to compare: the search found no example."
+        return f"There is nothing to compare: the search found no {things(found)[:-1]}."
     proponents = found.direction == "proponents"
     first = (max if proponents else min)(match.score for match in found.matches)  # a rescored order is another
     if first == 0 or (first > 0) != proponents:
-        return f"Nothing stands out: no example scores {'above' if proponents else 'below'} zero."
+        return f"Nothing stands out: no {things(found)[:-1]} scores {'above' if proponents else 'below'} zero."
     summary = found.summary
     if summary is None or summary.n < 2:
         return ""
     if summary.std == 0:
-        return f"Nothing stands out: all {summary.n:,} examples score the same."
+        return f"Nothing stands out: all {summary.n:,} {things(found)} score the same."
     away = (first - summary.mean) / summary.std * (1 if proponents else -1)
     chance = NormalDist().inv_cdf((summary.n - 0.375) / (summary.n + 0.25))
     if away > chance:
@@ -180,6 +198,11 @@ def verdict(found: Result) -> str:
         f"Nothing stands out: the best score lies {away:.1f} standard deviations from the mean, and the most extreme "
         f"of {summary.n:,} scores lies {chance:.1f} away by chance."
     )
+
+
+def things(found: Result) -> str:
+    """What was searched: `examples` or `tokens`."""
+    return "tokens" if found.level == "token" else "examples"
 
 
 def rescored(found: Result) -> str:

@@ -156,6 +156,16 @@ def build(
         str, typer.Option(help="Divide gradients by its root: estimate, none, or a training checkpoint's path.")
     ] = "estimate",
     moment_examples: Annotated[int, typer.Option(help="Examples that the estimate takes.")] = 64,
+    level: Annotated[str, typer.Option(help="Rows for whole examples (sentence), for tokens (token), or both.")] = (
+        "sentence"
+    ),
+    tokens: Annotated[
+        str, typer.Option(help="Which tokens: all, content (no punctuation, no stop words), the first N, or content,N.")
+    ] = "all",
+    token_K: Annotated[int, typer.Option("--token-K", help="Length of a token's RapidGrad.")] = 4096,
+    token_examples: Annotated[
+        list[str] | None, typer.Option(help="Tokens of this id alone, or of a file with an id a line; may be repeated.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws shuffles, signs and the estimate's examples.")] = 0,
     dtype: Dtype = "float32",
     device: Device = "auto",
@@ -174,6 +184,7 @@ def build(
     from rapidindex import config
     from rapidindex.build import Request
     from rapidindex.build import build as run
+    from rapidindex.examples import listed_ids
     from rapidindex.progress import Bars
 
     request = Request(
@@ -185,6 +196,9 @@ def build(
         sketch=config.SketchConfig(K, shuffles, seed),
         work=config.BuildConfig(batch_tokens, workers, shard_seconds),
         limit=limit,
+        levels=config.levels_of(level),
+        token=config.TokenConfig(token_K, tokens),
+        token_examples=None if token_examples is None else frozenset(listed_ids(token_examples, "--token-examples")),
     )
     if dry_run:
         from rapidindex.estimate import estimate
@@ -192,7 +206,6 @@ def build(
         with Bars(quiet=quiet) as bars:
             found = estimate(request, overwrite=overwrite, progress=bars)
         _print(found, as_json, _estimate_lines(found))
-        found.check()
         return
     with Bars(quiet=quiet) as bars:
         summary = run(request, overwrite=overwrite, progress=bars)
@@ -260,6 +273,9 @@ def index(
     ] = None,
     dim: Annotated[int, typer.Option(help="Length of the folded rows; divides K.")] = 4096,
     target_recall: Annotated[float, typer.Option(help="Recall@10 to reach by over-fetching.")] = 0.99,
+    level: Annotated[
+        str | None, typer.Option(help="Of whole examples (sentence) or tokens (token).", show_default="all")
+    ] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Build and search on the GPU (flat and IVF).")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -270,11 +286,12 @@ def index(
     from rapidindex.store import Store
 
     store = Store.open(path)
+    described = {}
     with store.lock(), Bars(quiet=quiet) as bars:
         options = {"factory": factory, "dim": dim, "target_recall": target_recall, "gpu": gpu, "progress": bars}
-        built = VectorIndex.build(store.rows("sentence"), **options)
-    described = built.describe()
-    _print(described, as_json, {"Search index": described})
+        for name in [level] if level else store.levels:
+            described[name] = VectorIndex.build(store.rows(name), **options).describe()
+    _print(described, as_json, {f"Search index of {name}s": card for name, card in described.items()})
 
 
 @app.command()
@@ -294,6 +311,13 @@ def query(
     heatmaps: Annotated[
         bool, typer.Option("--heatmaps/--no-heatmaps", help="Each training token's share in the influence.")
     ] = True,
+    answer_scores: Annotated[
+        bool, typer.Option("--answer-scores", help="Each match's influence on every token of the answer, too.")
+    ] = False,
+    level: Annotated[
+        str | None,
+        typer.Option(help="Find whole examples (sentence) or single tokens of them (token).", show_default="sentence"),
+    ] = None,
     rescore: Annotated[
         bool, typer.Option("--rescore", help="Order four times as many candidates by their uncompressed influence.")
     ] = False,
@@ -331,7 +355,8 @@ def query(
     asked = read_queries(queries) if queries else [Query(prompt, answer, token, span)]
     if not quiet:
         print("Loading the model …", file=sys.stderr, flush=True)
-    how = {"k": k, "exact": exact, "heatmaps": heatmaps, "rescore": rescore, "max_new_tokens": max_new_tokens}
+    how = {"k": k, "exact": exact, "heatmaps": heatmaps, "rescore": rescore, "level": level}
+    how |= {"answer_scores": answer_scores or html is not None, "max_new_tokens": max_new_tokens}
     results = opened.query_many(asked, opponents=opponents, **how)
     if html is not None:
         other = opened.query_many([replace(asked[0], answer=results[0].query.answer)], opponents=not opponents, **how)[
@@ -473,7 +498,10 @@ def _build_lines(summary: Any) -> dict[str, dict[str, Any]]:
         lines["truncated"] = f"{len(summary.truncated)} examples were cut to --max-length (lines {first}{more})"
     if not summary.batched:
         lines["note"] = "this model's gradients had to be computed one example at a time"
-    lines["next"] = f'rapidindex query {summary.index} "PROMPT" --token WORD'
+    if summary.tokens is not None:
+        lines["tokens"] = f"{summary.tokens:,} with a row of their own"
+    of_tokens = "" if summary.tokens is None else " --level token"
+    lines["next"] = f'rapidindex query {summary.index} "PROMPT" --token WORD{of_tokens}'
     return {f"Index {summary.index}": lines}
 
 
@@ -481,7 +509,8 @@ def _estimate_lines(found: Any) -> dict[str, dict[str, Any]]:
     def sizes(parts: dict[str, int]) -> dict[str, str]:
         return {name: f"{size / 2**20:,.1f} MiB" for name, size in {**parts, "in all": sum(parts.values())}.items()}
 
-    time = {"for": f"{found.examples:,} examples, {found.tokens:,} tokens", "workers": found.workers}
+    time = {"for": f"{found.rows:,} rows of {found.examples:,} examples", "workers": found.workers}
+    time["tokens"] = f"{found.tokens:,}, padding included"
     time |= {name: f"{seconds:,.1f} s" for name, seconds in {**found.seconds, "in all": found.total_seconds}.items()}
     free = {name: size / 2**20 for name, size in found.free.items()}
     tables = {
@@ -500,21 +529,27 @@ def _info_lines(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     state = "complete" if found["complete"] else f"{found['planned']:,} planned: give the build command again"
     lines = {
         "examples": f"{found['examples']:,} ({state})",
-        "size": f"{found['bytes'] / 2**20:,.1f} MiB in {found['shards']} shards",
+        "size": f"{found['bytes'] / 2**20:,.1f} MiB",
         "gradient": f"{found['gradient_size']:,} entries in {found['layers']} layers",
         "model": f"{config['model']['path']} ({', '.join(filter(None, (config['dtype'], config['quantize'])))})",
         "adapter": config["adapter"]["path"] or "none: all parameters",
         "data": ", ".join(source["path"] for source in (config["data"], *config.get("added", []))),
         "template": config["encoding"]["template"],
         "recipe": f"second moment {gradient['second_moment']}, normalize {gradient['normalize']}",
-        "RapidGrad": f"K = {sketch['K']:,}, {sketch['shuffles']} shuffles, seed {sketch['seed']}",
+        "RapidGrad": f"{sketch['shuffles']} shuffles, seed {sketch['seed']}",
         "created": found["created"],
     }
     if found["removed"]:
         lines["removed"] = f"{found['removed']:,} examples"
     tables = {f"Index {found['path']}": lines}
-    if found["index"]:
-        tables["Search"] = found["index"]
+    for level, held in found["levels"].items():
+        what = {
+            "rows": f"{held['rows']:,} of {held['examples']:,} examples in {held['shards']} shards",
+            "K": f"{held['K']:,}",
+        }
+        if level == "token":
+            what["tokens"] = f"{config['token']['tokens']}, of {config['tokens_of']} examples"
+        tables[f"Level {level}"] = what | {f"search {name}": value for name, value in (held["index"] or {}).items()}
     for title, rows in (("Unusable rows of the data", found["skipped"]), ("No finite gradient", found["rejected"])):
         if rows:
             tables[title] = {f"{row.get('source', '')} line {row['line']}".strip(): row["reason"] for row in rows}

@@ -5,6 +5,7 @@ Knows nothing of models or files. Every check names the flag a user typed.
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,12 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def levels_of(level: str) -> tuple[str, ...]:
+    """The levels that `--level` means."""
+    _one_of("--level", level, (*LEVELS, "both"))
+    return LEVELS if level == "both" else (level,)
+
+
 def _one_of(flag: str, value: str | None, allowed: tuple[str, ...]) -> None:
     if value is not None and value not in allowed:
         raise UsageError(f"{flag} {value!r} is unknown.", hint=f"Choose one of: {', '.join(allowed)}.")
@@ -30,6 +37,14 @@ def _one_of(flag: str, value: str | None, allowed: tuple[str, ...]) -> None:
 def _at_least(flag: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise UsageError(f"{flag} must be at least {least}, not {value}.")
+
+
+def _power_of_two(flag: str, K: int) -> None:
+    if K < 16 or K > 2**24 or K & (K - 1):
+        raise UsageError(
+            f"{flag} {K} cannot be used: K must be a power of two from 16 to 16777216, so that RapidGrads fold.",
+            hint=f"The nearest is {flag} {2 ** min(24, max(4, round(K).bit_length() - 1))}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -96,11 +111,36 @@ class SketchConfig:
 
     def __post_init__(self) -> None:
         _at_least("--shuffles", self.shuffles, 0)
-        if self.K < 16 or self.K > 2**24 or self.K & (self.K - 1):
+        _power_of_two("-K", self.K)
+
+
+@dataclass(frozen=True)
+class TokenConfig:
+    """Which response tokens get a RapidGrad of their own, and how long it is."""
+
+    K: int = 4096
+    """Length of a token's RapidGrad, a power of two; shuffles and signs are those of whole examples."""
+    tokens: str = "all"
+    """`all`, `content` (no punctuation, no stop words), a number n (the first n), or `content,n`."""
+
+    def __post_init__(self) -> None:
+        _power_of_two("--token-K", self.K)
+        if not re.fullmatch(r"all|content|(content,)?[1-9]\d*", self.tokens):
             raise UsageError(
-                f"-K {self.K} cannot be used: K must be a power of two from 16 to 16777216, so that RapidGrads fold.",
-                hint=f"The nearest is -K {2 ** min(24, max(4, round(self.K).bit_length() - 1))}.",
+                f"--tokens {self.tokens!r} is unknown.",
+                hint="Give all, content (no punctuation, no stop words), a number N for the first N, or content,N.",
             )
+
+    @property
+    def content(self) -> bool:
+        """Whether punctuation and stop words are left out."""
+        return self.tokens.startswith("content")
+
+    @property
+    def first(self) -> int | None:
+        """How many of a response's tokens are taken at most; None for no limit."""
+        number = self.tokens.rpartition(",")[2]
+        return int(number) if number.isdigit() else None
 
 
 @dataclass(frozen=True)

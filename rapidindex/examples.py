@@ -104,6 +104,16 @@ def read_examples(path: str | Path, *, limit: int | None = None) -> Dataset:
     return Dataset(str(path), examples, skipped, fingerprint({"count": len(ids), "ids": ids}))
 
 
+def listed_ids(given: Iterable[str], flag: str = "--ids") -> set[str]:
+    """Examples' ids, each given as itself or in a file that has one a line. UsageError where there is none."""
+    found: set[str] = set()
+    for id in given:
+        found.update(Path(id).read_text().split() if Path(id).is_file() else [id])
+    if not found:
+        raise UsageError(f"The files of {flag} hold no id.", hint="Write one id a line.")
+    return found
+
+
 def display_text(messages: Iterable[tuple[str, str]]) -> str:
     """The turns as one text: the content of a lone user turn, else `role: content` lines."""
     turns = list(messages)

@@ -6,14 +6,17 @@ from the start: exactly so with --second-moment none, and otherwise up to that m
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rapidindex.build import Summary, check_fits, fill, summary
-from rapidindex.config import BuildConfig, EncodingConfig, GradientConfig, ModelConfig, SketchConfig
+import numpy as np
+
+from rapidindex.build import Summary, check_fits, fill_levels, left, widen
+from rapidindex.config import BuildConfig, EncodingConfig, GradientConfig, ModelConfig, SketchConfig, TokenConfig
 from rapidindex.errors import StoreError, UsageError
+from rapidindex.examples import listed_ids
 from rapidindex.index import VectorIndex
 from rapidindex.jobs import Job, Request, check_identity, prepare
 from rapidindex.progress import Progress, silent
@@ -53,17 +56,14 @@ def add(
         request = _request(store, data, ModelPlace(model, adapter, device), work or BuildConfig(), limit)
         job = prepare(request, progress)
         hint = "Say with -m and -a where the model and the adapter of the index lie now."
-        check_identity({**store.config, "data": None}, {**job.identity, "data": None}, Path(path), hint=hint)
-        done = store.rows("sentence").done_ids
-        todo = [replace(item, source=data) for item in job.items if item.example.id not in done]
-        batched = job.gradients.batched
-        check_fits(job, todo)
-        _plan(store, job, len(todo))
-        if todo:
-            batched = fill(store, job, todo, progress)
+        built, asked = ({**config, "data": None, "token": None} for config in (store.config, job.identity))
+        check_identity(built, asked, Path(path), hint=hint)
+        job.items = [replace(item, source=data) for item in job.items]
+        check_fits(job, {level: left(job, level, store) for level in request.levels})
+        _note_source(store, job)
+        widen(store, job)
         restored = store.restore(store.removed & {item.example.id for item in job.items})
-        VectorIndex.update(store.rows("sentence"), progress=progress)
-        return summary(store, job, done, batched, started, restored)
+        return fill_levels(store, job, started, progress, restored)
 
 
 def remove(
@@ -79,12 +79,12 @@ def remove(
             "Give either --ids or --where.", hint="For example: rapidindex remove INDEX --where source=web"
         )
     with Store.open(path).lock() as store:
-        rows = store.rows("sentence")
-        found = _meant(rows, where) if where else _listed(ids)
+        found = _meant(store.rows(store.levels[0]), where) if where else listed_ids(ids)
         removed = store.remove(found)
-        rows = store.rows("sentence")
-        VectorIndex.update(rows, progress=progress)
-    return Removal(str(path), removed, int(rows.alive.sum()))
+        for level in store.levels:
+            VectorIndex.update(store.rows(level), progress=progress)
+        rows = store.rows(store.levels[0])
+    return Removal(str(path), removed, len(np.unique(rows.example[rows.alive])))
 
 
 @dataclass(frozen=True)
@@ -115,36 +115,38 @@ def _request(store: Store, data: str, place: ModelPlace, work: BuildConfig, limi
         sketch=SketchConfig(**config["sketch"]),
         work=work,
         limit=limit,
+        levels=_whole_levels(store),
+        token=TokenConfig(**config.get("token", {})),
     )
 
 
-def _plan(store: Store, job: Job, new: int) -> None:
-    """List the data among the index's sources, unless it is one of them, and plan for what it adds."""
+def _whole_levels(store: Store) -> tuple[str, ...]:
+    """The levels that hold all examples: not the tokens of listed ones."""
+    levels = tuple(level for level in store.levels if level != "token" or store.config["tokens_of"] == "all")
+    if not levels:
+        raise StoreError(
+            f"{store.path} holds the tokens of listed examples only: nothing can be added to it.",
+            hint="Type its rapidindex build command with --level both first.",
+        )
+    return levels
+
+
+def _note_source(store: Store, job: Job) -> None:
+    """List the data among the index's sources, unless it is one of them. StoreError where another is not finished."""
     config, found = store.config, job.identity["data"]
     sources = [config["data"], *config.get("added", [])]
     if any(source["fingerprint"] == found["fingerprint"] for source in sources):
         return
-    if not store.complete("sentence"):
+    levels = job.request.levels
+    if not all(map(store.complete, levels)):
         last = sources[-1]["path"]
         command = f"rapidindex add {store.path} {last}" if len(sources) > 1 else "its rapidindex build command"
         raise StoreError(
             f"{store.path} does not hold all of {last} yet.", hint=f"Finish that first: give {command} again."
         )
-    rows = store.rows("sentence")
-    store.set_planned("sentence", len(rows.done_ids) + new)
-    added = {**found, "examples": new}
+    added = {**found, "examples": len(left(job, levels[0], store))}
     skipped = [{**row, "source": found["path"]} for row in job.skipped]
     store.update_config({"added": [*sources[1:], added]}, skipped=[*store.skipped, *skipped])
-
-
-def _listed(ids: Iterable[str]) -> set[str]:
-    """The ids, each given as itself or in a file that has one a line."""
-    found: set[str] = set()
-    for id in ids:
-        found.update(Path(id).read_text().split() if Path(id).is_file() else [id])
-    if not found:
-        raise StoreError("The files of --ids hold no id.", hint="Write one id a line.")
-    return found
 
 
 def _meant(rows: Rows, where: Sequence[str]) -> set[str]:

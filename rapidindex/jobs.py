@@ -6,23 +6,24 @@ the gradient and of the sketch. Computes no gradient, and writes nothing.
 
 import ctypes
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rapidindex.caching import Item
-from rapidindex.config import BuildConfig, EncodingConfig, GradientConfig, ModelConfig, SketchConfig
-from rapidindex.errors import ConfigMismatch, DataError
+from rapidindex.caching import Item, Unit, padded_tokens, plan_units
+from rapidindex.config import BuildConfig, EncodingConfig, GradientConfig, ModelConfig, SketchConfig, TokenConfig
+from rapidindex.errors import ConfigMismatch, DataError, UsageError
 from rapidindex.examples import Dataset, read_examples
 from rapidindex.gradients import Layer, PerExampleGradients
 from rapidindex.model import LoadedModel, load
 from rapidindex.progress import Progress, silent
 from rapidindex.templates import Template
+from rapidindex.tokens import chosen
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,40 @@ class Request:
     sketch: SketchConfig = field(default_factory=SketchConfig)
     work: BuildConfig = field(default_factory=BuildConfig)
     limit: int | None = None
+    levels: tuple[str, ...] = ("sentence",)
+    """Whole examples (`sentence`), response tokens (`token`), or both."""
+    token: TokenConfig = field(default_factory=TokenConfig)
+    token_examples: frozenset[str] | None = None
+    """Ids of the examples whose tokens are meant; None for all."""
+
+    def K(self, level: str) -> int:
+        """Length of a row of that level."""
+        return self.token.K if level == "token" else self.sketch.K
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work that a level of an index takes."""
+
+    level: str
+    K: int
+    examples: list[Item]
+    units: list[Unit]
+
+    @property
+    def batches(self) -> list[list[Item]]:
+        """Those of all units."""
+        return [batch for unit in self.units for batch in unit]
+
+    @property
+    def rows(self) -> int:
+        """How many it makes."""
+        return sum(map(len, self.batches))
+
+    @property
+    def tokens(self) -> int:
+        """All that is computed, padding included."""
+        return sum(map(padded_tokens, self.batches))
 
 
 @dataclass
@@ -51,14 +86,42 @@ class Job:
     items: list[Item]
     skipped: list[dict[str, Any]]
     identity: dict[str, Any]
+    device: torch.device
 
     @property
     def size(self) -> int:
         """|v|, the length of the flattened gradient."""
         return sum(layer.size for layer in self.layers)
 
+    def wanted(self, level: str) -> list[Item]:
+        """The examples that the level is to hold: for tokens, those that were asked for and have such a token."""
+        if level == "sentence":
+            return self.items
+        ids = self.request.token_examples
+        listed = (item for item in self.items if ids is None or item.example.id in ids)
+        return [item for item in listed if self._positions(item)]
+
+    def plan(self, level: str, examples: Sequence[Item]) -> "Plan":
+        """What is computed for these examples: a row each, or one for each of their tokens."""
+        items = list(examples)
+        if level == "token":
+            items = [replace(item, position=position) for item in examples for position in self._positions(item)]
+        units = plan_units(items, self.request.work.batch_tokens)
+        return Plan(level, self.request.K(level), list(examples), units)
+
+    def _positions(self, item: Item) -> list[int]:
+        return chosen(item.example.response, item.encoding.tokens, self.request.token)
+
+    def hold_model(self) -> None:
+        """Load the model again where it was released."""
+        if not hasattr(self, "loaded"):
+            self.loaded = load(self.request.model)
+            self.gradients = PerExampleGradients(self.loaded.model)
+
     def release_model(self) -> None:
         """Give its memory back: workers have models of their own."""
+        if not hasattr(self, "loaded"):
+            return
         del self.loaded, self.gradients
         gc.collect()
         with suppress(AttributeError, OSError, TypeError):  # glibc alone keeps what is freed: 0.5 GiB of SmolLM2's
@@ -88,7 +151,17 @@ def prepare(request: Request, progress: Progress = silent) -> Job:
         "data": {"path": request.data, "fingerprint": dataset.fingerprint},
     }
     progress("read", 2, 2)
-    return Job(request, dataset, loaded, gradients, gradients.layers, items, skipped, identity)
+    _check_listed(request.token_examples, items, request.data)
+    return Job(request, dataset, loaded, gradients, gradients.layers, items, skipped, identity, loaded.device)
+
+
+def _check_listed(ids: frozenset[str] | None, items: Sequence[Item], data: str) -> None:
+    unknown = sorted((ids or frozenset()) - {item.example.id for item in items})
+    if unknown or ids == frozenset():
+        some = f"{len(unknown)} ids that are not in {data}, {unknown[0]} for one" if unknown else "no id"
+        raise UsageError(
+            f"--token-examples gives {some}.", hint="Ids are those that `rapidindex query --json` shows of its matches."
+        )
 
 
 def drawn(job: Job) -> list[Item]:
@@ -122,7 +195,7 @@ def _fields(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _fields(value, f"{prefix}{name}.")
-        elif name not in ("path", "added"):
+        elif name not in ("path", "added", "tokens_of"):
             yield f"{prefix}{name}", value
 
 

@@ -1,7 +1,8 @@
 """From a prompt, an answer and some of its tokens to the training examples that most influence them.
 
-A query's gradient takes the same way as a training example's, with the loss of the selected tokens alone (Eq. 5 for
-the whole answer, Eq. 7 for some of it), and its RapidGrad is looked up in the index.
+A query's gradient takes the same way as a training example's, with the loss of the selected tokens alone, and its
+RapidGrad is looked up among those of whole examples (Eq. 5 for the whole answer, Eq. 7 for some of it) or of their
+tokens (Eq. 6 and 8).
 """
 
 import json
@@ -24,10 +25,12 @@ from rapidindex.gradients import Batch
 from rapidindex.heatmaps import TokenScores, shares
 from rapidindex.index import VectorIndex
 from rapidindex.model import LoadedModel, generate, load
-from rapidindex.rapidgrad import Compressor
+from rapidindex.rapidgrad import Compressor, RapidGrads
 from rapidindex.results import Asked, Match, Rescoring, Result, Seconds, Source, Span, Summary
 from rapidindex.selection import select
+from rapidindex.sketch import fold
 from rapidindex.store import Store
+from rapidindex.store.rows import Rows
 from rapidindex.templates import Encoding, Template
 
 RESCORED = 4
@@ -48,6 +51,16 @@ class Query:
 
 
 @dataclass(frozen=True)
+class _Posed:
+    """A query as the model reads it."""
+
+    asked: Asked
+    encoding: Encoding
+    rapidgrads: RapidGrads
+    """Of the loss of the selected tokens: one row."""
+
+
+@dataclass(frozen=True)
 class _Candidate:
     """A row that a search found, and what is said of it."""
 
@@ -62,6 +75,8 @@ class Index:
     def __init__(self, store: Store, model: ModelConfig) -> None:
         self.store = store
         self._model = model
+        self._rows: dict[str, Rows] = {}
+        self._searched: dict[str, VectorIndex | None] = {}
 
     @classmethod
     def open(
@@ -95,19 +110,23 @@ class Index:
         opponents: bool = False,
         exact: bool = False,
         heatmaps: bool = True,
+        answer_scores: bool = False,
         rescore: bool = False,
+        level: str | None = None,
         max_new_tokens: int = 64,
     ) -> Result:
         """The k training examples that most influence `answer`, or the tokens of it that `token` or `span` selects.
 
         Without an answer the model gives one. Opponents are those whose influence is the most negative. `exact` scans
         every stored RapidGrad; `heatmaps` adds every response token's share to the matches, and their uncompressed
-        influence; `rescore` computes that of four times k candidates and orders by it. Raises QueryError
-        (TokenNotFound) for a query that cannot be answered.
+        influence; `answer_scores` adds their influence on each token of the answer; `rescore` computes the uncompressed
+        influence of four times k candidates and orders by it. With the level `token` matches are single tokens of
+        training examples; by default they are examples, where the index holds them. Raises QueryError (TokenNotFound)
+        for a query that cannot be answered, and StoreError for a level that the index does not hold.
         """
+        how = {"k": k, "opponents": opponents, "exact": exact, "heatmaps": heatmaps, "answer_scores": answer_scores}
         asked = [Query(prompt, answer, token, span)]
-        how = {"k": k, "opponents": opponents, "exact": exact, "heatmaps": heatmaps, "rescore": rescore}
-        return self.query_many(asked, **how, max_new_tokens=max_new_tokens)[0]
+        return self.query_many(asked, **how, rescore=rescore, level=level, max_new_tokens=max_new_tokens)[0]
 
     def query_many(
         self,
@@ -117,31 +136,36 @@ class Index:
         opponents: bool = False,
         exact: bool = False,
         heatmaps: bool = True,
+        answer_scores: bool = False,
         rescore: bool = False,
+        level: str | None = None,
         max_new_tokens: int = 64,
     ) -> list[Result]:
         """As `query`, for many at once: one search."""
+        level = level or self.store.levels[0]
+        self.rows_of(level)  # refused before the model is loaded
         started = time.perf_counter()
         posed = [self._pose(query, max_new_tokens) for query in queries]
-        vectors = self.vectors(posed)
         gradient = (time.perf_counter() - started) / max(1, len(posed))
-        found = self._search(vectors, RESCORED * k if rescore else k, largest=not opponents, exact=exact)
+        found = self._search(level, posed, RESCORED * k if rescore else k, largest=not opponents, exact=exact)
         results = []
-        for number, (asked, encoding) in enumerate(posed):
-            matches = self._matches(found, number)
+        for number, query in enumerate(posed):
+            matches = self._matches(level, found, number)
             started = time.perf_counter()
             rescoring = None
             if heatmaps or rescore:
-                matches = self._with_heatmaps(matches, asked, encoding)
+                matches = self._with_heatmaps(level, matches, query)
             if rescore:
                 matches, rescoring = rescored(matches, k, largest=not opponents)
+            if answer_scores:
+                matches = [self._with_answer_scores(match, query) for match in matches]
             seconds = Seconds(
                 gradient,
                 found.search_seconds / len(posed),
                 found.rerank_seconds / len(posed),
                 time.perf_counter() - started,
             )
-            results.append(self._result(asked, found, number, matches, seconds, rescoring))
+            results.append(self._result(level, query.asked, found, number, matches, seconds, rescoring))
         return results
 
     def answer(self, prompt: str, *, max_new_tokens: int = 64) -> str:
@@ -150,16 +174,9 @@ class Index:
         special = self.template.add_special_tokens
         return generate(self.loaded, text, add_special_tokens=special, max_new_tokens=max_new_tokens)
 
-    def vectors(self, posed: Sequence[tuple[Asked, Encoding]]) -> np.ndarray:
-        """The queries' RapidGrads, float32 [queries, K]."""
-        rows = [self.compressor(_batch(asked, encoding, self.loaded.device)).rows for asked, encoding in posed]
-        vectors = torch.cat(rows).cpu().numpy()
-        for (asked, _), vector in zip(posed, vectors, strict=True):
-            if not np.isfinite(vector).all():
-                raise QueryError(
-                    f"The gradient of the answer {asked.answer!r} is not finite.", hint="Use --dtype float32."
-                )
-        return vectors
+    def vectors(self, queries: Sequence[Query], *, level: str | None = None, max_new_tokens: int = 64) -> np.ndarray:
+        """What is looked up for the queries among a level's rows: float32 [queries, K]. Raises as `query` does."""
+        return self._folded(level or self.store.levels[0], [self._pose(query, max_new_tokens) for query in queries])
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -184,37 +201,56 @@ class Index:
 
     @cached_property
     def compressor(self) -> Compressor:
-        """What turns a query into its RapidGrad, as when the index was built."""
-        return load_compressor(self.store, self.loaded)
+        """What turns a query into its RapidGrad, of the largest K of any level: it folds to the others."""
+        return load_compressor(self.store, self.loaded, K=max(self.rows_of(level).K for level in self.store.levels))
 
-    @cached_property
-    def rows(self):
+    def rows_of(self, level: str) -> Rows:
+        """The stored RapidGrads of a level. StoreError where the index does not hold it."""
+        if level not in self._rows:
+            self._rows[level] = self.store.rows(level)
+        return self._rows[level]
+
+    @property
+    def rows(self) -> Rows:
         """The stored RapidGrads of whole examples."""
-        return self.store.rows("sentence")
+        return self.rows_of("sentence")
 
     def info(self) -> dict[str, Any]:
         """What the index holds and how it was built, as plain data; loads no model."""
-        rows = self.rows
+        levels = {level: self._level_info(level) for level in self.store.levels}
+        first = levels[self.store.levels[0]]
+        rows = [self.rows_of(level) for level in self.store.levels]
         return {
             "path": str(self.store.path),
             "id": self.store.id,
             "created": self.store.manifest["created"],
-            "examples": int(rows.alive.sum()),
-            "planned": self.store.manifest["levels"]["sentence"]["planned"],
-            "complete": self.store.complete("sentence"),
-            "removed": int((~rows.alive).sum()),
-            "rejected": rows.rejected,
+            "examples": first["examples"],
+            "planned": first["planned"],
+            "complete": all(map(self.store.complete, self.store.levels)),
+            "removed": len(self.store.removed),
+            "rejected": list({record["id"]: record for level in rows for record in level.rejected}.values()),
             "skipped": self.store.manifest["skipped"],
-            "shards": len(rows.shards),
+            "levels": levels,
             "bytes": sum(file.stat().st_size for file in Path(self.store.path).rglob("*") if file.is_file()),
             "layers": len(self.store.layers),
             "gradient_size": sum(layer["size"] for layer in self.store.layers),
             "config": self.store.config,
             "versions": self.store.manifest["versions"],
-            "index": self._vector_index and self._vector_index.describe(),
         }
 
-    def _pose(self, query: Query, max_new_tokens: int) -> tuple[Asked, Encoding]:
+    def _level_info(self, level: str) -> dict[str, Any]:
+        rows, searched = self.rows_of(level), self._vector_index(level)
+        return {
+            "K": rows.K,
+            "rows": int(rows.alive.sum()),
+            "examples": len(np.unique(rows.example[rows.alive])),
+            "planned": self.store.planned(level),
+            "complete": self.store.complete(level),
+            "shards": len(rows.shards),
+            "index": searched and searched.describe(),
+        }
+
+    def _pose(self, query: Query, max_new_tokens: int) -> _Posed:
         if not query.prompt.strip():
             raise QueryError("The prompt is empty.", hint="Give the prompt that the model was asked.")
         messages = (("user", query.prompt),)
@@ -233,42 +269,75 @@ class Index:
                 hint="Shorten them, or build the index with a larger --max-length.",
             )
         tokens = spans(encoding)
-        return Asked(query.prompt, answer, tokens, select(tokens, answer, token=query.token, span=query.span)), encoding
+        asked = Asked(query.prompt, answer, tokens, select(tokens, answer, token=query.token, span=query.span))
+        found = self.compressor(_batch(encoding, asked.selection, self.loaded.device))
+        if not found.rows.isfinite().all():
+            raise QueryError(f"The gradient of the answer {answer!r} is not finite.", hint="Use --dtype float32.")
+        return _Posed(asked, encoding, found)
 
-    def _search(self, vectors: np.ndarray, k: int, *, largest: bool, exact: bool) -> SearchResult:
-        index = None if exact else self._vector_index
+    def _search(self, level: str, posed: Sequence[_Posed], k: int, *, largest: bool, exact: bool) -> SearchResult:
+        rows, vectors = self.rows_of(level), self._folded(level, posed)
+        index = None if exact else self._vector_index(level)
         if index is None:
-            return exact_search(self.rows, vectors, k, largest=largest, device=str(self.loaded.device))
+            return exact_search(rows, vectors, k, largest=largest, device=str(self.loaded.device))
         return index.search(vectors, k, largest=largest)
 
-    @cached_property
-    def _vector_index(self) -> VectorIndex | None:
-        return VectorIndex.open(self.rows)
+    def _folded(self, level: str, posed: Sequence[_Posed]) -> np.ndarray:
+        return fold(torch.cat([query.rapidgrads.rows for query in posed]), self.rows_of(level).K).cpu().numpy()
 
-    def _matches(self, found: SearchResult, number: int) -> list[_Candidate]:
+    def _vector_index(self, level: str) -> VectorIndex | None:
+        if level not in self._searched:
+            self._searched[level] = VectorIndex.open(self.rows_of(level))
+        return self._searched[level]
+
+    def _matches(self, level: str, found: SearchResult, number: int) -> list[_Candidate]:
         told = zip(found.rows[number], found.scores[number], found.percentiles()[number], strict=True)
+        rows = self.rows_of(level)
         return [
-            self._candidate(rank, int(row), float(s), float(p)) for rank, (row, s, p) in enumerate(told, 1) if row >= 0
+            self._candidate(rows, rank, int(row), float(score), float(percentile))
+            for rank, (row, score, percentile) in enumerate(told, 1)
+            if row >= 0
         ]
 
-    def _candidate(self, rank: int, row: int, score: float, percentile: float) -> _Candidate:
-        example = example_of(self.rows.record(int(self.rows.example[row])))
+    def _candidate(self, rows: Rows, rank: int, row: int, score: float, percentile: float) -> _Candidate:
+        example = example_of(rows.record(int(rows.example[row])))
         encoding = self.template.encode(example)
         text = (example.id, example.prompt, example.response, example.meta)
-        return _Candidate(row, encoding, Match(rank, score, None, percentile, *text, spans(encoding), []))
+        position = int(rows.position[row])
+        match = Match(
+            rank, score, None, percentile, *text, spans(encoding), position=None if position < 0 else position
+        )
+        return _Candidate(row, encoding, match)
 
-    def _with_heatmaps(self, found: list[_Candidate], asked: Asked, encoding: Encoding) -> list[_Candidate]:
-        """The candidates with every token's share, and the uncompressed influence, their mean."""
-        direction = self.compressor.direction(_batch(asked, encoding, self.loaded.device))
+    def _with_heatmaps(self, level: str, found: list[_Candidate], query: _Posed) -> list[_Candidate]:
+        """The candidates with every token's share, and the uncompressed influence.
+
+        For an example that is the mean of the shares. For a token it is its own, and the shares of the other tokens
+        stand beside it in the same unit, that of the norms of this token.
+        """
+        direction = self.compressor.direction(_batch(query.encoding, query.asked.selection, self.loaded.device))
         told: list[_Candidate] = []
-        for group in _groups(found):
+        for group in _groups(found) if level == "sentence" else [[one] for one in found]:
             masks = [one.encoding.response_mask.astype(np.float32) for one in group]
             batch = Batch.of([one.encoding.input_ids for one in group], masks, self.loaded.device)
-            norms = torch.from_numpy(self.rows.norms([one.row for one in group])).to(self.loaded.device)
+            norms = torch.from_numpy(self.rows_of(level).norms([one.row for one in group])).to(self.loaded.device)
             for one, scores in zip(group, shares(self.scorer, self.compressor, direction, batch, norms), strict=True):
-                filled = replace(one.match, token_scores=scores.tolist(), exact_score=float(scores.mean()))
+                whole = scores.mean() if one.match.position is None else scores[one.match.position]
+                filled = replace(one.match, token_scores=scores.tolist(), exact_score=float(whole))
                 told.append(replace(one, match=filled))
         return told
+
+    def _with_answer_scores(self, found: _Candidate, query: _Posed) -> _Candidate:
+        """The candidate with its uncompressed influence on each token of the answer: Eq. 7 for every j.
+
+        Influence is symmetric: this is the heat-map of the query along the direction of the training example.
+        """
+        device, position = self.loaded.device, found.match.position
+        places = range(len(found.match.tokens)) if position is None else [position]
+        direction = self.compressor.direction(_batch(found.encoding, places, device))
+        whole = Batch.of([query.encoding.input_ids], [query.encoding.response_mask.astype(np.float32)], device)
+        scores = shares(self.scorer, self.compressor, direction, whole, query.rapidgrads.norms)[0]
+        return replace(found, match=replace(found.match, answer_scores=scores.tolist()))
 
     @cached_property
     def scorer(self) -> TokenScores:
@@ -277,6 +346,7 @@ class Index:
 
     def _result(
         self,
+        level: str,
         asked: Asked,
         found: SearchResult,
         number: int,
@@ -286,13 +356,12 @@ class Index:
     ) -> Result:
         summary = found.summaries[number] if found.summaries else None
         config = self.store.config
-        sketch = config["sketch"]
         place = (self.store.id, config["model"]["path"], config["adapter"]["path"])
         return Result(
-            index=Source(*place, sketch["K"], sketch["shuffles"], found.n),
+            index=Source(*place, self.rows_of(level).K, config["sketch"]["shuffles"], found.n),
             query=asked,
             direction="proponents" if found.largest else "opponents",
-            level="sentence",
+            level=level,
             search=found.method,
             recall=found.recall,
             seconds=seconds,
@@ -365,8 +434,8 @@ def spans(encoding: Encoding) -> list[Span]:
     return [Span(token.text, token.start, token.end) for token in encoding.tokens]
 
 
-def _batch(asked: Asked, encoding: Encoding, device: torch.device) -> Batch:
-    """One query whose loss is the mean over the selected tokens."""
+def _batch(encoding: Encoding, selection: Sequence[int], device: torch.device) -> Batch:
+    """One text whose loss is the mean over the selected tokens of its response."""
     weights = np.zeros(len(encoding.input_ids), np.float32)
-    weights[np.flatnonzero(encoding.response_mask)[asked.selection]] = 1 / len(asked.selection)
+    weights[np.flatnonzero(encoding.response_mask)[list(selection)]] = 1 / len(selection)
     return Batch.of([encoding.input_ids], [weights], device)

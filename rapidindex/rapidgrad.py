@@ -4,6 +4,7 @@ The way is the same for a training example and for a query, so that inner produc
 (with e·η = 1). Each layer goes into the sketch as soon as its gradient is known. Knows nothing of files.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,14 @@ class RapidGrads:
     norms: Float[Tensor, "examples layers"]
     """Length of each layer's corrected gradient, before normalising."""
     losses: Float[Tensor, " examples"]
+
+
+def joined(found: Sequence[RapidGrads]) -> RapidGrads:
+    """Those of several batches as one."""
+    if len(found) == 1:
+        return found[0]
+    parts = ([getattr(one, name) for one in found] for name in ("rows", "norms", "losses"))
+    return RapidGrads(*map(torch.cat, parts))
 
 
 class Compressor:

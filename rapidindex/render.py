@@ -86,7 +86,8 @@ def _matches(found: Result) -> Table:
 
 
 def _example(match: Match) -> Text:
-    return Text.assemble((line(_cut(match.prompt, 80)), "bold"), (" → ", "dim"), line(_cut(match.response, 120)))
+    token = f"{line(chips.found_token(match))} in " if match.position is not None else ""
+    return Text.assemble(token, (line(_cut(match.prompt, 80)), "bold"), (" → ", "dim"), line(_cut(match.response, 120)))
 
 
 def _meta_columns(matches: Sequence[Match]) -> list[str]:
@@ -103,7 +104,7 @@ def _footer(found: Result) -> str:
     if found.summary and found.summary.std > 0 and found.matches:
         best = (found.matches[0].score - found.summary.mean) / found.summary.std
         spread = f"; the first lies {abs(best):.1f} standard deviations {'above' if best > 0 else 'below'} the mean"
-    return f"{how} over {found.index.n:,} examples in {total:.2f} s{spread}"
+    return f"{how} over {found.index.n:,} {chips.things(found)} in {total:.2f} s{spread}"
 
 
 def _recall(recall: float | None) -> str:

@@ -31,9 +31,9 @@ class Match:
     score: float
     """The estimated influence: the inner product of RapidGrads."""
     exact_score: float | None
-    """The uncompressed influence, the mean of `token_scores`; None where it was not computed."""
+    """The uncompressed influence; of an example the mean of `token_scores`. None where it was not computed."""
     percentile: float
-    """Percent of all examples that score lower."""
+    """Percent of all rows that score lower."""
     id: str
     prompt: str
     response: str
@@ -43,6 +43,11 @@ class Match:
     """The response's tokens."""
     token_scores: list[float] = field(default_factory=list)
     """The influence of each of `tokens` (Eq. 6 and 8); empty where it was not computed."""
+    position: int | None = None
+    """Which of `tokens` was found where tokens were searched: the scores are its own. None for an example."""
+    answer_scores: list[float] = field(default_factory=list)
+    """Its influence on each token of the query's answer (Eq. 7), whose mean over the selection is `exact_score`; empty
+    where it was not computed."""
 
 
 @dataclass(frozen=True)

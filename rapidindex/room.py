@@ -13,11 +13,12 @@ import numpy as np
 import psutil
 import torch
 
+from rapidindex.activations import Activations
 from rapidindex.ann import AnnIndex
 from rapidindex.caching import Item, record_of
 from rapidindex.errors import ResourceError
 from rapidindex.index import DIM, EXACT, default_factory
-from rapidindex.jobs import Job
+from rapidindex.jobs import Job, Plan
 from rapidindex.sketch import LARGEST_DIVISOR, Sketch
 from rapidindex.store.sealed import USER_BLOCK
 from rapidindex.store.sealing import encode_json
@@ -25,6 +26,10 @@ from rapidindex.store.sealing import encode_json
 PROCESS = 450 * 2**20
 """A worker before its model: the interpreter, torch and transformers (measured with torch 2.13: 430 MiB, half of it
 pages of files that others map too)."""
+_HEAP = 0.5
+"""What the C library's heap holds on CPUs beside the tensors that live in it, of their bytes (measured with glibc on
+SmolLM2: 0.4 to 0.6; with an mmap for each tensor 0.00, and slower)."""
+_ONCE = ("manifest", "second moment")  # files that several levels share
 _HDF5 = 9 * 2**10  # what libhdf5 writes around a shard's eleven arrays
 
 
@@ -48,12 +53,12 @@ class Free:
     device: int
 
 
-def needed_room(job: Job, todo: Sequence[Item], batches: Sequence[Sequence[Item]], workers: int) -> Room:
-    """What caching `todo` takes, in these batches and by so many processes, the activations of the model excepted."""
-    per_process, shared = _of_each_process(job, len(todo), batches), _of_all(job)
+def needed_room(job: Job, plan: Plan, workers: int, activations: Activations) -> Room:
+    """What caching a level takes by so many processes."""
+    per_process, shared = _of_each_process(job, plan, activations), _of_all(job)
     buffers = {"rows buffer": per_process.pop("rows buffer")}
     times = workers
-    on_gpu = job.loaded.device.type == "cuda"
+    on_gpu = job.device.type == "cuda"
     if on_gpu:
         one_gpu = ":" in job.request.model.device
         times = workers if one_gpu else -(-workers // torch.cuda.device_count())
@@ -65,8 +70,19 @@ def needed_room(job: Job, todo: Sequence[Item], batches: Sequence[Sequence[Item]
     if workers > 1:
         memory["processes"] = PROCESS * workers
     if on_gpu:
-        return Room(_disk(job, todo, workers), memory | (shared if workers > 1 else {}), parts)
-    return Room(_disk(job, todo, workers), parts | memory, {})
+        return Room(_disk(job, plan, workers), memory | (shared if workers > 1 else {}), parts)
+    memory["heap"] = int(_HEAP * (parts["activations"] + parts["logits"]))
+    return Room(_disk(job, plan, workers), parts | memory, {})
+
+
+def together(rooms: Sequence[Room]) -> Room:
+    """What several levels take one after the other: disk in all, memory at most."""
+    disk: dict[str, int] = {}
+    for room in rooms:
+        for part, size in room.disk.items():
+            disk[part] = max(disk.get(part, 0), size) if part in _ONCE else disk.get(part, 0) + size
+    largest = [max(rooms, key=lambda room: sum(getattr(room, what).values())) for what in ("memory", "device")]
+    return Room(disk, largest[0].memory, largest[1].device)
 
 
 def free_room(job: Job) -> Free:
@@ -74,8 +90,8 @@ def free_room(job: Job) -> Free:
     path = Path(job.request.output).absolute()
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     device = 0
-    if job.loaded.device.type == "cuda":
-        device = torch.cuda.mem_get_info(job.loaded.device)[0]
+    if job.device.type == "cuda":
+        device = torch.cuda.mem_get_info(job.device)[0]
     return Free(shutil.disk_usage(existing).free, min(psutil.virtual_memory().available, _left_in_container()), device)
 
 
@@ -96,7 +112,7 @@ def check_room(room: Room, free: Free, output: str) -> None:
 
 def held_by(model: torch.nn.Module) -> int:
     """Bytes of a model's parameters and buffers; tied ones count once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    tensors = {tensor.untyped_storage()._cdata: tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
@@ -110,28 +126,51 @@ def _of_all(job: Job) -> dict[str, int]:
     return {"map of slots": slots, **correction}
 
 
-def _of_each_process(job: Job, rows: int, batches: Sequence[Sequence[Item]]) -> dict[str, int]:
-    K, work = job.request.sketch.K, job.request.work
-    most = max(map(len, batches))
-    buffered = min(rows, work.shard_bytes // (2 * K) + most)
+def _of_each_process(job: Job, plan: Plan, activations: Activations) -> dict[str, int]:
+    work = job.request.work
+    most = max(map(len, plan.batches))
+    unit = max(sum(map(len, unit)) for unit in plan.units)
+    buffered = 4 * plan.K * min(plan.rows, work.shard_bytes // (2 * plan.K) + unit)
+    each = (_of_batch(job, activations, plan.K, batch) for batch in plan.batches)
     return {
-        # One layer's, as they are made and as they are added.
-        "per-example gradients": 2 * 4 * most * max(layer.size for layer in job.layers),
-        "RapidGrads of a batch": 4 * most * 4 * K,
-        "rows buffer": 4 * K * buffered + min(4 * K * buffered, 64 * 2**20),
+        **max(each, key=lambda parts: sum(parts.values())),
+        "rows buffer": buffered + min(buffered, 64 * 2**20) + 4 * plan.K * (unit if unit > most else 0),
     }
 
 
-def _disk(job: Job, todo: Sequence[Item], workers: int) -> dict[str, int]:
-    K, layers, n = job.request.sketch.K, len(job.layers), len(todo)
-    texts = sum(len(encode_json(record_of(item, 1.234567))) + 20 for item in todo)
+def _of_batch(job: Job, activations: Activations, K: int, batch: Sequence[Item]) -> dict[str, int]:
+    """As the backward pass begins. A model that has to be computed one example at a time keeps all gradients."""
+    examples, tokens = len(batch), max(item.tokens for item in batch)
+    batched, largest = job.gradients.batched, max(layer.size for layer in job.layers)
+    at_once = examples if batched else 1
+    predicted = max(map(_predicted, batch)) if batched else tokens
+    vocabulary = job.loaded.model.config.get_text_config().vocab_size
+    # A layer's as they are made and as they are added.
+    entries = 2 * examples * largest if batched else (examples + 1) * job.size
+    return {
+        "activations": activations.of(at_once, tokens),
+        "logits": 3 * 4 * at_once * predicted * vocabulary,  # log-probabilities, their gradient, and the logits'
+        "per-example gradients": 4 * entries + 8 * largest,  # and the slots of a layer as int64
+        "RapidGrads of a batch": 4 * examples * 4 * K,
+    }
+
+
+def _predicted(item: Item) -> int:
+    """Tokens that are in the loss."""
+    return 1 if item.position >= 0 else int(item.encoding.response_mask.sum())
+
+
+def _disk(job: Job, plan: Plan, workers: int) -> dict[str, int]:
+    K, layers, n = plan.K, len(job.layers), plan.rows
+    texts = sum(len(encode_json(record_of(item, 1.234567))) + 20 for item in plan.examples)
     named = [{"name": layer.name, "size": layer.size} for layer in job.layers]
     description = len(encode_json({"config": job.identity, "layers": named, "skipped": job.skipped})) + 400
-    shards = max(-(-2 * K * n // job.request.work.shard_bytes), min(workers, n))
+    shards = max(-(-2 * K * n // job.request.work.shard_bytes), min(workers, len(plan.units)))
     parts = {
-        "rows": n * (2 * K + 4 + 4 * layers + 12 + 8),
-        "examples": texts,
-        "shards and manifest": shards * (USER_BLOCK + _HDF5 + description + 300) + 2 * description,
+        "rows": n * (2 * K + 4 + 4 * layers + 12),
+        "examples": texts + 8 * len(plan.examples),
+        "shards": shards * (USER_BLOCK + _HDF5 + description + 300),
+        "manifest": 2 * description,
     }
     if job.request.gradient.second_moment != "none":
         parts["second moment"] = 4 * job.size + USER_BLOCK + _HDF5 // 2 + description

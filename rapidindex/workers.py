@@ -1,7 +1,7 @@
-"""Several processes that compute one build: the parent hands out batches, each worker writes shards of its own.
+"""Several processes that compute one build: the parent hands out work, each worker writes shards of its own.
 
-    parent ──batches, longest first──> worker: a model of its own, rows, shards of its own numbers
-           <──"cached", "shard NAME"──                                                           ──> INDEX/sentence/
+    parent ──units, longest first──> worker: a model of its own, rows, shards of its own numbers
+           <──"cached", "next", "shard NAME"──                                                  ──> INDEX/<level>/
        └── the map of slots and the correction's factors: memory that all of them map, held once
 
 A worker has one pipe and no lock in common with others, so one that is killed harms nobody. It ends with its parent.
@@ -27,9 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapidindex.caching import Item, ShardWriter, cache, load_compressor, padded_tokens, uninterrupted
+from rapidindex.caching import (
+    STAGES,
+    ShardWriter,
+    Unit,
+    cache,
+    load_compressor,
+    padded_tokens,
+    uninterrupted,
+)
 from rapidindex.config import BuildConfig, ModelConfig
 from rapidindex.errors import RapidIndexError, ResourceError
+from rapidindex.jobs import Plan
 from rapidindex.model import load
 from rapidindex.progress import Progress
 from rapidindex.store import Store
@@ -38,7 +47,7 @@ _SECONDS_TO_STOP = 2.0
 """How long interrupted workers have for writing what they finished; a build must end in under 3 s."""
 _SECONDS_AFTER_FAILURE = 30.0
 _AHEAD = 2
-"""Batches that a worker holds: the one it computes, and the next."""
+"""Units that a worker holds: the one it computes, and the next."""
 
 
 class Shared:
@@ -88,6 +97,7 @@ class Duty:
     number: int
     workers: int
     index: str
+    level: str
     model: ModelConfig
     work: BuildConfig
     threads: int
@@ -105,7 +115,7 @@ def devices(device: torch.device, asked: str, workers: int) -> list[str]:
 
 
 def cache_with_workers(
-    batches: Sequence[list[Item]],
+    plan: Plan,
     store: Store,
     model: ModelConfig,
     places: Sequence[str],
@@ -114,18 +124,18 @@ def cache_with_workers(
     factors: Shared | None,
     progress: Progress,
 ) -> bool:
-    """Compute `batches` in one process for each of `places` (devices); the locked `store` lists their shards.
+    """Compute `plan` in one process for each of `places` (devices); the locked `store` lists their shards.
 
     Returns whether all of them could compute in batches. However it ends, no process is left, and what they finished is
     kept. ResourceError, naming the signal, where a worker was killed; what a worker raised where it failed.
     """
-    first_shard, count = store.rows("sentence").next_number(), len(places)
+    first_shard, count, path = store.rows(plan.level).next_number(), len(places), str(store.path)
     threads = max(1, torch.get_num_threads() // count)
     duties = [
-        Duty(number, count, str(store.path), replace(model, device=place), work, threads, first_shard, slots, factors)
-        for number, place in enumerate(places)
+        Duty(n, count, path, plan.level, replace(model, device=place), work, threads, first_shard, slots, factors)
+        for n, place in enumerate(places)
     ]
-    crew = _Crew(batches, store, progress)
+    crew = _Crew(plan, store, progress)
     try:
         with uninterrupted():
             crew.start(duties)
@@ -169,10 +179,10 @@ class _Worker:
 class _Crew:
     """The workers of a build, and what is left for them to do."""
 
-    def __init__(self, batches: Sequence[list[Item]], store: Store, progress: Progress) -> None:
-        self.left = deque(batches)
-        self.store, self.progress = store, progress
-        self.done, self.total = 0, sum(map(padded_tokens, batches))
+    def __init__(self, plan: Plan, store: Store, progress: Progress) -> None:
+        self.left = deque(plan.units)
+        self.store, self.level, self.progress = store, plan.level, progress
+        self.done, self.total = 0, plan.tokens
         self.batched = True
         self.workers: dict[connection.Connection, _Worker] = {}
 
@@ -183,8 +193,8 @@ class _Crew:
                 self.workers[worker.pipe] = worker
 
     def serve(self) -> None:
-        """Hand out batches and list shards until every worker has ended."""
-        self.progress("cache", 0, self.total)
+        """Hand out units and list shards until every worker has ended."""
+        self.progress(STAGES[self.level], 0, self.total)
         working = dict(self.workers)
         while working:
             for pipe in connection.wait(list(working)):
@@ -203,7 +213,7 @@ class _Crew:
         if kind == "end":
             self.batched = self.batched and value
         elif kind == "shard":
-            self.store.record_shard("sentence", value)
+            self.store.record_shard(self.level, value)
         elif kind == "error":
             raise value
         elif kind == "failed":
@@ -214,12 +224,13 @@ class _Crew:
                 self._give(worker)
         elif kind == "cached":
             self.done += value
-            self.progress("cache", self.done, self.total)
+            self.progress(STAGES[self.level], self.done, self.total)
+        elif kind == "next":
             self._give(worker)
         return kind != "end"
 
     def _give(self, worker: _Worker) -> None:
-        """The next batch, or None where there is no more."""
+        """The next unit, or None where there is no more."""
         with suppress(OSError):  # it has died, which is found out when it is listened to
             worker.pipe.send(_slim(self.left.popleft()) if self.left else None)
 
@@ -234,7 +245,7 @@ class _Crew:
                 try:
                     kind, value = pipe.recv()
                     if kind == "shard":
-                        self.store.record_shard("sentence", value)
+                        self.store.record_shard(self.level, value)
                 except (EOFError, OSError):
                     talking.remove(pipe)
                 except RapidIndexError:
@@ -249,9 +260,11 @@ class _Crew:
             pipe.close()
 
 
-def _slim(batch: list[Item]) -> list[Item]:
-    """Without the response's tokens as text, which no gradient needs."""
-    return [replace(item, encoding=replace(item.encoding, tokens=[])) for item in batch]
+def _slim(unit: Unit) -> Unit:
+    """Without the responses' tokens as text, which no gradient needs."""
+    kept = {id(item.encoding): item.encoding for batch in unit for item in batch}
+    slim = {key: replace(encoding, tokens=[]) for key, encoding in kept.items()}
+    return [[replace(item, encoding=slim[id(item.encoding)]) for item in batch] for batch in unit]
 
 
 @contextmanager
@@ -277,11 +290,11 @@ class _Stopped(BaseException):
 
 def _work(duty: Duty, pipe: connection.Connection) -> None:
     """The whole life of a worker."""
-    batches: queue.SimpleQueue = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(pipe, batches), daemon=True).start()
+    units: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(pipe, units), daemon=True).start()
     try:
         _accept_termination()
-        batched = _compute(duty, pipe, batches)
+        batched = _compute(duty, pipe, units)
         _tell(pipe, "end", batched)
     except _Stopped:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -299,11 +312,11 @@ def _tell(pipe: connection.Connection, kind: str, value: Any) -> None:
         pipe.send((kind, value))
 
 
-def _listen(pipe: connection.Connection, batches: queue.SimpleQueue) -> None:
+def _listen(pipe: connection.Connection, units: queue.SimpleQueue) -> None:
     """Take what the parent sends at once, so that it never waits; and end with it."""
     try:
         while True:
-            batches.put(pipe.recv())
+            units.put(pipe.recv())
     except (EOFError, OSError):
         os._exit(1)
 
@@ -319,14 +332,20 @@ def _accept_termination() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
 
 
-def _compute(duty: Duty, pipe: connection.Connection, batches: queue.SimpleQueue) -> bool:
+def _compute(duty: Duty, pipe: connection.Connection, units: queue.SimpleQueue) -> bool:
     torch.set_num_threads(duty.threads)
     store, loaded = Store.open(duty.index), load(duty.model)
-    factors = duty.factors and duty.factors.tensor
-    compressor = load_compressor(store, loaded, slots=duty.slots.tensor, factors=factors)
+    rows, factors = store.rows(duty.level), duty.factors and duty.factors.tensor
+    compressor = load_compressor(store, loaded, K=rows.K, slots=duty.slots.tensor, factors=factors)
     numbers = itertools.count(duty.first_shard + duty.number, duty.workers)
-    rows = store.rows("sentence")
     writer = ShardWriter(rows, duty.work, numbers, lambda name: _tell(pipe, "shard", name))
     _tell(pipe, "ready", None)
-    cache(iter(batches.get, None), compressor, writer, lambda batch: _tell(pipe, "cached", padded_tokens(batch)))
+    cache(_taken(units, pipe), compressor, writer, lambda batch: _tell(pipe, "cached", padded_tokens(batch)))
     return compressor.gradients.batched
+
+
+def _taken(units: queue.SimpleQueue, pipe: connection.Connection) -> Iterator[Unit]:
+    """The units as they come, asking for another as each is done."""
+    while (unit := units.get()) is not None:
+        yield unit
+        _tell(pipe, "next", None)

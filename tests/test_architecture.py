@@ -29,7 +29,7 @@ LAYERS = [
     {"errors"},
     {"config", "progress"},
     {"results", "chips", "report", "untrusted", "rows", "examples", "store", "sketch", "sources"},
-    {"selection", "cards", "render", "templates", "loading", "gradients", "exact", "ann"},
+    {"selection", "cards", "render", "templates", "tokens", "loading", "gradients", "exact", "ann"},
     {"activations", "model", "corrections", "rapidgrad", "recall", "card"},
     {"heatmaps", "index", "finetune", "training"},
     {"caching", "jobs", "room", "workers", "build"},

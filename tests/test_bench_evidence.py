@@ -261,9 +261,9 @@ def test_hadamard_is_orthonormal_and_its_own_inverse():
 def test_one_bit_rows_keep_inner_products_roughly_and_lengths_exactly():
     rows = torch.randn(20, 4096, generator=torch.Generator().manual_seed(5))
     asked = rows[:3] + 0.5 * rows[3:6]
-    found, truth = one_bit(asked, rows), asked @ rows.T
+    found, truth = one_bit(hadamard(asked), rows), asked @ rows.T
     assert (found - truth).norm() < 0.1 * truth.norm()
-    torch.testing.assert_close(one_bit(rows[:1], rows[:1]), rows[:1] @ rows[:1].T)
+    torch.testing.assert_close(one_bit(hadamard(rows[:1]), rows[:1]), rows[:1] @ rows[:1].T)
 
 
 def test_ekfac_of_a_tiny_model_runs_and_agrees_with_the_sign_of_self_influence(small, tmp_path):

@@ -99,14 +99,14 @@ def test_json_is_one_object_and_jsonl_one_a_line(index, tmp_path):
 def test_info_and_check_speak_json_too(typed, index):
     found = json.loads(typed("info", index, "--json")[1])
     assert (found["examples"], found["complete"]) == (10, True)
-    assert "K = 1,024" in typed("info", index)[1]
+    assert "1,024" in typed("info", index)[1]
     assert json.loads(typed("check", index, "--json")[1]) == []
 
 
 def test_index_is_rebuilt_with_another_factory(typed, index):
     code, out, said = typed("index", index, "--factory", "Flat", "--dim", 256, "--json", "-q")
     assert code == 0, said
-    assert json.loads(out)["factory"] == "Flat"
+    assert json.loads(out)["sentence"]["factory"] == "Flat"
     assert typed("query", index, PROMPT, "--answer", ANSWER, "--json", "-q")[0] == 0
 
 

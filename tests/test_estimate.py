@@ -4,12 +4,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.crash import write_data
-from rapidindex.build import Request, build
+from rapidindex import room
+from rapidindex.activations import Alive, measure_activations
+from rapidindex.build import Request, as_batch, build, prepare
 from rapidindex.config import BuildConfig, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.errors import ResourceError
 from rapidindex.estimate import estimate
+from rapidindex.rapidgrad import Compressor
+from rapidindex.room import needed_room
+from rapidindex.sketch import Sketch
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +42,8 @@ def test_the_bytes_on_disk_are_predicted_within_two_per_cent(asked, second_momen
 def test_parts_add_up_and_an_index_that_is_there_needs_only_the_rest(asked):
     whole = estimate(asked)
     assert whole.examples == 60 and whole.total_seconds == pytest.approx(sum(whole.seconds.values()))
-    assert {"model", "map of slots", "correction", "per-example gradients", "rows buffer"} <= set(whole.memory)
-    whole.check()
+    parts = {"model", "map of slots", "correction", "activations", "logits", "per-example gradients", "rows buffer"}
+    assert parts <= set(whole.memory)
 
     def stop(stage, done, total):
         if stage == "cache" and done:
@@ -50,6 +56,31 @@ def test_parts_add_up_and_an_index_that_is_there_needs_only_the_rest(asked):
     with pytest.raises(ResourceError, match="nothing is left"):
         estimate(asked)
     assert estimate(asked, overwrite=True).examples == 60
+
+
+@pytest.mark.parametrize("way", ["lora", "full"])
+def test_the_memory_of_the_largest_batch_is_told_before_it_is_computed(asked, way):
+    model = asked.model if way == "lora" else replace(asked.model, adapter=None)
+    job = prepare(replace(asked, model=model, work=BuildConfig(batch_tokens=2048)))
+    plan = job.plan("sentence", job.items)
+    told = needed_room(job, plan, 1, measure_activations(job.gradients)).memory
+    parts = ("activations", "logits", "per-example gradients", "RapidGrads of a batch")
+    sketch = Sketch(job.size, job.request.sketch)
+    sketch = Sketch(job.size, job.request.sketch, sketch.slots(0, job.size))
+    compressor = Compressor(job.gradients, sketch, normalize="unit", correction=torch.ones(job.size))
+    with Alive() as alive:
+        for batch in plan.batches:
+            compressor(as_batch(batch, "cpu"))
+    assert sum(told[part] for part in parts) == pytest.approx(alive.peak, rel=0.15)
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_the_numbers_before_anything_is_written(asked, monkeypatch):
+    monkeypatch.setattr(room, "_left_in_container", lambda: 2**20)
+    for attempt in (build, estimate):
+        with pytest.raises(ResourceError, match=r"MiB of memory \(.*activations [0-9.]+.*\); 1.0 are free") as refusal:
+            attempt(replace(asked, work=BuildConfig(batch_tokens=4096)))
+        assert "--batch-tokens" in refusal.value.hint
+    assert not Path(asked.output).exists()
 
 
 def test_more_workers_than_memory_are_refused_with_the_numbers_before_anything_is_written(asked):

@@ -57,12 +57,13 @@ def ramp() -> str:
 
 
 def _common(results: list[Result]) -> dict[str, object]:
-    full = chips.scale(*results)
+    full, of_answer = chips.scale(*results), chips.answer_scale(*results)
     return {
         "asked": results[0],
         "pieces": parts.answer(results[0].query),
-        "results": [parts.shown(result, full) for result in results],
+        "results": [parts.shown(result, full, of_answer) for result in results],
         "full": full,
+        "things": chips.things(results[0]),
         "steps": chips.STEPS,
         "style": _style(),
     }
@@ -78,7 +79,6 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters |= {"signed": chips.signed, "word": chips.word, "safe_text": lambda value: paragraph(str(value))}
-    made.globals |= {"chip": parts.chip}
     return made
 
 

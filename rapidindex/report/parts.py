@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from rapidindex import chips
-from rapidindex.results import Asked, Match, Result
+from rapidindex.results import Asked, Match, Result, Span
 from rapidindex.untrusted import paragraph
 
 WIDTH, HEIGHT, MARKS = 600, 120, 14
@@ -45,9 +45,9 @@ class Histogram:
     """The picture in words."""
 
 
-def shown(result: Result, full: float) -> Shown:
-    """A result for the page; `full` is the share that takes full colour."""
-    matches = [_match(match, full) for match in result.matches]
+def shown(result: Result, full: float, of_answer: float) -> Shown:
+    """A result for the page; `full` and `of_answer` are the shares that take full colour, of responses and answers."""
+    matches = [_match(match, result.query, full, of_answer) for match in result.matches]
     return Shown(result, result.direction.capitalize(), matches, chips.verdict(result), chips.rescored(result))
 
 
@@ -64,11 +64,14 @@ def answer(asked: Asked) -> list[tuple[str, bool]]:
     return [(paragraph(text), wanted) for text, wanted in [*made, (rest, False)] if text]
 
 
-def chip(piece: chips.Chip, full: float) -> Markup:
-    """A chip as HTML: its characters in a coloured span, and the white space about them outside."""
+def chip(piece: chips.Chip, full: float, *, found: bool = False) -> Markup:
+    """A chip as HTML: its characters in a coloured span, and the white space about them outside.
+
+    `found` outlines it: it is what a search of tokens found.
+    """
     number = chips.step(piece.score, full)
     colour = f" {'p' if number > 0 else 'n'}{abs(number)}" if number else ""
-    mark = " s" if piece.special else "" if piece.text else " w"
+    mark = (" s" if piece.special else "" if piece.text else " w") + (" f" if found else "")
     before, text, after = paragraph(piece.before), paragraph(piece.label), paragraph(piece.after)
     return Markup('{}<span class="c{}{}" title="{}">{}</span>{}').format(
         before, colour, mark, paragraph(said(piece)), text, after
@@ -112,13 +115,22 @@ def histogram(results: list[Result]) -> Histogram | None:
     return Histogram(summary.n, summary.min, summary.max, zero, bars, marks, len(results), label)
 
 
-def _match(match: Match, full: float) -> dict[str, Any]:
-    pieces, rest = chips.cut(match.response, match.tokens, match.token_scores) if match.token_scores else ([], "")
+def _match(match: Match, asked: Asked, full: float, of_answer: float) -> dict[str, Any]:
     return {
         "match": match,
         "meta": {str(name): "" if value is None else value for name, value in match.meta.items()},
-        "chips": pieces,
-        "rest": paragraph(rest if match.token_scores else match.response),
-        "strongest": chips.strongest(match, _STRONGEST) if match.token_scores else [],
+        "token": paragraph(chips.found_token(match)),
+        "response": _heat(match.response, match.tokens, match.token_scores, full, match.position),
+        "answer": _heat(asked.answer, asked.tokens, match.answer_scores, of_answer, None),
+    }
+
+
+def _heat(text: str, tokens: list[Span], scores: list[float], full: float, found: int | None) -> dict[str, Any]:
+    pieces, rest = chips.cut(text, tokens, scores) if scores else ([], text)
+    return {
+        "chips": [chip(piece, full, found=piece.holds(found)) for piece in pieces],
+        "rest": paragraph(rest),
+        "strongest": chips.strongest(tokens, scores, _STRONGEST) if scores else [],
+        "tokens": len(tokens),
         "full": full,
     }
