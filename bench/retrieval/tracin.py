@@ -76,6 +76,8 @@ def against_tracin(index: Index, data: Path, rows: int, progress: Progress) -> d
     numbers = np.random.default_rng(23).choice(len(stored), min(rows, len(stored)), replace=False)
     batches = [as_batch(items, "cpu") for items in plan_batches(items_of(index, stored, numbers), BATCH_TOKENS)]
     asked = query_batches(index, data, 16)
+    trained = sum(layer["size"] for layer in index.store.layers)
+    frozen = sum(p.numel() for p in index.loaded.model.parameters() if not p.requires_grad)  # 0 without an adapter
     timings = {str(threads): _timings(index, batches, asked, threads, progress) for threads in THREADS}
     return {
         "rows": len(stored),
@@ -83,8 +85,8 @@ def against_tracin(index: Index, data: Path, rows: int, progress: Progress) -> d
         "padded_tokens": sum(batch.input_ids.numel() for batch in batches),
         "K": stored.K,
         "recipe": index.store.config["gradient"],
-        "gradient_size": sum(layer["size"] for layer in index.store.layers),
-        "all_parameters": sum(parameter.numel() for parameter in index.loaded.model.parameters()),
+        "gradient_size": trained,
+        "all_parameters": frozen or trained,
         "threads": timings,
     }
 
