@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.evidence.tasks import write_text
 from rapidindex.caching import Item, as_batch, plan_batches
 from rapidindex.gradients import Batch, Consume, Layer, PerExampleGradients
 from rapidindex.progress import Progress
@@ -64,7 +65,7 @@ def compute(
         rows[numbers] = _whole(gradients, batch)
         if count % _FLUSH == 0 or count == len(batches):
             rows.flush()
-            mark.write_text(str(count))
+            write_text(mark, str(count))
         progress(f"gradients: {path.stem}", count, len(batches))
     return np.memmap(path, np.float32, "r", shape=shape)
 

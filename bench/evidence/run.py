@@ -58,7 +58,7 @@ class Sizes:
     """Examples that EK-FAC's factors are fitted on."""
 
 
-SMOKE = Sizes(rows=48, share=0.25, epochs=2, prompts=3, queries=2, Ks=(2**10, 2**16), shuffles=(20,))
+SMOKE = Sizes(rows=32, share=0.25, epochs=2, prompts=3, queries=2, Ks=(2**10, 2**16), shuffles=(20,))
 SMOKE = replace(SMOKE, lissa_depth=2, lissa_queries=1, ekfac_rows=16)
 
 
@@ -80,7 +80,7 @@ class Seed:
         file = self.folder / "settings.json"
         if file.exists() and json.loads(file.read_text()) != settings:
             raise SystemExit(f"{self.folder} holds a run of other sizes: choose another --work.")
-        file.write_text(json.dumps(settings))
+        tasks.write_text(file, json.dumps(settings))
 
     @cached_property
     def data(self) -> str:
@@ -176,7 +176,7 @@ class Seed:
         file = self.folder / "notes.json"
         notes = json.loads(file.read_text()) if file.exists() else {}
         if not (keep and name in notes):
-            file.write_text(json.dumps({**notes, name: value}))
+            tasks.write_text(file, json.dumps({**notes, name: value}))
 
     def scores(self, name: str, make: Callable[[], Scores], *, gradients: bool = True) -> None:
         """Write the scores of a stage, with its seconds (those of the whole gradients apart), unless they are there."""

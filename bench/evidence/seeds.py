@@ -43,7 +43,7 @@ def _write(task: str, options: argparse.Namespace, results: Sequence[dict[str, A
     options.results.mkdir(parents=True, exist_ok=True)
     value = {**circumstances(), "figures": {"task": task, "sizes": asdict(options.sizes), **together(results)}}
     text = json.dumps(value, ensure_ascii=False, default=str)
-    (options.results / f"evidence_{task}.json").write_text(text.replace('{"method"', '\n{"method"') + "\n")
+    tasks.write_text(options.results / f"evidence_{task}.json", text.replace('{"method"', '\n{"method"') + "\n")
 
 
 def together(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -31,32 +31,40 @@ def sketched(
 ) -> Scores:
     """Scores of every recipe at each of `Ks`, which divide `config.K`; `factors` are the correction's, [|v|]."""
     sketch = Sketch(rows.rows.shape[1], config)
-    posed = {recipe: found for recipe, found in _all_rows(queries, sketch, factors)}
+    posed = {
+        (recipe, K): _asked(fold(found, K), recipe) for recipe, found in _whole(queries, sketch, factors) for K in Ks
+    }
     scores: Scores = {}
     for recipe, here, found in _each_block(rows, sketch, factors):
         progress(f"RapidGrads, K={config.K}, λ={config.shuffles}", here.stop, len(rows))
         for K in Ks:
-            asked = fold(posed[recipe], K)
-            for kind, values in _kept(asked, fold(found, K), recipe).items():
+            for kind, values in _kept(*posed[recipe, K], fold(found, K)).items():
                 name = f"K={K}/shuffles={config.shuffles}/{recipe[0]}/{recipe[1]}/{kind}"
                 whole = scores.setdefault(name, np.empty((len(queries), len(rows)), np.float32))
                 whole[:, here] = values.numpy()
     return scores
 
 
-def _kept(asked: Tensor, found: Tensor, recipe: tuple[str, str]) -> dict[str, Tensor]:
-    """Inner products of queries [Q, K] with rows [n, K], as float16 and, for two recipes, in other precisions."""
+def _asked(asked: Tensor, recipe: tuple[str, str]) -> tuple[Tensor, Tensor | None]:
+    """Queries [Q, K], and rotated, where their recipe is one that is scored in every precision."""
+    return asked, hadamard(asked) if recipe in (DEFAULT, PAPER) else None
+
+
+def _kept(asked: Tensor, turned: Tensor | None, found: Tensor) -> dict[str, Tensor]:
+    """Inner products of queries [Q, K] with rows [n, K] as float16 and, given rotated queries, in other precisions."""
     halves = torch.from_numpy(decode_rows(*encode_rows(found.numpy())))
     kinds = {"float16": asked @ halves.T}
-    if recipe in (DEFAULT, PAPER):
-        kinds |= {"float32": asked @ found.T, "1bit": one_bit(asked, found)}
+    if turned is not None:
+        kinds |= {"float32": asked @ found.T, "1bit": one_bit(turned, found)}
     return kinds
 
 
-def one_bit(asked: Tensor, found: Tensor) -> Tensor:
-    """Inner products of queries [Q, K] with rows [n, K] of which only the signs of their Hadamard rotation are kept,
-    and one factor: ⟨q, x⟩ ≈ ⟨Hq, sign(Hx)⟩ · |x|² / |Hx|₁, RaBitQ's estimate."""
-    turned, signs = hadamard(asked), hadamard(found)
+def one_bit(turned: Tensor, found: Tensor) -> Tensor:
+    """Inner products of queries, rotated [Q, K], with rows [n, K] of which only a bit an entry and a factor are kept.
+
+    ⟨q, x⟩ ≈ ⟨Hq, sign(Hx)⟩ · |x|² / |Hx|₁ with the Hadamard rotation H: RaBitQ's estimate.
+    """
+    signs = hadamard(found)
     factor = found.square().sum(1) / signs.abs().sum(1).clamp_min(1e-30)
     return turned @ torch.where(signs < 0, -1.0, 1.0).T * factor
 
@@ -94,7 +102,8 @@ def _unit(found: RapidGrads) -> Tensor:
     return found.rows / torch.where(lengths > 0, lengths, 1.0)
 
 
-def _all_rows(queries: Replay, sketch: Sketch, factors: Tensor) -> Iterator[tuple[tuple[str, str], Tensor]]:
+def _whole(queries: Replay, sketch: Sketch, factors: Tensor) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """(recipe, the RapidGrads of all queries)."""
     found: dict[tuple[str, str], list[Tensor]] = {}
     for recipe, _, rows in _each_block(queries, sketch, factors):
         found.setdefault(recipe, []).append(rows)

@@ -189,6 +189,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def write_jsonl(path: Path, rows: Sequence[Any]) -> None:
     """Objects, or dataclasses, to a JSONL file, whole or not at all."""
     plain = [row if isinstance(row, dict) else asdict(row) for row in rows]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file, whole or not at all."""
     part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain), encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
