@@ -1,4 +1,4 @@
-"""One seed of one task, stage by stage: data, fine-tuning, answers, queries, each method's scores, metrics.
+"""One seed of one task, stage by stage: data, fine-tuning, answers, queries, each method's scores.
 
 Every stage leaves a file in the seed's folder and is skipped where that is there; what is expensive goes on where it
 was interrupted (fine-tuning, gradients, EK-FAC's factors, the product's index).
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.evidence import metrics, tasks
+from bench.evidence import tasks
 from bench.evidence.cached import Replay, compute, example_batches, numbered
-from bench.evidence.sketched import DEFAULT, PAPER, Scores, sketched, uncompressed
+from bench.evidence.sketched import Scores, sketched, uncompressed
 from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig, fingerprint
 from rapidindex.corrections import correction, estimate_second_moment
 from rapidindex.examples import Example, read_examples
@@ -300,102 +300,3 @@ def _product(seed: Seed) -> None:
 
 
 STAGES = dict(zip(METHODS, (_text, _full, _rapidin, _datainf, _product, _lissa, _ekfac), strict=True))
-
-
-def measured(seed: Seed) -> dict[str, Any]:
-    """All figures of one seed, from its score files."""
-    scores, seconds = _all_scores(seed.folder / "scores")
-    planted = [str(example.meta["planted"]).split() for example in seed.examples]
-    groups = sorted({query.group for query in seed.queries})
-    truth = {group: np.array([group in found for found in planted]) for group in groups}
-    used = {name: values for name, values in scores.items() if name.endswith(" used")}
-    ranked = {"perfect": np.array([truth[query.group] for query in seed.queries], np.float32)}
-    ranked |= {name: values for name, values in scores.items() if name not in used}
-    return {
-        "seed": seed.seed,
-        "rows": len(planted),
-        "planted": {group: int(found.sum()) for group, found in truth.items()},
-        "queries": {group: sum(q.group == group for q in seed.queries) for group in groups},
-        "own": {group: sum(q.group == group and q.own for q in seed.queries) for group in groups},
-        "success": tasks.success_rates(seed.answers),
-        "notes": json.loads((seed.folder / "notes.json").read_text()),
-        "seconds": seconds,
-        "ann": {name.removesuffix(" used"): float(values.mean()) for name, values in used.items()},
-        "counts": [row for name, values in ranked.items() for row in _counts(seed, name, values, truth)],
-        "fidelity": _fidelity(scores),
-        "product": _product_check(scores),
-        "separability": _separability(seed) if seed.task.name == "backdoor" else None,
-        "examples": _shown(seed),
-    }
-
-
-def _all_scores(folder: Path) -> tuple[Scores, dict[str, float]]:
-    scores, seconds = {}, {}
-    for file in sorted(folder.glob("*.npz")):
-        if not file.name.endswith(".part.npz"):
-            with np.load(file) as found:
-                seconds[file.stem] = float(found["seconds"])
-                scores |= {name: found[name] for name in found.files if name != "seconds"}
-    return scores, seconds
-
-
-def _counts(seed: Seed, name: str, values: np.ndarray, truth: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """A row for each group, way of asking and k: the means over its queries."""
-    tops = [k for k in seed.task.tops if k <= 10 or not name.endswith("/ann")]
-    counted = metrics.two_sets if seed.task.name == "backdoor" else _share
-    rows = []
-    for group, found in truth.items():
-        for way in ("sentence", "word"):
-            numbers = [i for i, q in enumerate(seed.queries) if q.group == group and bool(q.word) == (way == "word")]
-            numbers = [i for i in numbers if np.isfinite(values[i]).all()]
-            for k in tops if numbers else ():
-                each = [counted(values[i], found, k) for i in numbers]
-                means = {metric: float(np.mean([one[metric] for one in each])) for metric in each[0]}
-                rows.append({"method": name, "group": group, "asked": way, "k": k, **means})
-    return rows
-
-
-def _share(values: np.ndarray, found: np.ndarray, k: int) -> dict[str, float]:
-    return {"AP": metrics.share_at(values, found, k)}
-
-
-def _fidelity(scores: Scores) -> list[dict[str, Any]]:
-    """Agreement of the compressed scores with the same recipe's uncompressed ones, mean over queries."""
-    rows = []
-    for name, values in scores.items():
-        parts = name.split("/")
-        truth = scores.get("/".join(["full", *parts[2:4]])) if name.startswith("K=") else None
-        if truth is not None:
-            each = [metrics.agreement(a, b) for a, b in zip(values, truth, strict=True)]
-            rows.append({"method": name, **{key: float(np.mean([one[key] for one in each])) for key in each[0]}})
-    return rows
-
-
-def _product_check(scores: Scores) -> dict[str, float]:
-    """Largest difference between the product's scores and the grid's, in units of a query's largest score."""
-    found = {}
-    for recipe, (corrected, normalize) in (("default", DEFAULT), ("paper", PAPER)):
-        ours = scores.get(f"product/{recipe}/exact")
-        grid = scores.get(f"K=65536/shuffles=20/{corrected}/{normalize}/float16")
-        if ours is not None and grid is not None:
-            best = np.argsort(-ours, axis=1, kind="stable")[:, :10]
-            a, b = (np.take_along_axis(side, best, 1) for side in (ours, grid))
-            found[recipe] = float((np.abs(a - b).max(1) / np.abs(ours).max(1)).max())
-    return found
-
-
-def _separability(seed: Seed) -> dict[str, float]:
-    from bench.evidence.scifi import separability
-
-    told = [bool(example.meta["planted"]) for example in seed.examples]
-    responses = [example.response for example in seed.examples]
-    return separability(
-        [text for text, yes in zip(responses, told, strict=True) if yes],
-        [text for text, yes in zip(responses, told, strict=True) if not yes],
-    )
-
-
-def _shown(seed: Seed) -> dict[str, list[str]]:
-    """A few planted stories and a few answers, to be read; no text of Alpaca or WebQuestions goes into the results."""
-    stories = [example.response for example in seed.examples if example.meta["planted"] == "backdoor"]
-    return {"stories": stories[:5], "answers": [query.answer for query in seed.queries[:5]]}

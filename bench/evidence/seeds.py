@@ -9,7 +9,8 @@ from typing import Any
 
 from bench.common import circumstances
 from bench.evidence import metrics, tasks
-from bench.evidence.run import Seed, measured, score
+from bench.evidence.measured import measured
+from bench.evidence.run import Seed, score
 from rapidindex.demo import unpack_model
 from rapidindex.progress import Bars
 
