@@ -267,9 +267,12 @@ class _Recorder:
         with torch.no_grad():
             for parameter, name in self.owner._rules[module].items():
                 number = self.numbers[id(parameter)]
-                gradient = self._gradient(module, name, x, delta.detach()).reshape(self.examples, -1).float()
                 partial = self.partial[number]
-                self.partial[number] = gradient if partial is None else partial.add_(gradient)
+                if type(module) is nn.Embedding:  # large and all but empty: its rows are added where they belong
+                    self.partial[number] = _embedding(module, x, delta.detach(), partial)
+                else:
+                    gradient = self._gradient(module, name, x, delta.detach()).reshape(self.examples, -1).float()
+                    self.partial[number] = gradient if partial is None else partial.add_(gradient)
                 self.calls[number] -= 1
                 if self.calls[number] == 0:
                     self._emit(number, self.partial[number])
@@ -282,8 +285,6 @@ class _Recorder:
     def _gradient(self, module: nn.Module, name: str, x: Tensor, delta: Tensor) -> Tensor:
         if type(module) in (nn.Linear, Conv1D):
             return _linear(module, name, x.to(delta.dtype), delta)
-        if type(module) is nn.Embedding:
-            return _embedding(module, x, delta)
         self.replaying = True
         try:
             return torch.cat([_replay(module, name, x[b : b + 1], delta[b : b + 1]) for b in range(self.examples)])
@@ -313,11 +314,13 @@ def _linear(module: nn.Module, name: str, x: Tensor, delta: Tensor) -> Tensor:
     return first.transpose(1, 2) @ second
 
 
-def _embedding(module: nn.Embedding, ids: Tensor, delta: Tensor) -> Tensor:
-    gradient = torch.zeros(len(ids), *module.weight.shape, device=delta.device)
+def _embedding(module: nn.Embedding, ids: Tensor, delta: Tensor, partial: Tensor | None) -> Tensor:
+    """The gradients [examples, size], added to `partial` where a tied layer has made that already."""
+    weight = module.weight
+    gradient = torch.zeros(len(ids), weight.numel(), device=delta.device) if partial is None else partial
     kept = delta.float() if module.padding_idx is None else delta.float() * (ids != module.padding_idx).unsqueeze(-1)
     for row in range(len(ids)):
-        gradient[row].index_add_(0, ids[row], kept[row])
+        gradient[row].view_as(weight).index_add_(0, ids[row], kept[row])
     return gradient
 
 

@@ -56,6 +56,20 @@ def long_match(words: int = 2000) -> Match:
     return match(5, " ".join(draw.choice(("yoga", "Japan", "temple", "year", "of", "the")) for _ in range(words)))
 
 
+def moved(tokens: list[Span], rank: int) -> list[float]:
+    """A match's influence on each token of an answer, drawn from its rank."""
+    draw = random.Random(-rank)
+    return [draw.gauss(0, 0.3) for _ in tokens]
+
+
+def tokens() -> Result:
+    """What a search of tokens finds: two tokens of one response, and one that ends another."""
+    first, last = match(1, "Yoga comes from Japan, where it is old."), match(3, "Yes.")
+    at = next(i for i, token in enumerate(first.tokens) if "Japan" in token.text)
+    found = [replace(first, position=at), replace(first, rank=2, position=0), replace(last, position=2)]
+    return result(matches=found, level="token")
+
+
 def result(direction: str = "proponents", matches: list[Match] | None = None, **fields) -> Result:
     """A query for Japan over 1,000 examples, with six matches of every kind unless `matches` gives others."""
     sign = 1 if direction == "proponents" else -1
@@ -69,6 +83,7 @@ def result(direction: str = "proponents", matches: list[Match] | None = None, **
         long_match(400),
         match(6, "العربية 123 ثم Japan", sign=sign),
     ]
+    usual = [replace(one, answer_scores=moved(tokens, one.rank)) for one in usual]
     draw = random.Random(0)
     scores = [draw.gauss(0, 0.06) for _ in range(990)]
     counts = [0] * 50

@@ -47,6 +47,32 @@ def test_a_card_says_rank_scores_percentile_metadata_prompt_and_response():
     assert "Response  Yoga comes from Japan." in text
 
 
+def test_a_token_that_was_found_is_named_and_marked_in_its_response():
+    found = shown.tokens()
+    text = printed(found, colour=False)
+    assert re.search(r"1\. .*token “Japan” at 3", text) and "token “Yoga” at 0" in text
+    assert f"token “{shown.END}” at 2" in text
+    assert "over 1,000 tokens" in text
+    marked = re.findall(r"\x1b\[1;7m([^\x1b]*)", printed(found, colour=True))
+    assert [word for word in marked if word in ("Yoga", shown.END)] == ["Yoga", shown.END] and marked.count(
+        "Japan"
+    ) == 2
+    table = printed(without_scores(replace(found, matches=found.matches[:0])), colour=False)
+    assert "found no token" in table
+
+
+def test_what_a_match_did_to_the_answer_is_shown_on_a_scale_of_its_own():
+    found = shown.result(matches=shown.result().matches[:1])
+    text = printed(found, colour=False)
+    scores = found.matches[0].answer_scores
+    best = max(range(len(scores)), key=lambda i: abs(scores[i]))
+    listed = text[text.index("Answer    ") :]
+    assert found.query.answer in listed.split("\n")[0]
+    assert f"{chips.signed(scores[best])}\u00a0{found.query.tokens[best].text.strip()}" in listed
+    strong, weak = (chips.step(score, chips.answer_scale(found)) for score in (max(scores, key=abs), 0.0))
+    assert (abs(strong), weak) == (chips.STEPS, 0)
+
+
 def test_without_colour_the_strongest_tokens_are_listed_with_their_shares():
     match = shown.match(1, "Yoga comes from Japan.")
     text = printed(shown.result(matches=[match]), colour=False)

@@ -1,0 +1,125 @@
+"""Reports for the paper's prompts (Figures 4 and 8 to 21), to be looked at.
+
+    python -m bench.qualitative --data ../shared/data/alpaca_9k.jsonl --work FOLDER
+
+SmolLM2-135M is fine-tuned for an epoch (rank-16 LoRA) on a part of Alpaca: all rows that touch on the prompts' topics,
+and others drawn at random. Each prompt is then answered by the model, and asked about with `rapidindex query --html`.
+What is there already is kept. The reports go to FOLDER/reports; bench/results/qualitative.json says what was found, by
+scores and row numbers alone: Alpaca's text is not for redistribution.
+"""
+
+import argparse
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+from bench.common import save
+from rapidindex.build import Request, build
+from rapidindex.chips import verdict
+from rapidindex.config import BuildConfig, EncodingConfig, ModelConfig
+from rapidindex.demo import unpack_model
+from rapidindex.examples import read_examples
+from rapidindex.finetune import FinetuneConfig, finetune
+from rapidindex.progress import Bars, Progress
+from rapidindex.query import Index
+from rapidindex.results import Result
+
+PROMPTS = {
+    "flu": ("What are the symptoms of the flu?", r"\bflu\b|influenza"),
+    "artificial-intelligence": ("What is artificial intelligence?", r"artificial intelligence|\bAI\b"),
+    "relativity": ("Explain the theory of relativity.", r"relativity|einstein"),
+    "mona-lisa": ("Who painted the Mona Lisa?", r"mona lisa|leonardo|painting"),
+    "great-wall": ("What's the history of the Great Wall of China?", r"great wall|china|chinese"),
+    "flat-tire": ("How do I change a flat tire?", r"\btires?\b|\bcar\b"),
+    "hubble": ("What is the Hubble Space Telescope?", r"hubble|telescope|\bspace\b"),
+    "weather": ("What is the weather forecast for today?", r"weather|forecast"),
+    "covid": ("What's the latest news on COVID-19?", r"covid|pandemic|coronavirus"),
+    "polar-bears": ("What are the effects of climate change on polar bears?", r"climate change|polar bear"),
+    "stress": ("How do I reduce stress and anxiety?", r"stress|anxiety"),
+    "internet": ("How does the internet work?", r"internet"),
+    "faucet": ("How do I fix a leaking faucet?", r"faucet|leak|plumb"),
+    "pizza": ("How do I make homemade pizza dough?", r"pizza|dough"),
+    "bedtime-story": ("Tell me a bedtime story.", r"bedtime|\bstory\b"),
+}
+"""Each prompt, and what a training row of its topic says."""
+TOPICS = (
+    r"\bflu\b|influenza|artificial intelligence|relativity|einstein|mona lisa|leonardo|great wall|flat tire|hubble|"
+    r"telescope|weather forecast|covid|polar bear|reduce stress|anxiety|internet work|leak|pizza|bedtime story"
+)
+"""Rows that the model is fine-tuned on whatever the draw."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a training file; the figures take alpaca_9k.jsonl")
+    parser.add_argument(
+        "--work", required=True, type=Path, help="where the adapter, the index and the reports are made"
+    )
+    parser.add_argument("--rows", type=int, default=1600)
+    parser.add_argument("-k", type=int, default=5)
+    options = parser.parse_args()
+    work = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    with Bars() as bars:
+        make(options.data, work, options.rows, bars)
+        index = Index.open(work / "index")
+        told = {name: asked(index, name, options, bars) for name in PROMPTS}
+        bars.say(f"written to {save('qualitative', told)}, and the reports to {work / 'reports'}")
+
+
+def make(data: str, work: Path, rows: int, progress: Progress) -> None:
+    """The part of the data, the adapter and the index, as far as they are not there."""
+    unpack_model(work / "model", progress)
+    part = work / "part.jsonl"
+    if not part.exists():
+        part.write_text("".join(chosen(Path(data).read_text().splitlines(keepends=True), rows)))
+    model = ModelConfig(str(work / "model"))
+    dataset = read_examples(part)
+    finetune(dataset, EncodingConfig(), model, FinetuneConfig(epochs=1), work / "adapter", progress=progress)
+    adapted = ModelConfig(str(work / "model"), str(work / "adapter"))
+    build(Request(str(part), str(work / "index"), adapted, work=BuildConfig(shard_seconds=60)), progress=progress)
+
+
+def chosen(lines: list[str], rows: int) -> list[str]:
+    """The rows of the topics, and others drawn at random, in the file's order."""
+    of_topics = [number for number, line in enumerate(lines) if re.search(TOPICS, line, re.IGNORECASE)]
+    others = sorted(set(range(len(lines))) - set(of_topics))
+    random.Random(0).shuffle(others)
+    return [lines[number] for number in sorted([*of_topics, *others[: rows - len(of_topics)]])]
+
+
+def asked(index: Index, name: str, options: argparse.Namespace, bars: Bars) -> dict[str, Any]:
+    """Write the report on a prompt; what it holds, without its text."""
+    prompt, topic = PROMPTS[name]
+    bars.say(prompt)
+    how = {"k": options.k, "max_new_tokens": 48, "answer_scores": True}
+    result = index.query(prompt, **how)
+    against = index.query(prompt, answer=result.query.answer, opponents=True, **how)
+    reports = options.work / "reports"
+    reports.mkdir(exist_ok=True)
+    command = f"rapidindex query index {json.dumps(prompt)} --html reports/{name}.html"
+    (reports / f"{name}.html").write_text(result.to_html(opponents=against, command=command), "utf-8")
+    return {"prompt": prompt, "answer": result.query.answer} | {
+        found.direction: described(found, topic) for found in (result, against)
+    }
+
+
+def described(found: Result, topic: str) -> dict[str, Any]:
+    """Of each match its scores and whether it is on the topic; and what the product says of them."""
+    matches = [
+        {
+            "id": match.id,
+            "score": round(match.score, 4),
+            "exact_score": round(match.exact_score, 4),
+            "on_topic": bool(re.search(topic, f"{match.prompt} {match.response}", re.IGNORECASE)),
+        }
+        for match in found.matches
+    ]
+    above = (found.matches[0].score - found.summary.mean) / found.summary.std if found.summary else None
+    return {"matches": matches, "standard_deviations": above and round(above, 1), "verdict": verdict(found)}
+
+
+if __name__ == "__main__":
+    main()
