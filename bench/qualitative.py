@@ -101,9 +101,10 @@ def asked(index: Index, name: str, options: argparse.Namespace, bars: Bars) -> d
     reports.mkdir(exist_ok=True)
     command = f"rapidindex query index {json.dumps(prompt)} --html reports/{name}.html"
     (reports / f"{name}.html").write_text(result.to_html(opponents=against, command=command), "utf-8")
-    return {"prompt": prompt, "answer": result.query.answer} | {
-        found.direction: described(found, topic) for found in (result, against)
-    }
+    lines = (options.work / "part.jsonl").read_text().splitlines()
+    base_rate = sum(bool(re.search(topic, line, re.IGNORECASE)) for line in lines) / len(lines)
+    told = {"prompt": prompt, "answer": result.query.answer, "topic": topic, "base_rate": round(base_rate, 4)}
+    return told | {found.direction: described(found, topic) for found in (result, against)}
 
 
 def described(found: Result, topic: str) -> dict[str, Any]:
