@@ -10,8 +10,7 @@ import numpy as np
 from rapidindex import Index
 from rapidindex.examples import Example, read_examples
 from rapidindex.progress import Progress
-from rapidindex.query import spans
-from rapidindex.results import Asked
+from rapidindex.query import Query
 from rapidindex.templates import Encoding
 
 KINDS = ("whole answer", "one token")
@@ -33,7 +32,7 @@ def real_queries(index: Index, data: Path, count: int, kept: Path, progress: Pro
     """The RapidGrads of 2 · `count` queries from `data`; kept in a file."""
     if not kept.exists():
         vectors, seconds = [], []
-        for one in posed(index, read_examples(data).examples, 2 * count):
+        for one, _ in posed(index, read_examples(data).examples, 2 * count):
             started = time.perf_counter()
             vectors.append(index.vectors([one])[0])
             seconds.append(time.perf_counter() - started)
@@ -45,7 +44,7 @@ def real_queries(index: Index, data: Path, count: int, kept: Path, progress: Pro
         return Queries(said["vectors"], said["kinds"].tolist(), said["seconds"])
 
 
-def posed(index: Index, examples: Sequence[Example], count: int) -> Iterator[tuple[Asked, Encoding]]:
+def posed(index: Index, examples: Sequence[Example], count: int) -> Iterator[tuple[Query, Encoding]]:
     """`count` questions about examples that the index does not hold, drawn; the kinds alternate."""
     held = {id for level in index.store.levels for id in index.store.rows(level).ids}
     drawn = iter(np.random.default_rng(7).permutation(len(examples)))
@@ -53,9 +52,9 @@ def posed(index: Index, examples: Sequence[Example], count: int) -> Iterator[tup
     while done < count and (number := next(drawn, None)) is not None:
         example = examples[number]
         encoding = index.template.encode(example, end=False)
-        tokens = spans(encoding)
-        if example.id in held or encoding.truncated or len(tokens) < 3:
+        middle = len(encoding.tokens) // 2
+        if example.id in held or encoding.truncated or middle < 1:
             continue
-        for chosen in (list(range(len(tokens))), [len(tokens) // 2]):
-            yield Asked(example.prompt, example.response, tokens, chosen), encoding
+        for span in (None, str(middle)):
+            yield Query(example.prompt, example.response, span=span), encoding
         done += 2

@@ -65,7 +65,8 @@ def query_batches(index: Index, data: Path, count: int) -> list[Batch]:
     batches = []
     for asked, encoding in posed(index, read_examples(data).examples, count):
         weights = np.zeros(len(encoding.input_ids), np.float32)
-        weights[np.flatnonzero(encoding.response_mask)[asked.selection]] = 1 / len(asked.selection)
+        chosen = [int(asked.span)] if asked.span else list(range(len(encoding.tokens)))
+        weights[np.flatnonzero(encoding.response_mask)[chosen]] = 1 / len(chosen)
         batches.append(Batch.of([encoding.input_ids], [weights]))
     return batches[:count]
 
