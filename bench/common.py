@@ -25,7 +25,7 @@ def save(name: str, figures: Any) -> Path:
 def circumstances() -> dict[str, Any]:
     """The command, the commit, the versions, the machine and the time."""
     return {
-        "command": " ".join(["python", "-m", _module(Path(sys.argv[0])), *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module(Path(sys.argv[0])), *map(_portable, sys.argv[1:])]),
         "commit": _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -46,6 +46,11 @@ def model_folder() -> str:
 def _module(started: Path) -> str:
     """What `python -m` was given, from the file that it ran."""
     return f"bench.{started.parent.name if started.stem == '__main__' else started.stem}"
+
+
+def _portable(argument: str) -> str:
+    """An argument without the folders of this machine."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _commit() -> str:
