@@ -45,9 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a training file; the figures take alpaca_9k.jsonl")
     parser.add_argument("--work", type=Path, help="where the model and the index are made")
-    parser.add_argument("--rows", type=int, default=6, help="whose tokens are cached")
-    parser.add_argument("--candidates", type=int, default=10, help="examples that get a heat-map")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=3, help="whose tokens are cached")
+    parser.add_argument("--candidates", type=int, default=6, help="examples that get a heat-map")
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="print the table of the saved result, in Markdown")
     options = parser.parse_args()
@@ -63,7 +63,7 @@ def main() -> None:
         rows = some[:: len(some) // options.rows][: options.rows]
         figures = {"threads": options.threads, "rows": len(rows), "K": K}
         figures["caching"] = caching(setting, rows, options.repeats, bars)
-        figures["heatmaps"] = heatmaps(setting, setting.items[:: len(setting.items) // options.candidates], options)
+        figures["heatmaps"] = heatmaps(setting, some[:: len(some) // options.candidates][: options.candidates], options)
         figures["build"] = built(options, rows, bars)
         bars.say(f"written to {save('tokens', figures)}")
     print(table())
@@ -141,7 +141,7 @@ def heatmaps(setting: Setting, items: list[Item], options: argparse.Namespace) -
 @torch.no_grad()
 def forward(model: torch.nn.Module, batch: Batch) -> None:
     """An ordinary forward pass, with all its logits."""
-    model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    model(input_ids=batch.input_ids, attention_mask=batch.attention)
 
 
 def in_turn(ways: dict[str, Callable], repeats: int, progress: Progress, stage: str) -> dict[str, list[float]]:

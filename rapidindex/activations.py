@@ -67,7 +67,7 @@ def measure_activations(gradients: PerExampleGradients) -> Activations:
         batches = [batch.example(0) for batch in batches]
     terms = [(1, len(batch) * length, len(batch) * length**2) for batch, length in zip(batches, _LENGTHS, strict=True)]
     found = np.linalg.solve(np.array(terms, float), [_peak(gradients, batch) for batch in batches])
-    return Activations(*found.tolist())
+    return Activations(*np.maximum(found, 0.0).tolist())  # what grows otherwise may fit with a term below zero
 
 
 def _peak(gradients: PerExampleGradients, batch: Batch) -> int:

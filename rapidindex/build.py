@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,8 @@ class Summary:
     """Of these, by this run."""
     tokens: int | None
     """Response tokens with a row of their own in the index now; None where none were asked for."""
+    without_tokens: list[str]
+    """Files of data that were added, and whose examples have rows here but their tokens none."""
     rejected: int
     """With a gradient that is not finite: listed by `rapidindex info`."""
     skipped: int
@@ -86,8 +89,11 @@ def build(request: Request, *, overwrite: bool = False, progress: Progress = sil
 
 def left(job: Job, level: str, store: Store | None) -> list[Item]:
     """The examples that `store`, where there is one, lacks of a level."""
-    done = store.rows(level).done_ids if store and level in store.levels else frozenset()
-    return [item for item in job.wanted(level) if item.example.id not in done]
+    wanted = job.wanted(level)
+    if store is None:
+        return wanted
+    done = store.removed | (store.rows(level).done_ids if level in store.levels else frozenset())
+    return [item for item in wanted if item.example.id not in done]
 
 
 def matching(job: Job) -> Store:
@@ -97,27 +103,29 @@ def matching(job: Job) -> Store:
     if token is not None and "token" in job.request.levels:
         token = asdict(job.request.token)
     check_identity(store.config, {**job.identity, "token": token}, store.path)
+    job.has_moment = store.second_moment() is not None
     return store
 
 
 def widen(store: Store, job: Job) -> None:
     """Make room in the locked `store` for the levels asked for, and for what they are to hold more than before."""
+    told = _tokens_told(job.request, store.config.get("tokens_of"))
+    if {name: store.config.get(name) for name in told} != told:
+        store.update_config(told)  # first: rows of tokens are never without what says which
     for level in job.request.levels:
         known = store.rows(level).done_ids if level in store.levels else frozenset()
-        wanted = known | {item.example.id for item in job.wanted(level)}
         before = store.planned(level) if level in store.levels else -1
-        if len(wanted) > before:
-            store.set_planned(level, len(wanted), K=job.request.K(level))
-    if "token" in job.request.levels:
-        _note_tokens(store, job.request)
+        planned = len(known) + len(left(job, level, store))
+        if planned > before:
+            store.set_planned(level, planned, K=job.request.K(level))
 
 
-def _note_tokens(store: Store, request: Request) -> None:
-    """Keep with the index which tokens it holds, and whether those of all examples or of listed ones."""
-    all_of_them = request.token_examples is None or store.config.get("tokens_of") == "all"
-    told = {"token": asdict(request.token), "tokens_of": "all" if all_of_them else "listed"}
-    if {name: store.config.get(name) for name in told} != told:
-        store.update_config(told)
+def _tokens_told(request: Request, before: str | None = None) -> dict[str, Any]:
+    """What an index keeps of which tokens it holds, and whether those of all examples or of listed ones."""
+    if "token" not in request.levels:
+        return {}
+    all_of_them = request.token_examples is None or before == "all"
+    return {"token": asdict(request.token), "tokens_of": "all" if all_of_them else "listed"}
 
 
 def fill_levels(store: Store, job: Job, started: float, progress: Progress, restored: int = 0) -> Summary:
@@ -128,6 +136,7 @@ def fill_levels(store: Store, job: Job, started: float, progress: Progress, rest
         todo = left(job, level, store)
         if todo:
             batched = fill(store, job, job.plan(level, todo), progress) and batched
+    for level in store.levels:
         VectorIndex.update(store.rows(level), progress=progress)
     return _summary(store, job, before, batched, started, restored)
 
@@ -201,6 +210,7 @@ def _summary(
         examples=len(np.unique(main.example[main.alive])),
         computed=len({id for level in rows for id in rows[level].done_ids - before[level]}),
         tokens=int(rows["token"].alive.sum()) if "token" in rows else None,
+        without_tokens=_without_tokens(store, job),
         rejected=len({record["id"] for level in rows for record in rows[level].rejected}),
         skipped=len(job.skipped),
         truncated=[item.example.line for item in job.items if item.encoding.truncated],
@@ -212,16 +222,23 @@ def _summary(
     )
 
 
+def _without_tokens(store: Store, job: Job) -> list[str]:
+    if "token" not in job.request.levels or "sentence" not in store.levels or job.request.token_examples is not None:
+        return []
+    here = {item.example.id for item in job.items}
+    lacking = set(store.rows("sentence").ids) - store.rows("token").done_ids - store.removed - here
+    return [source["path"] for source in store.config.get("added", [])] if lacking else []
+
+
 def _create(job: Job, *, overwrite: bool) -> Store:
     path = Path(job.request.output)
     if overwrite and path.exists():
         Store.destroy(path)
     layers = [{"name": layer.name, "size": layer.size} for layer in job.layers]
     versions = {name: version(name) for name in ("rapidindex", "torch", "transformers", "peft", "numpy")}
+    config = {**job.identity, **_tokens_told(job.request)}
     planned = {level: (job.request.K(level), len(job.wanted(level))) for level in job.request.levels}
-    return Store.create(
-        path, config=job.identity, layers=layers, versions=versions, skipped=job.skipped, planned=planned
-    )
+    return Store.create(path, config=config, layers=layers, versions=versions, skipped=job.skipped, planned=planned)
 
 
 def _ensure_second_moment(job: Job, store: Store, progress: Progress) -> None:

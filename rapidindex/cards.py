@@ -30,22 +30,28 @@ def cards(found: Result) -> RenderableType:
     return Group(_Legend(full), *(_card(match, found.query, full, of_answer) for match in found.matches))
 
 
-def histogram(summary: Summary, matches: Sequence[Match]) -> Text:
+@dataclass(frozen=True)
+class Histogram:
     """All scores as bars that grow with the root of the count, and below them where the matches lie."""
-    counts = _merged(summary.histogram)
-    tallest = max(counts, default=0)
-    bars = "".join(_bar(count, tallest) for count in counts)
-    marks = [" "] * len(counts)
-    for match in matches:
-        marks[_column(match.score, summary, len(counts))] = "▲"
-    low, high = chips.signed(summary.min), chips.signed(summary.max)
-    text = Text(f"All {summary.n:,} scores\n", "dim")
-    text.append(f"{low} {bars} {high}\n").append(" " * (len(low) + 1) + "".join(marks).rstrip())
-    return text.append("  ▲ shown here", "dim")
+
+    summary: Summary
+    matches: Sequence[Match]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        summary = self.summary
+        low, high = chips.signed(summary.min), chips.signed(summary.max)
+        counts = _merged(summary.histogram, min(_COLUMNS, max(1, options.max_width - len(low) - len(high) - 2)))
+        tallest = max(counts, default=0)
+        bars = "".join(_bar(count, tallest) for count in counts)
+        marks = [" "] * len(counts)
+        for match in self.matches:
+            marks[_column(match.score, summary, len(counts))] = "▲"
+        yield Text(f"All {summary.n:,} scores; ▲ those shown here", "dim")
+        yield Text(f"{low} {bars} {high}\n" + " " * (len(low) + 1) + "".join(marks).rstrip())
 
 
-def _merged(counts: Sequence[int]) -> list[int]:
-    group = math.ceil(len(counts) / _COLUMNS) or 1
+def _merged(counts: Sequence[int], columns: int) -> list[int]:
+    group = math.ceil(len(counts) / columns) or 1
     return [sum(counts[i : i + group]) for i in range(0, len(counts), group)]
 
 
@@ -134,7 +140,7 @@ class _Heat:
         for chip in pieces:
             mark = "bold reverse " if chip.holds(self.found) else ""
             text.append(line(chip.before))
-            text.append(line(chip.label), mark or _style(chips.step(chip.score, self.full)))
+            text.append(line(chip.label), (mark + _style(chips.step(chip.score, self.full))).strip())
             text.append(line(chip.after))
             if len(text) >= _LONGEST:
                 return text

@@ -187,6 +187,11 @@ def build(
     from rapidindex.examples import listed_ids
     from rapidindex.progress import Bars
 
+    levels = config.levels_of(level)
+    if "token" not in levels and (tokens != "all" or token_K != 4096 or token_examples):
+        raise UsageError(
+            "--tokens, --token-K and --token-examples are about tokens.", hint="Add --level token, or both."
+        )
     request = Request(
         data=str(data),
         output=str(output),
@@ -196,7 +201,7 @@ def build(
         sketch=config.SketchConfig(K, shuffles, seed),
         work=config.BuildConfig(batch_tokens, workers, shard_seconds),
         limit=limit,
-        levels=config.levels_of(level),
+        levels=levels,
         token=config.TokenConfig(token_K, tokens),
         token_examples=None if token_examples is None else frozenset(listed_ids(token_examples, "--token-examples")),
     )
@@ -281,10 +286,12 @@ def index(
     quiet: Quiet = False,
 ) -> None:
     """Rebuild the search index from the stored RapidGrads."""
+    from rapidindex.config import check_level
     from rapidindex.index import VectorIndex
     from rapidindex.progress import Bars
     from rapidindex.store import Store
 
+    check_level(level)
     store = Store.open(path)
     described = {}
     with store.lock(), Bars(quiet=quiet) as bars:
@@ -401,7 +408,7 @@ def check(
     elif not problems:
         typer.echo(f"{path}: all files are as they were written.")
     for problem in () if as_json else problems:
-        typer.echo(f"{problem.where}: {problem.what} {problem.mend}")
+        typer.echo(f"{problem.where} {problem.what.rstrip('.')}: {problem.mend.rstrip('.')}.")
     if problems and not repair:
         raise typer.Exit(1)
 
@@ -438,6 +445,7 @@ def main() -> None:
 
 
 def _terminate(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # `timeout` and others send it twice
     raise KeyboardInterrupt
 
 
@@ -459,6 +467,8 @@ def _print(value: Any, as_json: bool, tables: dict[str, dict[str, Any]]) -> None
         )
     else:
         _show(*(render.fields(title, values) for title, values in tables.items()))
+        for command in (values["next"] for values in tables.values() if "next" in values):
+            typer.echo(f" next: {command}")  # on one line, whatever the terminal's width, so that it can be copied
 
 
 def _show(*parts: Any) -> None:
@@ -500,6 +510,9 @@ def _build_lines(summary: Any) -> dict[str, dict[str, Any]]:
         lines["note"] = "this model's gradients had to be computed one example at a time"
     if summary.tokens is not None:
         lines["tokens"] = f"{summary.tokens:,} with a row of their own"
+    if summary.without_tokens:
+        commands = "; ".join(f"rapidindex add {summary.index} {path}" for path in summary.without_tokens)
+        lines["no tokens"] = f"of data that was added: {commands}"
     of_tokens = "" if summary.tokens is None else " --level token"
     lines["next"] = f'rapidindex query {summary.index} "PROMPT" --token WORD{of_tokens}'
     return {f"Index {summary.index}": lines}
@@ -507,7 +520,9 @@ def _build_lines(summary: Any) -> dict[str, dict[str, Any]]:
 
 def _estimate_lines(found: Any) -> dict[str, dict[str, Any]]:
     def sizes(parts: dict[str, int]) -> dict[str, str]:
-        return {name: f"{size / 2**20:,.1f} MiB" for name, size in {**parts, "in all": sum(parts.values())}.items()}
+        whole = {**parts, "in all": sum(parts.values())}
+        unit, name = (2**20, "MiB") if whole["in all"] >= 2**24 else (2**10, "KiB")
+        return {part: f"{size / unit:,.1f} {name}" for part, size in whole.items()}
 
     time = {"for": f"{found.rows:,} rows of {found.examples:,} examples", "workers": found.workers}
     time["tokens"] = f"{found.tokens:,}, padding included"
@@ -526,7 +541,9 @@ def _estimate_lines(found: Any) -> dict[str, dict[str, Any]]:
 def _info_lines(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     config = found["config"]
     gradient, sketch = config["gradient"], config["sketch"]
-    state = "complete" if found["complete"] else f"{found['planned']:,} planned: give the build command again"
+    short = [(level, held["planned"]) for level, held in found["levels"].items() if not held["complete"]]
+    state = "; ".join(f"level {level}: {planned:,} planned" for level, planned in short) or "complete"
+    state += ": give the build command again" if short else ""
     lines = {
         "examples": f"{found['examples']:,} ({state})",
         "size": f"{found['bytes'] / 2**20:,.1f} MiB",
@@ -544,12 +561,15 @@ def _info_lines(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     tables = {f"Index {found['path']}": lines}
     for level, held in found["levels"].items():
         what = {
-            "rows": f"{held['rows']:,} of {held['examples']:,} examples in {held['shards']} shards",
+            "rows": f"{held['rows']:,} of {held['examples']:,} examples; shards: {held['shards']}",
             "K": f"{held['K']:,}",
         }
         if level == "token":
             what["tokens"] = f"{config['token']['tokens']}, of {config['tokens_of']} examples"
-        tables[f"Level {level}"] = what | {f"search {name}": value for name, value in (held["index"] or {}).items()}
+        searched = {name: value for name, value in (held["index"] or {}).items() if value not in (None, "", 0)}
+        if searched.get("factory") == "exact":
+            searched = {"factory": "exact"}
+        tables[f"Level {level}"] = what | {f"search {name}": value for name, value in searched.items()}
     for title, rows in (("Unusable rows of the data", found["skipped"]), ("No finite gradient", found["rejected"])):
         if rows:
             tables[title] = {f"{row.get('source', '')} line {row['line']}".strip(): row["reason"] for row in rows}

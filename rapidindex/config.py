@@ -23,6 +23,11 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def check_level(level: str | None) -> None:
+    """UsageError for what is no level."""
+    _one_of("--level", level, LEVELS)
+
+
 def levels_of(level: str) -> tuple[str, ...]:
     """The levels that `--level` means."""
     _one_of("--level", level, (*LEVELS, "both"))
@@ -43,7 +48,7 @@ def _power_of_two(flag: str, K: int) -> None:
     if K < 16 or K > 2**24 or K & (K - 1):
         raise UsageError(
             f"{flag} {K} cannot be used: K must be a power of two from 16 to 16777216, so that RapidGrads fold.",
-            hint=f"The nearest is {flag} {2 ** min(24, max(4, round(K).bit_length() - 1))}.",
+            hint=f"The next smaller one is {flag} {2 ** min(24, max(4, round(K).bit_length() - 1))}.",
         )
 
 

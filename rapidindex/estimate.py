@@ -93,7 +93,7 @@ def _plans(job: Job, overwrite: bool) -> list[Plan]:
     store = None if overwrite or not (path / "manifest.json").exists() else matching(job)
     todo = {level: left(job, level, store) for level in job.request.levels}
     if not any(todo.values()):
-        raise ResourceError(f"{path} holds every example already: nothing is left to do.")
+        raise ResourceError(f"{path} holds all that is asked for already: nothing is left to do.")
     return [job.plan(level, examples) for level, examples in todo.items() if examples]
 
 
@@ -139,7 +139,7 @@ class _Timing:
     def seconds(self, workers: int, loading: float) -> dict[str, float]:
         """By part of the build, after its data and model are read."""
         job, level, parts = self.job, self.level, {}
-        if job.request.gradient.second_moment == "estimate" and level == job.request.levels[0]:
+        if job.lacks_moment and job.request.gradient.second_moment == "estimate" and level == job.request.levels[0]:
             sample = plan_batches(drawn(job), job.request.work.batch_tokens)
             parts["second moment"] = self._of(sample)
         if workers > 1:

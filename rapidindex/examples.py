@@ -108,6 +108,8 @@ def listed_ids(given: Iterable[str], flag: str = "--ids") -> set[str]:
     """Examples' ids, each given as itself or in a file that has one a line. UsageError where there is none."""
     found: set[str] = set()
     for id in given:
+        if not Path(id).is_file() and not id.isalnum():
+            raise UsageError(f"{flag} {id}: there is no such file, and it is no id.", hint="Check the path.")
         found.update(Path(id).read_text().split() if Path(id).is_file() else [id])
     if not found:
         raise UsageError(f"The files of {flag} hold no id.", hint="Write one id a line.")

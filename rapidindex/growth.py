@@ -6,12 +6,10 @@ from the start: exactly so with --second-moment none, and otherwise up to that m
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from rapidindex.build import Summary, check_fits, fill_levels, left, widen
 from rapidindex.config import BuildConfig, EncodingConfig, GradientConfig, ModelConfig, SketchConfig, TokenConfig
@@ -21,7 +19,6 @@ from rapidindex.index import VectorIndex
 from rapidindex.jobs import Job, Request, check_identity, prepare
 from rapidindex.progress import Progress, silent
 from rapidindex.store import Store
-from rapidindex.store.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -59,10 +56,11 @@ def add(
         built, asked = ({**config, "data": None, "token": None} for config in (store.config, job.identity))
         check_identity(built, asked, Path(path), hint=hint)
         job.items = [replace(item, source=data) for item in job.items]
+        job.has_moment = store.second_moment() is not None
         check_fits(job, {level: left(job, level, store) for level in request.levels})
         _note_source(store, job)
-        widen(store, job)
         restored = store.restore(store.removed & {item.example.id for item in job.items})
+        widen(store, job)
         return fill_levels(store, job, started, progress, restored)
 
 
@@ -79,12 +77,12 @@ def remove(
             "Give either --ids or --where.", hint="For example: rapidindex remove INDEX --where source=web"
         )
     with Store.open(path).lock() as store:
-        found = _meant(store.rows(store.levels[0]), where) if where else listed_ids(ids)
+        found = _meant(store, where) if where else listed_ids(ids)
         removed = store.remove(found)
         for level in store.levels:
             VectorIndex.update(store.rows(level), progress=progress)
-        rows = store.rows(store.levels[0])
-    return Removal(str(path), removed, len(np.unique(rows.example[rows.alive])))
+        left_over = {id for level in store.levels for id in store.rows(level).ids} - store.removed
+    return Removal(str(path), removed, len(left_over))
 
 
 @dataclass(frozen=True)
@@ -149,18 +147,16 @@ def _note_source(store: Store, job: Job) -> None:
     store.update_config({"added": [*sources[1:], added]}, skipped=[*store.skipped, *skipped])
 
 
-def _meant(rows: Rows, where: Sequence[str]) -> set[str]:
+def _meant(store: Store, where: Sequence[str]) -> set[str]:
     """Ids of the live examples whose columns have these values."""
     wanted = dict(_condition(text) for text in where)
-    live = sorted({int(number) for number in rows.example[rows.alive]})
     columns: dict[str, set[str]] = {}
     found = set()
-    for number in live:
-        meta = rows.record(number)["meta"]
+    for id, meta in _columns(store):
         for name, value in meta.items():
             columns.setdefault(name, set()).add(_as_text(value))
         if all(name in meta and _as_text(meta[name]) == value for name, value in wanted.items()):
-            found.add(rows.ids[number])
+            found.add(id)
     if found:
         return found
     for name in wanted:
@@ -170,6 +166,17 @@ def _meant(rows: Rows, where: Sequence[str]) -> set[str]:
     some = {name: ", ".join(sorted(columns[name])[:5]) for name in wanted}
     told = "; ".join(f"{name}: {values}" for name, values in some.items())
     raise StoreError(f"No example has {' and '.join(where)}.", hint=f"Values there, among others: {told}.")
+
+
+def _columns(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each live example's id and columns, whatever level it is in."""
+    seen = set(store.removed)
+    for level in store.levels:
+        rows = store.rows(level)
+        for number, id in enumerate(rows.ids):
+            if id not in seen:
+                seen.add(id)
+                yield id, rows.record(number)["meta"]
 
 
 def _condition(text: str) -> tuple[str, str]:

@@ -87,6 +87,8 @@ class Job:
     skipped: list[dict[str, Any]]
     identity: dict[str, Any]
     device: torch.device
+    has_moment: bool = False
+    """Whether the index holds its second moment already."""
 
     @property
     def size(self) -> int:
@@ -100,6 +102,11 @@ class Job:
         ids = self.request.token_examples
         listed = (item for item in self.items if ids is None or item.example.id in ids)
         return [item for item in listed if self._positions(item)]
+
+    @property
+    def lacks_moment(self) -> bool:
+        """Whether a second moment has to be made."""
+        return self.request.gradient.second_moment != "none" and not self.has_moment
 
     def plan(self, level: str, examples: Sequence[Item]) -> "Plan":
         """What is computed for these examples: a row each, or one for each of their tokens."""
@@ -186,7 +193,9 @@ def check_identity(built: dict[str, Any], asked: dict[str, Any], path: Path, *, 
         return
     told = "; ".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} asked for" for name in differing)
     if differing == ["data.fingerprint"]:
-        told = f"the data file has changed, or is another one (it was {built['data']['path']})"
+        told = (
+            f"the data file has changed, is another one, or another --limit was given (it was {built['data']['path']})"
+        )
         hint = f"Add its new rows with: rapidindex add {path} {asked['data']['path']}, or build anew with --overwrite."
     raise ConfigMismatch(f"The index {path} was built differently: {told}.", hint=hint)
 

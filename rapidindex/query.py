@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from rapidindex.build import load_compressor
-from rapidindex.config import ModelConfig
-from rapidindex.errors import ConfigMismatch, DataError, QueryError
+from rapidindex.config import ModelConfig, check_level
+from rapidindex.errors import ConfigMismatch, DataError, QueryError, StoreError
 from rapidindex.exact import SearchResult, exact_search
 from rapidindex.examples import Example, display_text
 from rapidindex.gradients import Batch
@@ -28,7 +28,6 @@ from rapidindex.model import LoadedModel, generate, load
 from rapidindex.rapidgrad import Compressor, RapidGrads
 from rapidindex.results import Asked, Match, Rescoring, Result, Seconds, Source, Span, Summary
 from rapidindex.selection import select
-from rapidindex.sketch import fold
 from rapidindex.store import Store
 from rapidindex.store.rows import Rows
 from rapidindex.templates import Encoding, Template
@@ -76,6 +75,7 @@ class Index:
         self.store = store
         self._model = model
         self._rows: dict[str, Rows] = {}
+        self._compressors: dict[int, Compressor] = {}
         self._searched: dict[str, VectorIndex | None] = {}
 
     @classmethod
@@ -143,9 +143,13 @@ class Index:
     ) -> list[Result]:
         """As `query`, for many at once: one search."""
         level = level or self.store.levels[0]
-        self.rows_of(level)  # refused before the model is loaded
+        if not len(self.rows_of(level)) and self.store.planned(level):  # refused before the model is loaded
+            raise StoreError(
+                f"{self.store.path} holds the {level} rows of 0 of {self.store.planned(level):,} examples.",
+                hint="Give its rapidindex build command again.",
+            )
         started = time.perf_counter()
-        posed = [self._pose(query, max_new_tokens) for query in queries]
+        posed = [self._pose(level, query, max_new_tokens) for query in queries]
         gradient = (time.perf_counter() - started) / max(1, len(posed))
         found = self._search(level, posed, RESCORED * k if rescore else k, largest=not opponents, exact=exact)
         results = []
@@ -176,7 +180,8 @@ class Index:
 
     def vectors(self, queries: Sequence[Query], *, level: str | None = None, max_new_tokens: int = 64) -> np.ndarray:
         """What is looked up for the queries among a level's rows: float32 [queries, K]. Raises as `query` does."""
-        return self._folded(level or self.store.levels[0], [self._pose(query, max_new_tokens) for query in queries])
+        level = level or self.store.levels[0]
+        return _rows_of([self._pose(level, query, max_new_tokens) for query in queries])
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -199,13 +204,22 @@ class Index:
         encoding = self.store.config["encoding"]
         return Template(encoding["template"], self.loaded.tokenizer, encoding["max_length"])
 
-    @cached_property
+    @property
     def compressor(self) -> Compressor:
-        """What turns a query into its RapidGrad, of the largest K of any level: it folds to the others."""
-        return load_compressor(self.store, self.loaded, K=max(self.rows_of(level).K for level in self.store.levels))
+        """What turns a query into its RapidGrad, and into a direction for heat-maps."""
+        return self.compressor_of(self.store.levels[0])
+
+    def compressor_of(self, level: str) -> Compressor:
+        """What turns a query into a RapidGrad as long as the level's rows."""
+        K = self.rows_of(level).K
+        if K not in self._compressors:
+            made = next(iter(self._compressors.values()), None)
+            self._compressors[K] = load_compressor(self.store, self.loaded, made and made.gradients, K=K)
+        return self._compressors[K]
 
     def rows_of(self, level: str) -> Rows:
         """The stored RapidGrads of a level. StoreError where the index does not hold it."""
+        check_level(level)
         if level not in self._rows:
             self._rows[level] = self.store.rows(level)
         return self._rows[level]
@@ -250,7 +264,7 @@ class Index:
             "index": searched and searched.describe(),
         }
 
-    def _pose(self, query: Query, max_new_tokens: int) -> _Posed:
+    def _pose(self, level: str, query: Query, max_new_tokens: int) -> _Posed:
         if not query.prompt.strip():
             raise QueryError("The prompt is empty.", hint="Give the prompt that the model was asked.")
         messages = (("user", query.prompt),)
@@ -270,20 +284,17 @@ class Index:
             )
         tokens = spans(encoding)
         asked = Asked(query.prompt, answer, tokens, select(tokens, answer, token=query.token, span=query.span))
-        found = self.compressor(_batch(encoding, asked.selection, self.loaded.device))
+        found = self.compressor_of(level)(_batch(encoding, asked.selection, self.loaded.device))
         if not found.rows.isfinite().all():
             raise QueryError(f"The gradient of the answer {answer!r} is not finite.", hint="Use --dtype float32.")
         return _Posed(asked, encoding, found)
 
     def _search(self, level: str, posed: Sequence[_Posed], k: int, *, largest: bool, exact: bool) -> SearchResult:
-        rows, vectors = self.rows_of(level), self._folded(level, posed)
+        rows, vectors = self.rows_of(level), _rows_of(posed)
         index = None if exact else self._vector_index(level)
         if index is None:
             return exact_search(rows, vectors, k, largest=largest, device=str(self.loaded.device))
         return index.search(vectors, k, largest=largest)
-
-    def _folded(self, level: str, posed: Sequence[_Posed]) -> np.ndarray:
-        return fold(torch.cat([query.rapidgrads.rows for query in posed]), self.rows_of(level).K).cpu().numpy()
 
     def _vector_index(self, level: str) -> VectorIndex | None:
         if level not in self._searched:
@@ -432,6 +443,10 @@ def example_of(record: dict[str, Any]) -> Example:
 def spans(encoding: Encoding) -> list[Span]:
     """The response's tokens for a result."""
     return [Span(token.text, token.start, token.end) for token in encoding.tokens]
+
+
+def _rows_of(posed: Sequence[_Posed]) -> np.ndarray:
+    return torch.cat([query.rapidgrads.rows for query in posed]).cpu().numpy()
 
 
 def _batch(encoding: Encoding, selection: Sequence[int], device: torch.device) -> Batch:

@@ -27,7 +27,7 @@ def result(found: Result) -> RenderableType:
     else:
         parts.append(_matches(found))
     if found.summary and sum(found.summary.histogram):
-        parts.append(cards.histogram(found.summary, found.matches))
+        parts.append(cards.Histogram(found.summary, found.matches))
     if said := chips.rescored(found):
         parts.append(Text(said, style="dim"))
     if said := chips.verdict(found):
@@ -41,6 +41,8 @@ def fields(title: str, values: dict[str, Any]) -> RenderableType:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in values.items():
+        if name == "next":  # a command, which no table may break
+            continue
         table.add_row(name, line(str(value)))
     return table
 

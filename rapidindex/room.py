@@ -6,7 +6,7 @@ Everything is in bytes. Memory is what comes on top of what the process holds al
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ class Free:
 
 def needed_room(job: Job, plan: Plan, workers: int, activations: Activations) -> Room:
     """What caching a level takes by so many processes."""
-    per_process, shared = _of_each_process(job, plan, activations), _of_all(job)
+    per_process, shared = _of_each_process(job, plan, activations), _of_all(job, plan.K)
     buffers = {"rows buffer": per_process.pop("rows buffer")}
     times = workers
     on_gpu = job.device.type == "cuda"
@@ -116,9 +116,9 @@ def held_by(model: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _of_all(job: Job) -> dict[str, int]:
+def _of_all(job: Job, K: int) -> dict[str, int]:
     """What processes share: 4 bytes a gradient entry, and as many for the correction."""
-    sketch = Sketch(job.size, job.request.sketch)
+    sketch = Sketch(job.size, replace(job.request.sketch, K=K))
     candidates = np.arange(2, min(sketch.padded, LARGEST_DIVISOR) + 1)
     order = int(candidates[sketch.padded % candidates == 0].mean())  # a permutation's length, on average
     slots = 4 * job.size + 2 * job.request.sketch.shuffles * 8 * order + sketch.padded // 8
@@ -172,7 +172,7 @@ def _disk(job: Job, plan: Plan, workers: int) -> dict[str, int]:
         "shards": shards * (USER_BLOCK + _HDF5 + description + 300),
         "manifest": 2 * description,
     }
-    if job.request.gradient.second_moment != "none":
+    if job.lacks_moment:
         parts["second moment"] = 4 * job.size + USER_BLOCK + _HDF5 // 2 + description
     factory = default_factory(n, K)
     if factory != EXACT:

@@ -12,6 +12,7 @@ from rapidindex.config import BuildConfig, GradientConfig, ModelConfig, SketchCo
 from rapidindex.errors import ConfigMismatch, StoreError, UsageError
 from rapidindex.estimate import estimate
 from rapidindex.growth import add, remove
+from rapidindex.index import VectorIndex
 from rapidindex.model import load
 from rapidindex.results import Result
 from rapidindex.sketch import Sketch
@@ -219,6 +220,63 @@ def test_the_bytes_of_both_levels_are_predicted_within_two_per_cent(data, tmp_pa
     assert predicted.total_disk == pytest.approx(written, rel=0.02)
     assert predicted.rows == done.examples + done.tokens and predicted.examples == 10
     assert {"cache, sentence", "cache, token"} <= predicted.seconds.keys()
+
+
+def test_sentences_come_first_however_the_index_was_begun(data, tmp_path, llama_folders):
+    sentences = asked(data, tmp_path / "index", llama_folders, levels=("sentence",))
+    ids = [item.example.id for item in prepare(sentences).items]
+    build(replace(sentences, levels=("token",), token_examples=frozenset(ids[:2])))
+    build(sentences)
+    index = Index.open(tmp_path / "index")
+    assert index.store.levels == ["sentence", "token"]
+    assert index.query(PROMPT, answer=ANSWER, k=1, heatmaps=False).level == "sentence"
+    assert remove(tmp_path / "index", where=["number=9"]).examples == 9
+    assert remove(tmp_path / "index", where=["number=0"]).removed == 1
+    assert {id for id, _ in token_rows(tmp_path / "index")[0]} == {ids[1]}
+    with pytest.raises(UsageError, match="both"):
+        index.query(PROMPT, answer=ANSWER, level="both")
+
+
+def test_each_level_has_queries_of_its_own_length_however_long_the_others_are(data, tmp_path, llama_folders):
+    scores = []
+    for K in (4096, 131_072):  # what is longer than 65,536 has another padded length, and does not fold
+        build(asked(data, tmp_path / f"index-{K}", llama_folders, sketch=SketchConfig(K=K), limit=3))
+        found = Index.open(tmp_path / f"index-{K}").query(PROMPT, answer=ANSWER, k=1000, level="token", heatmaps=False)
+        scores.append({(match.id, match.position): match.score for match in found.matches})
+    assert scores[0] == pytest.approx(scores[1])
+
+
+def test_tokens_of_removed_examples_are_not_computed_and_come_back_into_the_search_index(data, tmp_path, llama_folders):
+    sentences = asked(data, tmp_path / "index", llama_folders, levels=("sentence",))
+    build(sentences)
+    ids = [item.example.id for item in prepare(sentences).items]
+    remove(tmp_path / "index", ids=ids[:1])
+    some = replace(sentences, levels=("token",), token_examples=frozenset(ids[:3]))
+    assert build(some).computed == 2
+    assert Store.open(tmp_path / "index").complete("token")
+    remove(tmp_path / "index", ids=ids[1:2])
+    store = Store.open(tmp_path / "index")
+    with store.lock():
+        VectorIndex.build(store.rows("token"), factory="Flat", dim=1024, target_recall=0.5)
+    add(tmp_path / "index", str(data))
+    rows = Store.open(tmp_path / "index").rows("token")
+    found = VectorIndex.open(rows)
+    assert set(found._ann.numbers()) == set(range(len(rows))) and rows.alive.all()
+    assert build(some).computed == 1
+
+
+def test_tokens_of_data_that_was_added_are_asked_for_by_name(data, tmp_path, llama_folders):
+    lines = data.read_text().splitlines()
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text("\n".join(lines[:6]))
+    second.write_text("\n".join(lines[6:]))
+    sentences = asked(first, tmp_path / "index", llama_folders, levels=("sentence",))
+    build(sentences)
+    add(tmp_path / "index", str(second))
+    tokens = build(replace(sentences, levels=("token",)))
+    assert tokens.without_tokens == [str(second)]
+    assert add(tmp_path / "index", str(second)).without_tokens == []
+    assert len({id for id, _ in token_rows(tmp_path / "index")[0]}) == 10
 
 
 TEXT = "Tokyo, isn't it? 日本 é"

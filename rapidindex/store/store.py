@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from rapidindex.config import LEVELS
 from rapidindex.errors import ConfigMismatch, StoreError
 from rapidindex.store import folder, manifest, sealed, sealing
 from rapidindex.store.manifest import Manifest
@@ -98,8 +99,8 @@ class Store:
 
     @property
     def levels(self) -> list[str]:
-        """Which of `sentence` and `token` the index is to hold."""
-        return list(self.manifest["levels"])
+        """Which of `sentence` and `token` the index is to hold, in this order."""
+        return [level for level in LEVELS if level in self.manifest["levels"]]
 
     def planned(self, level: str) -> int:
         """How many examples the level is to hold. StoreError where the index has no such level."""
