@@ -3,9 +3,10 @@
     python -m bench.qualitative --data ../shared/data/alpaca_9k.jsonl --work FOLDER
 
 SmolLM2-135M is fine-tuned for an epoch (rank-16 LoRA) on a part of Alpaca: all rows that touch on the prompts' topics,
-and others drawn at random. Each prompt is then answered by the model, and asked about with `rapidindex query --html`.
-What is there already is kept. The reports go to FOLDER/reports; bench/results/qualitative.json says what was found, by
-scores and row numbers alone: Alpaca's text is not for redistribution.
+and others drawn at random; the topics' rows and some of the others are indexed. Each prompt is then answered by the
+model, and asked about as `rapidindex query --html` does. What is there already is kept. The reports go to
+FOLDER/reports; bench/results/qualitative.json says what was found, by scores and ids alone: Alpaca's text is not for
+redistribution.
 """
 
 import argparse
@@ -58,28 +59,30 @@ def main() -> None:
         "--work", required=True, type=Path, help="where the adapter, the index and the reports are made"
     )
     parser.add_argument("--rows", type=int, default=1600)
+    parser.add_argument("--indexed", type=int, default=600, help="of these, those whose influence is asked about")
     parser.add_argument("-k", type=int, default=5)
     options = parser.parse_args()
     work = options.work
     work.mkdir(parents=True, exist_ok=True)
     with Bars() as bars:
-        make(options.data, work, options.rows, bars)
+        make(options.data, work, options.rows, options.indexed, bars)
         index = Index.open(work / "index")
         told = {name: asked(index, name, options, bars) for name in PROMPTS}
         bars.say(f"written to {save('qualitative', told)}, and the reports to {work / 'reports'}")
 
 
-def make(data: str, work: Path, rows: int, progress: Progress) -> None:
+def make(data: str, work: Path, rows: int, indexed: int, progress: Progress) -> None:
     """The part of the data, the adapter and the index, as far as they are not there."""
     unpack_model(work / "model", progress)
-    part = work / "part.jsonl"
-    if not part.exists():
-        part.write_text("".join(chosen(Path(data).read_text().splitlines(keepends=True), rows)))
+    part, fewer = work / "part.jsonl", work / "indexed.jsonl"
+    for source, made, count in ((Path(data), part, rows), (part, fewer, indexed)):
+        if not made.exists():
+            made.write_text("".join(chosen(source.read_text().splitlines(keepends=True), count)))
     model = ModelConfig(str(work / "model"))
     dataset = read_examples(part)
     finetune(dataset, EncodingConfig(), model, FinetuneConfig(epochs=1), work / "adapter", progress=progress)
     adapted = ModelConfig(str(work / "model"), str(work / "adapter"))
-    build(Request(str(part), str(work / "index"), adapted, work=BuildConfig(shard_seconds=60)), progress=progress)
+    build(Request(str(fewer), str(work / "index"), adapted, work=BuildConfig(shard_seconds=60)), progress=progress)
 
 
 def chosen(lines: list[str], rows: int) -> list[str]:
@@ -101,7 +104,7 @@ def asked(index: Index, name: str, options: argparse.Namespace, bars: Bars) -> d
     reports.mkdir(exist_ok=True)
     command = f"rapidindex query index {json.dumps(prompt)} --html reports/{name}.html"
     (reports / f"{name}.html").write_text(result.to_html(opponents=against, command=command), "utf-8")
-    lines = (options.work / "part.jsonl").read_text().splitlines()
+    lines = (options.work / "indexed.jsonl").read_text().splitlines()
     base_rate = sum(bool(re.search(topic, line, re.IGNORECASE)) for line in lines) / len(lines)
     told = {"prompt": prompt, "answer": result.query.answer, "topic": topic, "base_rate": round(base_rate, 4)}
     return told | {found.direction: described(found, topic) for found in (result, against)}
