@@ -165,11 +165,15 @@ class PerExampleGradients:
         return torch.cat(losses)
 
     def _check(self, batch: Batch) -> None:
-        """Compare the batched gradients of the shortest and the longest example with autograd's, layer by layer."""
+        """Compare the batched gradients of the shortest and the longest example with autograd's, layer by layer.
+
+        All of their tokens count: one that is all but certain has a gradient that is mostly rounding.
+        """
         lengths = batch.attention.sum(1)
         rows = [int(lengths.argmin()), int(lengths.argmax())]
         rows[1] = rows[1] if rows[1] != rows[0] else (rows[0] + 1) % len(batch)
-        pair = Batch(*(part[rows, : int(lengths.max())] for part in (batch.input_ids, batch.attention, batch.weights)))
+        ids, attention = (part[rows, : int(lengths.max())] for part in (batch.input_ids, batch.attention))
+        pair = Batch(ids, attention, attention / attention.sum(1, keepdim=True))
         ours: dict[int, Tensor] = {}
         try:
             self._batched(pair, lambda number, gradient: ours.__setitem__(number, _digest(gradient)))

@@ -1,6 +1,7 @@
 """The command line as a user has it: real processes, their streams and their exit codes."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -110,6 +111,17 @@ def test_index_is_rebuilt_with_another_factory(typed, index):
     assert typed("query", index, PROMPT, "--answer", ANSWER, "--json", "-q")[0] == 0
 
 
+def test_the_next_command_stands_on_one_line_however_narrow_the_terminal(typed, data, tmp_path, llama_folders):
+    base, adapter = llama_folders
+    asked = ("build", data, "-m", base, "-a", adapter, "-o", tmp_path / "index", "-K", 256, "--level", "both", "-q")
+    code, out, said = typed(*asked)
+    assert code == 0, said
+    told = f'rapidindex query {tmp_path / "index"} "PROMPT" --token WORD --level token'
+    assert any(line.endswith(told) for line in out.splitlines())
+    code, out, said = typed("query", tmp_path / "index", PROMPT, "--answer", ANSWER, "--level", "token", "-k", 2, "-q")
+    assert code == 0 and re.search(r"over [0-9]+ tokens", out)
+
+
 def test_check_finds_a_changed_byte_and_fails(data, tmp_path, llama_folders):
     base, adapter = llama_folders
     build = ("build", data, "-m", base, "-a", adapter, "-o", tmp_path / "index", "-K", 256, "-q")
@@ -142,6 +154,19 @@ ERRORS = {
     "no queries": (["query", "INDEX", "--queries", "nothing.jsonl"], 1, "DataError"),
     "a report in no folder": (["query", "INDEX", PROMPT, "--html", "/no/such/folder/page.html"], 2, "UsageError"),
     "no matches wanted": (["query", "INDEX", PROMPT, "-k", "0"], 2, "UsageError"),
+    "tokens chosen but not asked for": (
+        ["build", "DATA", "-m", "x", "-o", "y", "--tokens", "content"],
+        2,
+        "UsageError",
+    ),
+    "an unknown level": (["build", "DATA", "-m", "x", "-o", "y", "--level", "word"], 2, "UsageError"),
+    "an unknown level of an index": (["index", "INDEX", "--level", "both"], 2, "UsageError"),
+    "a level that is not there": (["query", "INDEX", PROMPT, "--level", "token"], 1, "StoreError"),
+    "a list of ids that is not there": (
+        ["build", "DATA", "-m", "x", "-o", "y", "--level", "token", "--token-examples", "no/such.txt"],
+        2,
+        "UsageError",
+    ),
     "an unknown factory": (["index", "INDEX", "--factory", "Flatt"], 2, "UsageError"),
 }
 

@@ -151,7 +151,7 @@ def test_the_keyboard_reaches_the_switches_and_every_token(visit, file):
 
 def test_arrows_follow_the_direction_of_the_text(visit, file):
     page = visit(file)
-    heat = page.locator(".heat").nth(5)
+    heat = page.locator(".match > .heat").nth(5)
     assert heat.evaluate("e => getComputedStyle(e).direction") == "rtl"
     heat.focus()
     page.keyboard.press("ArrowLeft")
