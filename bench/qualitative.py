@@ -60,6 +60,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=1600)
     parser.add_argument("--indexed", type=int, default=600, help="of these, those whose influence is asked about")
+    parser.add_argument("--only", default=",".join(PROMPTS), help="names of prompts, by comma")
     parser.add_argument("-k", type=int, default=5)
     options = parser.parse_args()
     work = options.work
@@ -67,7 +68,7 @@ def main() -> None:
     with Bars() as bars:
         make(options.data, work, options.rows, options.indexed, bars)
         index = Index.open(work / "index")
-        told = {name: asked(index, name, options, bars) for name in PROMPTS}
+        told = {name: kept(index, name, options, bars) for name in options.only.split(",")}
         bars.say(f"written to {save('qualitative', told)}, and the reports to {work / 'reports'}")
 
 
@@ -91,6 +92,15 @@ def chosen(lines: list[str], rows: int) -> list[str]:
     others = sorted(set(range(len(lines))) - set(of_topics))
     random.Random(0).shuffle(others)
     return [lines[number] for number in sorted([*of_topics, *others[: rows - len(of_topics)]])]
+
+
+def kept(index: Index, name: str, options: argparse.Namespace, bars: Bars) -> dict[str, Any]:
+    """What `asked` says, from the work folder where it was said before."""
+    path = options.work / "reports" / f"{name}.json"
+    if not path.exists():
+        told = asked(index, name, options, bars)
+        path.write_text(json.dumps(told))
+    return json.loads(path.read_text())
 
 
 def asked(index: Index, name: str, options: argparse.Namespace, bars: Bars) -> dict[str, Any]:
