@@ -108,14 +108,26 @@ print(json.dumps([kills, sorted(problems), after]))
 
 def test_no_moment_of_killing_creation_or_deletion_leaves_a_folder_that_stops_the_next_build(path):
     code = """
-rng = random.Random(1)
-def work():
-    while True:
-        create(path)
-        write(Store.open(path), ["a"])
-        Store.destroy(path)
-for _ in range(25):
-    killed(work, rng.uniform(0.0, 0.02))
+CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
+def life(steps):
+    "One index from creation to deletion, killed before the change to the disk that comes after so many."
+    done = 0
+    def step(event, arguments):
+        nonlocal done
+        if event in CHANGES and str(path.name) in str(arguments[0]):
+            if done == steps:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done += 1
+    sys.addaudithook(step)
+    store = make(path, "a")
+    store.remove("a")
+    Store.destroy(path)
+    os._exit(0)
+for steps in range(1000):
+    if not (child := os.fork()):
+        life(steps)
+    if not os.waitpid(child, 0)[1]:
+        break
     try:
         Store.destroy(path)  # --overwrite
     except NotAnIndex:
@@ -124,8 +136,9 @@ for _ in range(25):
     assert list(state()) == ["a", "b"]
     Store.destroy(path)
     assert not path.exists()
+print(steps)
 """
-    run(code, path)
+    assert 30 < int(run(code, path)) < 1000
 
 
 def test_of_many_processes_that_create_an_index_at_once_one_does(path):

@@ -227,11 +227,14 @@ def destroy(path: Path) -> None:
     _own_files(path)
     with exclusive(path), writing(path, 0):
         files, folders = _own_files(path)
-        # What says that this is an index goes last, so that a killed deletion can be finished.
-        for file in sorted(files, key=lambda file: (file.name == LOCK, file.name == MANIFEST)):
+        last = [path / MANIFEST, path / LOCK]  # they say that it is an index: a killed deletion can be finished
+        for file in files:
+            if file not in last:
+                file.unlink(missing_ok=True)
+        for subfolder in folders:
+            subfolder.rmdir()
+        for file in last:
             file.unlink(missing_ok=True)
-        for folder in folders:
-            folder.rmdir()
         if not path.is_symlink():
             path.rmdir()
 
