@@ -79,7 +79,7 @@ def build(request: Request, *, overwrite: bool = False, progress: Progress = sil
         with Store.open(path).lock():
             pass  # damaged, busy or read-only: better said now than after the model is loaded
     job = prepare(request, progress)
-    store = None if overwrite or not (path / "manifest.json").exists() else matching(job)
+    store = None if overwrite else existing(job)
     check_fits(job, {level: left(job, level, store) for level in request.levels})
     store = store or _create(job, overwrite=overwrite)
     with store.lock():
@@ -96,8 +96,10 @@ def left(job: Job, level: str, store: Store | None) -> list[Item]:
     return [item for item in wanted if item.example.id not in done]
 
 
-def matching(job: Job) -> Store:
-    """The index that is there already; ConfigMismatch where it was built from something else."""
+def existing(job: Job) -> Store | None:
+    """The index that is there already, if any; ConfigMismatch where it was built from something else."""
+    if not (Path(job.request.output) / "manifest.json").exists():
+        return None
     store = Store.open(job.request.output)
     token = store.config.get("token")
     if token is not None and "token" in job.request.levels:
@@ -161,8 +163,9 @@ def fill(store: Store, job: Job, plan: Plan, progress: Progress) -> bool:
     Several processes release the job's model. Raises as `build` does; `check_fits` comes first.
     """
     _ensure_second_moment(job, store, progress)
-    if len(places(job, plan)) > 1:
-        return _fill_with_workers(store, job, plan, progress)
+    where = places(job, plan)
+    if len(where) > 1:
+        return _fill_with_workers(store, job, plan, where, progress)
     rows, total, done = store.rows(plan.level), plan.tokens, 0
 
     def cached(batch: list[Item]) -> None:
@@ -181,7 +184,7 @@ def fill(store: Store, job: Job, plan: Plan, progress: Progress) -> bool:
     return job.gradients.batched
 
 
-def _fill_with_workers(store: Store, job: Job, plan: Plan, progress: Progress) -> bool:
+def _fill_with_workers(store: Store, job: Job, plan: Plan, where: list[str], progress: Progress) -> bool:
     progress("map", 0, 1)
     job.release_model()
     slots = Shared.copy(Sketch(job.size, replace(job.request.sketch, K=plan.K)).slots(0, job.size))
@@ -191,7 +194,6 @@ def _fill_with_workers(store: Store, job: Job, plan: Plan, progress: Progress) -
     progress("map", 1, 1)
     try:
         request = job.request
-        where = places(job, plan)
         return cache_with_workers(plan, store, request.model, where, request.work, slots, shared_factors, progress)
     finally:
         slots.close()

@@ -187,8 +187,8 @@ def build(
     from rapidindex.examples import listed_ids
     from rapidindex.progress import Bars
 
-    levels = config.levels_of(level)
-    if "token" not in levels and (tokens != "all" or token_K != 4096 or token_examples):
+    levels, token = config.levels_of(level), config.TokenConfig(token_K, tokens)
+    if "token" not in levels and (token != config.TokenConfig() or token_examples):
         raise UsageError(
             "--tokens, --token-K and --token-examples are about tokens.", hint="Add --level token, or both."
         )
@@ -202,7 +202,7 @@ def build(
         work=config.BuildConfig(batch_tokens, workers, shard_seconds),
         limit=limit,
         levels=levels,
-        token=config.TokenConfig(token_K, tokens),
+        token=token,
         token_examples=None if token_examples is None else frozenset(listed_ids(token_examples, "--token-examples")),
     )
     if dry_run:

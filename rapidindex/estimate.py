@@ -7,14 +7,13 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 
 from rapidindex.activations import measure_activations
-from rapidindex.build import left, matching, places
+from rapidindex.build import existing, left, places
 from rapidindex.caching import Item, as_batch, padded_tokens, plan_batches
 from rapidindex.errors import ResourceError
 from rapidindex.jobs import Job, Plan, Request, drawn, prepare
@@ -89,11 +88,10 @@ def estimate(request: Request, *, overwrite: bool = False, progress: Progress = 
 
 def _plans(job: Job, overwrite: bool) -> list[Plan]:
     """What the index does not hold yet, level by level."""
-    path = Path(job.request.output)
-    store = None if overwrite or not (path / "manifest.json").exists() else matching(job)
+    store = None if overwrite else existing(job)
     todo = {level: left(job, level, store) for level in job.request.levels}
     if not any(todo.values()):
-        raise ResourceError(f"{path} holds all that is asked for already: nothing is left to do.")
+        raise ResourceError(f"{job.request.output} holds all that is asked for already: nothing is left to do.")
     return [job.plan(level, examples) for level, examples in todo.items() if examples]
 
 

@@ -9,6 +9,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Job:
             return self.items
         ids = self.request.token_examples
         listed = (item for item in self.items if ids is None or item.example.id in ids)
-        return [item for item in listed if self._positions(item)]
+        return [item for item in listed if self.positions[item.example.id]]
 
     @property
     def lacks_moment(self) -> bool:
@@ -112,12 +113,17 @@ class Job:
         """What is computed for these examples: a row each, or one for each of their tokens."""
         items = list(examples)
         if level == "token":
-            items = [replace(item, position=position) for item in examples for position in self._positions(item)]
+            items = [
+                replace(item, position=position) for item in examples for position in self.positions[item.example.id]
+            ]
         units = plan_units(items, self.request.work.batch_tokens)
         return Plan(level, self.request.K(level), list(examples), units)
 
-    def _positions(self, item: Item) -> list[int]:
-        return chosen(item.example.response, item.encoding.tokens, self.request.token)
+    @cached_property
+    def positions(self) -> dict[str, list[int]]:
+        """The tokens of each example, by its id, that are to have rows of their own."""
+        token = self.request.token
+        return {i.example.id: chosen(i.example.response, i.encoding.tokens, token) for i in self.items}
 
     def hold_model(self) -> None:
         """Load the model again where it was released."""
