@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from rapidindex.store.sealed import damaged
 _BLOCK_BYTES = {"cpu": 2**23, "cuda": 2**28}
 """float32 bytes of a block. On a CPU 4 to 8 MiB stay in the cache between conversion and product: 12.5 GB/s of float16
 with one query and one thread, against 6 GB/s at 64 MiB (20,000 rows, K = 16,384, an EPYC with 32 MiB of L3)."""
+_GROUP_BYTES = 2**22
+"""float32 bytes of single rows that meet a query together."""
 _SCORES_BYTES = 2**30
 """float32 bytes of scores held at once; more queries than that take another pass over the rows."""
 HISTOGRAM_BINS = 50
@@ -99,12 +102,17 @@ def scores_of(
 ) -> Float32[np.ndarray, " n"]:
     """One query's inner products with the rows of these numbers.
 
-    A row at a time goes from its file through a buffer that stays in the cache: 1.2 ms for 40 rows at K = 65,536, where
-    copying them as float32 first took 6 to 26 ms.
+    A few rows at a time go from their files into a buffer that stays in the cache, and meet the query together: 22 us a
+    row at K = 65,536, of which 14 are its conversion, where one product a row took 34 (one thread).
     """
-    scores, buffer, on_torch = np.empty(len(numbers), np.float32), torch.empty(rows.K), torch.from_numpy(query)
-    for place, halves, scale in rows.each(numbers):
-        scores[place] = torch.dot(buffer.copy_(as_tensor(halves)), on_torch) * float(scale)
+    scores, on_torch = np.empty(len(numbers), np.float32), torch.from_numpy(query)
+    buffer = torch.empty(max(1, _GROUP_BYTES // (4 * rows.K)), rows.K)
+    each = rows.each(numbers)
+    while group := list(islice(each, len(buffer))):
+        for row, (_, halves, _) in zip(buffer, group, strict=False):
+            row.copy_(as_tensor(halves))
+        scale = np.array([scale for _, _, scale in group], np.float32)
+        scores[[place for place, _, _ in group]] = torch.mv(buffer[: len(group)], on_torch).numpy() * scale
     check_finite(scores, rows, numbers)
     return scores
 

@@ -11,7 +11,8 @@ from rapidindex import card, index
 from rapidindex.errors import DamagedIndex, QueryError, ResourceError, StoreError, UsageError
 from rapidindex.exact import exact_search
 from rapidindex.index import EXACT_BYTES, VectorIndex, default_factory
-from rapidindex.recall import held_out
+from rapidindex.recall import KINDS, calibrate, held_out
+from rapidindex.sketch import fold
 from rapidindex.store import Store
 from tests.stores import append, gradients, make_store, remove
 from tests.test_exact import spoil
@@ -190,6 +191,38 @@ def test_each_direction_has_the_smallest_over_fetch_that_reaches_the_target(stor
         assert low.calibration(largest).overfetch < high.calibration(largest).overfetch
         assert high.calibration(largest).recall_at_10 >= 0.999
         assert low.calibration(largest).recall_at_10 < high.calibration(largest).recall_at_10
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_the_over_fetch_is_the_smallest_that_a_search_confirms(tmp_path, largest):
+    rows = make_store(tmp_path / "index", gradients(800, K)).rows("sentence")
+    known, folded = held_out(rows, seed=0), fold(rows.take(range(800)), 64)
+
+    def find(queries, count, lists):
+        scores = fold(queries if largest else -queries, 64) @ folded.T
+        return np.argsort(-scores, axis=1)[:, :count]
+
+    def share(i, count):
+        candidates = [row for row in find(known.queries[[i]], 800, None)[0] if row not in known.left_out[i]]
+        return len({*candidates[:count]} & {*known.answers[largest][i][1][:10]}) / 10
+
+    def recall(overfetch):
+        return min(
+            np.mean([share(i, 10 * overfetch) for i, k in enumerate(known.kinds) if k == kind]) for kind in KINDS
+        )
+
+    options = {"largest": largest, "target": 0.9, "lists": 0, "rows": 800}
+    made = calibrate(find, known, **options)
+    assert recall(made.overfetch) >= 0.9 > recall(made.overfetch - 1)
+    assert made.recall_at_10 == pytest.approx(recall(made.overfetch), abs=1e-6)
+
+    def lazy(queries, count, lists):
+        """Like a graph: asked for less, it looks less far."""
+        found = find(queries, count, lists)
+        return np.pad(found[:, : max(1, count // 2)], ((0, 0), (0, count - count // 2)), constant_values=-1)
+
+    slow = calibrate(lazy, known, **options)
+    assert slow.overfetch > 1.5 * made.overfetch and slow.recall_at_10 >= 0.9
 
 
 def test_an_ivf_index_visits_no_more_lists_than_the_target_needs(store):

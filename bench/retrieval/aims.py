@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 
-from bench.retrieval.figures import AIMS, DEFAULT, LARGE, Figures, configurations, defaults, fits, ratios, worst
+from bench.retrieval.figures import AIMS, LARGE, Figures, configurations, default, defaults, fits, ratios, worst
 
 
 def aims(stores: dict[str, Figures], tracin: Figures | None) -> Iterator[str]:
     for figures in stores.values():
         for one in defaults(figures):
             if one["live"] >= LARGE:
-                yield from _of_one(one, f"{one['live']:,} rows, K = {figures['K']:,}, `{DEFAULT}`")
+                yield from _of_one(one, f"{one['live']:,} rows, K = {figures['K']:,}, `{default(figures)}`")
         if figures["live"] >= LARGE:
             yield from _reachable(figures)
     for K, (_, b, _) in fits(stores).items():

@@ -10,9 +10,15 @@ from bench.common import RESULTS
 
 AIMS = {"proponents": 0.99, "opponents": 0.98, "exact": 25, "flat": 10, "bytes_per_row": 600, "tracin": 6326}
 LARGE = 100_000
-DEFAULT = "HR,RaBitQ@4096"
+COMPACT, DIM = "HR,RaBitQ", 16_384
+"""The index that a large store gets by default, and over which fold, where its K is no less."""
 
 Figures = dict[str, Any]
+
+
+def default(figures: Figures) -> str:
+    """Under which name a store's figures hold those of its default index."""
+    return f"{COMPACT}@{min(DIM, figures['K'])}"
 
 
 def read() -> tuple[dict[str, Figures], dict[str, Figures]]:
@@ -34,7 +40,7 @@ def configurations(figures: Figures) -> Iterator[Figures]:
 
 def defaults(figures: Figures) -> Iterator[Figures]:
     """The default index at every size of a store, the smallest first."""
-    found = [value for name, value in figures.items() if name.startswith("at ") or name == DEFAULT]
+    found = [value for name, value in figures.items() if name.startswith("at ") or name == default(figures)]
     yield from sorted(found, key=lambda one: one["live"])
 
 
@@ -66,8 +72,8 @@ def worst(recall: Figures) -> float:
 def ratios(tracin: Figures, stores: dict[str, Figures]) -> Iterator[tuple]:
     for figures in stores.values():
         for threads, spent in tracin["threads"].items():
-            if DEFAULT in figures:
-                search = figures[DEFAULT]["latency"][threads]["proponents"]["median"]
+            if default(figures) in figures:
+                search = figures[default(figures)]["latency"][threads]["proponents"]["median"]
                 gradient = spent["query_gradient_seconds"]["whole answer"]["median"]
                 seconds = figures["live"] * spent["seconds_per_row"]["tracin"]
                 yield figures["live"], figures["K"], threads, gradient, search, seconds, seconds / (gradient + search)

@@ -6,7 +6,7 @@ from typing import Any
 from bench.common import RESULTS
 
 MARKERS = {"HR,RaBitQ": "o", "RaBitQ": "s", "SQ8": "^", "Flat": "D", "HNSW32": "v"}
-COLOURS = {1024: "tab:orange", 4096: "tab:blue", 16_384: "tab:green"}
+COLOURS = {4096: "tab:blue", 8192: "tab:orange", 16_384: "tab:green"}
 """By fold."""
 
 

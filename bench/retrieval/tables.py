@@ -7,7 +7,20 @@ import numpy as np
 
 from bench.common import RESULTS
 from bench.retrieval.aims import aims
-from bench.retrieval.figures import AIMS, DEFAULT, Figures, configurations, fits, latencies, passes, ratios, read, worst
+from bench.retrieval.figures import (
+    AIMS,
+    COMPACT,
+    DIM,
+    Figures,
+    configurations,
+    default,
+    fits,
+    latencies,
+    passes,
+    ratios,
+    read,
+    worst,
+)
 from bench.retrieval.plots import plot
 
 KIB = 1024
@@ -115,7 +128,7 @@ def _table_1(tracin: Figures) -> str:
     for label, length, size in (
         *[(f"RapidGrad (K=2^{p})", 2**p, 2 * 2**p) for p in (16, 20, 24)],
         *[(f"RapidGrad (K=2^{p}), a fold", 2**p, 2 * 2**p) for p in (12, 10)],
-        ("in memory: 1 bit of a fold to 2^12", 2**12, 2**12 // 8 + 8),
+        (f"in memory: 1 bit of a fold to 2^{DIM.bit_length() - 1}", DIM, DIM // 8 + 16),
     ):
         lines.append(
             [label, *[c for n in sizes.values() for c in (f"{length:,}", f"{_size(size)} ({4 * n / size:,.1f}x)")]]
@@ -129,7 +142,7 @@ def _table_2(tracin: Figures, stores: dict[str, Figures]) -> str:
     spent = tracin["threads"]["2"]
     gradient = spent["query_gradient_seconds"]["whole answer"]["median"]
     lines = [["TracIn", "-", f"{n * spent['seconds_per_row']['tracin'] / hours:.3f}"]]
-    real = stores.get("real", {}).get(DEFAULT)
+    real = stores["real"].get(default(stores["real"])) if "real" in stores else None
     if real:
         cached = f"{n * spent['seconds_per_row']['caching'] / hours:.3f}"
         for label, way in (("exact scan", "exact"), ("vector index", "proponents")):
@@ -182,7 +195,7 @@ def _growth(stores: dict[str, Figures]) -> str:
         [f"{K:,}", " ".join(f"{n:,}: {1e3 * s:.1f} ms;" for n, s in pairs).rstrip(";"), f"{b:.2f}"]
         for K, (_, b, pairs) in fits(stores).items()
     ]
-    header = ["K", f"`{DEFAULT}`, one query on one thread", "exponent"]
+    header = ["K", f"`{COMPACT}`, one query on one thread", "exponent"]
     return f"## Cost against the number of rows\n\n{table(header, lines)}"
 
 
