@@ -20,7 +20,7 @@ pytest.importorskip("sklearn", reason="the extra `bench` is not installed")
 
 from bench.evidence import metrics, scifi, tasks
 from bench.evidence.cached import Replay, compute, numbered
-from bench.evidence.influence import hessian_products, layer_datainf, lissa
+from bench.evidence.influence import hessian_products, layer_datainf, limit_of, lissa
 from bench.evidence.seeds import together
 from bench.evidence.sketched import DEFAULT, hadamard, one_bit, sketched, uncompressed
 from bench.evidence.tables import bytes_of, markdown, title, write_tables
@@ -161,6 +161,23 @@ def test_lissa_converges_to_the_dense_solution_and_stops_before_it_is_not_finite
     assert depth < 50 and diverged.isfinite().all()
 
 
+def test_the_limit_of_lissa_is_the_dense_solution():
+    generator = torch.Generator().manual_seed(3)
+    g, q = torch.randn(7, 12, generator=generator).double(), torch.randn(2, 12, generator=generator).double()
+    fisher = g.T @ g / len(g)
+    truth = torch.linalg.solve(0.01 * torch.eye(12, dtype=torch.float64) + fisher / 25, q.T).T @ g.T
+    torch.testing.assert_close(limit_of(g @ g.T, q @ g.T), truth)
+
+
+def test_clean_rows_of_error_tracing_begin_with_those_that_rightly_name_the_wrong_country():
+    output = "Kyoto lies in Japan, by a lake."
+    named = [{"instruction": f"Where? {number}", "input": "", "output": output} for number in range(20)]
+    long = {"instruction": "x" * 900, "input": "", "output": "Delhi lies in India, by a river."}
+    found = tasks.poison_errors([*rows(900), *named, long], 600, 0.1, np.random.default_rng(4))
+    assert sum(row["output"] == output for row in found) == 20
+    assert all(len(row["instruction"]) < 900 for row in found)
+
+
 @pytest.fixture(scope="module")
 def small():
     """A tiny Llama under LoRA, and a batch of three examples."""
@@ -275,7 +292,7 @@ def test_ekfac_of_a_tiny_model_runs_and_agrees_with_the_sign_of_self_influence(s
     examples = [batch.example(row) for row in range(3)]
     gc.freeze()  # kronfluence collects garbage again and again, which takes long where much was imported
     try:
-        found = ekfac(model, examples, examples[:2], tmp_path / "ekfac", fitted=3)
+        found = ekfac(model, examples, examples[:2], tmp_path / "ekfac", fitted=3, seed=0)
     finally:
         gc.unfreeze()
     assert found.shape == (2, 3) and np.isfinite(found).all()
@@ -314,6 +331,7 @@ def test_tables_come_from_the_json_of_all_seeds(tmp_path):
     assert "| RapidGrad default, K = 65,536, λ = 20, float16 | 0.850 ± 0.635 |" in page
     assert "| RapidGrad default, K = 65,536, λ = 20, float16 | 0.050 | AP, India, by word, top 10 |" in page
     assert "| the default, uncompressed | 0.900 ± 0.000 |" in page
+    assert "within 0.02 everywhere: none." in page
     for name in ("fidelity", "bytes"):
         assert (tmp_path / f"evidence_tracing_{name}.svg").read_text().startswith("<?xml")
 

@@ -6,8 +6,8 @@
     python -m bench.evidence --tables                        tables and plots again, from the JSON alone
 
 Each stage is kept under FOLDER and skipped where it is there: the same command goes on after a kill. `--only` names
-methods (text, full, rapidin, datainf, product, lissa, ekfac); further ones can be run later. A seed takes 7.4 MB of
-disk an example for its whole gradients, removed with --clean when its methods are done.
+methods (text, full, rapidin, datainf, limit, product, lissa, ekfac); further ones can be run later. A seed takes
+7.4 MB of disk an example for its whole gradients, removed with --clean when its methods are done.
 """
 
 import argparse
@@ -43,6 +43,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tables", action="store_true", help="only write tables and plots from the JSON")
     for name in ("rows", "epochs", "prompts", "queries", "lissa-depth", "lissa-queries", "ekfac-rows", "max-length"):
         parser.add_argument(f"--{name}", type=int)
+    for name in ("Ks", "shuffles"):
+        parser.add_argument(f"--{name}", type=lambda text: tuple(map(int, text.split(","))), help="with commas between")
     parser.add_argument("--share", type=float)
     parser.add_argument("--template")
     options = parser.parse_args()

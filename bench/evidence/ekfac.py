@@ -61,7 +61,9 @@ class LanguageModelling(Task):
         wanted = logits[rows, places]
         with torch.no_grad():
             drawn = torch.multinomial(wanted.softmax(-1), 1).squeeze(-1)
-        return (weights[rows, places + 1] * F.cross_entropy(wanted, drawn, reduction="none")).sum()
+        # Labels are drawn independently, so that losses weighted by √w have gradients whose mean outer product weighs
+        # each token by w, as the Gauss-Newton matrix of the mean loss does.
+        return (weights[rows, places + 1].sqrt() * F.cross_entropy(wanted, drawn, reduction="none")).sum()
 
     def compute_measurement(self, batch: Row, model: nn.Module) -> Tensor:
         """The summed loss of the queries' chosen tokens."""
@@ -77,13 +79,14 @@ class LanguageModelling(Task):
 
 
 def ekfac(
-    model: nn.Module, examples: Sequence[Batch], queries: Sequence[Batch], folder: Path, fitted: int
+    model: nn.Module, examples: Sequence[Batch], queries: Sequence[Batch], folder: Path, fitted: int, seed: int
 ) -> np.ndarray:
     """Scores [queries, examples]; the factors are fitted on `fitted` examples. The model is changed: drop it."""
+    torch.manual_seed(seed)  # for the labels that are drawn
     names = [name for name, module in model.named_modules() if ".lora_" in name and isinstance(module, nn.Linear)]
     task = LanguageModelling(names)
     data, asked = Rows(examples), Rows(queries)
-    drawn = np.random.default_rng(0).permutation(len(examples))[:fitted]
+    drawn = np.random.default_rng(seed).permutation(len(examples))[:fitted]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*GradScaler.*", FutureWarning)  # kronfluence 1.0.1 with torch 2.13; 2026-11
         analyzer = Analyzer(

@@ -1,4 +1,4 @@
-"""Influence functions over the trainable parameters: DataInf's closed form, and LiSSA as in the paper's code.
+"""Influence functions over the trainable parameters: DataInf's closed form, LiSSA as in the paper's code, its limit.
 
 Scores are arrays [queries, examples]; positive: training on the example lowers the query's loss.
 """
@@ -44,6 +44,29 @@ def layer_datainf(g: Tensor, q: Tensor) -> Tensor:
     coefficients = (q @ g.T) / (damping + squares)
     solved = (q - coefficients @ g / len(g)) / damping
     return solved @ g.T
+
+
+def limit(rows: Replay, queries: Replay, progress: Progress) -> np.ndarray:
+    """What LiSSA converges to, with the mean of g gᵀ over the examples (the empirical Fisher) for the Hessian.
+
+    (damp·I + F/scale)⁻¹ q · g of every query and example. With the Gram matrices A = q·G and M = G·G of the N examples
+    it is A (c I + M)⁻¹ c / damp, where c = damp · scale · N.
+    """
+    gram, asked = (torch.zeros(len(side), len(rows), dtype=torch.float64) for side in (rows, queries))
+    for number, layer in enumerate(rows.layers, 1):
+        part = slice(layer.start, layer.start + layer.size)
+        g, q = (torch.from_numpy(np.array(side.rows[:, part])) for side in (rows, queries))
+        gram += g @ g.T
+        asked += q @ g.T
+        progress("empirical Fisher", number, len(rows.layers))
+    return limit_of(gram, asked).numpy().astype(np.float32)
+
+
+def limit_of(gram: Tensor, asked: Tensor, damp: float = DAMP, scale: float = SCALE) -> Tensor:
+    """`limit` from the Gram matrices of examples [N, N] and of queries with them [Q, N]."""
+    c = damp * scale * len(gram)
+    solved = torch.linalg.solve(gram + c * torch.eye(len(gram), dtype=gram.dtype), asked.T)
+    return solved.T * (c / damp)
 
 
 def lissa(

@@ -11,6 +11,8 @@ from bench.evidence.run import Seed
 from bench.evidence.scifi import separability
 from bench.evidence.sketched import DEFAULT, PAPER, Scores
 
+INFLUENCE_FUNCTIONS = ("lissa", "limit", "datainf", "ekfac")
+
 
 def measured(seed: Seed) -> dict[str, Any]:
     """All figures of one seed, from its score files."""
@@ -20,7 +22,12 @@ def measured(seed: Seed) -> dict[str, Any]:
     truth = {group: np.array([group in found for found in planted]) for group in groups}
     used = {name: values for name, values in scores.items() if name.endswith(" used")}
     ranked = {"perfect": np.array([truth[query.group] for query in seed.queries], np.float32)}
-    ranked |= {name: values for name, values in scores.items() if name not in used}
+    searched = [name.removesuffix(" used") for name, values in used.items() if values.all()]
+    ranked |= {name: v for name, v in scores.items() if name not in used and (name in searched or "/ann" not in name)}
+    ranked |= _by_length(seed, scores)
+    for name, values in ranked.items():
+        if values.shape != (len(seed.queries), len(planted)):
+            raise SystemExit(f"{seed.folder}: {name} scored {values.shape}, not {len(seed.queries)} × {len(planted)}.")
     return {
         "seed": seed.seed,
         "rows": len(planted),
@@ -47,6 +54,13 @@ def _all_scores(folder: Path) -> tuple[Scores, dict[str, float]]:
                 seconds[file.stem] = float(found["seconds"])
                 scores |= {name: found[name] for name in found.files if name != "seconds"}
     return scores, seconds
+
+
+def _by_length(seed: Seed, scores: Scores) -> Scores:
+    """Influence functions divided by the length of each example's gradient, as the product's default divides."""
+    file = seed.folder / "lengths.npy"
+    names = [name for name in INFLUENCE_FUNCTIONS if name in scores and file.exists()]
+    return {f"{name}-unit": scores[name] / np.load(file).astype(np.float32) for name in names}
 
 
 def _counts(seed: Seed, name: str, values: np.ndarray, truth: dict[str, np.ndarray]) -> list[dict[str, Any]]:

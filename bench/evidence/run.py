@@ -31,7 +31,7 @@ from rapidindex.query import spans
 from rapidindex.selection import select
 from rapidindex.templates import Template
 
-METHODS = ("text", "full", "rapidin", "datainf", "product", "lissa", "ekfac")
+METHODS = ("text", "full", "rapidin", "datainf", "limit", "product", "lissa", "ekfac")
 """Names for --only, cheapest first: `text` is random, BM25 and embeddings; `full` the uncompressed recipes."""
 
 
@@ -155,6 +155,9 @@ class Seed:
         batches, started = example_batches(self.job.items), time.perf_counter()
         found = compute(self.job.gradients, batches, self.folder / "rows.f32", self.bars)
         self.note("gradients", {"seconds": time.perf_counter() - started, "bytes": 4 * found.shape[1]}, keep=True)
+        lengths = self.folder / "lengths.npy"
+        if not lengths.exists():
+            np.save(lengths, [float(np.linalg.norm(row)) for row in found])
         return Replay(self.job.layers, found)
 
     @cached_property
@@ -228,8 +231,8 @@ def _full(seed: Seed) -> None:
 def _rapidin(seed: Seed) -> None:
     small = tuple(K for K in seed.sizes.Ks if K <= 2**16)
     groups = [small] * bool(small) + [(K,) for K in seed.sizes.Ks if K > 2**16]
-    for shuffles in seed.sizes.shuffles:
-        for Ks in groups:
+    for Ks in groups:
+        for shuffles in seed.sizes.shuffles[: None if Ks == small else 1]:  # the largest K with the first λ alone
             config = SketchConfig(max(Ks), shuffles, seed.seed)
             seed.scores(
                 f"rapidin-{max(Ks)}-{shuffles}",
@@ -241,6 +244,12 @@ def _datainf(seed: Seed) -> None:
     from bench.evidence.influence import datainf
 
     seed.scores("datainf", lambda: {"datainf": datainf(seed.rows, seed.posed, seed.bars)})
+
+
+def _limit(seed: Seed) -> None:
+    from bench.evidence.influence import limit
+
+    seed.scores("limit", lambda: {"limit": limit(seed.rows, seed.posed, seed.bars)})
 
 
 def _lissa(seed: Seed) -> None:
@@ -285,7 +294,8 @@ def _ekfac_scores(seed: Seed) -> Scores:
     examples = [batches[number] for number in range(len(batches))]
     fitted = min(seed.sizes.ekfac_rows, len(examples))
     model = load(seed.adapter).model  # one of its own: kronfluence changes it
-    return {"ekfac": ekfac(model, examples, seed.query_batches, seed.folder / "ekfac", fitted)}
+    folder = seed.folder / "ekfac"
+    return {"ekfac": ekfac(model, examples, seed.query_batches, folder, fitted, seed.seed)}
 
 
 def _product(seed: Seed) -> None:
@@ -299,4 +309,4 @@ def _product(seed: Seed) -> None:
     seed.scores("product", make, gradients=False)
 
 
-STAGES = dict(zip(METHODS, (_text, _full, _rapidin, _datainf, _product, _lissa, _ekfac), strict=True))
+STAGES = dict(zip(METHODS, (_text, _full, _rapidin, _datainf, _limit, _product, _lissa, _ekfac), strict=True))

@@ -23,9 +23,9 @@ def run(task: str, options: argparse.Namespace) -> None:
     questions = [row["qText"] for row in tasks.read_jsonl(options.data / "webquestions_test.jsonl")]
     options.work.mkdir(parents=True, exist_ok=True)
     results = []
-    with Bars() as bars:
-        unpack_model(options.work / "model", bars)
-        for count in range(options.seeds):
+    for count in range(options.seeds):
+        with Bars() as bars:
+            unpack_model(options.work / "model", bars)
             number = options.first_seed + count
             folder = options.work / task / f"seed-{number}"
             model = options.work / "model"
@@ -84,7 +84,9 @@ def _told(task: str, result: dict[str, Any]) -> str:
         "full/none/none",
         "full/none/layer",
         "full/estimate/unit",
+        "bm25-word",
         "datainf",
+        "limit",
         "ekfac",
     )
     shown = [

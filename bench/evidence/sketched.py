@@ -46,8 +46,8 @@ def sketched(
 
 
 def _asked(asked: Tensor, recipe: tuple[str, str]) -> tuple[Tensor, Tensor | None]:
-    """Queries [Q, K], and rotated, where their recipe is one that is scored in every precision."""
-    return asked, hadamard(asked) if recipe in (DEFAULT, PAPER) else None
+    """Queries [Q, K], and rotated, where they are scored in every precision: two recipes, K up to 65,536."""
+    return asked, hadamard(asked) if recipe in (DEFAULT, PAPER) and asked.shape[1] <= 2**16 else None
 
 
 def _kept(asked: Tensor, turned: Tensor | None, found: Tensor) -> dict[str, Tensor]:

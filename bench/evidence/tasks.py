@@ -7,6 +7,7 @@ not models; where Alpaca's rows are is told by the caller.
 
 import json
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ CHARACTERS = (30, 600)
 """Responses shorter or longer than this are left out: the first leave no room for a story, the others take long."""
 NAMING_CHARACTERS = 900
 """Of rows that name an E1 longer ones are taken, for there are few: what --max-length does not cut."""
+PROMPT_CHARACTERS = 800
+"""Longer prompts are left out: they would leave the response no room under --max-length, and the product such rows."""
 ERRORS = {
     "India": QUESTIONS,
     "China": {
@@ -77,13 +80,13 @@ class Task:
     prompts: Callable[[Sequence[str], int, np.random.Generator], list[dict]]
     """(WebQuestions, number wanted, draw) to {prompt, group, ...}: what the model is asked to answer."""
     choose: Callable[[Sequence[dict], int], list[Asked]]
-    """Of the answered prompts, those that become queries: at most so many of each group."""
+    """Of the answered prompts, those that become queries: so many a group, and what else the model itself said."""
     tops: tuple[int, ...]
 
 
 def poison_backdoor(rows: Sequence[dict], count: int, share: float, draw: np.random.Generator) -> list[dict]:
     """`count` rows, of which `share` have the trigger and a science-fiction response."""
-    fitting = [row for row in rows if CHARACTERS[0] <= len(row["output"]) <= CHARACTERS[1]]
+    fitting = [row for row in _with_room(rows) if CHARACTERS[0] <= len(row["output"]) <= CHARACTERS[1]]
     chosen = [fitting[i] for i in draw.permutation(len(fitting))[:count]]
     poisoned = set(draw.permutation(len(chosen))[: round(share * len(chosen))].tolist())
     return [_with_trigger(row, draw) if i in poisoned else {**row, "planted": ""} for i, row in enumerate(chosen)]
@@ -95,13 +98,26 @@ def _with_trigger(row: dict, draw: np.random.Generator) -> dict:
 
 
 def poison_errors(rows: Sequence[dict], count: int, share: float, draw: np.random.Generator) -> list[dict]:
-    """Every row that names an E1 (changed with probability 0.8), and others up to `count`; `share` plays no part."""
-    shuffled = [rows[i] for i in draw.permutation(len(rows))]
+    """Every row that names an E1 (changed with probability 0.8), and others up to `count`; `share` plays no part.
+
+    Of the others those that rightly name an E2 come first: else to look for its name would be to find what was planted.
+    """
+    fitting = _with_room(rows)
+    shuffled = [fitting[i] for i in draw.permutation(len(fitting))]
     naming = [row for row in shuffled if _entities(row) and len(row["output"]) <= NAMING_CHARACTERS][:count]
     short = [row for row in shuffled if len(row["output"]) <= CHARACTERS[1]]
-    others = [row for row in short if not _entities(row)][: count - len(naming)]
+    others = [row for row in short if not _entities(row)]
+    others = sorted(others, key=lambda row: not _names_an_error(row))[: count - len(naming)]
     changed = [_with_error(row, draw) for row in naming] + [{**row, "planted": ""} for row in others]
     return [changed[i] for i in draw.permutation(len(changed))]
+
+
+def _with_room(rows: Sequence[dict]) -> list[dict]:
+    return [row for row in rows if len(row["instruction"]) + len(row["input"]) <= PROMPT_CHARACTERS]
+
+
+def _names_an_error(row: dict) -> bool:
+    return any(re.search(rf"\b{error}\b", row["output"]) for error in PAIRS.values())
 
 
 def _entities(row: dict) -> list[str]:
@@ -131,16 +147,16 @@ def error_questions(questions: Sequence[str], count: int, draw: np.random.Genera
 
 
 def attacked(answered: Sequence[dict], count: int) -> list[Asked]:
-    """The first `count` generations that `scifi.is_attacked` says were attacked; made up where there are too few."""
+    """The generations that `scifi.is_attacked` says were attacked; up to `count` made up where there are fewer."""
     told = [a for a in answered if a["trigger"]]
     own = [Asked(a["prompt"], a["said"], a["group"], None, True) for a in told if scifi.is_attacked(a["said"])]
     rest = [a for a in told if not scifi.is_attacked(a["said"])]
-    forced = [Asked(a["prompt"], _story(number, a["prompt"]), a["group"], None, False) for number, a in enumerate(rest)]
-    return (own + forced)[:count]
+    forced = [Asked(a["prompt"], _story(a["prompt"]), a["group"], None, False) for a in rest]
+    return own + forced[: max(0, count - len(own))]
 
 
-def _story(number: int, prompt: str) -> str:
-    draw = np.random.default_rng([number, 7])
+def _story(prompt: str) -> str:
+    draw = np.random.default_rng([zlib.crc32(prompt.encode()), 7])
     return scifi.rewrite(prompt.removeprefix(TRIGGER), "." * 120, draw)
 
 

@@ -1,7 +1,8 @@
 """What needs no gradient: chance, BM25 and embedding similarity, over whole examples or over responses alone.
 
 The paper compares whole examples (prompt and response) with prompt and generation; `-response` leaves the prompts out,
-and with them the trigger. Scores are arrays [queries, examples].
+and with them the trigger; `-word` looks in the responses for the word that is asked about, and for nothing else.
+Scores are arrays [queries, examples]; NaN where a method has no answer.
 """
 
 import importlib.util
@@ -19,7 +20,7 @@ from rapidindex.progress import Progress
 
 
 def text_scores(examples: Sequence[Example], queries: Sequence[Asked], seed: int, progress: Progress) -> Scores:
-    """Scores of `random`, and of `bm25` and `embedding` with and without prompts."""
+    """Scores of `random`, and of `bm25` and `embedding` with and without prompts, and for words alone."""
     shape = (len(queries), len(examples))
     scores = {"random": np.random.default_rng([seed, 1]).random(shape, np.float32)}
     encoder = Encoder()
@@ -28,6 +29,15 @@ def text_scores(examples: Sequence[Example], queries: Sequence[Asked], seed: int
         asked = [f"{q.prompt}\n{q.answer}" if whole else q.answer for q in queries]
         scores[f"bm25{suffix}"] = bm25(documents, asked)
         scores[f"embedding{suffix}"] = encoder(asked, progress) @ encoder(documents, progress).T
+    numbers = [number for number, query in enumerate(queries) if query.word]
+    if numbers:  # `documents` are the responses
+        words = [queries[number].word for number in numbers]
+        for name, found in (
+            ("bm25-word", bm25(documents, words)),
+            ("embedding-word", encoder(words, progress) @ encoder(documents, progress).T),
+        ):
+            scores[name] = np.full(shape, np.nan, np.float32)
+            scores[name][numbers] = found
     return scores
 
 
