@@ -251,7 +251,8 @@ def _pyplot() -> Any:
 
 def _finish(plt: Any, picture: Any, axes: Any, file: Path) -> None:
     axes.grid(True, linewidth=0.3)
-    axes.legend(fontsize=6)
+    if axes.get_legend_handles_labels()[0]:  # none where no method of --only is a line
+        axes.legend(fontsize=6)
     picture.tight_layout()
     picture.savefig(file, metadata={"Date": None})
     plt.close(picture)
