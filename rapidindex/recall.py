@@ -1,14 +1,15 @@
 """Which share of the exact answer an approximate index finds, and how many candidates it takes to find enough.
 
 Held-out queries. A real query is the gradient of a prompt and an answer that are not among the stored examples,
-computed by the same recipe. Two kinds stand in for it:
+computed by the same recipe. Two kinds stand in for it, made of a stored row whose example is taken out of all answers:
 
-    left out   a stored row, itself taken out of both answers: just what a further example of the same data would meet
-    blend      r_a + (r_b - r_c) / √2 of three stored rows, all taken out: half its squared length is of the rows' own
-               spectrum but in no row's direction. Queries that resemble no example (wrong answers, a few tokens of one)
-               stand out less from the rows; so does this.
+    left out   the row itself: just what a further example of the same data would meet
+    faint      the row and as much white noise: the gradient of a single token lies to half in no row's direction
 
-An index counts as no better than it is on the worse kind. Knows vectors, not text.
+Over 9,225 real rows (SmolLM2, LoRA, K = 65,536; 50 real queries of each sort) the scores of left out rows have a
+standard deviation of .0223 and those of whole answers .0221; of faint rows .0161 and of single tokens .0158. To find
+.99 of the answers, one bit of a fold to 16,384 needs 17 and 6, 49 and 64 candidates for each row. An index counts as
+no better than it is on the worse kind. Knows vectors, not text.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from jaxtyping import Float32, Int64
 from rapidindex.exact import live_scores, top
 from rapidindex.store.rows import Rows
 
-KINDS = ("left out", "blend")
+KINDS = ("left out", "faint")
 QUERIES = 64
 """Of each kind: 640 rows to be found at recall@10, so that .99 is measured to within about .004."""
 DEPTHS = (10, 100)
@@ -39,7 +40,7 @@ class HeldOut:
     kinds: list[str]
     """The kind of each query."""
     left_out: list[Int64[np.ndarray, " _"]]
-    """For each query the rows that count in no answer: all that belong to an example it is made of."""
+    """For each query the rows that count in no answer: all that belong to the example it is made of."""
     answers: dict[bool, list[tuple[Float32[np.ndarray, " _"], Int64[np.ndarray, " _"]]]]
     """For True (proponents) and False (opponents), for each query: scores and numbers of the best rows, best first."""
 
@@ -77,21 +78,21 @@ def held_out(
 ) -> HeldOut | None:
     """Draw `queries` of each kind and find their exact answers in one pass over the rows.
 
-    None where fewer than four examples have live rows: there is nothing to measure then.
+    None where fewer than two examples have live rows: there is nothing to measure then.
     """
     rng = np.random.default_rng([seed, 1])
     live = rng.permutation(np.flatnonzero(rows.alive))
     _, first = np.unique(rows.example[live], return_index=True)
     one_each = rng.permutation(live[first])
-    if len(one_each) < 4:
+    if len(one_each) < 2:
         return None
     alone = one_each[:queries]
-    trios = np.stack([rng.choice(one_each, 3, replace=False) for _ in alone])
-    blends = [a + (b - c) * np.float32(0.5**0.5) for a, b, c in map(rows.take, trios)]
-    made_of = [*alone[:, None], *trios]
-    left_out = [np.flatnonzero(np.isin(rows.example, rows.example[numbers])) for numbers in made_of]
-    drawn = np.concatenate([rows.take(alone), np.stack(blends)])
+    taken = rows.take(alone)
+    lengths = np.linalg.norm(taken, axis=1, keepdims=True)
+    faint = taken + rng.standard_normal(taken.shape, np.float32) * (lengths / np.float32(rows.K**0.5))
+    drawn = np.concatenate([taken, faint])
     kinds = [kind for kind in KINDS for _ in alone]
+    left_out = [np.flatnonzero(rows.example == example) for example in rows.example[alone]] * len(KINDS)
     return HeldOut(drawn, kinds, left_out, _answers(rows, drawn, left_out, device, threads))
 
 

@@ -245,8 +245,8 @@ def test_a_target_out_of_reach_falls_back_to_the_exact_scan(store, queries):
 def test_held_out_queries_leave_out_every_row_of_the_examples_they_are_made_of(tmp_path):
     rows = make_store(tmp_path / "index", gradients(60, K), per_shard=30, rows_per_example=5).rows("sentence")
     known = held_out(rows, seed=0)
-    assert known.kinds == ["left out"] * 12 + ["blend"] * 12
-    assert [len(excluded) for excluded in known.left_out] == [5] * 12 + [15] * 12
+    assert known.kinds == ["left out"] * 12 + ["faint"] * 12
+    assert [len(excluded) for excluded in known.left_out] == [5] * 24
     for query, excluded, kind in zip(known.queries, known.left_out, known.kinds, strict=True):
         scores, _ = known.answers[True][known.queries.tolist().index(query.tolist())]
         if kind == "left out":
@@ -504,7 +504,7 @@ def test_a_rebuild_leaves_one_card_and_one_file(store):
 def test_describe_is_plain_data(built):
     said = json.loads(json.dumps(built.describe()))
     assert said["factory"] == built.card.factory and said["rows"] == N and said["stale"] is None
-    assert said["proponents"]["recall_at_10"] >= 0.95 and set(said["opponents"]["by_kind"]) == {"left out", "blend"}
+    assert said["proponents"]["recall_at_10"] >= 0.95 and set(said["opponents"]["by_kind"]) == {"left out", "faint"}
 
 
 # Damage
