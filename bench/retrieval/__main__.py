@@ -92,7 +92,7 @@ def synthetic(options: argparse.Namespace, bars: Bars) -> None:
         grown = Grown(options.work / name, K, source, size)
         notebook = Notebook(options.work / f"{name}.json")
         for part in sorted({size // step for step in STEPS if size // step > 1.2 * grown.real}):
-            if f"at {part}" not in notebook.figures:
+            if f"at {part}" not in notebook.figures and np.count_nonzero(grown.rows.alive) <= part:  # it only grows
                 grown.grow(part)
                 bed = _bed(grown.store, queries, grown.real, options.rounds)
                 notebook.once(f"at {part}", lambda bed=bed: alone(bed, bars))
