@@ -27,10 +27,10 @@ FAINTEST = 0.4
 QUERIES = 64
 """Of each kind: 640 rows to be found at recall@10, so that .99 is measured to within about .004."""
 DEPTHS = (10, 100)
-MOST_OVERFETCH = 512
+MOST_OVERFETCH = 2048
 """Rows of a language model's gradients are nearly orthogonal: the tenth best of 9,225 stands out by three standard
-deviations, and what a fold to 4,096 adds is three quarters of one. Hundreds of candidates for each row are then needed,
-and still far cheaper than a scan."""
+deviations, and what a fold to 4,096 adds is three quarters of one. Hundreds of candidates for each row are then
+needed, for opponents more, and still far cheaper than a scan."""
 _TIES = 28  # rows beyond the deepest: rows that score as much as the last one count as found, too
 
 
