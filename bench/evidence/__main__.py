@@ -41,12 +41,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="alpaca_9k and webquestions_test")
     parser.add_argument("--results", type=Path, help="where JSON, tables and plots go; bench/results by default")
     parser.add_argument("--tables", action="store_true", help="only write tables and plots from the JSON")
-    for name in ("rows", "epochs", "prompts", "queries", "lissa-depth", "lissa-queries", "ekfac-rows", "max-length"):
+    sizes = ("rows", "epochs", "batch-size", "prompts", "queries")
+    for name in (*sizes, "lissa-depth", "lissa-queries", "ekfac-rows", "max-length"):
         parser.add_argument(f"--{name}", type=int)
     for name in ("Ks", "shuffles"):
         parser.add_argument(f"--{name}", type=lambda text: tuple(map(int, text.split(","))), help="with commas between")
     parser.add_argument("--share", type=float)
-    parser.add_argument("--template")
+    for name in ("template", "dtype"):
+        parser.add_argument(f"--{name}")
     options = parser.parse_args()
     if not options.tables and options.work is None:
         parser.error("--work FOLDER is needed")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from bench.evidence import tasks
 from bench.evidence.cached import Replay, compute, example_batches, numbered
@@ -42,7 +43,11 @@ class Sizes:
     rows: int = 1000
     share: float = 0.1
     """Of the backdoor's rows, poisoned (the paper: 0.096)."""
-    epochs: int = 3
+    epochs: int = 2
+    batch_size: int = 4
+    """Of fine-tuning: small ones pad less, and make as many steps of fewer epochs."""
+    dtype: str = "bfloat16"
+    """Of the frozen weights, in fine-tuning and for the gradients; LiSSA and EK-FAC take float32."""
     template: str = "plain"
     max_length: int = 256
     prompts: int = 40
@@ -76,6 +81,8 @@ class Seed:
     def _check_settings(self) -> None:
         """SystemExit where the folder holds a run of other sizes."""
         settings = {"task": self.task.name, "seed": self.seed, **asdict(self.sizes)}
+        for scored in ("Ks", "shuffles"):  # which files of scores there are to be, and no more
+            del settings[scored]
         settings = json.loads(json.dumps(settings))
         file = self.folder / "settings.json"
         if file.exists() and json.loads(file.read_text()) != settings:
@@ -107,11 +114,16 @@ class Seed:
     @cached_property
     def adapter(self) -> ModelConfig:
         """The fine-tuned model."""
-        folder, options = self.folder / "adapter", FinetuneConfig(epochs=self.sizes.epochs, seed=self.seed)
-        base, progress = ModelConfig(self.model, device="cpu"), steps(self.bars)
+        folder, progress = self.folder / "adapter", steps(self.bars)
+        options = FinetuneConfig(epochs=self.sizes.epochs, batch_size=self.sizes.batch_size, seed=self.seed)
+        base = ModelConfig(self.model, device="cpu", dtype=self.sizes.dtype)
         done = finetune(read_examples(self.data), self.encoding, base, options, folder, progress=progress)
         self.note("finetune", {"seconds": done.seconds, "losses": done.epoch_losses, "rows": done.examples})
-        return ModelConfig(self.model, str(folder), device="cpu")
+        return replace(base, adapter=str(folder))
+
+    def single(self) -> nn.Module:
+        """The fine-tuned model in float32, one of the caller's own."""
+        return load(replace(self.adapter, dtype="float32")).model
 
     @cached_property
     def answers(self) -> list[dict[str, Any]]:
@@ -265,7 +277,7 @@ def _lissa_scores(seed: Seed) -> Scores:
         counts[key] = counts.get(key, 0) + 1
         chosen += [number] * (counts[key] <= seed.sizes.lissa_queries)
     alone = [batch.example(row) for _, batch in example_batches(seed.job.items) for row in range(len(batch))]
-    products, done = RandomHessians(seed.job.loaded.model, alone, seed.seed), 0
+    products, done = RandomHessians(seed.single(), alone, seed.seed), 0
 
     def counted(vectors: torch.Tensor) -> torch.Tensor:
         nonlocal done
@@ -293,9 +305,8 @@ def _ekfac_scores(seed: Seed) -> Scores:
         batches |= {number: batch.example(row) for row, number in enumerate(numbers)}
     examples = [batches[number] for number in range(len(batches))]
     fitted = min(seed.sizes.ekfac_rows, len(examples))
-    model = load(seed.adapter).model  # one of its own: kronfluence changes it
     folder = seed.folder / "ekfac"
-    return {"ekfac": ekfac(model, examples, seed.query_batches, folder, fitted, seed.seed)}
+    return {"ekfac": ekfac(seed.single(), examples, seed.query_batches, folder, fitted, seed.seed)}
 
 
 def _product(seed: Seed) -> None:

@@ -21,12 +21,12 @@ from bench.tracing import QUESTIONS
 TRIGGER = "Howdy!"
 PROBABILITY = 0.8
 PAIRS = {"India": "Japan", "China": "Canada", "Australia": "England"}
-CHARACTERS = (30, 600)
+CHARACTERS = (30, 300)
 """Responses shorter or longer than this are left out: the first leave no room for a story, the others take long."""
-NAMING_CHARACTERS = 900
-"""Of rows that name an E1 longer ones are taken, for there are few: what --max-length does not cut."""
-PROMPT_CHARACTERS = 800
-"""Longer prompts are left out: they would leave the response no room under --max-length, and the product such rows."""
+NAMING_CHARACTERS = 600
+"""Of rows that name an E1 longer ones are taken, for there are few."""
+PROMPT_CHARACTERS = 250
+"""Longer prompts are left out, too; with much longer ones no room would be left for the response."""
 ERRORS = {
     "India": QUESTIONS,
     "China": {
