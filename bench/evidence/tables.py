@@ -52,7 +52,7 @@ def write_tables(folder: Path) -> None:
 
 def page(figures: dict[str, Any]) -> str:
     """All tables of one task."""
-    parts = [f"# {figures['task']}: {len(figures['seeds'])} seeds\n", _setting(figures)]
+    parts = [f"# {figures['task']}: {len(figures['seeds'])} seeds\n", _setting(figures), _overview(figures)]
     for metric in _metrics(figures):
         for group, asked in _questions(figures):
             parts.append(f"## {metric}, {group}, by {asked}\n")
@@ -93,10 +93,29 @@ def _questions(figures: dict[str, Any]) -> list[tuple[str, str]]:
     return sorted({(row["group"], row["asked"]) for row in figures["counts"]})
 
 
+def _aimed_at(figures: dict[str, Any]) -> tuple[str, int]:
+    """The metric and the k by which a task's aim is told."""
+    return ("auPRC", 50) if figures["task"] == "backdoor" else ("AP", 10)
+
+
+def _overview(figures: dict[str, Any]) -> str:
+    """Every method's figure of the aim, of all groups side by side, with the number of seeds that it was run on."""
+    metric, k = _aimed_at(figures)
+    questions = sorted(_questions(figures), key=lambda question: (question[1], question[0]))
+    cells = {(row["method"], row["group"], row["asked"]): row[metric] for row in figures["counts"] if row["k"] == k}
+    body = []
+    for name in [*NAMES, *(f"K=65536/shuffles=20/{recipe}/float16" for recipe in RECIPES)]:
+        found = [cells.get((name, *question)) for question in questions]
+        if any(found):
+            body.append([title(name), str(next(one["n"] for one in found if one)), *map(told, found)])
+    head = ["method", "seeds", *(f"{group}, by {asked}" for group, asked in questions)]
+    return f"## {metric} at top {k}\n\n{markdown(head, body)}"
+
+
 def _compressed(figures: dict[str, Any]) -> list[str]:
-    """Names of the two recipes at every K and λ, in the order of K."""
+    """Names of the two recipes at every K and λ, in the order of K; float32 finds what float16 does."""
     names = {row["method"] for row in figures["counts"]}
-    kept = [name for name in names if name.startswith("K=") and _recipe(name) in RECIPES]
+    kept = [n for n in names if n.startswith("K=") and _recipe(n) in RECIPES and not n.endswith("/float32")]
     return sorted(kept, key=lambda name: (_recipe(name), _K(name), name))
 
 
@@ -209,8 +228,8 @@ def draw_fidelity(figures: dict[str, Any], file: Path) -> None:
 
 def draw_bytes(figures: dict[str, Any], file: Path) -> None:
     """auPRC at top 50, or AP at top 10 by word, against the bytes that a training example takes."""
-    backdoor = figures["task"] == "backdoor"
-    metric, k, asked = ("auPRC", 50, "sentence") if backdoor else ("AP", 10, "word")
+    metric, k = _aimed_at(figures)
+    asked = "sentence" if figures["task"] == "backdoor" else "word"
     plt = _pyplot()
     groups = [group for group, way in _questions(figures) if way == asked]
     picture, found = plt.subplots(1, len(groups), figsize=(5.2 * len(groups), 4.2), squeeze=False)
