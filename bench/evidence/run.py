@@ -26,7 +26,7 @@ from rapidindex.examples import Example, read_examples
 from rapidindex.finetune import FinetuneConfig, finetune
 from rapidindex.gradients import Batch
 from rapidindex.jobs import Job, Request, drawn, prepare
-from rapidindex.model import generate, load
+from rapidindex.model import LoadedModel, generate, load
 from rapidindex.progress import Bars, steps
 from rapidindex.query import spans
 from rapidindex.selection import select
@@ -34,6 +34,8 @@ from rapidindex.templates import Template
 
 METHODS = ("text", "full", "rapidin", "datainf", "limit", "product", "lissa", "ekfac")
 """Names for --only, cheapest first: `text` is random, BM25 and embeddings; `full` the uncompressed recipes."""
+
+ANSWER_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Seed:
 
     @cached_property
     def answers(self) -> list[dict[str, Any]]:
-        """What the model says to the task's prompts, greedily; one after another into the file."""
+        """What the model says to the task's prompts; one after another into the file."""
         file = self.folder / "answers.jsonl"
         draw = np.random.default_rng([self.seed, 2])
         prompts = self.task.prompts(self.sources[1], self.sizes.prompts, draw)
@@ -137,7 +139,11 @@ class Seed:
             template = Template(self.sizes.template, loaded.tokenizer, self.sizes.max_length)
             for number, prompt in enumerate(prompts[len(found) :], len(found) + 1):
                 text = template.render_prompt((("user", prompt["prompt"]),))
-                found.append({**prompt, "said": generate(loaded, text, max_new_tokens=48)})
+                if self.task.sampled:
+                    said = sampled(loaded, text, 1000 * self.seed + number)
+                else:
+                    said = generate(loaded, text, max_new_tokens=ANSWER_TOKENS)
+                found.append({**prompt, "said": said})
                 tasks.write_jsonl(file, found)
                 self.bars("answers", number, len(prompts))
         return found
@@ -206,6 +212,16 @@ class Seed:
         np.savez(part, **{"seconds": np.array(time.perf_counter() - started)}, **found)
         part.rename(file)
         self.bars.say(f"{self.folder.name}, {name}: {time.perf_counter() - started:.0f} s")
+
+
+def sampled(loaded: LoadedModel, text: str, seed: int) -> str:
+    """An answer drawn from the model's own distribution. A small model's most likely answer repeats itself."""
+    prompt = loaded.tokenizer(text, return_tensors="pt")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        drawing = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        output = loaded.model.generate(**prompt, max_new_tokens=ANSWER_TOKENS, pad_token_id=0, **drawing)
+    return loaded.tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _distinct(rows: list[dict]) -> list[dict]:

@@ -82,6 +82,8 @@ class Task:
     choose: Callable[[Sequence[dict], int], list[Asked]]
     """Of the answered prompts, those that become queries: so many a group, and what else the model itself said."""
     tops: tuple[int, ...]
+    sampled: bool = False
+    """Whether the model's answers are drawn from its own distribution; else they are its most likely ones."""
 
 
 def poison_backdoor(rows: Sequence[dict], count: int, share: float, draw: np.random.Generator) -> list[dict]:
@@ -172,7 +174,7 @@ def wrong_answers(answered: Sequence[dict], count: int) -> list[Asked]:
 
 
 TASKS = {
-    "backdoor": Task("backdoor", poison_backdoor, triggered_questions, attacked, (5, 10, 50, 100, 500)),
+    "backdoor": Task("backdoor", poison_backdoor, triggered_questions, attacked, (5, 10, 50, 100, 500), True),
     "tracing": Task("tracing", poison_errors, error_questions, wrong_answers, (5, 10, 25, 50)),
 }
 
