@@ -174,15 +174,15 @@ class AnnIndex:
 
     def search(
         self, folded: Float32[np.ndarray, "queries dim"], count: int, lists: int | None = None
-    ) -> Int64[np.ndarray, "queries count"]:
-        """Numbers of about the `count` rows of the largest inner products, best first, then -1.
+    ) -> tuple[Float32[np.ndarray, "queries count"], Int64[np.ndarray, "queries count"]]:
+        """Estimated inner products and numbers of about the `count` rows of the largest ones, best first, then -1.
 
         An IVF index visits so many of its `lists`.
         """
         if self._threads:
             self._faiss.omp_set_num_threads(self._threads)  # of this thread's searches only
         count = min(count, _GPU_MOST if self._on_gpu else len(self))
-        return self._index.search(folded, count, params=self._parameters(count, lists))[1]
+        return self._index.search(folded, count, params=self._parameters(count, lists))
 
     def save(self, path: Path) -> tuple[int, str]:
         """Write to `path`, which appears whole or not at all; its size in bytes and its SHA-256.

@@ -277,7 +277,7 @@ def index(
         str | None, typer.Option(help='FAISS factory such as Flat or "HR,RaBitQ", or exact.', show_default="by size")
     ] = None,
     dim: Annotated[int, typer.Option(help="Length of the folded rows; divides K.")] = 16_384,
-    target_recall: Annotated[float, typer.Option(help="Recall@10 to reach by over-fetching.")] = 0.99,
+    target_recall: Annotated[float, typer.Option(help="Recall@10 to reach.")] = 0.99,
     level: Annotated[
         str | None, typer.Option(help="Of whole examples (sentence) or tokens (token).", show_default="all")
     ] = None,

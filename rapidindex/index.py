@@ -3,8 +3,8 @@
     query [K] ──fold──> [dim] ──FAISS──> candidates, more than asked for ──inner products at full K──> the best k
 
 FAISS holds a fold of every row (neighbouring entries summed, the RapidGrad of a smaller K). What it returns is only a
-list of candidates: scores always come from the stored rows. Opponents are the candidates of -query. How many candidates
-it takes is measured when the index is built, for each direction, and so is the recall that this gives.
+list of candidates: scores always come from the stored rows. Opponents are the candidates of -query. How far down the
+list a search has to go is measured when the index is built, for each direction, and so is the recall that this gives.
 
     INDEX/<level>/ann.json              the card: what the index was made from and how, and its recall
     INDEX/<level>/ann.<8 hex>.faiss     FAISS's own file, named by the card; none for the factory `exact`
@@ -57,6 +57,7 @@ TARGET_RECALL = 0.99
 REMEASURE_GROWTH = 1.1
 """`update` measures recall again once there are so many times the live rows that it was measured with."""
 _TRAIN_ROWS, _TRAIN_PER_LIST, _TRAIN_BYTES = 2**14, 64, 2**30
+_FIRST_READ = 32  # candidates whose scores say which others to look at
 _FOLD_BYTES = 2**25  # float32 bytes of rows folded at a time
 
 
@@ -159,30 +160,43 @@ class VectorIndex:
     def search(self, queries: np.ndarray, k: int, *, largest: bool = True) -> SearchResult:
         """The k live rows of the largest (or smallest) inner product with each of `queries` [queries, K].
 
-        It is exact for the factory `exact`, in a direction in which no over-fetch reached the target recall, and where
-        re-ranking the candidates would read a quarter of the rows or more: `SearchResult.method` says which it was.
+        It is exact for the factory `exact`, in a direction in which no margin reached the target recall, and where all
+        queries would have to look at a quarter of the rows or more: `SearchResult.method` says which it was.
         Raises as `exact_search` does, and StoreError where the index does not hold all of the rows.
         """
         queries = checked_queries(queries, self.rows.K, k)
         calibration = self.card.calibration(largest)
-        if self._ann is None or calibration is None or calibration.overfetch is None:
+        if self._ann is None or calibration is None or calibration.margin is None:
             return self._exact(queries, k, largest)
         if self.stale:
             raise StoreError(f"The search index is out of date: {self.stale}.", hint=rebuild_hint(self.rows.path))
-        count = calibration.overfetch * max(k, 10)
         live = int(np.count_nonzero(self.rows.alive))
-        if count > most_candidates(live):
-            return self._exact(queries, k, largest)
-        started = time.perf_counter()
-        candidates = self._candidates(queries, count, calibration.lists, largest)
-        searched = time.perf_counter()
+        most = most_candidates(live)
         scores, found = padding(len(queries), k, largest)
-        for query, numbers in enumerate(candidates):
-            numbers = numbers[numbers >= 0][:count]
-            if len(numbers) < k:  # the lists visited hold too few
-                return self._exact(queries, k, largest)
-            scores[query], found[query] = self._reranked(queries[query], numbers, k, largest)
-        seconds = (searched - started, time.perf_counter() - searched)
+        left, count, seconds = list(range(len(queries))), calibration.candidates * max(k, 10) // 10, [0.0, 0.0]
+        while left and k <= most:
+            started = time.perf_counter()
+            count = min(max(count, k), most)
+            estimates, numbers = self._candidates(queries[left], count, calibration.lists, largest)
+            searched = time.perf_counter()
+            unfinished = []
+            for query, *candidates in zip(left, estimates, numbers, strict=True):
+                best = self._best(queries[query], *candidates, k, calibration.margin, largest)
+                if best is None:
+                    unfinished.append(query)
+                else:
+                    scores[query], found[query] = best
+            seconds = [seconds[0] + searched - started, seconds[1] + time.perf_counter() - searched]
+            left = unfinished
+            if count == most:
+                break
+            count *= 4
+        if left:
+            whole = self._exact(queries[left], k, largest)
+            if len(left) == len(queries):
+                return whole
+            scores[left], found[left] = whole.scores, whole.rows
+            seconds[1] += whole.search_seconds
         return SearchResult(scores, found, live, largest, "ann", calibration.recall(k), *seconds, None)
 
     @property
@@ -205,30 +219,40 @@ class VectorIndex:
 
     def _candidates(
         self, queries: np.ndarray, count: int, lists: int | None, largest: bool
-    ) -> Int64[np.ndarray, "queries candidates"]:
-        """Numbers of live rows that are likely the best, `count` a query where possible; -1 in other places."""
+    ) -> tuple[Float32[np.ndarray, "queries count"], Int64[np.ndarray, "queries count"]]:
+        """See `recall.Find`."""
         assert self._ann is not None
-        lengths = np.linalg.norm(queries.astype(np.float64), axis=1, keepdims=True)
-        units = queries / np.where(lengths > 0, lengths, 1) * (1 if largest else -1)
+        units = queries / _lengths(queries)[:, None] * (1 if largest else -1)
         folded = np.ascontiguousarray(fold(units, self.card.dim), dtype=np.float32)
-        alive, wanted = self.rows.alive, count
-        while True:
-            found = self._ann.search(folded, wanted, lists)
-            removed = (found >= 0) & ~alive[found]
-            found[removed] = -1
-            short = (found >= 0).sum(axis=1) < count
-            if wanted >= len(self._ann) or not (short & removed.any(axis=1)).any():
-                return found
-            wanted *= 2
+        estimates, numbers = self._ann.search(folded, count, lists)
+        estimates[numbers < 0] = -np.inf
+        numbers[(numbers >= 0) & ~self.rows.alive[numbers]] = -1
+        return estimates, numbers
 
-    def _reranked(
-        self, query: np.ndarray, numbers: np.ndarray, k: int, largest: bool
-    ) -> tuple[Float32[np.ndarray, " k"], Int64[np.ndarray, " k"]]:
-        """The k best of the rows of these numbers by their inner products at full K."""
-        numbers = np.sort(numbers)  # the disk is read forwards, and of equal scores the lower row comes first
-        scores = scores_of(self.rows, numbers, query)
-        best = top(scores, k, largest)
-        return scores[best], numbers[best]
+    def _best(
+        self, query: np.ndarray, estimates: np.ndarray, numbers: np.ndarray, k: int, margin: float, largest: bool
+    ) -> tuple[Float32[np.ndarray, " k"], Int64[np.ndarray, " k"]] | None:
+        """The k best of the candidates by their inner products at full K; None where others may be better."""
+        bound, alive = estimates[-1], numbers >= 0
+        estimates, numbers = estimates[alive], numbers[alive]
+        if len(numbers) < k:
+            return None
+        unit = _lengths(query[None])[0] * (1 if largest else -1)
+        scores, seen = np.empty(0, np.float32), np.empty(0, np.int64)
+        lowest, done, block = -np.inf, 0, max(2 * k, _FIRST_READ)
+        while done < len(numbers) and estimates[done] >= lowest:
+            here = slice(done, done + block)
+            wanted = np.sort(numbers[here][estimates[here] >= lowest])  # the disk is read forwards
+            scores = np.append(scores, scores_of(self.rows, wanted, query))
+            seen = np.append(seen, wanted)
+            best = top(scores, k, largest)
+            lowest = scores[best[-1]] / unit - margin
+            done, block = done + block, 2 * block
+        if bound >= lowest:
+            return None
+        order = np.argsort(seen)  # of equal scores the lower row comes first
+        best = order[top(scores[order], k, largest)]
+        return scores[best], seen[best]
 
     def _lacking(self) -> Bool[np.ndarray, " n"]:
         """The live rows that FAISS's index does not hold."""
@@ -288,6 +312,12 @@ class VectorIndex:
                 with suppress(OSError):
                     old.unlink()
         return self
+
+
+def _lengths(queries: np.ndarray) -> np.ndarray:
+    """float64 [queries]; 1 for those that are zero."""
+    lengths = np.linalg.norm(queries.astype(np.float64), axis=1)
+    return np.where(lengths > 0, lengths, 1.0)
 
 
 def _load(

@@ -1,5 +1,10 @@
 """Which share of the exact answer an approximate index finds, and how many candidates it takes to find enough.
 
+An index estimates scores. The error of its estimates is that of a fold and of few bits, much the same for every query
+in proportion to its length. So the candidates that are looked at are those whose estimates come within a margin of the
+answer's last score: few where the best rows stand out, many where they do not. The margin is measured; RaBitQ's own
+error bound (Gao and Long, 2024) knows nothing of the fold.
+
 Held-out queries. A real query is the gradient of a prompt and an answer that are not among the stored examples,
 computed by the same recipe. Two kinds stand in for it, made of a stored row whose example is taken out of all answers:
 
@@ -27,10 +32,9 @@ FAINTEST = 0.4
 QUERIES = 64
 """Of each kind: 640 rows to be found at recall@10, so that .99 is measured to within about .004."""
 DEPTHS = (10, 100)
-MOST_OVERFETCH = 2048
-"""Rows of a language model's gradients are nearly orthogonal: the tenth best of 9,225 stands out by three standard
-deviations, and what a fold to 4,096 adds is three quarters of one. Hundreds of candidates for each row are then
-needed, for opponents more, and still far cheaper than a scan."""
+MOST_CANDIDATES = 2**15
+"""A search that would have to look at more rows, or at a quarter of them all, scans instead."""
+_LEAST_CANDIDATES, _ROUNDING = 32, 1e-6
 _TIES = 28  # rows beyond the deepest: rows that score as much as the last one count as found, too
 
 
@@ -51,12 +55,17 @@ class HeldOut:
 class Calibration:
     """What was measured for one direction, and what a search does about it."""
 
-    overfetch: int | None
-    """Candidates for each row asked for; None: no over-fetch reached the target, so searches are exact."""
+    margin: float | None
+    """A row is looked at where its estimated score comes within this of the answer's last one, in lengths of the query.
+    None: too many rows would be, or none reached the target, so searches are exact."""
+    candidates: int
+    """Asked of the index first, for 10 rows: enough for nine tenths of the held-out queries."""
+    rows_read: list[float]
+    """By held-out queries for 10 rows: the median, and the mean; an exact scan counts as all rows."""
     lists: int | None
     """Lists of an IVF index that a search visits."""
     recall_at_10: float
-    """Of the worse kind of query, at this over-fetch; at the greatest where none reached the target."""
+    """Of the worse kind of query, with this margin; with the most candidates where there is none."""
     recall_at_100: float
     by_kind: dict[str, list[float]]
     """Recall@10 and @100 of each kind."""
@@ -71,8 +80,12 @@ class Calibration:
         return min(self.recall_at_10, self.recall_at_100) if k < DEPTHS[1] else self.recall_at_100
 
 
-Find = Callable[[Float32[np.ndarray, "queries K"], int, int | None], Int64[np.ndarray, "queries count"]]
-"""(queries, candidates, lists to visit) → numbers of live rows, best first, and -1 where there is none."""
+Find = Callable[
+    [Float32[np.ndarray, "queries K"], int, int | None],
+    tuple[Float32[np.ndarray, "queries count"], Int64[np.ndarray, "queries count"]],
+]
+"""(queries, candidates, lists to visit) → estimated scores, best first, in lengths of the query (of minus the query for
+opponents), and the rows' numbers: -1 for rows that were removed, and, beside -inf, where the index has no more."""
 
 
 def held_out(
@@ -100,38 +113,121 @@ def held_out(
 
 
 def most_candidates(rows: int) -> int:
-    """Of so many rows: re-ranking more of them would cost as much as scanning all, which reads them in their order."""
-    return rows // 4
+    """Of so many rows: looking at more of them would cost as much as scanning all, which reads them in their order."""
+    return min(MOST_CANDIDATES, rows // 4)
 
 
 def calibrate(find: Find, held_out: HeldOut, *, largest: bool, target: float, lists: int, rows: int) -> Calibration:
-    """The smallest over-fetch, and the fewest of an IVF index's `lists`, at which recall@10 reaches `target`.
+    """The smallest margin, and the fewest of an IVF index's `lists`, at which recall@10 reaches `target`.
 
-    One deep search tells at which rank each row of the answers comes, and so what any over-fetch finds. A search with
-    the one chosen confirms it: a graph that is asked for less looks less far.
+    One deep search tells how far below the answer's last score each of its rows is estimated, and so what any margin
+    finds. A search for as few candidates as nine tenths of the queries need confirms it: a graph that is asked for less
+    looks less far.
     """
     shallow, deep = DEPTHS
-    most = max(1, min(MOST_OVERFETCH, most_candidates(rows) // shallow))
+    most = max(1, most_candidates(rows))
     visited = _enough_lists(find, held_out, largest, target, lists, most) if lists else None
+    found = find(held_out.queries, most, visited)
+    seen = _Seen.of(held_out, found, shallow, largest)
+    margins = [float(np.quantile(each, target, method="inverted_cdf")) for each in seen.by_kind(seen.below)]
+    margin = max(0.0, *margins) + _ROUNDING
+    read = seen.rows_read(found, margin, rows)
+    if np.isinf(margin) or np.median(read) >= rows:
+        at_10, at_100 = (_Seen.of(held_out, found, k, largest).among_candidates() for k in DEPTHS)
+        return _calibration(None, most, read, visited, at_10, at_100, held_out, rows)
+    candidates = int(np.clip(np.quantile(read, 0.9), min(_LEAST_CANDIDATES, most), most))
+    while True:
+        first = _Seen.of(held_out, find(held_out.queries, candidates, visited), shallow, largest)
+        at_10 = first.unless_finished(margin, seen).within(margin)
+        if min(at_10.values()) >= target or candidates == most:
+            break
+        candidates = min(most, 2 * candidates)
+    at_100 = _Seen.of(held_out, found, deep, largest).within(margin)
+    reached = margin if min(at_10.values()) >= target else None
+    return _calibration(reached, candidates, read, visited, at_10, at_100, held_out, rows)
 
-    def recall(k: int, overfetch: int) -> dict[str, float]:
-        return _recall(_places(find, held_out, k, overfetch, visited, largest), overfetch * k)
 
-    places = _places(find, held_out, shallow, most, visited, largest)
-    enough = (n for n in range(1, most) if min(_recall(places, n * shallow).values()) >= target)
-    overfetch = next(enough, most)
-    while min((found := recall(shallow, overfetch)).values()) < target and overfetch < most:
-        overfetch = min(most, overfetch + overfetch // 4 + 1)
-    below = recall(deep, overfetch)
+def _calibration(
+    margin: float | None,
+    candidates: int,
+    read: np.ndarray,
+    lists: int | None,
+    at_10: dict[str, float],
+    at_100: dict[str, float],
+    held_out: HeldOut,
+    rows: int,
+) -> Calibration:
     return Calibration(
-        overfetch=overfetch if min(found.values()) >= target else None,
-        lists=visited,
-        recall_at_10=min(found.values()),
-        recall_at_100=min(below.values()),
-        by_kind={kind: [found[kind], below[kind]] for kind in KINDS},
+        margin=margin,
+        candidates=candidates,
+        rows_read=[float(np.median(read)), float(np.mean(read))],
+        lists=lists,
+        recall_at_10=min(at_10.values()),
+        recall_at_100=min(at_100.values()),
+        by_kind={kind: [at_10[kind], at_100[kind]] for kind in KINDS},
         queries=len(held_out.queries),
         rows=rows,
     )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Where the estimates of the true k best lie, in lengths of each query."""
+
+    kinds: list[str]
+    last: Float32[np.ndarray, " queries"]
+    """The score of the k-th best."""
+    below: list[Float32[np.ndarray, " k"]]
+    """How far below it each of them is estimated. What is not among the candidates is taken for the worst of these: a
+    margin that reaches so far makes a search ask for more. Infinite where the index has no more."""
+    bound: Float32[np.ndarray, " queries"]
+    """The worst candidate's estimate."""
+
+    @classmethod
+    def of(cls, held_out: HeldOut, found: tuple[np.ndarray, np.ndarray], k: int, largest: bool) -> "_Seen":
+        last, below, bound = [], [], []
+        for query, (scores, rows), estimates, numbers in zip(
+            held_out.queries, held_out.answers[largest], *found, strict=True
+        ):
+            signed = (scores if largest else -scores) / (float(np.linalg.norm(query)) or 1.0)
+            depth = min(k, len(rows))
+            true = rows[signed >= signed[depth - 1]]  # a tie for the last place counts as true
+            told = np.full(max(depth, len(true)), estimates[-1])
+            there = estimates[np.isin(numbers, true)]
+            told[: len(there)] = there
+            last.append(signed[depth - 1])
+            below.append(signed[depth - 1] - np.sort(told)[::-1][:depth])
+            bound.append(estimates[-1])
+        return cls(held_out.kinds, np.array(last), below, np.array(bound))
+
+    def by_kind(self, each: list[np.ndarray]) -> list[np.ndarray]:
+        """Those of all queries of one kind together."""
+        return [np.concatenate([e for e, k in zip(each, self.kinds, strict=True) if k == kind]) for kind in KINDS]
+
+    def rows_read(self, found: tuple[np.ndarray, np.ndarray], margin: float, rows: int) -> np.ndarray:
+        """By each query; all where the candidates end above the margin."""
+        lowest = self.last - margin
+        within = (found[0] >= lowest[:, None]).sum(axis=1)
+        return np.where(self.bound >= lowest, rows, within)
+
+    def unless_finished(self, margin: float, more: "_Seen") -> "_Seen":
+        """With `more`, seen among more candidates, of the queries whose search would go on after these."""
+        goes_on = self.bound >= self.last - margin
+        below = [b if again else a for a, b, again in zip(self.below, more.below, goes_on, strict=True)]
+        return _Seen(self.kinds, self.last, below, self.bound)
+
+    def within(self, margin: float) -> dict[str, float]:
+        """The recall of each kind that a search with this margin has."""
+        return self._shares([each <= margin for each in self.below])
+
+    def among_candidates(self) -> dict[str, float]:
+        """The recall of each kind where all candidates are looked at, and no more."""
+        reach = self.last - self.bound
+        return self._shares([each < most for each, most in zip(self.below, reach, strict=True)])
+
+    def _shares(self, hits: list[np.ndarray]) -> dict[str, float]:
+        means = [round(float(each.mean()), 6) for each in self.by_kind(hits)]
+        return dict(zip(KINDS, means, strict=True))
 
 
 def _answers(
@@ -148,43 +244,12 @@ def _answers(
     return answers
 
 
-def _places(
-    find: Find, held_out: HeldOut, k: int, overfetch: int, lists: int | None, largest: bool
-) -> list[tuple[str, Float32[np.ndarray, " k"]]]:
-    """The kind of each query, and where its true k best are among `overfetch` · k candidates, in order.
-
-    Infinite: not among them. A tie for the last place counts as true.
-    """
-    count = overfetch * k
-    candidates = find(held_out.queries, count + max(map(len, held_out.left_out)), lists)
-    told = []
-    for kind, numbers, excluded, (scores, rows) in zip(
-        held_out.kinds, candidates, held_out.left_out, held_out.answers[largest], strict=True
-    ):
-        depth = min(k, len(rows))
-        true = rows[scores >= scores[depth - 1] if largest else scores <= scores[depth - 1]]
-        counted = numbers[(numbers >= 0) & ~np.isin(numbers, excluded)][:count]
-        places = np.full(depth, np.inf, np.float32)
-        found = np.flatnonzero(np.isin(counted, true))[:depth]
-        places[: len(found)] = found
-        told.append((kind, places))
-    return told
-
-
-def _recall(places: list[tuple[str, Float32[np.ndarray, " k"]]], count: int) -> dict[str, float]:
-    """Of each kind of query, the mean share of the true best that are among the first `count` candidates."""
-    shares: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for kind, each in places:
-        shares[kind].append(float((each < count).mean()))
-    return {kind: round(float(np.mean(share)), 6) for kind, share in shares.items()}
-
-
-def _enough_lists(find: Find, held_out: HeldOut, largest: bool, target: float, lists: int, overfetch: int) -> int:
+def _enough_lists(find: Find, held_out: HeldOut, largest: bool, target: float, lists: int, candidates: int) -> int:
     """The fewest lists whose rows hold enough of the answers; all where even those do not."""
     visited = max(1, lists // 64)
     while visited < lists:
-        places = _places(find, held_out, DEPTHS[0], overfetch, visited, largest)
-        if min(_recall(places, overfetch * DEPTHS[0]).values()) >= target:
+        found = _Seen.of(held_out, find(held_out.queries, candidates, visited), DEPTHS[0], largest)
+        if min(found.among_candidates().values()) >= target:
             return visited
         visited *= 2
     return lists

@@ -34,14 +34,14 @@ def _of_one(one: Figures, where: str) -> Iterator[str]:
 
 
 def _reachable(figures: Figures) -> Iterator[str]:
-    """What each index small enough does at the least over-fetch measured that finds enough, chosen by it or not."""
+    """What each index small enough does at the least margin measured that finds enough, chosen by it or not."""
     for one in configurations(figures):
         exact, flat = (one["latency"]["1"][name]["median"] for name in ("exact", "flat"))
         for point in one.get("curve", ()) if one["bytes_per_row"] <= AIMS["bytes_per_row"] else ():
             found = {way: worst(recall) for way, recall in point.get("recall", {}).items()}
             if point.get("method") == "ann" and all(found[way] >= AIMS[way] for way in found):
                 seconds = point["seconds"]["median"]
-                where = f"{figures['live']:,} rows: `{one['factory']}` at {one['dim']}, over-fetch {point['overfetch']}"
+                where = f"{figures['live']:,} rows: `{one['factory']}` at {one['dim']}, margin {point['margin']}"
                 recall = ", ".join(f"{value:.3f} of {way}" for way, value in found.items())
                 yield f"- {where}: {recall}; {exact / seconds:.1f} times as fast as exact, {flat / seconds:.1f} as Flat"
                 break

@@ -20,8 +20,8 @@ from rapidindex.store import Store
 from rapidindex.store.rows import Rows
 
 DEPTHS = (10, 100)
-CURVE = (1, 4, 16, 64, 256)
-"""Over-fetches at which recall and latency are measured, whatever the index chose, with a part of the queries."""
+CURVE = (0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04)
+"""Margins at which recall and latency are measured, whatever the index chose, with a part of the queries."""
 _CURVE_QUERIES, _CURVE_SINGLES = 60, 20
 BATCH = 100
 THREADS = (1, 2)
@@ -145,7 +145,7 @@ def measure(bed: Bed, factory: str, dim: int, flat: Flat, progress: Progress) ->
     opened = {t: VectorIndex.open(bed.rows, threads=t) for t in THREADS}
     repeats = 3 if _searches(opened[1], True) else 1
     figures["batch_seconds"] = batches(bed, lambda queries, t: opened[t].search(queries, 10), repeats=repeats)
-    figures["curve"] = [_at(bed.part(_CURVE_QUERIES), overfetch, progress) for overfetch in CURVE]
+    figures["curve"] = [_at(bed.part(_CURVE_QUERIES), margin, progress) for margin in CURVE]
     pin(max(THREADS))
     return figures
 
@@ -178,7 +178,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 def _searches(index: VectorIndex | None, largest: bool) -> bool:
     """Whether it searches candidates in this direction, or scans all rows."""
     calibration = index and index.card.calibration(largest)
-    return bool(calibration and calibration.overfetch)
+    return bool(calibration and calibration.margin is not None)
 
 
 def _recalls(bed: Bed, index: VectorIndex, largest: bool) -> dict[str, Any]:
@@ -235,20 +235,20 @@ def _in_turn(ways: dict[str, Callable[[np.ndarray], None]], bed: Bed) -> tuple[d
     return {name: [seconds for one in rounds for seconds in one[name]] for name in ways}, faults
 
 
-def _at(bed: Bed, overfetch: int, progress: Progress) -> dict[str, Any]:
-    """Recall@10 and latency on one thread with another over-fetch than the index chose."""
-    progress("recall against speed", CURVE.index(overfetch), len(CURVE))
+def _at(bed: Bed, margin: float, progress: Progress) -> dict[str, Any]:
+    """Recall@10 and latency on one thread with another margin than the index chose."""
+    progress("recall against speed", CURVE.index(margin), len(CURVE))
     index = VectorIndex.open(bed.rows, threads=pin(1))
     card = index.card
     if card.proponents is None or card.opponents is None:
-        return {"overfetch": overfetch}
-    forced = {name: replace(getattr(card, name), overfetch=overfetch) for name in ("proponents", "opponents")}
+        return {"margin": margin}
+    forced = {name: replace(getattr(card, name), margin=margin) for name in ("proponents", "opponents")}
     index.card = replace(card, **forced)
     found = {largest: index.search(bed.queries, 10, largest=largest) for largest in (True, False)}
     recall = {_direction(largest): bed.recall(result.rows, 10, largest) for largest, result in found.items()}
     some = bed.queries[:_CURVE_SINGLES]
     singles = [timed(lambda q=q: index.search(q[None], 10))[0] for q in some]
-    return {"overfetch": overfetch, "method": found[True].method, "recall": recall, "seconds": spread(singles)}
+    return {"margin": margin, "method": found[True].method, "recall": recall, "seconds": spread(singles)}
 
 
 def _clock(steps: dict[str, float], progress: Progress) -> Progress:

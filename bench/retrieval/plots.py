@@ -24,7 +24,7 @@ def plot(stores: dict[str, Any], fitted: dict[int, Any], latencies: dict[int, An
 
 
 def _recall(name: str, figures: dict[str, Any]) -> Path:
-    """A panel a direction; a line a configuration, its points the over-fetches."""
+    """A panel a direction; a line a configuration, its points the margins."""
     import matplotlib.pyplot as plt
 
     drawing, panels = plt.subplots(1, 2, figsize=(13, 4.8), sharey=True, layout="constrained")
@@ -43,7 +43,7 @@ def _recall(name: str, figures: dict[str, Any]) -> Path:
         panel.grid(True, linewidth=0.3)
     panels[0].set_ylabel("recall@10, worst kind of query")
     drawing.legend(*panels[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    drawing.suptitle(f"{figures['live']:,} rows, K = {figures['K']:,}; one query, one thread; over-fetches 1 to 256")
+    drawing.suptitle(f"{figures['live']:,} rows, K = {figures['K']:,}; one query, one thread; margins 0 to .04")
     return _saved(drawing, f"retrieval_recall_{name}")
 
 

@@ -61,12 +61,13 @@ def _configurations(name: str, figures: Figures) -> str:
     told = f"{figures['live']:,} rows, K = {figures['K']:,}, {figures['real']:,} of them real"
     note = f"{told}{f', {synthetic:,} synthetic' if name != 'real' else ''}. Queries: {kinds}. " + (
         "Recall is that of the worst kind of query; times are of one query for 10 rows on one thread, files in the "
-        "cache: the median (tenth to ninetieth percentile)."
+        "cache: the median (tenth to ninetieth percentile). Rows read: by half of the held-out queries, at most, for "
+        "proponents / opponents."
     )
     header = [
         "index",
         "fold",
-        "over-fetch",
+        "rows read",
         "recall@10 / @100",
         "opponents",
         "stated",
@@ -99,12 +100,12 @@ def _flat_line(dim: str, alone: Figures, figures: Figures) -> list[Any]:
 def _line(one: Figures) -> list[Any]:
     stated, latency = one["stated"], one["latency"]["1"]
     both = [stated[way] for way in ("proponents", "opponents")]
-    over = " / ".join(str(c["overfetch"]) if c and c["overfetch"] else "exact" for c in both)
+    read = " / ".join("exact" if not c or c["margin"] is None else f"{c['rows_read'][0]:.0f}" for c in both)
     said = " / ".join(f"{c['recall_at_10']:.3f}" if c else "" for c in both)
     recall = [_two(one["recall"][way]) for way in ("proponents", "opponents")]
     parts = " + ".join(f"{1e3 * latency[part]['median']:.1f}" for part in ("search", "rerank") if part in latency)
     times = [f"{latency['times'][name]:.1f}" for name in ("exact", "flat")]
-    line = [f"`{one['factory']}`", one["dim"], over, *recall, said, _ms(latency["proponents"]), parts, *times]
+    line = [f"`{one['factory']}`", one["dim"], read, *recall, said, _ms(latency["proponents"]), parts, *times]
     return [*line, _median(one["batch_seconds"]["1"]), round(one["bytes_per_row"]), f"{one['build_seconds']:.0f}"]
 
 
