@@ -36,7 +36,7 @@ from rapidindex.sketch import fold
 from rapidindex.store import Store
 
 STAGES = ("real", "synthetic", "tracin", "rows", "tables")
-DIMS = (4096, 8192, 16_384)
+DIMS = (16_384, 8192, 4096)
 STEPS = (10, 4, 2)
 """A store that grows is measured, the default index alone, at these parts of its size, too."""
 
