@@ -140,7 +140,7 @@ def everything(bed: Bed, options: argparse.Namespace, notebook: Notebook, bars: 
         "SQ8",
         "HNSW32",
     )
-    for dim in [dim for dim in DIMS if dim <= bed.rows.K]:
+    for dim in [dim for dim in options.dims if dim <= bed.rows.K]:
         wanted = [factory for factory in factories if fits(bed, factory, dim)]
         notebook.figures[f"no room at {dim}"] = sorted(set(factories) - set(wanted))
         if all(f"{factory}@{dim}" in notebook.figures for factory in (*wanted, "alone")):
@@ -214,6 +214,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--token-index", type=Path, help="an index with token rows: they come first where their K does")
     parser.add_argument("--sizes", type=_sizes, default=_sizes("100000:65536,1000000:4096"), help="rows:K,rows:K")
     parser.add_argument("--factories", type=lambda text: tuple(text.split(";")), help="these alone, with ; between")
+    parser.add_argument("--dims", type=lambda text: tuple(map(int, text.split(","))), default=DIMS, help="folds")
     parser.add_argument("--rounds", type=int, default=7, help="of timing, each with all ways in turn")
     parser.add_argument("--tracin-rows", type=int, default=64)
     parser.add_argument("--true-rows", type=int, default=200)
