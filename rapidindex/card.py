@@ -9,7 +9,7 @@ from rapidindex.errors import DamagedIndex
 from rapidindex.recall import Calibration
 from rapidindex.store.folder import ANN, read_json, write_json
 from rapidindex.store.rows import Rows
-from rapidindex.store.sealed import damaged, index_of
+from rapidindex.store.sealed import index_of
 
 NAME = f"{ANN}.json"
 
@@ -84,7 +84,8 @@ class Card:
         try:
             return cls(**{**said, **_typed(said)})
         except (TypeError, KeyError) as error:
-            raise damaged(folder / NAME, f"it lacks something ({error})") from error
+            said = f"{folder / NAME} is of another version, or damaged ({error})."
+            raise DamagedIndex(said, hint=rebuild_hint(folder)) from error
 
 
 def rebuild_hint(folder: Path) -> str:

@@ -15,6 +15,7 @@ from rapidindex.index import EXACT_BYTES, VectorIndex, default_factory
 from rapidindex.recall import KINDS, calibrate, held_out
 from rapidindex.sketch import fold
 from rapidindex.store import Store
+from rapidindex.store.folder import read_json, write_json
 from tests.stores import append, gradients, make_store, remove
 from tests.test_exact import spoil
 
@@ -622,3 +623,15 @@ def test_readers_are_undisturbed_while_the_index_is_rebuilt(store, queries):
         finally:
             done.set()
         assert min(min(reader.result()) for reader in readers) >= 0.85
+
+
+def test_a_card_of_another_version_says_what_to_type(tmp_path):
+    rows = make_store(tmp_path / "index", gradients(60, K)).rows("sentence")
+    VectorIndex.build(rows, factory="Flat", dim=K, target_recall=0.5)
+    said = read_json(rows.path / card.NAME)
+    write_json(rows.path / card.NAME, {**said, "proponents": {"overfetch": 3}})
+    with pytest.raises(DamagedIndex, match="of another version") as error:
+        VectorIndex.open(rows)
+    assert error.value.hint == f"Type `rapidindex index {tmp_path / 'index'}`."
+    VectorIndex.build(rows, factory="Flat", dim=K, target_recall=0.5)
+    assert VectorIndex.open(rows)

@@ -74,7 +74,7 @@ class Layout:
 
 def index_of(path: Path) -> Path:
     """The index folder that a file belongs to."""
-    return path.parent.parent if path.name.startswith("shard-") else path.parent
+    return path.parent.parent if path.name.startswith(("shard-", "ann.")) else path.parent
 
 
 def damaged(path: Path, what: str) -> DamagedIndex:
