@@ -124,25 +124,24 @@ def calibrate(find: Find, held_out: HeldOut, *, largest: bool, target: float, li
     finds. A search for as few candidates as nine tenths of the queries need confirms it: a graph that is asked for less
     looks less far.
     """
-    shallow, deep = DEPTHS
     most = max(1, most_candidates(rows))
     visited = _enough_lists(find, held_out, largest, target, lists, most) if lists else None
     found = find(held_out.queries, most, visited)
-    seen = _Seen.of(held_out, found, shallow, largest)
+    seen, deeper = (_Seen.of(held_out, found, k, largest) for k in DEPTHS)
     margins = [float(np.quantile(each, target, method="inverted_cdf")) for each in seen.by_kind(seen.below)]
     margin = max(0.0, *margins) + _ROUNDING
     read = seen.rows_read(found, margin, rows)
     if np.isinf(margin) or np.median(read) >= rows:
-        at_10, at_100 = (_Seen.of(held_out, found, k, largest).among_candidates() for k in DEPTHS)
+        at_10, at_100 = (each.among_candidates() for each in (seen, deeper))
         return _calibration(None, most, read, visited, at_10, at_100, held_out, rows)
     candidates = int(np.clip(np.quantile(read, 0.9), min(_LEAST_CANDIDATES, most), most))
     while True:
-        first = _Seen.of(held_out, find(held_out.queries, candidates, visited), shallow, largest)
+        first = _Seen.of(held_out, find(held_out.queries, candidates, visited), DEPTHS[0], largest)
         at_10 = first.unless_finished(margin, seen).within(margin)
         if min(at_10.values()) >= target or candidates == most:
             break
         candidates = min(most, 2 * candidates)
-    at_100 = _Seen.of(held_out, found, deep, largest).within(margin)
+    at_100 = deeper.within(margin)
     reached = margin if min(at_10.values()) >= target else None
     return _calibration(reached, candidates, read, visited, at_10, at_100, held_out, rows)
 

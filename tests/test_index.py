@@ -61,7 +61,7 @@ def share_found(found, expected):
 
 
 @pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("k", [1, 5, 10])
+@pytest.mark.parametrize("k", [1, 5, 10, 20])
 def test_each_factory_finds_nearly_what_the_exact_scan_finds(built, queries, k, largest):
     found = built.search(queries, k, largest=largest)
     expected = exact_search(built.rows, queries, k, largest=largest)
