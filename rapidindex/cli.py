@@ -102,6 +102,13 @@ def finetune(
     template: TemplateName = "alpaca",
     max_length: MaxLength = 512,
     seed: Annotated[int, typer.Option(help="Draws the adapter's start and the order of the examples.")] = 0,
+    early: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep the model after this share of the steps too, in OUTPUT/early: to index.",
+            show_default="0.1; full: 0",
+        ),
+    ] = None,
     save_optimizer: Annotated[
         bool, typer.Option("--save-optimizer", help="Keep Adam's state, for build --second-moment.")
     ] = False,
@@ -130,6 +137,7 @@ def finetune(
         batch_size=batch_size,
         accumulation=accumulation,
         seed=seed,
+        early=early,
         save_optimizer=save_optimizer,
     )
     encoding = config.EncodingConfig(template, max_length)

@@ -51,6 +51,10 @@ class FinetuneConfig:
     """AdamW's."""
     seed: int = 0
     """Draws LoRA's A, dropout and the order of the examples."""
+    early: float | None = None
+    """Share of the steps after which the model is kept in OUTPUT/early, too: what many examples taught alike is found
+    there, for in the finished model their gradients cancel out. 0 for none; None for 0.1 (LoRA, QLoRA) or 0 (full: it
+    would take the disk of another whole model)."""
     save_optimizer: bool = False
     """Keep AdamW's state in OUTPUT/optimizer.pt, for `build --second-moment OUTPUT`."""
     checkpoint_seconds: float = 120.0
@@ -70,16 +74,19 @@ class FinetuneConfig:
                 raise UsageError(f"{flag} must be at least 1, not {value}.")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise UsageError(f"--learning-rate must lie between 0 and 1, not at {self.learning_rate}.")
-        for flag, share in [("--dropout", self.dropout), ("--warmup-ratio", self.warmup_ratio)]:
-            if not 0 <= share < 1:
+        shares = [("--dropout", self.dropout), ("--warmup-ratio", self.warmup_ratio), ("--early", self.early)]
+        for flag, share in shares:
+            if share is not None and not 0 <= share < 1:
                 raise UsageError(f"{flag} must be at least 0 and less than 1, not {share}.")
         if self.weight_decay < 0:
             raise UsageError(f"--weight-decay must be at least 0, not {self.weight_decay}.")
 
     def complete(self) -> "FinetuneConfig":
-        """The same with `alpha` and `learning_rate` filled in."""
-        rate = self.learning_rate or (5e-5 if self.method == "full" else 5e-4)
-        return replace(self, learning_rate=rate, alpha=self.alpha or 2 * self.rank)
+        """The same with `alpha`, `learning_rate` and `early` filled in."""
+        full = self.method == "full"
+        rate = self.learning_rate or (5e-5 if full else 5e-4)
+        early = (0.0 if full else 0.1) if self.early is None else self.early
+        return replace(self, learning_rate=rate, alpha=self.alpha or 2 * self.rank, early=early)
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,8 @@ class Summary:
     """Numbers that were trained."""
     seconds: float
     """This call's; a resumed run's earlier calls are not in it."""
+    early_step: int | None = None
+    """The step whose model is in OUTPUT/early, if one is."""
     resumed_at: int | None = None
     """The step that this call went on from, if it did."""
     already_there: bool = False

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _IGNORED = -100
 _CHECKPOINTS = "checkpoints"
+_EARLY = "early"
 
 
 def train(
@@ -58,10 +59,15 @@ def train(
         model = _trainable(base, model_config, options)
         _check_disk(work, model, options)
         checkpoint = _last_checkpoint(work / _CHECKPOINTS)
+        steps = _steps(len(rows), options)
+        early = max(1, round(options.early * steps)) if options.early else None
         watch = _Watch(progress, options.checkpoint_seconds)
-        trainer = _trainer(model, rows, options, work / _CHECKPOINTS, device, watch)
+        keep = _KeepEarly(early, tokenizer, work / _EARLY)
+        trainer = _trainer(model, rows, options, work / _CHECKPOINTS, device, [watch, keep])
         _run(trainer, checkpoint, model_config)
         _save(trainer, tokenizer, options, work / "finished")
+        if early:
+            (work / _EARLY).rename(work / "finished" / _EARLY)
     return {
         "examples": len(rows),
         "skipped": len(dataset.examples) - len(rows),
@@ -69,6 +75,7 @@ def train(
         "epoch_losses": _epoch_losses(trainer.state, options.epochs),
         "trainable_parameters": sum(value.numel() for value in model.parameters() if value.requires_grad),
         "seconds": time.monotonic() - watch.started,
+        "early_step": early,
         "resumed_at": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
     }
 
@@ -222,15 +229,33 @@ class _Watch(transformers.TrainerCallback):
             self.progress(FinetuneProgress(state.global_step, state.max_steps, logs["loss"], seconds))
 
 
+class _KeepEarly(transformers.TrainerCallback):
+    """Writes the model as it is after one step, whole or not at all. A resumed run comes by that step, or has it."""
+
+    def __init__(self, step: int | None, tokenizer: Any, folder: Path) -> None:
+        self.step, self.tokenizer, self.folder = step, tokenizer, folder
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **rest: Any) -> None:
+        if state.global_step == self.step:
+            part = self.folder.with_name(f"{self.folder.name}.part")
+            for old in (part, self.folder):
+                shutil.rmtree(old, ignore_errors=True)
+            _write(model, self.tokenizer, part)
+            part.rename(self.folder)
+
+
+def _steps(rows: int, options: "FinetuneConfig") -> int:
+    return options.epochs * math.ceil(math.ceil(rows / options.batch_size) / options.accumulation)
+
+
 def _trainer(
     model: nn.Module,
     rows: list[dict[str, Any]],
     options: "FinetuneConfig",
     folder: Path,
     device: torch.device,
-    watch: _Watch,
+    callbacks: list[transformers.TrainerCallback],
 ) -> _Trainer:
-    steps = options.epochs * math.ceil(math.ceil(len(rows) / options.batch_size) / options.accumulation)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=options.epochs,
@@ -238,7 +263,7 @@ def _trainer(
         gradient_accumulation_steps=options.accumulation,
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(options.warmup_ratio * steps),
+        warmup_steps=math.ceil(options.warmup_ratio * _steps(len(rows), options)),
         weight_decay=options.weight_decay,
         optim="adamw_torch",
         seed=options.seed,
@@ -255,7 +280,7 @@ def _trainer(
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # the model is on one device; Trainer would copy it to every GPU
-    trainer = _Trainer(model, arguments, data_collator=collate, train_dataset=rows, callbacks=[watch])
+    trainer = _Trainer(model, arguments, data_collator=collate, train_dataset=rows, callbacks=callbacks)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -287,7 +312,7 @@ def _last_checkpoint(folder: Path) -> Path | None:
 def _check_disk(work: Path, model: nn.Module, options: "FinetuneConfig") -> None:
     """ResourceError unless two checkpoints (weights and Adam's two moments) and the result fit beside `work`."""
     size = sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
-    needed, free = size * (7 + 2 * options.save_optimizer), shutil.disk_usage(work).free
+    needed, free = size * (7 + 2 * options.save_optimizer + bool(options.early)), shutil.disk_usage(work).free
     if free < needed:
         raise ResourceError(
             f"Training needs {needed / 2**30:.1f} GiB beside {work}, and {free / 2**30:.1f} GiB are free.",
@@ -297,12 +322,17 @@ def _check_disk(work: Path, model: nn.Module, options: "FinetuneConfig") -> None
 
 def _save(trainer: _Trainer, tokenizer: Any, options: "FinetuneConfig", folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    model = trainer.model.eval()
-    model.config.use_cache = True  # off for training; whoever generates with a saved whole model wants it
-    _save_model(model, folder)
-    tokenizer.save_pretrained(folder)
+    _write(trainer.model.eval(), tokenizer, folder)
     if options.save_optimizer:
         torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
+
+
+def _write(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """The model and its tokenizer, for whoever loads them to generate or to take gradients."""
+    used, model.config.use_cache = model.config.use_cache, True  # off for training; a saved whole model wants it
+    _save_model(model, folder)
+    model.config.use_cache = used
+    tokenizer.save_pretrained(folder)
 
 
 def _save_model(model: nn.Module, folder: str | Path) -> None:

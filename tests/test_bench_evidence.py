@@ -21,6 +21,7 @@ pytest.importorskip("sklearn", reason="the extra `bench` is not installed")
 from bench.evidence import metrics, scifi, tasks
 from bench.evidence.cached import Replay, compute, numbered
 from bench.evidence.influence import hessian_products, layer_datainf, limit_of, lissa
+from bench.evidence.measured import all_scores, by_length, of_both_models, summed
 from bench.evidence.seeds import together
 from bench.evidence.sketched import DEFAULT, hadamard, one_bit, sketched, uncompressed
 from bench.evidence.tables import bytes_of, markdown, title, write_tables
@@ -317,7 +318,12 @@ def seed_result(number, ap):
         "product": {},
         "separability": None,
         "examples": {},
-        "counts": [{"method": "full/estimate/unit", **asked, "AP": 0.9}, {"method": name, **asked, "AP": ap}],
+        "counts": [
+            {"method": "full/estimate/unit", **asked, "AP": 0.9},
+            {"method": name, **asked, "AP": ap},
+            {"method": "early full/estimate/unit", **asked, "AP": 0.7},
+            {"method": f"early {name}", **asked, "AP": 0.69},
+        ],
         "fidelity": [{"method": name, "pearson": 0.99, "spearman": 0.98, "error": 0.1}],
     }
 
@@ -331,9 +337,25 @@ def test_tables_come_from_the_json_of_all_seeds(tmp_path):
     assert "| RapidGrad default, K = 65,536, λ = 20, float16 | 0.850 ± 0.635 |" in page
     assert "| RapidGrad default, K = 65,536, λ = 20, float16 | 0.050 | AP, India, by word, top 10 |" in page
     assert "| the default, uncompressed | 0.900 ± 0.000 |" in page
-    assert "within 0.02 everywhere: none." in page
+    assert "| early model: RapidGrad default, K = 65,536, λ = 20, float16 | 0.690 ± 0.000 |" in page
+    assert "within 0.02 everywhere, finished model: none." in page
+    assert "within 0.02 everywhere, early model: 65536." in page
     for name in ("fidelity", "bytes"):
         assert (tmp_path / f"evidence_tracing_{name}.svg").read_text().startswith("<?xml")
+
+
+def test_scores_of_the_finished_and_the_early_model_are_told_apart_and_added(tmp_path):
+    for folder, value in ((tmp_path, 1.0), (tmp_path / "early", 2.0)):
+        (folder / "scores").mkdir(parents=True)
+        np.savez(folder / "scores" / "full.npz", **{"full/none/none": np.full((2, 3), value), "seconds": value})
+        np.savez(folder / "scores" / "limit.npz", limit=np.full((2, 3), value), seconds=value)
+        np.save(folder / "lengths.npy", [1.0, 2.0, 4.0])
+    scores, seconds = of_both_models(tmp_path, all_scores)
+    assert seconds == {"full": 1.0, "limit": 1.0, "early full": 2.0, "early limit": 2.0}
+    assert scores["full/none/none"].max() == 1 and scores["early full/none/none"].min() == 2
+    assert list(summed(scores)) == ["both full/none/none"] and (summed(scores)["both full/none/none"] == 3).all()
+    divided, _ = of_both_models(tmp_path, by_length)
+    np.testing.assert_allclose(divided["early limit-unit"], [[2, 1, 0.5]] * 2)
 
 
 def test_names_and_bytes_of_methods():

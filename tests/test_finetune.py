@@ -143,7 +143,7 @@ def test_a_gguf_base_can_be_fine_tuned(tmp_path, gguf_file, dataset):
 
 @pytest.mark.parametrize("stop", [2, 4, 5, 9])
 def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, llama_folders, dataset, stop):
-    options = replace(QUICK, dropout=0.2)  # so that the random state must come back too
+    options = replace(QUICK, dropout=0.2, early=0.4)  # dropout, so that the random state must come back too
     config = on_cpu(llama_folders[0])
     with pytest.raises(KeyboardInterrupt):
         finetune(dataset, PLAIN, config, options, tmp_path / "stopped", progress=StopAt(stop))
@@ -152,8 +152,35 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, llama_folders,
     resumed = finetune(dataset, PLAIN, config, options, tmp_path / "stopped")
     whole = finetune(dataset, PLAIN, config, options, tmp_path / "whole")
     assert resumed.resumed_at == stop - 1 and whole.resumed_at is None
+    assert resumed.early_step == whole.early_step == 4
     assert resumed.epoch_losses == pytest.approx(whole.epoch_losses, rel=1e-5)
     assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_weights(tmp_path / "stopped" / "early", tmp_path / "whole" / "early")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_early_model_is_that_of_its_step(tmp_path, llama_folders, dataset, method):
+    options, config = replace(QUICK, method=method, early=0.5), on_cpu(llama_folders[0])
+    with pytest.raises(KeyboardInterrupt):
+        finetune(dataset, PLAIN, config, options, tmp_path / "model", progress=StopAt(5))
+    (checkpoint,) = (tmp_path / "model.part" / "checkpoints").iterdir()
+    assert checkpoint.name == "checkpoint-4"  # of 9 steps
+    shutil.copytree(checkpoint, tmp_path / "kept")
+    assert finetune(dataset, PLAIN, config, options, tmp_path / "model").early_step == 4
+    assert_same_weights(tmp_path / "model" / "early", tmp_path / "kept")
+    early = tmp_path / "model" / "early"
+    loaded = load(on_cpu(early) if method == "full" else on_cpu(llama_folders[0], early))
+    finished = load(on_cpu(tmp_path / "model") if method == "full" else on_cpu(llama_folders[0], tmp_path / "model"))
+    assert loss_of(finished, dataset) < loss_of(loaded, dataset) < loss_of(load(config), dataset)
+    assert loaded.fingerprints["tokenizer"] == finished.fingerprints["tokenizer"]
+
+
+def test_no_early_model_is_kept_of_all_parameters_or_where_none_is_wanted(tmp_path, llama_folders, dataset):
+    config, options = on_cpu(llama_folders[0]), replace(QUICK, epochs=1)
+    assert finetune(dataset, PLAIN, config, options, tmp_path / "one").early_step == 1
+    assert finetune(dataset, PLAIN, config, replace(options, early=0), tmp_path / "none").early_step is None
+    assert finetune(dataset, PLAIN, config, replace(options, method="full"), tmp_path / "full").early_step is None
+    assert [folder.name for folder in sorted(tmp_path.glob("*/early"))] == ["early"]
 
 
 def test_an_interrupted_full_run_goes_on_to_the_same_weights(tmp_path, tiny_folders, dataset):
@@ -333,10 +360,11 @@ def test_impossible_options_name_their_flag(field, value):
         FinetuneConfig(**{field: value})
 
 
-def test_the_learning_rate_and_alpha_follow_the_method_and_the_rank():
-    assert FinetuneConfig(rank=8).complete() == FinetuneConfig(rank=8, alpha=16, learning_rate=5e-4)
+def test_learning_rate_alpha_and_early_follow_the_method_and_the_rank():
+    assert FinetuneConfig(rank=8).complete() == FinetuneConfig(rank=8, alpha=16, learning_rate=5e-4, early=0.1)
     assert FinetuneConfig(method="full").complete().learning_rate == 5e-5
-    assert FinetuneConfig(learning_rate=1e-4, alpha=5).complete() == FinetuneConfig(learning_rate=1e-4, alpha=5)
+    options = FinetuneConfig(learning_rate=1e-4, alpha=5, early=0.0)
+    assert options.complete() == options
 
 
 def test_training_is_silent_and_leaves_the_random_generators_alone(tmp_path, llama_folders, dataset, capfd):

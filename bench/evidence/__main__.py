@@ -6,8 +6,8 @@
     python -m bench.evidence --tables                        tables and plots again, from the JSON alone
 
 Each stage is kept under FOLDER and skipped where it is there: the same command goes on after a kill. `--only` names
-methods (text, full, rapidin, datainf, limit, product, lissa, ekfac); further ones can be run later. A seed takes
-7.4 MB of disk an example for its whole gradients, removed with --clean when its methods are done.
+methods (text, full, rapidin, datainf, limit, early, product, lissa, ekfac); further ones can be run later. A seed takes
+15 MB of disk an example for its whole gradients at two models, removed with --clean when its methods are done.
 """
 
 import argparse

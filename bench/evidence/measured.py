@@ -1,13 +1,14 @@
 """The figures of one seed, from the score files in its folder: nothing here computes a score."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.evidence import metrics, tasks
-from bench.evidence.run import Seed
+from bench.evidence.run import EARLY, Seed
 from bench.evidence.scifi import separability
 from bench.evidence.sketched import DEFAULT, PAPER, Scores
 
@@ -16,7 +17,7 @@ INFLUENCE_FUNCTIONS = ("lissa", "limit", "datainf", "ekfac")
 
 def measured(seed: Seed) -> dict[str, Any]:
     """All figures of one seed, from its score files."""
-    scores, seconds = _all_scores(seed.folder / "scores")
+    scores, seconds = of_both_models(seed.folder, all_scores)
     planted = [str(example.meta["planted"]).split() for example in seed.examples]
     groups = sorted({query.group for query in seed.queries})
     truth = {group: np.array([group in found for found in planted]) for group in groups}
@@ -24,7 +25,8 @@ def measured(seed: Seed) -> dict[str, Any]:
     ranked = {"perfect": np.array([truth[query.group] for query in seed.queries], np.float32)}
     searched = [name.removesuffix(" used") for name, values in used.items() if values.all()]
     ranked |= {name: v for name, v in scores.items() if name not in used and (name in searched or "/ann" not in name)}
-    ranked |= _by_length(seed, scores)
+    ranked |= of_both_models(seed.folder, by_length)[0]
+    ranked |= summed(scores)
     for name, values in ranked.items():
         if values.shape != (len(seed.queries), len(planted)):
             raise SystemExit(f"{seed.folder}: {name} scored {values.shape}, not {len(seed.queries)} × {len(planted)}.")
@@ -46,9 +48,18 @@ def measured(seed: Seed) -> dict[str, Any]:
     }
 
 
-def _all_scores(folder: Path) -> tuple[Scores, dict[str, float]]:
+def of_both_models(
+    folder: Path, read: Callable[[Path], tuple[Scores, dict[str, float]]]
+) -> tuple[Scores, dict[str, float]]:
+    """What `read` finds in the seed's folder and, with names that say so, in that of the early model."""
+    parts = read(folder), read(folder / EARLY)
+    named = [{f"{EARLY} {name}": value for name, value in part.items()} for part in parts[1]]
+    return parts[0][0] | named[0], parts[0][1] | named[1]
+
+
+def all_scores(folder: Path) -> tuple[Scores, dict[str, float]]:
     scores, seconds = {}, {}
-    for file in sorted(folder.glob("*.npz")):
+    for file in sorted((folder / "scores").glob("*.npz")):
         if not file.name.endswith(".part.npz"):
             with np.load(file) as found:
                 seconds[file.stem] = float(found["seconds"])
@@ -56,11 +67,17 @@ def _all_scores(folder: Path) -> tuple[Scores, dict[str, float]]:
     return scores, seconds
 
 
-def _by_length(seed: Seed, scores: Scores) -> Scores:
+def by_length(folder: Path) -> tuple[Scores, dict[str, float]]:
     """Influence functions divided by the length of each example's gradient, as the product's default divides."""
-    file = seed.folder / "lengths.npy"
+    file, scores = folder / "lengths.npy", all_scores(folder)[0]
     names = [name for name in INFLUENCE_FUNCTIONS if name in scores and file.exists()]
-    return {f"{name}-unit": scores[name] / np.load(file).astype(np.float32) for name in names}
+    return {f"{name}-unit": scores[name] / np.load(file).astype(np.float32) for name in names}, {}
+
+
+def summed(scores: Scores) -> Scores:
+    """The finished model's scores and the early one's added up, as TracIn adds those of several checkpoints."""
+    names = {n for n in scores if n.startswith("full/") or (n.startswith("K=65536/") and n.endswith("/float16"))}
+    return {f"both {n}": scores[n] + scores[f"{EARLY} {n}"] for n in names if f"{EARLY} {n}" in scores}
 
 
 def _counts(seed: Seed, name: str, values: np.ndarray, truth: dict[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -87,8 +104,8 @@ def _fidelity(scores: Scores) -> list[dict[str, Any]]:
     """Agreement of the compressed scores with the same recipe's uncompressed ones, mean over queries."""
     rows = []
     for name, values in scores.items():
-        parts = name.split("/")
-        truth = scores.get("/".join(["full", *parts[2:4]])) if name.startswith("K=") else None
+        model, compressed, recipe = name.rpartition("K=")
+        truth = scores.get("/".join([f"{model}full", *recipe.split("/")[2:4]])) if compressed else None
         if truth is not None:
             each = [metrics.agreement(a, b) for a, b in zip(values, truth, strict=True)]
             rows.append({"method": name, **{key: float(np.mean([one[key] for one in each])) for key in each[0]}})
@@ -98,13 +115,14 @@ def _fidelity(scores: Scores) -> list[dict[str, Any]]:
 def _product_check(scores: Scores) -> dict[str, float]:
     """Largest difference between the product's scores and the grid's, in units of a query's largest score."""
     found = {}
-    for recipe, (corrected, normalize) in (("default", DEFAULT), ("paper", PAPER)):
-        ours = scores.get(f"product/{recipe}/exact")
-        grid = scores.get(f"K=65536/shuffles=20/{corrected}/{normalize}/float16")
+    recipes = [(model, *recipe) for model in ("", f"{EARLY} ") for recipe in (("default", DEFAULT), ("paper", PAPER))]
+    for model, recipe, (corrected, normalize) in recipes:
+        ours = scores.get(f"{model}product/{recipe}/exact")
+        grid = scores.get(f"{model}K=65536/shuffles=20/{corrected}/{normalize}/float16")
         if ours is not None and grid is not None:
             best = np.argsort(-ours, axis=1, kind="stable")[:, :10]
             a, b = (np.take_along_axis(side, best, 1) for side in (ours, grid))
-            found[recipe] = float((np.abs(a - b).max(1) / np.abs(ours).max(1)).max())
+            found[model + recipe] = float((np.abs(a - b).max(1) / np.abs(ours).max(1)).max())
     return found
 
 

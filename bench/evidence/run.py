@@ -32,8 +32,11 @@ from rapidindex.query import spans
 from rapidindex.selection import select
 from rapidindex.templates import Template
 
-METHODS = ("text", "full", "rapidin", "datainf", "limit", "product", "lissa", "ekfac")
-"""Names for --only, cheapest first: `text` is random, BM25 and embeddings; `full` the uncompressed recipes."""
+METHODS = ("text", "full", "rapidin", "datainf", "limit", "early", "product", "lissa", "ekfac")
+"""Names for --only: `text` is random, BM25 and embeddings; `full` the uncompressed recipes; `early` those, RapidGrads
+with the first λ, DataInf and LiSSA's limit once more, at the model that fine-tuning keeps in OUTPUT/early."""
+EARLY = "early"
+"""Of the seed's folder: what is computed at that model."""
 
 ANSWER_TOKENS = 48
 
@@ -122,6 +125,15 @@ class Seed:
         done = finetune(read_examples(self.data), self.encoding, base, options, folder, progress=progress)
         self.note("finetune", {"seconds": done.seconds, "losses": done.epoch_losses, "rows": done.examples})
         return replace(base, adapter=str(folder))
+
+    @cached_property
+    def early(self) -> "Seed":
+        """This seed with the gradients of the model as it was early in fine-tuning; data and queries are the same."""
+        sizes = replace(self.sizes, shuffles=self.sizes.shuffles[:1])
+        found = Seed(self.task, self.seed, sizes, Path(self.model), self.folder / EARLY, self.bars, self.sources)
+        adapter = replace(self.adapter, adapter=str(self.folder / "adapter" / EARLY))
+        found.__dict__ |= {"data": self.data, "queries": self.queries, "adapter": adapter}
+        return found
 
     def single(self) -> nn.Module:
         """The fine-tuned model in float32, one of the caller's own."""
@@ -280,6 +292,11 @@ def _limit(seed: Seed) -> None:
     seed.scores("limit", lambda: {"limit": limit(seed.rows, seed.posed, seed.bars)})
 
 
+def _early(seed: Seed) -> None:
+    for stage in (_full, _rapidin, _datainf, _limit):
+        stage(seed.early)
+
+
 def _lissa(seed: Seed) -> None:
     seed.scores("lissa", lambda: _lissa_scores(seed))
 
@@ -334,6 +351,8 @@ def _product(seed: Seed) -> None:
         return {name: values.astype(np.float32) for name, values in found.items()}
 
     seed.scores("product", make, gradients=False)
+    if seed.folder.name != EARLY:
+        _product(seed.early)
 
 
-STAGES = dict(zip(METHODS, (_text, _full, _rapidin, _datainf, _limit, _product, _lissa, _ekfac), strict=True))
+STAGES = dict(zip(METHODS, (_text, _full, _rapidin, _datainf, _limit, _early, _product, _lissa, _ekfac), strict=True))

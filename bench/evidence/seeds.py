@@ -34,7 +34,7 @@ def run(task: str, options: argparse.Namespace) -> None:
             score(seed, options.methods, product=count < options.product_seeds)
             results.append(measured(seed))
             if options.clean:
-                for file in folder.glob("*.f32*"):
+                for file in folder.glob("**/*.f32*"):
                     file.unlink()
             _write(task, options, results)
             bars.say(_told(task, results[-1]))
@@ -84,6 +84,8 @@ def _told(task: str, result: dict[str, Any]) -> str:
         "full/none/none",
         "full/none/layer",
         "full/estimate/unit",
+        "early full/none/layer",
+        "early full/estimate/unit",
         "bm25-word",
         "datainf",
         "limit",

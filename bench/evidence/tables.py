@@ -1,6 +1,7 @@
 """Markdown tables and SVG plots from the results' JSON alone."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ NAMES = {
     "product/paper/exact": "the product's index, paper's recipe",
     "product/paper/ann": "the product's index, paper's recipe, through FAISS",
 }
-CLOSE, _RECIPE_OF_AIMS = 0.02, "/shuffles=20/estimate/unit/float16"
+MODELS = {"early ": "early model: ", "both ": "finished and early added: "}
+"""Names' beginnings: whose gradients they are of, where not the finished model's."""
+CLOSE, _AIMED = 0.02, r"K=\d+/shuffles=20/estimate/unit/float16"
 RECIPES = {"estimate/unit": "default", "none/layer": "paper"}
 CORRECTIONS, NORMALIZATIONS = ("none", "estimate"), ("none", "layer", "unit")
 
@@ -56,9 +59,10 @@ def page(figures: dict[str, Any]) -> str:
     for metric in _metrics(figures):
         for group, asked in _questions(figures):
             parts.append(f"## {metric}, {group}, by {asked}\n")
-            parts.append(_table(figures, metric, group, asked, [*NAMES, *_compressed(figures)]))
+            parts.append(_table(figures, metric, group, asked, dict.fromkeys([*_shown(), *_compressed(figures)])))
             parts.append(f"### Every recipe, K = 65,536 beside uncompressed: {metric}, {group}, by {asked}\n")
-            parts.append(_table(figures, metric, group, asked, _recipes()))
+            recipes = [begins + name for begins in ("", *MODELS) for name in _recipes()]
+            parts.append(_table(figures, metric, group, asked, recipes))
     parts += ["## What compression costs\n", _costs(figures)]
     parts += ["## Fidelity to the same recipe uncompressed\n", _fidelity(figures), "## Seconds\n", _seconds(figures)]
     return "\n".join(parts)
@@ -104,7 +108,7 @@ def _overview(figures: dict[str, Any]) -> str:
     questions = sorted(_questions(figures), key=lambda question: (question[1], question[0]))
     cells = {(row["method"], row["group"], row["asked"]): row[metric] for row in figures["counts"] if row["k"] == k}
     body = []
-    for name in [*NAMES, *(f"K=65536/shuffles=20/{recipe}/float16" for recipe in RECIPES)]:
+    for name in _shown():
         found = [cells.get((name, *question)) for question in questions]
         if any(found):
             body.append([title(name), str(next(one["n"] for one in found if one)), *map(told, found)])
@@ -112,11 +116,18 @@ def _overview(figures: dict[str, Any]) -> str:
     return f"## {metric} at top {k}\n\n{markdown(head, body)}"
 
 
+def _shown() -> list[str]:
+    """Names of every method, RapidGrads at K = 65,536 alone: of the finished model, of the early one, of both."""
+    names = [*NAMES, *(f"K=65536/shuffles=20/{recipe}/float16" for recipe in RECIPES)]
+    return names + [begins + name for begins in MODELS for name in names]
+
+
 def _compressed(figures: dict[str, Any]) -> list[str]:
     """Names of the two recipes at every K and λ, in the order of K; float32 finds what float16 does."""
     names = {row["method"] for row in figures["counts"]}
-    kept = [n for n in names if n.startswith("K=") and _recipe(n) in RECIPES and not n.endswith("/float32")]
-    return sorted(kept, key=lambda name: (_recipe(name), _K(name), name))
+    kept = [n for n in names if "K=" in n and _recipe(n) in RECIPES and not n.endswith("/float32")]
+    kept = [n for n in kept if not n.startswith("both ")]
+    return sorted(kept, key=lambda name: (name.startswith("early "), _recipe(name), _K(name), name))
 
 
 def _recipes() -> list[str]:
@@ -125,15 +136,23 @@ def _recipes() -> list[str]:
 
 
 def _K(name: str) -> int:
-    return int(name.split("/")[0].removeprefix("K="))
+    return int(name.split("/")[0].rpartition("K=")[2])
 
 
 def _recipe(name: str) -> str:
     return "/".join(name.split("/")[2:4])
 
 
+def _whole(name: str) -> str:
+    """The same recipe at the same model, uncompressed."""
+    return f"{name.rpartition('K=')[0]}full/{_recipe(name)}"
+
+
 def title(name: str) -> str:
     """A method's name as a reader knows it."""
+    for begins, said in MODELS.items():
+        if name.startswith(begins):
+            return said + title(name.removeprefix(begins))
     if name in NAMES:
         return NAMES[name]
     if name.startswith("full/"):
@@ -143,7 +162,7 @@ def title(name: str) -> str:
     return f"RapidGrad {recipe}, K = {_K(name):,}, λ = {shuffles.removeprefix('shuffles=')}, {kind}"
 
 
-def _table(figures: dict[str, Any], metric: str, group: str, asked: str, names: Sequence[str]) -> str:
+def _table(figures: dict[str, Any], metric: str, group: str, asked: str, names: Iterable[str]) -> str:
     rows = [row for row in figures["counts"] if (row["group"], row["asked"]) == (group, asked)]
     tops = sorted({row["k"] for row in rows})
     cells = {(row["method"], row["k"]): row[metric] for row in rows}
@@ -172,9 +191,9 @@ def _costs(figures: dict[str, Any]) -> str:
     most: dict[str, tuple[float, tuple]] = {}
     for name in _compressed(figures):
         behind = {
-            where: means["full/" + _recipe(name), *where] - mean
+            where: means[_whole(name), *where] - mean
             for (method, *rest), mean in means.items()
-            if method == name and ("full/" + _recipe(name), *(where := tuple(rest))) in means
+            if method == name and (_whole(name), *(where := tuple(rest))) in means
         }
         if behind:
             worst = max(behind, key=lambda where: behind[where])
@@ -183,9 +202,17 @@ def _costs(figures: dict[str, Any]) -> str:
         [title(name), f"{by:.3f}", f"{metric}, {group}, by {asked}, top {k}"]
         for name, (by, (metric, group, asked, k)) in most.items()
     ]
-    within = [_K(name) for name, (by, _) in most.items() if _RECIPE_OF_AIMS in name and by <= CLOSE]
-    said = f"The smallest K of the default, λ = 20, float16, within {CLOSE} everywhere: {min(within, default='none')}."
-    return f"{markdown(['', 'most behind', 'where'], body)}\n{said}\n"
+    said = [
+        f"The smallest K of the default, λ = 20, float16, within {CLOSE} everywhere, {model}: "
+        + str(
+            min(
+                (_K(n) for n, (by, _) in most.items() if re.fullmatch(begins + _AIMED, n) and by <= CLOSE),
+                default="none",
+            )
+        )
+        for begins, model in (("", "finished model"), ("early ", "early model"))
+    ]
+    return markdown(["", "most behind", "where"], body) + "".join(f"\n{line}.\n" for line in said)
 
 
 def _fidelity(figures: dict[str, Any]) -> str:
