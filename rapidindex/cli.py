@@ -496,6 +496,8 @@ def _finetune_lines(summary: Any, unusable: int, data: str, model: str, template
     }
     if summary.skipped or unusable:
         lines["left out"] = f"{unusable} unusable rows, {summary.skipped} without room for their response"
+    if summary.early_step:
+        lines["early"] = f"{summary.output}/early, after step {summary.early_step:,}"
     trained = f"-m {summary.output}" if summary.method == "full" else f"-m {model} -a {summary.output}"
     chosen = "" if template == "alpaca" else f" --template {template!r}"
     lines["next"] = f"rapidindex build {data} {trained}{chosen} -o INDEX"

@@ -82,6 +82,9 @@ def _setting(figures: dict[str, Any]) -> str:
         if seed["ann"]:
             lines.append(f"share of queries that FAISS answered {seed['ann']}")
         told.append("- " + "; ".join(lines))
+    for kind, texts in figures["seeds"][0]["examples"].items():
+        if texts:
+            told.append(f"\nThe first {kind}:\n" + "".join(f"\n- {' '.join(text.split())}" for text in texts))
     return "\n".join(told) + "\n"
 
 
@@ -238,7 +241,7 @@ def bytes_of(name: str, size: int = GRADIENT) -> int | None:
     """Bytes a training example takes: scales and factors included; None for what keeps no gradient."""
     if name.startswith("full/"):
         return 4 * size
-    if not name.startswith("K="):
+    if "K=" not in name:
         return None
     return {"float32": 4 * _K(name), "float16": 2 * _K(name) + 4, "1bit": _K(name) // 8 + 4}[name.rpartition("/")[2]]
 
@@ -247,14 +250,15 @@ def draw_fidelity(figures: dict[str, Any], file: Path) -> None:
     """How the error falls as K grows, for two recipes, every λ and the three precisions."""
     plt = _pyplot()
     picture, axes = plt.subplots(figsize=(6.4, 4.2))
-    for label, points in _lines(figures["fidelity"], "error").items():
+    rows = [row for row in figures["fidelity"] if row["method"].startswith("K=")]
+    for label, points in _lines(rows, "error").items():
         axes.errorbar(*zip(*points, strict=True), label=label, marker="o", markersize=3, linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="K", ylabel="error of the scores / their length")
     _finish(plt, picture, axes, file)
 
 
 def draw_bytes(figures: dict[str, Any], file: Path) -> None:
-    """auPRC at top 50, or AP at top 10 by word, against the bytes that a training example takes."""
+    """auPRC at top 50, or AP at top 10 by word, against the bytes that a training example takes; λ = 20."""
     metric, k = _aimed_at(figures)
     asked = "sentence" if figures["task"] == "backdoor" else "word"
     plt = _pyplot()
@@ -262,7 +266,9 @@ def draw_bytes(figures: dict[str, Any], file: Path) -> None:
     picture, found = plt.subplots(1, len(groups), figsize=(5.2 * len(groups), 4.2), squeeze=False)
     for axes, group in zip(found[0], groups, strict=True):
         rows = [r for r in figures["counts"] if (r["group"], r["asked"], r["k"]) == (group, asked, k)]
-        for label, points in _lines(rows, metric, by_bytes=True).items():
+        drawn = [r for r in rows if "/shuffles=20/" in r["method"] and not r["method"].startswith("both ")]
+        drawn = [r for r in drawn if not r["method"].endswith("/float32")]
+        for label, points in _lines(drawn, metric, by_bytes=True).items():
             axes.errorbar(*zip(*points, strict=True), label=label, marker="o", markersize=3, linewidth=1)
         level = {row["method"]: row[metric]["mean"] for row in rows}
         for name, style in (("bm25", "--"), ("embedding", ":"), ("full/estimate/unit", "-")):
@@ -277,10 +283,12 @@ def _lines(rows: Sequence[dict], metric: str, *, by_bytes: bool = False) -> dict
     lines: dict[str, list[tuple]] = {}
     for row in rows:
         name = row["method"]
-        if not name.startswith("K=") or _recipe(name) not in RECIPES:
+        if "K=" not in name or _recipe(name) not in RECIPES:
             continue
         x = bytes_of(name) if by_bytes else _K(name)
-        label = f"{RECIPES[_recipe(name)]}, {name.split('/')[1].replace('shuffles=', 'λ = ')}, {name.split('/')[-1]}"
+        _, shuffles, *_, kind = name.split("/")
+        label = f"{MODELS.get(name.partition('K=')[0], '')}{RECIPES[_recipe(name)]}"
+        label += f", {shuffles.replace('shuffles=', 'λ = ')}, {kind}"
         lines.setdefault(label, []).append((x, row[metric]["mean"], row[metric]["half"] or 0.0))
     return {label: sorted(points) for label, points in sorted(lines.items())}
 
