@@ -30,6 +30,7 @@ def product_scores(
     queries: Sequence[Asked],
     folder: Path,
     *,
+    recipes: Sequence[str],
     seed: int,
     most: int,
     progress: Progress,
@@ -39,9 +40,9 @@ def product_scores(
     `most` is how many matches are asked for in each direction.
     """
     scores: Scores = {}
-    for recipe, changes in RECIPES.items():
+    for recipe in recipes:
         index = folder / f"index-{recipe}"
-        gradient, sketch = GradientConfig(**changes, seed=seed), SketchConfig(seed=seed)
+        gradient, sketch = GradientConfig(**RECIPES[recipe], seed=seed), SketchConfig(seed=seed)
         build(Request(data, str(index), model, encoding, gradient, sketch), progress=progress)
         opened = Index.open(index)
         scores[f"product/{recipe}/exact"], _ = _ask(opened, queries, most, exact=True)

@@ -343,15 +343,18 @@ def _ekfac_scores(seed: Seed) -> Scores:
 
 
 def _product(seed: Seed) -> None:
-    from bench.evidence.product import product_scores
+    from bench.evidence.product import RECIPES, product_scores
+
+    finished = seed.folder.name != EARLY
 
     def make() -> Scores:
         where = (seed.data, seed.adapter, seed.encoding, seed.queries, seed.folder)
-        found = product_scores(*where, seed=seed.seed, most=max(seed.task.tops), progress=seed.bars)
+        how = {"recipes": tuple(RECIPES) if finished else ("default",), "seed": seed.seed, "most": max(seed.task.tops)}
+        found = product_scores(*where, **how, progress=seed.bars)
         return {name: values.astype(np.float32) for name, values in found.items()}
 
     seed.scores("product", make, gradients=False)
-    if seed.folder.name != EARLY:
+    if finished:
         _product(seed.early)
 
 
