@@ -67,7 +67,8 @@ def train(
         _run(trainer, checkpoint, model_config)
         _save(trainer, tokenizer, options, work / "finished")
         if early:
-            (work / _EARLY).rename(work / "finished" / _EARLY)
+            # A copy: a run that is killed before `finished` is published saves anew, and needs it again.
+            shutil.copytree(work / _EARLY, work / "finished" / _EARLY)
     return {
         "examples": len(rows),
         "skipped": len(dataset.examples) - len(rows),
@@ -312,7 +313,7 @@ def _last_checkpoint(folder: Path) -> Path | None:
 def _check_disk(work: Path, model: nn.Module, options: "FinetuneConfig") -> None:
     """ResourceError unless two checkpoints (weights and Adam's two moments) and the result fit beside `work`."""
     size = sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
-    needed, free = size * (7 + 2 * options.save_optimizer + bool(options.early)), shutil.disk_usage(work).free
+    needed, free = size * (7 + 2 * options.save_optimizer + 2 * bool(options.early)), shutil.disk_usage(work).free
     if free < needed:
         raise ResourceError(
             f"Training needs {needed / 2**30:.1f} GiB beside {work}, and {free / 2**30:.1f} GiB are free.",

@@ -175,6 +175,21 @@ def test_the_early_model_is_that_of_its_step(tmp_path, llama_folders, dataset, m
     assert loaded.fingerprints["tokenizer"] == finished.fingerprints["tokenizer"]
 
 
+def press(*given: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_run_killed_before_it_is_published_still_has_its_early_model(tmp_path, llama_folders, dataset, monkeypatch):
+    config, output = on_cpu(llama_folders[0]), tmp_path / "adapter"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("rapidindex.finetune._publish", press)
+        finetune(dataset, PLAIN, config, QUICK, output)
+    assert (tmp_path / "adapter.part" / "finished" / "early").is_dir()
+    assert finetune(dataset, PLAIN, config, QUICK, output).resumed_at == 8
+    finetune(dataset, PLAIN, config, QUICK, tmp_path / "whole")
+    assert_same_weights(output / "early", tmp_path / "whole" / "early")
+
+
 def test_no_early_model_is_kept_of_all_parameters_or_where_none_is_wanted(tmp_path, llama_folders, dataset):
     config, options = on_cpu(llama_folders[0]), replace(QUICK, epochs=1)
     assert finetune(dataset, PLAIN, config, options, tmp_path / "one").early_step == 1
