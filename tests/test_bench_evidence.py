@@ -21,7 +21,7 @@ pytest.importorskip("sklearn", reason="the extra `bench` is not installed")
 from bench.evidence import metrics, scifi, tasks
 from bench.evidence.cached import Replay, compute, numbered
 from bench.evidence.influence import hessian_products, layer_datainf, limit_of, lissa
-from bench.evidence.measured import all_scores, by_length, of_both_models, summed
+from bench.evidence.measured import by_length, of_both_models, summed
 from bench.evidence.seeds import together
 from bench.evidence.sketched import DEFAULT, hadamard, one_bit, sketched, uncompressed
 from bench.evidence.tables import bytes_of, markdown, title, write_tables
@@ -350,11 +350,11 @@ def test_scores_of_the_finished_and_the_early_model_are_told_apart_and_added(tmp
         np.savez(folder / "scores" / "full.npz", **{"full/none/none": np.full((2, 3), value), "seconds": value})
         np.savez(folder / "scores" / "limit.npz", limit=np.full((2, 3), value), seconds=value)
         np.save(folder / "lengths.npy", [1.0, 2.0, 4.0])
-    scores, seconds = of_both_models(tmp_path, all_scores)
+    scores, seconds = of_both_models(tmp_path)
     assert seconds == {"full": 1.0, "limit": 1.0, "early full": 2.0, "early limit": 2.0}
     assert scores["full/none/none"].max() == 1 and scores["early full/none/none"].min() == 2
     assert list(summed(scores)) == ["both full/none/none"] and (summed(scores)["both full/none/none"] == 3).all()
-    divided, _ = of_both_models(tmp_path, by_length)
+    divided = by_length(tmp_path, scores)
     np.testing.assert_allclose(divided["early limit-unit"], [[2, 1, 0.5]] * 2)
 
 

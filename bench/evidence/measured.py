@@ -1,7 +1,6 @@
 """The figures of one seed, from the score files in its folder: nothing here computes a score."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ INFLUENCE_FUNCTIONS = ("lissa", "limit", "datainf", "ekfac")
 
 def measured(seed: Seed) -> dict[str, Any]:
     """All figures of one seed, from its score files."""
-    scores, seconds = of_both_models(seed.folder, all_scores)
+    scores, seconds = of_both_models(seed.folder)
     planted = [str(example.meta["planted"]).split() for example in seed.examples]
     groups = sorted({query.group for query in seed.queries})
     truth = {group: np.array([group in found for found in planted]) for group in groups}
@@ -25,7 +24,7 @@ def measured(seed: Seed) -> dict[str, Any]:
     ranked = {"perfect": np.array([truth[query.group] for query in seed.queries], np.float32)}
     searched = [name.removesuffix(" used") for name, values in used.items() if values.all()]
     ranked |= {name: v for name, v in scores.items() if name not in used and (name in searched or "/ann" not in name)}
-    ranked |= of_both_models(seed.folder, by_length)[0]
+    ranked |= by_length(seed.folder, scores)
     ranked |= summed(scores)
     for name, values in ranked.items():
         if values.shape != (len(seed.queries), len(planted)):
@@ -48,30 +47,26 @@ def measured(seed: Seed) -> dict[str, Any]:
     }
 
 
-def of_both_models(
-    folder: Path, read: Callable[[Path], tuple[Scores, dict[str, float]]]
-) -> tuple[Scores, dict[str, float]]:
-    """What `read` finds in the seed's folder and, with names that say so, in that of the early model."""
-    parts = read(folder), read(folder / EARLY)
-    named = [{f"{EARLY} {name}": value for name, value in part.items()} for part in parts[1]]
-    return parts[0][0] | named[0], parts[0][1] | named[1]
-
-
-def all_scores(folder: Path) -> tuple[Scores, dict[str, float]]:
+def of_both_models(folder: Path) -> tuple[Scores, dict[str, float]]:
+    """Scores and seconds in the seed's folder and, with names that say so, in that of the early model."""
     scores, seconds = {}, {}
-    for file in sorted((folder / "scores").glob("*.npz")):
-        if not file.name.endswith(".part.npz"):
-            with np.load(file) as found:
-                seconds[file.stem] = float(found["seconds"])
-                scores |= {name: found[name] for name in found.files if name != "seconds"}
+    for model, where in (("", folder), (f"{EARLY} ", folder / EARLY)):
+        for file in sorted((where / "scores").glob("*.npz")):
+            if not file.name.endswith(".part.npz"):
+                with np.load(file) as found:
+                    seconds[model + file.stem] = float(found["seconds"])
+                    scores |= {model + name: found[name] for name in found.files if name != "seconds"}
     return scores, seconds
 
 
-def by_length(folder: Path) -> tuple[Scores, dict[str, float]]:
+def by_length(folder: Path, scores: Scores) -> Scores:
     """Influence functions divided by the length of each example's gradient, as the product's default divides."""
-    file, scores = folder / "lengths.npy", all_scores(folder)[0]
-    names = [name for name in INFLUENCE_FUNCTIONS if name in scores and file.exists()]
-    return {f"{name}-unit": scores[name] / np.load(file).astype(np.float32) for name in names}, {}
+    divided = {}
+    for model, where in (("", folder), (f"{EARLY} ", folder / EARLY)):
+        file = where / "lengths.npy"
+        names = [model + name for name in INFLUENCE_FUNCTIONS if model + name in scores and file.exists()]
+        divided |= {f"{name}-unit": scores[name] / np.load(file).astype(np.float32) for name in names}
+    return divided
 
 
 def summed(scores: Scores) -> Scores:

@@ -205,16 +205,11 @@ def _costs(figures: dict[str, Any]) -> str:
         [title(name), f"{by:.3f}", f"{metric}, {group}, by {asked}, top {k}"]
         for name, (by, (metric, group, asked, k)) in most.items()
     ]
-    said = [
-        f"The smallest K of the default, λ = 20, float16, within {CLOSE} everywhere, {model}: "
-        + str(
-            min(
-                (_K(n) for n, (by, _) in most.items() if re.fullmatch(begins + _AIMED, n) and by <= CLOSE),
-                default="none",
-            )
-        )
-        for begins, model in (("", "finished model"), ("early ", "early model"))
-    ]
+    said = []
+    for begins, model in (("", "finished model"), ("early ", "early model")):
+        within = [_K(n) for n, (by, _) in most.items() if re.fullmatch(begins + _AIMED, n) and by <= CLOSE]
+        smallest = min(within, default="none")
+        said.append(f"The smallest K of the default, λ = 20, float16, within {CLOSE} everywhere, {model}: {smallest}")
     return markdown(["", "most behind", "where"], body) + "".join(f"\n{line}.\n" for line in said)
 
 
