@@ -284,21 +284,48 @@ def test_one_bit_rows_keep_inner_products_roughly_and_lengths_exactly():
     torch.testing.assert_close(one_bit(hadamard(rows[:1]), rows[:1]), rows[:1] @ rows[:1].T)
 
 
-def test_ekfac_of_a_tiny_model_runs_and_agrees_with_the_sign_of_self_influence(small, tmp_path):
+@pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")  # kronfluence 1.0.1 with torch 2.13; 2026-11
+def test_ekfac_on_gradients_from_disk_scores_as_kronfluence_does(small, tmp_path):
     pytest.importorskip("kronfluence")
-    from bench.evidence.ekfac import ekfac
+    from kronfluence.arguments import ScoreArguments
+    from kronfluence.utils.dataset import DataLoaderKwargs
+
+    from bench.evidence import ekfac
 
     _, batch = small
     model = tiny.with_lora(tiny.make_model("llama"), rank=2)
     examples = [batch.example(row) for row in range(3)]
+    gradients = PerExampleGradients(model)
+    batches = [([number], one) for number, one in enumerate(examples)]
+    rows = Replay(gradients.layers, compute(gradients, batches, tmp_path / "rows.f32", lambda *_: None))
+    asked = Replay(rows.layers, np.array(rows.rows[:2]))
     gc.freeze()  # kronfluence collects garbage again and again, which takes long where much was imported
     try:
-        found = ekfac(model, examples, examples[:2], tmp_path / "ekfac", fitted=3, seed=0)
+        analyzer = ekfac.prepared(model, tmp_path / "ekfac")
+        bases = ekfac.fit(analyzer, examples, 3, seed=0)
+        analyzer.compute_pairwise_scores(
+            scores_name="scores",
+            factors_name="factors",
+            query_dataset=ekfac.Rows(examples[:2]),
+            train_dataset=ekfac.Rows(examples),
+            per_device_query_batch_size=2,
+            per_device_train_batch_size=3,
+            score_args=ScoreArguments(damping_factor=None),
+            dataloader_kwargs=DataLoaderKwargs(collate_fn=ekfac.collate),
+        )
     finally:
         gc.unfreeze()
-    assert found.shape == (2, 3) and np.isfinite(found).all()
-    assert found[0, 0] > 0 and found[1, 1] > 0
-    assert found[0].argmax() == 0 and found[1].argmax() == 1
+    told = analyzer.load_pairwise_scores("scores")["all_modules"]
+    truth = np.empty((2, 3), np.float32)
+    truth[np.ix_(ekfac.Rows(examples[:2]).order, ekfac.Rows(examples).order)] = told.numpy()
+    found = ekfac.scores_of(bases, rows, asked, SketchConfig(2**14, 5), (2**12, 2**14), lambda *_: None)
+    np.testing.assert_allclose(found["full/ekfac/none"], truth, rtol=1e-3, atol=1e-3 * np.abs(truth).max())
+    unit = truth / np.linalg.norm(rows.rows, axis=1)
+    np.testing.assert_allclose(found["full/ekfac/unit"], unit, rtol=1e-3, atol=1e-3 * np.abs(unit).max())
+    for K in (2**12, 2**14):
+        near = found[f"K={K}/shuffles=5/ekfac/unit/float32"]
+        assert np.linalg.norm(near - unit) < 0.2 * np.linalg.norm(unit)
+    assert np.allclose(np.diag(found["full/ekfac-root/unit"]) ** 2, np.diag(found["full/ekfac/none"]), rtol=1e-3)
 
 
 def seed_result(number, ap):

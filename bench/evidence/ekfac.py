@@ -1,23 +1,39 @@
-"""EK-FAC (arXiv 2308.03296) over the LoRA layers, through kronfluence: the strongest peer.
+"""EK-FAC (arXiv 2308.03296) over the LoRA layers, factors by kronfluence: the strongest peer.
 
 Covariances and eigenvalues of the true Fisher, with labels drawn from the model; damping is kronfluence's own, a tenth
-of the mean eigenvalue of each layer. Factors are kept in a folder, so an interrupted run goes on from them.
+of the mean eigenvalue of each layer. Factors are kept in a folder, so an interrupted run goes on from them. They are
+applied to the whole gradients on disk, as kronfluence would apply them to gradients of its own:
+
+    ekfac/none, ekfac/unit   ⟨H⁻¹ q, g⟩, and divided by |g|: H⁻¹ on the query's side alone, rows as they are
+    ekfac-root/unit          ⟨H^-½ q, H^-½ g⟩ / |H^-½ g|: rows corrected as well, as the default corrects them
 """
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from kronfluence.analyzer import Analyzer, prepare_model
-from kronfluence.arguments import FactorArguments, ScoreArguments
+from kronfluence.arguments import FactorArguments
 from kronfluence.task import Task
+from kronfluence.utils.constants import (
+    ACTIVATION_EIGENVECTORS_NAME,
+    GRADIENT_EIGENVECTORS_NAME,
+    HEURISTIC_DAMPING_SCALE,
+    LAMBDA_MATRIX_NAME,
+    NUM_LAMBDA_PROCESSED,
+)
 from kronfluence.utils.dataset import DataLoaderKwargs
 from torch import Tensor, nn
 
-from rapidindex.gradients import Batch, example_losses
+from bench.evidence.cached import Replay
+from bench.evidence.sketched import Scores, compressed
+from rapidindex.config import SketchConfig
+from rapidindex.gradients import Batch, Layer, example_losses
+from rapidindex.progress import Progress
 
 Row = tuple[Tensor, Tensor, Tensor]
 """One example: input ids, attention and loss weights, each [1, T]."""
@@ -78,51 +94,83 @@ class LanguageModelling(Task):
         return batch[1]
 
 
-def ekfac(
-    model: nn.Module, examples: Sequence[Batch], queries: Sequence[Batch], folder: Path, fitted: int, seed: int
-) -> np.ndarray:
-    """Scores [queries, examples]; the factors are fitted on `fitted` examples. The model is changed: drop it."""
-    torch.manual_seed(seed)  # for the labels that are drawn
+@dataclass(frozen=True)
+class Eigenbasis:
+    """One layer's Fisher: U ⊗ V with eigenvalues Λ, damped."""
+
+    outputs: Tensor
+    """U, float32 [out, out]."""
+    inputs: Tensor
+    """V, float32 [in, in]."""
+    eigenvalues: Tensor
+    """Λ, float32 [out, in]."""
+
+    def solved(self, gradients: Tensor, power: float = 1.0) -> Tensor:
+        """H to the -`power` of gradients [n, out · in]."""
+        turned = self.outputs.T @ gradients.view(len(gradients), *self.eigenvalues.shape) @ self.inputs
+        turned /= self.eigenvalues**power
+        return (self.outputs @ turned @ self.inputs.T).flatten(1)
+
+
+def prepared(model: nn.Module, folder: Path) -> Analyzer:
+    """kronfluence over LoRA's A and B. The model is changed: drop it."""
     names = [name for name, module in model.named_modules() if ".lora_" in name and isinstance(module, nn.Linear)]
     task = LanguageModelling(names)
-    data, asked = Rows(examples), Rows(queries)
+    return Analyzer("ekfac", prepare_model(model, task), task, cpu=True, disable_tqdm=True, output_dir=str(folder))
+
+
+def fit(analyzer: Analyzer, examples: Sequence[Batch], fitted: int, seed: int) -> dict[str, Eigenbasis]:
+    """Each parameter's eigenbasis, fitted on `fitted` of the examples, unless the analyzer's folder has them."""
+    torch.manual_seed(seed)  # for the labels that are drawn
     drawn = np.random.default_rng(seed).permutation(len(examples))[:fitted]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*GradScaler.*", FutureWarning)  # kronfluence 1.0.1 with torch 2.13; 2026-11
-        analyzer = Analyzer(
-            "ekfac", prepare_model(model, task), task, cpu=True, disable_tqdm=True, output_dir=str(folder)
+        analyzer.fit_all_factors(
+            factors_name="factors",
+            dataset=Rows([examples[number] for number in drawn]),
+            per_device_batch_size=8,
+            factor_args=FactorArguments("ekfac", lambda_max_examples=fitted, covariance_max_examples=fitted),
+            dataloader_kwargs=DataLoaderKwargs(collate_fn=collate),
         )
-        _fit(analyzer, Rows([examples[number] for number in drawn]))
-        found = _scored(analyzer, asked, data)
-    scores = np.empty_like(found)
-    scores[np.ix_(asked.order, data.order)] = found
-    return scores
+    found = analyzer.load_all_factors("factors")
+    bases = {}
+    for name, total in found[LAMBDA_MATRIX_NAME].items():
+        eigenvalues = total.float() / found[NUM_LAMBDA_PROCESSED][name]
+        eigenvalues += HEURISTIC_DAMPING_SCALE * eigenvalues.mean()
+        vectors = (found[kind][name].float() for kind in (GRADIENT_EIGENVECTORS_NAME, ACTIVATION_EIGENVECTORS_NAME))
+        bases[f"{name}.weight"] = Eigenbasis(*vectors, eigenvalues)
+    return bases
 
 
-def _fit(analyzer: Analyzer, data: Rows) -> None:
-    """Covariances, eigenvectors and eigenvalues, unless the folder has them."""
-    most = len(data)
-    analyzer.fit_all_factors(
-        factors_name="factors",
-        dataset=data,
-        per_device_batch_size=8,
-        factor_args=FactorArguments(strategy="ekfac", lambda_max_examples=most, covariance_max_examples=most),
-        dataloader_kwargs=DataLoaderKwargs(collate_fn=collate),
-    )
+def scores_of(
+    bases: dict[str, Eigenbasis],
+    rows: Replay,
+    queries: Replay,
+    config: SketchConfig,
+    Ks: Sequence[int],
+    progress: Progress,
+) -> Scores:
+    """Uncompressed scores `full/ekfac…`, and those of RapidGrads `K=…/ekfac/unit/…` at each of `Ks`."""
+    plain, root = (torch.zeros(len(queries), len(rows), dtype=torch.float64) for _ in range(2))
+    squares, turned_squares = (torch.zeros(len(rows), dtype=torch.float64) for _ in range(2))
+    solved = np.empty(queries.rows.shape, np.float32)
+    for number, layer in enumerate(rows.layers, 1):
+        part, basis = slice(layer.start, layer.start + layer.size), _basis_of(layer, bases)
+        g, q = (torch.from_numpy(np.array(side.rows[:, part])) for side in (rows, queries))
+        solved[:, part] = basis.solved(q)
+        plain += torch.from_numpy(solved[:, part]) @ g.T
+        squares += g.square().sum(1)
+        turned = basis.solved(g, 0.5)
+        root += basis.solved(q, 0.5) @ turned.T
+        turned_squares += turned.square().sum(1)
+        progress("EK-FAC", number, len(rows.layers))
+    unit, root_unit = plain / squares.sqrt(), root / turned_squares.sqrt()
+    whole = {"ekfac/none": plain, "ekfac/unit": unit, "ekfac-root/unit": root_unit}
+    scores = {f"full/{name}": values.numpy().astype(np.float32) for name, values in whole.items()}
+    return scores | compressed("ekfac", rows, Replay(queries.layers, solved), config, Ks, progress)
 
 
-def _scored(analyzer: Analyzer, queries: Rows, data: Rows) -> np.ndarray:
-    """Scores in the orders of `queries` and `data`; all queries share one pass over the data."""
-    steps = len(queries) // 4 + 1
-    analyzer.compute_pairwise_scores(
-        scores_name="scores",
-        factors_name="factors",
-        query_dataset=queries,
-        train_dataset=data,
-        per_device_query_batch_size=4,
-        per_device_train_batch_size=8,
-        score_args=ScoreArguments(damping_factor=None, query_gradient_accumulation_steps=steps),
-        dataloader_kwargs=DataLoaderKwargs(collate_fn=collate),
-        overwrite_output_dir=True,
-    )
-    return analyzer.load_pairwise_scores("scores")["all_modules"].float().numpy()
+def _basis_of(layer: Layer, bases: dict[str, Eigenbasis]) -> Eigenbasis:
+    if layer.name not in bases:
+        raise SystemExit(f"kronfluence has no factors of {layer.name}: of {', '.join(list(bases)[:2])}, …")
+    return bases[layer.name]

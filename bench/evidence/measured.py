@@ -11,7 +11,7 @@ from bench.evidence.run import EARLY, Seed
 from bench.evidence.scifi import separability
 from bench.evidence.sketched import DEFAULT, PAPER, Scores
 
-INFLUENCE_FUNCTIONS = ("lissa", "limit", "datainf", "ekfac")
+INFLUENCE_FUNCTIONS = ("lissa", "limit", "datainf")
 
 
 def measured(seed: Seed) -> dict[str, Any]:

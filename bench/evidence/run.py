@@ -19,7 +19,7 @@ from torch import nn
 
 from bench.evidence import tasks
 from bench.evidence.cached import Replay, compute, example_batches, numbered
-from bench.evidence.sketched import Scores, sketched, uncompressed
+from bench.evidence.sketched import ROTATED_K, Scores, sketched, uncompressed
 from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig, fingerprint
 from rapidindex.corrections import correction, estimate_second_moment
 from rapidindex.examples import Example, read_examples
@@ -269,8 +269,8 @@ def _full(seed: Seed) -> None:
 
 
 def _rapidin(seed: Seed) -> None:
-    small = tuple(K for K in seed.sizes.Ks if K <= 2**16)
-    groups = [small] * bool(small) + [(K,) for K in seed.sizes.Ks if K > 2**16]
+    small = tuple(K for K in seed.sizes.Ks if K <= ROTATED_K)
+    groups = [small] * bool(small) + [(K,) for K in seed.sizes.Ks if K > ROTATED_K]
     for Ks in groups:
         for shuffles in seed.sizes.shuffles[: None if Ks == small else 1]:  # the largest K with the first λ alone
             config = SketchConfig(max(Ks), shuffles, seed.seed)
@@ -327,19 +327,21 @@ def _lissa_scores(seed: Seed) -> Scores:
 
 
 def _ekfac(seed: Seed) -> None:
-    seed.scores("ekfac", lambda: _ekfac_scores(seed), gradients=False)
+    seed.scores("ekfac", lambda: _ekfac_scores(seed))
 
 
 def _ekfac_scores(seed: Seed) -> Scores:
-    from bench.evidence.ekfac import ekfac
+    from bench.evidence.ekfac import fit, prepared, scores_of
 
     batches: dict[int, Batch] = {}
     for numbers, batch in example_batches(seed.job.items):
         batches |= {number: batch.example(row) for row, number in enumerate(numbers)}
-    examples = [batches[number] for number in range(len(batches))]
-    fitted = min(seed.sizes.ekfac_rows, len(examples))
-    folder = seed.folder / "ekfac"
-    return {"ekfac": ekfac(seed.single(), examples, seed.query_batches, folder, fitted, seed.seed)}
+    examples, started = [batches[number] for number in range(len(batches))], time.perf_counter()
+    bases = fit(prepared(seed.single(), seed.folder / "ekfac"), examples, seed.sizes.ekfac_rows, seed.seed)
+    seed.note("ekfac factors", {"seconds": time.perf_counter() - started}, keep=True)
+    Ks = tuple(K for K in seed.sizes.Ks if K <= ROTATED_K)
+    config = SketchConfig(max(Ks), seed.sizes.shuffles[0], seed.seed)
+    return scores_of(bases, seed.rows, seed.posed, config, Ks, seed.bars)
 
 
 def _product(seed: Seed) -> None:

@@ -22,6 +22,8 @@ CORRECTIONS = ("none", "estimate")
 NORMALIZATIONS = ("none", "layer", "unit")
 DEFAULT, PAPER = ("estimate", "unit"), ("none", "layer")
 """(correction, normalisation) of the product's default and of the paper's recipe."""
+ROTATED_K = 2**16
+"""Up to this K rows are scored in every precision."""
 
 Scores = dict[str, np.ndarray]
 
@@ -45,9 +47,28 @@ def sketched(
     return scores
 
 
+def compressed(
+    correction: str, rows: Replay, queries: Replay, config: SketchConfig, Ks: Sequence[int], progress: Progress
+) -> Scores:
+    """Scores at each of `Ks` of rows of unit length, not corrected, and of queries that were corrected beforehand."""
+    sketch = Sketch(rows.rows.shape[1], config)
+    whole = torch.cat([sketch.compress(torch.from_numpy(queries.rows[here])) for here, _ in queries.blocks()])
+    posed = {K: (folded := fold(whole, K), hadamard(folded) if K <= ROTATED_K else None) for K in Ks}
+    compressor = Compressor(rows, sketch, normalize="unit")
+    scores: Scores = {}
+    for here, batch in rows.blocks():
+        found = compressor(batch).rows
+        progress(f"RapidGrads, {correction}, K={config.K}", here.stop, len(rows))
+        for K in Ks:
+            for kind, values in _kept(*posed[K], fold(found, K)).items():
+                name = f"K={K}/shuffles={config.shuffles}/{correction}/unit/{kind}"
+                scores.setdefault(name, np.empty((len(queries), len(rows)), np.float32))[:, here] = values.numpy()
+    return scores
+
+
 def _asked(asked: Tensor, recipe: tuple[str, str]) -> tuple[Tensor, Tensor | None]:
     """Queries [Q, K], and rotated, where they are scored in every precision: two recipes, K up to 65,536."""
-    return asked, hadamard(asked) if recipe in (DEFAULT, PAPER) and asked.shape[1] <= 2**16 else None
+    return asked, hadamard(asked) if recipe in (DEFAULT, PAPER) and asked.shape[1] <= ROTATED_K else None
 
 
 def _kept(asked: Tensor, turned: Tensor | None, found: Tensor) -> dict[str, Tensor]:

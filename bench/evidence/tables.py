@@ -23,8 +23,9 @@ NAMES = {
     "limit-unit": "the same / length of the gradient",
     "datainf": "influence function, DataInf",
     "datainf-unit": "the same / length of the gradient",
-    "ekfac": "influence function, EK-FAC",
-    "ekfac-unit": "the same / length of the gradient",
+    "full/ekfac/none": "influence function, EK-FAC",
+    "full/ekfac/unit": "the same / length of the gradient",
+    "full/ekfac-root/unit": "EK-FAC, half on either side, unit length",
     "full/none/none": "TracIn",
     "full/none/layer": "TracIn, layer-wise (the paper's recipe, uncompressed)",
     "full/estimate/unit": "the default, uncompressed",
@@ -36,7 +37,7 @@ NAMES = {
 MODELS = {"early ": "early model: ", "both ": "finished and early added: "}
 """Names' beginnings: whose gradients they are of, where not the finished model's."""
 CLOSE, _AIMED = 0.02, r"K=\d+/shuffles=20/estimate/unit/float16"
-RECIPES = {"estimate/unit": "default", "none/layer": "paper"}
+RECIPES = {"estimate/unit": "default", "none/layer": "paper", "ekfac/unit": "EK-FAC of the query"}
 CORRECTIONS, NORMALIZATIONS = ("none", "estimate"), ("none", "layer", "unit")
 
 
