@@ -4,7 +4,7 @@
 
 Real processes of `rapidindex build`, killed with -9 wherever they are, starting up included. Every shard that was
 finished before a kill must be there, byte for byte, after it; the finished index must hold every example once and equal
-the undisturbed one's to float16 rounding. On a tiny Llama with random weights, so that a build takes seconds.
+the undisturbed one's to a step of their rounding. On a tiny Llama with random weights, so that a build takes seconds.
 """
 
 import argparse

@@ -105,7 +105,7 @@ def existing(job: Job) -> Store | None:
     if token is not None and "token" in job.request.levels:
         token = asdict(job.request.token)
     check_identity(store.config, {**job.identity, "token": token}, store.path)
-    job.has_moment = store.second_moment() is not None
+    job.meet(store)
     return store
 
 

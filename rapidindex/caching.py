@@ -202,7 +202,7 @@ class ShardWriter:
         capacity: int | None = None,
     ) -> None:
         self.store_rows, self.work, self.numbers, self.finished = rows, work, numbers, finished
-        most = work.shard_bytes // (2 * rows.K) + 1
+        most = work.shard_bytes // rows.row_bytes + 1
         self._rows = np.empty((min(most, capacity or most), rows.K), np.float32)  # memory is taken as it is filled
         self._begin()
 
@@ -250,7 +250,7 @@ class ShardWriter:
     @property
     def full(self) -> bool:
         """Whether it is time to write: there is enough of rows, or of work."""
-        enough = 2 * self.store_rows.K * self._taken >= self.work.shard_bytes
+        enough = self.store_rows.row_bytes * self._taken >= self.work.shard_bytes
         return enough or time.monotonic() - self._started > self.work.shard_seconds
 
     def write(self) -> None:

@@ -572,7 +572,7 @@ def _info_lines(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for level, held in found["levels"].items():
         what = {
             "rows": f"{held['rows']:,} of {held['examples']:,} examples; shards: {held['shards']}",
-            "K": f"{held['K']:,}",
+            "K": f"{held['K']:,}, kept as {held['row_type']}",
         }
         if level == "token":
             what["tokens"] = f"{config['token']['tokens']}, of {config['tokens_of']} examples"

@@ -158,7 +158,7 @@ class BuildConfig:
     """Processes."""
     shard_seconds: float = 120.0
     """A shard holds about this much work at most: what a killed build can lose."""
-    shard_bytes: int = 256 * 2**20
+    shard_bytes: int = 128 * 2**20
     """A shard's rows take at most this many bytes."""
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """The exact scan: inner products of queries with every stored row, streamed. The oracle of every faster search.
 
-Rows stay float16 on disk and are mapped, not loaded: a few MiB at a time become float32 and meet all queries in one
+Rows stay 8-bit on disk and are mapped, not loaded: a few MiB at a time become float32 and meet all queries in one
 matrix product. Knows vectors, not text, and nothing of FAISS.
 """
 
@@ -109,8 +109,8 @@ def scores_of(
     buffer = torch.empty(max(1, _GROUP_BYTES // (4 * rows.K)), rows.K)
     each = rows.each(numbers)
     while group := list(islice(each, len(buffer))):
-        for row, (_, halves, _) in zip(buffer, group, strict=False):
-            row.copy_(as_tensor(halves))
+        for row, (_, numbers_of_row, _) in zip(buffer, group, strict=False):
+            row.copy_(as_tensor(numbers_of_row))
         scale = np.array([scale for _, _, scale in group], np.float32)
         scores[[place for place, _, _ in group]] = torch.mv(buffer[: len(group)], on_torch).numpy() * scale
     check_finite(scores, rows, numbers)
@@ -206,9 +206,11 @@ def _all_scores(rows: Rows, queries: np.ndarray, device: torch.device) -> Float3
     on_device = torch.from_numpy(queries).to(device)
     scores = torch.empty(len(queries), len(rows), device=device)
     block_rows = max(1, _BLOCK_BYTES.get(device.type, 2**28) // (4 * rows.K))
+    buffer = torch.empty(min(block_rows, len(rows)), rows.K, device=device)  # one for all: new memory costs more
     for first, block, scale in rows.blocks(block_rows):
-        part = scores[:, first : first + len(block)]
-        part.copy_(on_device @ as_tensor(block).to(device, torch.float32).T)
+        part, here = scores[:, first : first + len(block)], buffer[: len(block)]
+        here.copy_(as_tensor(block).to(device))  # moved as they lie, and made float32 there
+        part.copy_(on_device @ here.T)
         part.mul_(torch.tensor(scale, device=device))
     return scores.cpu().numpy()
 

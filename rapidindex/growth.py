@@ -56,7 +56,7 @@ def add(
         built, asked = ({**config, "data": None, "token": None} for config in (store.config, job.identity))
         check_identity(built, asked, Path(path), hint=hint)
         job.items = [replace(item, source=data) for item in job.items]
-        job.has_moment = store.second_moment() is not None
+        job.meet(store)
         check_fits(job, {level: left(job, level, store) for level in request.levels})
         _note_source(store, job)
         restored = store.restore(store.removed & {item.example.id for item in job.items})

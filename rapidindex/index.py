@@ -48,8 +48,8 @@ from rapidindex.store.rows import Rows
 
 EXACT = "exact"
 COMPACT = "HR,RaBitQ"
-EXACT_BYTES = 2**30
-"""Up to so many bytes of rows the default is to scan them: 0.1 s for a query (10 GB/s measured, from memory)."""
+EXACT_NUMBERS = 2**29
+"""Up to so many numbers in all rows the default is to scan them: under 0.1 s for a query."""
 DIM = 16_384
 """Of the fold, at most. Rows of real gradients are nearly orthogonal, so that the noise of a short fold drowns who is
 nearest: 4,096 is scanned in a quarter of the time, and needs many times the candidates, each 500 times as dear."""
@@ -63,7 +63,7 @@ _FOLD_BYTES = 2**25  # float32 bytes of rows folded at a time
 
 def default_factory(rows: int, K: int) -> str:
     """`exact` for rows that are scanned in 0.1 s; one bit a dimension of a rotated fold (`HR,RaBitQ`) beyond."""
-    return EXACT if rows * K * 2 <= EXACT_BYTES else COMPACT
+    return EXACT if rows * K <= EXACT_NUMBERS else COMPACT
 
 
 class VectorIndex:
@@ -370,6 +370,6 @@ def _training_rows(rows: Rows, count: int, dim: int, seed: int) -> Float32[np.nd
     count = min(count, len(live), _TRAIN_BYTES // (4 * dim))
     drawn = np.sort(np.random.default_rng([seed, 0]).choice(live, count, replace=False))
     folded = np.empty((count, dim), np.float32)
-    for place, halves, scale in rows.each(drawn):
-        folded[place] = fold(as_tensor(halves).float(), dim).numpy() * scale
+    for place, numbers, scale in rows.each(drawn):
+        folded[place] = fold(as_tensor(numbers).float(), dim).numpy() * scale
     return folded

@@ -23,6 +23,8 @@ from rapidindex.examples import Dataset, read_examples
 from rapidindex.gradients import Layer, PerExampleGradients
 from rapidindex.model import LoadedModel, load
 from rapidindex.progress import Progress, silent
+from rapidindex.store import Store
+from rapidindex.store.shards import ROW_TYPE, ROW_TYPES
 from rapidindex.templates import Template
 from rapidindex.tokens import chosen
 
@@ -56,6 +58,8 @@ class Plan:
 
     level: str
     K: int
+    row_bytes: int
+    """What the numbers of a row take on the disk."""
     examples: list[Item]
     units: list[Unit]
 
@@ -90,6 +94,8 @@ class Job:
     device: torch.device
     has_moment: bool = False
     """Whether the index holds its second moment already."""
+    row_types: dict[str, str] = field(default_factory=dict)
+    """How the index keeps the rows of the levels that it has already."""
 
     @property
     def size(self) -> int:
@@ -104,6 +110,11 @@ class Job:
         listed = (item for item in self.items if ids is None or item.example.id in ids)
         return [item for item in listed if self.positions[item.example.id]]
 
+    def meet(self, store: Store) -> None:
+        """Note what the index holds already."""
+        self.has_moment = store.second_moment() is not None
+        self.row_types = {level: store.rows(level).row_type for level in store.levels}
+
     @property
     def lacks_moment(self) -> bool:
         """Whether a second moment has to be made."""
@@ -117,7 +128,8 @@ class Job:
                 replace(item, position=position) for item in examples for position in self.positions[item.example.id]
             ]
         units = plan_units(items, self.request.work.batch_tokens)
-        return Plan(level, self.request.K(level), list(examples), units)
+        K, row_type = self.request.K(level), self.row_types.get(level, ROW_TYPE)
+        return Plan(level, K, K * np.dtype(ROW_TYPES[row_type]).itemsize, list(examples), units)
 
     @cached_property
     def positions(self) -> dict[str, list[int]]:

@@ -256,6 +256,7 @@ class Index:
         rows, searched = self.rows_of(level), self._vector_index(level)
         return {
             "K": rows.K,
+            "row_type": rows.row_type,
             "rows": int(rows.alive.sum()),
             "examples": len(np.unique(rows.example[rows.alive])),
             "planned": self.store.planned(level),

@@ -130,7 +130,7 @@ def _of_each_process(job: Job, plan: Plan, activations: Activations) -> dict[str
     work = job.request.work
     most = max(map(len, plan.batches))
     unit = max(sum(map(len, unit)) for unit in plan.units)
-    buffered = 4 * plan.K * min(plan.rows, work.shard_bytes // (2 * plan.K) + unit)
+    buffered = 4 * plan.K * min(plan.rows, work.shard_bytes // plan.row_bytes + unit)
     each = (_of_batch(job, activations, plan.K, batch) for batch in plan.batches)
     return {
         **max(each, key=lambda parts: sum(parts.values())),
@@ -165,9 +165,9 @@ def _disk(job: Job, plan: Plan, workers: int) -> dict[str, int]:
     texts = sum(len(encode_json(record_of(item, 1.234567))) + 20 for item in plan.examples)
     named = [{"name": layer.name, "size": layer.size} for layer in job.layers]
     description = len(encode_json({"config": job.identity, "layers": named, "skipped": job.skipped})) + 400
-    shards = max(-(-2 * K * n // job.request.work.shard_bytes), min(workers, len(plan.units)))
+    shards = max(-(-plan.row_bytes * n // job.request.work.shard_bytes), min(workers, len(plan.units)))
     parts = {
-        "rows": n * (2 * K + 4 + 4 * layers + 12),
+        "rows": n * (plan.row_bytes + 4 + 4 * layers + 12),
         "examples": texts + 8 * len(plan.examples),
         "shards": shards * (USER_BLOCK + _HDF5 + description + 300),
         "manifest": 2 * description,

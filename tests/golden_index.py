@@ -1,6 +1,6 @@
-"""The index in tests/golden/format-1, which every later version must read, and what is in it.
+"""The indexes in tests/golden, a folder for each format, which every later version must read, and what is in them.
 
-Written once, by `python -m tests.golden_index tests/golden/format-1`; a new format gets a folder of its own beside it.
+Written once, by `python -m tests.golden_index tests/golden/format-2`; a new format gets a folder of its own beside it.
 """
 
 import sys
@@ -29,11 +29,14 @@ def record(number: int) -> dict:
     return {"id": IDS[number], **text, "meta": {"source": "golden", "weight": 0.5}, "line": number + 1}
 
 
-def row(number: int) -> np.ndarray:
-    """float32 [K], exact in float16: each row of another size, row 2 all zeros."""
+def row(number: int, version: int = 2) -> np.ndarray:
+    """float32 [K], exact as that format keeps it: each row of another size, row 2 all zeros."""
     if number == 2:
         return np.zeros(K, np.float32)
-    return ((np.arange(K) * 7 % 11 - 5) * 2.0 ** (40 * number - 80) * (number + 1)).astype(np.float32)
+    steps = np.arange(K) * 7 % 11 - 5
+    if version > 1:  # whole numbers up to 127
+        steps = np.r_[127, 25 * steps[1:]]
+    return (steps * 2.0 ** (40 * number - 80) * (number + 1)).astype(np.float32)
 
 
 def norms(number: int) -> list[float]:

@@ -11,7 +11,7 @@ import torch
 
 from rapidindex.config import SketchConfig
 from rapidindex.corrections import correction, estimate_second_moment
-from rapidindex.gradients import Batch, PerExampleGradients
+from rapidindex.gradients import Batch, Layer, PerExampleGradients
 from rapidindex.rapidgrad import Compressor
 from rapidindex.sketch import Sketch
 from tests import tiny
@@ -20,9 +20,10 @@ pytest.importorskip("sklearn", reason="the extra `bench` is not installed")
 
 from bench.evidence import metrics, scifi, tasks
 from bench.evidence.cached import Replay, compute, numbered
+from bench.evidence.curvature import DAMPING, EKFAC, KRONECKER, of_sample, scores_of
 from bench.evidence.influence import hessian_products, layer_datainf, limit_of, lissa
 from bench.evidence.measured import by_length, of_both_models, summed
-from bench.evidence.seeds import together
+from bench.evidence.seeds import added, together
 from bench.evidence.sketched import DEFAULT, hadamard, one_bit, sketched, uncompressed
 from bench.evidence.tables import bytes_of, markdown, title, write_tables
 
@@ -259,14 +260,17 @@ def test_compressed_scores_come_close_to_the_uncompressed_as_K_grows(cached):
     truth = uncompressed(rows, queries, factors, lambda *done: None)
     config = SketchConfig(2**14, 5)
     found = sketched(rows, queries, factors, config, (2**10, 2**14), lambda *done: None)
-    assert len(found) == 2 * (6 + 4)
+    assert len(found) == 2 * (2 * 6 + 4)
     for name, values in found.items():
         _, _, corrected, normalize, _ = name.split("/")
         whole = truth[f"full/{corrected}/{normalize}"]
         bound = 0.15 if name.startswith("K=1024") or name.endswith("1bit") else 0.03
         assert np.linalg.norm(values - whole) < bound * np.linalg.norm(whole), name
-    halves, wide = (found[f"K=16384/shuffles=5/{'/'.join(DEFAULT)}/{kind}"] for kind in ("float16", "float32"))
+    halves, eighths, wide = (
+        found[f"K=16384/shuffles=5/{'/'.join(DEFAULT)}/{kind}"] for kind in ("float16", "int8", "float32")
+    )
     np.testing.assert_allclose(halves, wide, atol=2e-3)
+    assert np.linalg.norm(eighths - wide) < 2e-3 * np.linalg.norm(wide)
 
 
 def test_hadamard_is_orthonormal_and_its_own_inverse():
@@ -318,14 +322,38 @@ def test_ekfac_on_gradients_from_disk_scores_as_kronfluence_does(small, tmp_path
     told = analyzer.load_pairwise_scores("scores")["all_modules"]
     truth = np.empty((2, 3), np.float32)
     truth[np.ix_(ekfac.Rows(examples[:2]).order, ekfac.Rows(examples).order)] = told.numpy()
-    found = ekfac.scores_of(bases, rows, asked, SketchConfig(2**14, 5), (2**12, 2**14), lambda *_: None)
+    found = scores_of(bases, EKFAC, rows, asked, SketchConfig(2**14, 5), (2**12, 2**14), lambda *_: None)
     np.testing.assert_allclose(found["full/ekfac/none"], truth, rtol=1e-3, atol=1e-3 * np.abs(truth).max())
     unit = truth / np.linalg.norm(rows.rows, axis=1)
     np.testing.assert_allclose(found["full/ekfac/unit"], unit, rtol=1e-3, atol=1e-3 * np.abs(unit).max())
     for K in (2**12, 2**14):
-        near = found[f"K={K}/shuffles=5/ekfac/unit/float32"]
-        assert np.linalg.norm(near - unit) < 0.2 * np.linalg.norm(unit)
+        for recipe in ("ekfac/unit", "ekfac-root/unit"):
+            near, whole = found[f"K={K}/shuffles=5/{recipe}/float32"], found[f"full/{recipe}"]
+            assert np.linalg.norm(near - whole) < 0.2 * np.linalg.norm(whole), recipe
     assert np.allclose(np.diag(found["full/ekfac-root/unit"]) ** 2, np.diag(found["full/ekfac/none"]), rtol=1e-3)
+
+
+def test_a_second_moment_along_kronecker_eigenvectors_is_the_diagonal_one_where_those_are_the_axes():
+    draw = torch.Generator().manual_seed(3)
+    layers = [Layer("a", 0, 12), Layer("b", 12, 6)]
+    shapes = {"a": (3, 4), "b": (2, 3)}
+    g = torch.zeros(40, 18)  # one entry of each layer a row: rows and columns are then uncorrelated
+    for row in range(40):
+        g[row, row % 12], g[row, 12 + row % 6] = torch.randn(2, generator=draw) * (1 + torch.arange(2) * row)
+    rows = Replay(layers, g.numpy())
+    bases = of_sample(rows, range(40), shapes)
+    whole = torch.cat(
+        [bases[layer.name].solved(g[:, layer.start : layer.start + layer.size], 0.5) for layer in layers], 1
+    )
+    for layer in layers:
+        part = slice(layer.start, layer.start + layer.size)
+        v = g[:, part].square().mean(0)
+        torch.testing.assert_close(whole[:, part], g[:, part] / (v + DAMPING * v.mean()).sqrt())
+    found = scores_of(
+        bases, KRONECKER, rows, Replay(layers, g[:5].numpy()), SketchConfig(64, 3), (64,), lambda *_: None
+    )
+    truth = whole[:5] @ whole.T / whole.norm(dim=1)
+    np.testing.assert_allclose(found["full/kronecker/unit"], truth, rtol=1e-4, atol=1e-4)
 
 
 def seed_result(number, ap):
@@ -353,6 +381,22 @@ def seed_result(number, ap):
         ],
         "fidelity": [{"method": name, "pearson": 0.99, "spearman": 0.98, "error": 0.1}],
     }
+
+
+def test_figures_that_are_added_leave_other_methods_alone():
+    before = {"commit": "old", "figures": {"task": "tracing", "sizes": {}, **together([seed_result(0, 0.8)])}}
+    later = seed_result(0, 0.6) | {"seconds": {"ekfac": 7.0}}
+    later["counts"] = [later["counts"][1], later["counts"][1] | {"method": "full/ekfac/unit", "AP": 0.95}]
+    found = added(before, {"sizes": {"rows": 9}, **together([later])})
+    aps = {row["method"]: row["AP"]["mean"] for row in found["figures"]["counts"]}
+    assert aps["full/estimate/unit"] == 0.9 and aps["full/ekfac/unit"] == 0.95
+    assert aps["K=65536/shuffles=20/estimate/unit/float16"] == 0.6
+    assert len(aps) == len(found["figures"]["counts"]) == 5
+    assert found["figures"]["seeds"][0]["seconds"] == {"full": 5.0, "ekfac": 7.0}
+    assert found["commit"] == "old" and found["added"][0]["sizes"] == {"rows": 9}
+    assert "full/ekfac/unit" in found["added"][0]["methods"]
+    with pytest.raises(SystemExit, match="other rows"):
+        added(before, {"sizes": {}, **together([later | {"planted": {"India": 8}}])})
 
 
 def test_tables_come_from_the_json_of_all_seeds(tmp_path):

@@ -55,7 +55,8 @@ def test_stored_rows_are_the_compressed_autograd_gradients(data, tmp_path, llama
         if recipe.normalize == "unit":
             flat = flat / flat.norm()
         truth = sketch.compress(flat.float()[None])[0].numpy()
-        assert np.linalg.norm(stored[item.example.id] - truth) <= 2e-3 * np.linalg.norm(truth)  # float16 rows
+        rounding = 1 / 254 + 1e-3  # rows are whole numbers up to 127
+        assert np.abs(stored[item.example.id] - truth).max() <= rounding * np.abs(truth).max()
 
 
 def test_the_estimate_is_taken_from_the_examples_that_the_seed_draws(data, tmp_path, llama_folders):

@@ -54,7 +54,7 @@ def damage(path, how):
         file.unlink()
         file.mkdir()
     elif how == "nan":
-        reseal(file, rows=np.full((2, 16), np.nan, "<f2"))
+        reseal(file, scale=np.full(2, np.nan, "<f4"))
     elif how == "another index's":
         make(path.parent / "other", "xy", "cd")
         shutil.copy(path.parent / "other" / SHARD, file)
@@ -68,7 +68,7 @@ HOW = {
     "flipped seal": "were changed",
     "newer digit": "were changed",
     "a folder": "cannot be read",
-    "nan": "rows are not all finite",
+    "nan": "scale are not all finite",
     "another index's": "another index",
 }
 
@@ -167,11 +167,11 @@ def test_without_any_intact_file_the_options_are_lost_and_starting_again_is_prop
 
 
 def test_a_newer_format_is_left_alone(index, path):
-    (path / "manifest.json").write_text('{"format": 2, "sha256": ""}')
+    (path / "manifest.json").write_text('{"format": 3, "sha256": ""}')
     for repair in (False, True):
         (problem,) = check(path, repair=repair)
-        assert "format 2" in problem.what and "upgrade" in problem.mend
-    assert (path / "manifest.json").read_text() == '{"format": 2, "sha256": ""}'
+        assert "format 3" in problem.what and "upgrade" in problem.mend
+    assert (path / "manifest.json").read_text() == '{"format": 3, "sha256": ""}'
 
 
 def test_a_finished_shard_that_is_not_listed_is_listed(index, path):

@@ -171,12 +171,12 @@ def test_stored_rows_that_are_not_finite_are_reported_as_damage(tmp_path, querie
 
 
 def spoil(shard, *, row: int) -> None:
-    """Put a NaN into a row of a shard's file."""
+    """Make NaN the scale of a row in a shard's file."""
     with h5py.File(shard) as file:
-        offset = file["rows"].id.get_offset() + 2 * K * row
+        offset = file["scale"].id.get_offset() + 4 * row
     with open(shard, "r+b") as file:
         file.seek(offset)
-        file.write(np.float16(np.nan).tobytes())
+        file.write(np.float32(np.nan).tobytes())
 
 
 @pytest.mark.gpu

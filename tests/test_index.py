@@ -11,7 +11,7 @@ import pytest
 from rapidindex import card, index
 from rapidindex.errors import DamagedIndex, QueryError, ResourceError, StoreError, UsageError
 from rapidindex.exact import exact_search, scores_of
-from rapidindex.index import EXACT_BYTES, VectorIndex, default_factory
+from rapidindex.index import EXACT_NUMBERS, VectorIndex, default_factory
 from rapidindex.recall import KINDS, calibrate, held_out
 from rapidindex.sketch import fold
 from rapidindex.store import Store
@@ -297,7 +297,7 @@ def test_recall_counts_any_of_the_rows_that_tie_for_the_last_place(tmp_path):
 
 
 def test_the_default_is_exact_for_small_stores_and_compact_beyond():
-    rows = EXACT_BYTES // (2 * 65_536)
+    rows = EXACT_NUMBERS // 65_536
     assert default_factory(rows, 65_536) == "exact"
     assert default_factory(rows + 1, 65_536) == "HR,RaBitQ"
 
@@ -309,7 +309,7 @@ def test_the_default_for_a_small_store_writes_no_faiss_file(store, queries):
 
 
 def test_the_default_for_a_large_store_is_the_compact_index(store, monkeypatch):
-    monkeypatch.setattr(index, "EXACT_BYTES", N * K)
+    monkeypatch.setattr(index, "EXACT_NUMBERS", N * K // 2)
     made = VectorIndex.build(store.rows("sentence"), target_recall=0.9)
     assert (made.card.factory, made.card.dim, made.card.asked) == ("HR,RaBitQ", K, None)
     assert made.card.file_bytes / N < K // 8 + 30
@@ -505,7 +505,7 @@ def test_an_exact_index_is_never_stale_and_becomes_compact_when_it_has_grown(sto
     append(store, gradients(100, K, seed=5))
     grown = VectorIndex.open(store.rows("sentence"))
     assert grown.stale is None and grown.search(queries, 3).n == N + 100
-    monkeypatch.setattr(index, "EXACT_BYTES", N * K)
+    monkeypatch.setattr(index, "EXACT_NUMBERS", N * K // 2)
     assert VectorIndex.update(store.rows("sentence")).card.factory == "HR,RaBitQ"
 
 

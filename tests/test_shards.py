@@ -13,22 +13,34 @@ from rapidindex.store import decode_rows, encode_rows, sealed, sealing, shards
 from tests.store_content import K, content
 
 NEAR = 2.0**-11 * (1 + 1e-6)
+STEP = 1 / 254 * (1 + 1e-6)
 INDEX = {"id": "0123456789abcdef", "config": {"a": 1}}
 
 
 def relative_error(rows):
+    """Of float16 rows, in units of their lengths."""
     rows = np.asarray(rows, np.float32)
-    back = decode_rows(*encode_rows(rows)).astype(np.float64)
+    back = decode_rows(*encode_rows(rows, "float16")).astype(np.float64)
     length = np.linalg.norm(rows.astype(np.float64), axis=1)
     return np.linalg.norm(back - rows, axis=1) / np.where(length > 0, length, 1)
 
 
+def largest_error(rows):
+    """Of int8 rows, in units of their largest entries; what float32 cannot tell apart does not count."""
+    rows = np.asarray(rows, np.float32)
+    back = decode_rows(*encode_rows(rows, "int8")).astype(np.float64)
+    peak = np.abs(rows).max(axis=1).astype(np.float64)
+    error = np.abs(back - rows).max(axis=1) - np.finfo(np.float32).smallest_subnormal
+    return error.clip(0) / np.where(peak > 0, peak, 1)
+
+
 def write_shard(path, ids="abc", **changes):
-    return shards.write_shard(path, level="sentence", index=INDEX, **content(list(ids)) | changes)
+    given = {"row_type": "int8", **content(list(ids)), **changes}
+    return shards.write_shard(path, level="sentence", index=INDEX, **given)
 
 
-def read_shard(path):
-    return shards.read_shard(path, index=INDEX["id"], level="sentence", K=K, layers=2)
+def read_shard(path, row_type="int8"):
+    return shards.read_shard(path, index=INDEX["id"], level="sentence", K=K, layers=2, row_type=row_type)
 
 
 def reseal(path, **changes):
@@ -46,34 +58,47 @@ def test_a_row_of_any_size_comes_back_within_half_precision(size):
     rows = np.random.default_rng(0).standard_normal((50, 300))
     rows = (rows / np.abs(rows).max(axis=1, keepdims=True) * size).astype(np.float32)
     assert relative_error(rows).max() <= NEAR
+    assert largest_error(rows).max() <= STEP
 
 
 @given(arrays.arrays(np.float32, (3, 9), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)))
 @settings(database=None, deadline=None)
-def test_any_finite_row_comes_back_within_half_precision(rows):
-    scale = encode_rows(rows)[1]
+def test_any_finite_row_comes_back_within_its_precision(rows):
     assert relative_error(rows).max() <= NEAR
-    assert np.array_equal(scale == 0, ~rows.any(axis=1))
-    assert np.isfinite(decode_rows(*encode_rows(rows))).all()
+    assert largest_error(rows).max() <= STEP
+    for row_type in shards.ROW_TYPES:
+        numbers, scale = encode_rows(rows, row_type)
+        assert np.array_equal(scale == 0, ~rows.any(axis=1))
+        assert np.isfinite(decode_rows(numbers, scale)).all()
 
 
-def test_the_largest_float32_does_not_overflow_on_its_way_back():
+@pytest.mark.parametrize("row_type", shards.ROW_TYPES)
+def test_the_largest_float32_does_not_overflow_on_its_way_back(row_type):
     largest = np.finfo(np.float32).max
-    assert np.isfinite(decode_rows(*encode_rows(np.full((1, 4), largest, np.float32)))).all()
+    assert np.isfinite(decode_rows(*encode_rows(np.full((1, 4), largest, np.float32), row_type))).all()
 
 
-def test_heavy_tails_keep_their_small_entries():
+def test_heavy_tails_keep_their_small_entries_in_float16():
     row = np.full((1, 4096), 1e-4, np.float32)
     row[0, 0] = 1.0
-    assert np.allclose(decode_rows(*encode_rows(row))[0, 1:], 1e-4, rtol=2**-11)
+    assert np.allclose(decode_rows(*encode_rows(row, "float16"))[0, 1:], 1e-4, rtol=2**-11)
 
 
+def test_eight_bits_change_the_score_of_a_row_like_real_ones_by_a_ten_thousandth_of_its_length():
+    draw = np.random.default_rng(1)
+    rows, queries = (draw.standard_normal((n, 16_384)).astype(np.float32) for n in (40, 10))
+    rows, queries = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (rows, queries))
+    wrong = queries @ (decode_rows(*encode_rows(rows, "int8")) - rows).T
+    assert wrong.std() < 1e-4
+
+
+@pytest.mark.parametrize("row_type", shards.ROW_TYPES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_rows_that_are_not_finite_are_refused(bad):
+def test_rows_that_are_not_finite_are_refused(bad, row_type):
     rows = np.ones((3, 4), np.float32)
     rows[1, 2] = bad
     with pytest.raises(ValueError, match=r"not finite .*\[1\]"):
-        encode_rows(rows)
+        encode_rows(rows, row_type)
 
 
 def test_hdf5_reads_the_same_numbers_as_the_memory_map(tmp_path):
@@ -96,11 +121,12 @@ def test_mapped_arrays_are_aligned_and_read_only(tmp_path):
         assert array.ctypes.data % 64 == 0 and not array.flags.writeable, name
 
 
-def test_what_was_written_is_read_back(tmp_path):
+@pytest.mark.parametrize("row_type", shards.ROW_TYPES)
+def test_what_was_written_is_read_back(tmp_path, row_type):
     path = tmp_path / "shard-00000.h5"
     given = content(list("abc"), tokens=2, rejected=["z"])
-    shards.write_shard(path, level="sentence", index=INDEX, **given)
-    shard, held = read_shard(path), sealed.map_arrays(sealed.verify(path))
+    shards.write_shard(path, level="sentence", row_type=row_type, index=INDEX, **given)
+    shard, held = read_shard(path, row_type), sealed.map_arrays(sealed.verify(path))
     assert shard.ids == ["a", "b", "c"] and shard.rejected == given["rejected"]
     assert [shards.read_record(held, number) for number in range(3)] == given["examples"]
     assert np.array_equal(decode_rows(held["rows"], held["scale"]), given["rows"])
@@ -112,7 +138,7 @@ def test_what_was_written_is_read_back(tmp_path):
 
 def test_a_shard_may_hold_nothing_but_rejected_examples(tmp_path):
     path = tmp_path / "shard-00000.h5"
-    shards.write_shard(path, level="sentence", index=INDEX, **content([], rejected=["z"]))
+    shards.write_shard(path, level="sentence", row_type="int8", index=INDEX, **content([], rejected=["z"]))
     shard = read_shard(path)
     assert (shard.rows, shard.ids, len(shard.rejected)) == (0, [], 1)
     assert list(shards.faults(shard)) == []
@@ -123,7 +149,7 @@ def test_rows_longer_than_a_block_are_written_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(sealing, "_WRITE_BYTES", 50)
     path = tmp_path / "shard-00000.h5"
     given = content([f"e{i}" for i in range(7)])
-    held = sealed.map_arrays(shards.write_shard(path, level="sentence", index=INDEX, **given))
+    held = sealed.map_arrays(shards.write_shard(path, level="sentence", row_type="int8", index=INDEX, **given))
     sealed.verify(path)
     assert np.array_equal(decode_rows(held["rows"], held["scale"]), given["rows"])
 
@@ -207,20 +233,20 @@ def test_a_file_system_without_hard_links_is_served_by_renaming(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("row_type", "changes", "fault"),
     [
-        ({"rows": np.full((3, K), np.nan, "<f2")}, "rows are not all finite"),
-        ({"scale": np.full(3, np.inf, "<f4")}, "scale are not all finite"),
-        ({"example": np.array([0, 1, 3], "<i4")}, "point outside its 3 examples"),
-        ({"examples": np.zeros(3, "u1")}, "examples cannot be read"),
+        ("float16", {"rows": np.full((3, K), np.nan, "<f2")}, "rows are not all finite"),
+        ("int8", {"scale": np.full(3, np.inf, "<f4")}, "scale are not all finite"),
+        ("int8", {"example": np.array([0, 1, 3], "<i4")}, "point outside its 3 examples"),
+        ("int8", {"examples": np.zeros(3, "u1")}, "examples cannot be read"),
     ],
 )
-def test_faulty_numbers_in_an_intact_file_are_found(tmp_path, changes, fault):
+def test_faulty_numbers_in_an_intact_file_are_found(tmp_path, row_type, changes, fault):
     path = tmp_path / "shard-00000.h5"
-    write_shard(path)
+    write_shard(path, row_type=row_type)
     reseal(path, **changes)
     sealed.verify(path)
-    assert any(fault in found for found in shards.faults(read_shard(path)))
+    assert any(fault in found for found in shards.faults(read_shard(path, row_type)))
 
 
 @pytest.mark.parametrize(

@@ -155,8 +155,8 @@ def test_links_are_not_followed_when_an_index_is_destroyed(path, tmp_path):
 def test_a_manifest_of_a_newer_format_asks_for_an_upgrade(path):
     make(path, "abc")
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 2, "novelty": True}))
-    with pytest.raises(NewerFormat, match="format 2") as caught:
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 3, "novelty": True}))
+    with pytest.raises(NewerFormat, match="format 3") as caught:
         Store.open(path)
     assert "upgrade" in caught.value.hint
 
@@ -250,7 +250,7 @@ def test_blocks_cover_all_rows_without_copying(path):
     blocks = list(Store.open(path).rows("sentence").blocks(max_rows=2))
     assert [(first, len(rows)) for first, rows, _ in blocks] == [(0, 2), (2, 2), (4, 1), (5, 2)]
     assert all(isinstance(rows, np.memmap) and not rows.flags.writeable for _, rows, _ in blocks)
-    assert all((rows.dtype, scale.dtype) == (np.float16, np.float32) for _, rows, scale in blocks)
+    assert all((rows.dtype, scale.dtype) == (np.int8, np.float32) for _, rows, scale in blocks)
     joined = np.concatenate([rows.astype(np.float32) * scale[:, None] for _, rows, scale in blocks])
     assert np.array_equal(joined, [row_of(id) for id in "abcdefg"])
 

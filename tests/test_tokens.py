@@ -49,9 +49,9 @@ def token_rows(path):
 
 
 def same(ours, theirs):
-    """Whether two sets of rows agree to the rounding of float16."""
-    scale = max(float(np.abs(row).max()) for row in theirs.values())
-    return ours.keys() == theirs.keys() and all(np.abs(ours[key] - theirs[key]).max() <= 2e-3 * scale for key in theirs)
+    """Whether two sets of rows agree to a step of their rounding."""
+    step = max(float(np.abs(row).max()) for row in theirs.values()) / 127 * (1 + 1e-3)
+    return ours.keys() == theirs.keys() and all(np.abs(ours[key] - theirs[key]).max() <= step for key in theirs)
 
 
 @pytest.mark.parametrize("way", ["lora", "full"])
@@ -71,7 +71,8 @@ def test_token_rows_are_the_compressed_gradients_of_each_tokens_own_loss(data, t
             parts = autograd(job.loaded.model, item.encoding.input_ids, alone)[1]
             truth = sketch.compress(torch.cat([part.flatten().float() for part in parts])[None])[0].numpy()
             key = item.example.id, position
-            assert np.linalg.norm(stored.pop(key) - truth) <= 2e-3 * np.linalg.norm(truth)
+            rounding = 1 / 254 + 1e-3  # rows are whole numbers up to 127
+            assert np.abs(stored.pop(key) - truth).max() <= rounding * np.abs(truth).max()
             assert ids[key] == item.encoding.input_ids[place]
     assert not stored
 
@@ -97,7 +98,7 @@ def test_a_sentence_is_the_mean_of_its_tokens_on_either_side(data, tmp_path, lla
     truth = means(whole)
     scale = max(map(abs, truth.values()))
     for told in (means(by_training_token), means(*answer_tokens), means(*both)):
-        assert told == pytest.approx(truth, abs=2e-3 * scale)  # rows are float16
+        assert told == pytest.approx(truth, abs=1e-2 * scale)  # rows have 8 bits a number
     assert len(both[0].matches) == sum(len(match.tokens) for match in whole.matches)
 
 

@@ -6,8 +6,9 @@
     python -m bench.evidence --tables                        tables and plots again, from the JSON alone
 
 Each stage is kept under FOLDER and skipped where it is there: the same command goes on after a kill. `--only` names
-methods (text, full, rapidin, datainf, limit, early, product, lissa, ekfac); further ones can be run later. A seed takes
-15 MB of disk an example for its whole gradients at two models, removed with --clean when its methods are done.
+methods (text, full, rapidin, datainf, limit, early, product, lissa, ekfac, kronecker); further ones can be run later,
+and with `--add` their figures join those in the JSON, wherever the earlier ones were computed. A seed takes 15 MB of
+disk an example for its whole gradients at two models, removed with --clean when its methods are done.
 """
 
 import argparse
@@ -38,6 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--product-seeds", type=int, default=1, help="seeds for which the product builds its own index")
     parser.add_argument("--smoke", action="store_true", help="everything, tiny, one seed; results go under --work")
     parser.add_argument("--clean", action="store_true", help="remove a seed's whole gradients when it is done")
+    parser.add_argument("--add", action="store_true", help="keep the earlier results' other methods")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="alpaca_9k and webquestions_test")
     parser.add_argument("--results", type=Path, help="where JSON, tables and plots go; bench/results by default")
     parser.add_argument("--tables", action="store_true", help="only write tables and plots from the JSON")

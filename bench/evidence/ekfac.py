@@ -1,16 +1,12 @@
 """EK-FAC (arXiv 2308.03296) over the LoRA layers, factors by kronfluence: the strongest peer.
 
 Covariances and eigenvalues of the true Fisher, with labels drawn from the model; damping is kronfluence's own, a tenth
-of the mean eigenvalue of each layer. Factors are kept in a folder, so an interrupted run goes on from them. They are
-applied to the whole gradients on disk, as kronfluence would apply them to gradients of its own:
-
-    ekfac/none, ekfac/unit   ⟨H⁻¹ q, g⟩, and divided by |g|: H⁻¹ on the query's side alone, rows as they are
-    ekfac-root/unit          ⟨H^-½ q, H^-½ g⟩ / |H^-½ g|: rows corrected as well, as the default corrects them
+of the mean eigenvalue of each layer. Factors are kept in a folder, so an interrupted run goes on from them.
+`curvature.py` applies them to the whole gradients on disk, as kronfluence would to gradients of its own.
 """
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +25,8 @@ from kronfluence.utils.constants import (
 from kronfluence.utils.dataset import DataLoaderKwargs
 from torch import Tensor, nn
 
-from bench.evidence.cached import Replay
-from bench.evidence.sketched import Scores, compressed
-from rapidindex.config import SketchConfig
-from rapidindex.gradients import Batch, Layer, example_losses
-from rapidindex.progress import Progress
+from bench.evidence.curvature import Eigenbasis
+from rapidindex.gradients import Batch, example_losses
 
 Row = tuple[Tensor, Tensor, Tensor]
 """One example: input ids, attention and loss weights, each [1, T]."""
@@ -94,24 +87,6 @@ class LanguageModelling(Task):
         return batch[1]
 
 
-@dataclass(frozen=True)
-class Eigenbasis:
-    """One layer's Fisher: U ⊗ V with eigenvalues Λ, damped."""
-
-    outputs: Tensor
-    """U, float32 [out, out]."""
-    inputs: Tensor
-    """V, float32 [in, in]."""
-    eigenvalues: Tensor
-    """Λ, float32 [out, in]."""
-
-    def solved(self, gradients: Tensor, power: float = 1.0) -> Tensor:
-        """H to the -`power` of gradients [n, out · in]."""
-        turned = self.outputs.T @ gradients.view(len(gradients), *self.eigenvalues.shape) @ self.inputs
-        turned /= self.eigenvalues**power
-        return (self.outputs @ turned @ self.inputs.T).flatten(1)
-
-
 def prepared(model: nn.Module, folder: Path) -> Analyzer:
     """kronfluence over LoRA's A and B. The model is changed: drop it."""
     names = [name for name, module in model.named_modules() if ".lora_" in name and isinstance(module, nn.Linear)]
@@ -140,37 +115,3 @@ def fit(analyzer: Analyzer, examples: Sequence[Batch], fitted: int, seed: int) -
         vectors = (found[kind][name].float() for kind in (GRADIENT_EIGENVECTORS_NAME, ACTIVATION_EIGENVECTORS_NAME))
         bases[f"{name}.weight"] = Eigenbasis(*vectors, eigenvalues)
     return bases
-
-
-def scores_of(
-    bases: dict[str, Eigenbasis],
-    rows: Replay,
-    queries: Replay,
-    config: SketchConfig,
-    Ks: Sequence[int],
-    progress: Progress,
-) -> Scores:
-    """Uncompressed scores `full/ekfac…`, and those of RapidGrads `K=…/ekfac/unit/…` at each of `Ks`."""
-    plain, root = (torch.zeros(len(queries), len(rows), dtype=torch.float64) for _ in range(2))
-    squares, turned_squares = (torch.zeros(len(rows), dtype=torch.float64) for _ in range(2))
-    solved = np.empty(queries.rows.shape, np.float32)
-    for number, layer in enumerate(rows.layers, 1):
-        part, basis = slice(layer.start, layer.start + layer.size), _basis_of(layer, bases)
-        g, q = (torch.from_numpy(np.array(side.rows[:, part])) for side in (rows, queries))
-        solved[:, part] = basis.solved(q)
-        plain += torch.from_numpy(solved[:, part]) @ g.T
-        squares += g.square().sum(1)
-        turned = basis.solved(g, 0.5)
-        root += basis.solved(q, 0.5) @ turned.T
-        turned_squares += turned.square().sum(1)
-        progress("EK-FAC", number, len(rows.layers))
-    unit, root_unit = plain / squares.sqrt(), root / turned_squares.sqrt()
-    whole = {"ekfac/none": plain, "ekfac/unit": unit, "ekfac-root/unit": root_unit}
-    scores = {f"full/{name}": values.numpy().astype(np.float32) for name, values in whole.items()}
-    return scores | compressed("ekfac", rows, Replay(queries.layers, solved), config, Ks, progress)
-
-
-def _basis_of(layer: Layer, bases: dict[str, Eigenbasis]) -> Eigenbasis:
-    if layer.name not in bases:
-        raise SystemExit(f"kronfluence has no factors of {layer.name}: of {', '.join(list(bases)[:2])}, …")
-    return bases[layer.name]

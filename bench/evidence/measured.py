@@ -113,7 +113,7 @@ def _product_check(scores: Scores) -> dict[str, float]:
     recipes = [(model, *recipe) for model in ("", f"{EARLY} ") for recipe in (("default", DEFAULT), ("paper", PAPER))]
     for model, recipe, (corrected, normalize) in recipes:
         ours = scores.get(f"{model}product/{recipe}/exact")
-        grid = scores.get(f"{model}K=65536/shuffles=20/{corrected}/{normalize}/float16")
+        grid = scores.get(f"{model}K=65536/shuffles=20/{corrected}/{normalize}/int8")
         if ours is not None and grid is not None:
             best = np.argsort(-ours, axis=1, kind="stable")[:, :10]
             a, b = (np.take_along_axis(side, best, 1) for side in (ours, grid))

@@ -19,12 +19,13 @@ from torch import nn
 
 from bench.evidence import tasks
 from bench.evidence.cached import Replay, compute, example_batches, numbered
+from bench.evidence.curvature import EKFAC, KRONECKER, Eigenbasis, of_sample, scores_of
 from bench.evidence.sketched import ROTATED_K, Scores, sketched, uncompressed
 from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig, fingerprint
 from rapidindex.corrections import correction, estimate_second_moment
 from rapidindex.examples import Example, read_examples
 from rapidindex.finetune import FinetuneConfig, finetune
-from rapidindex.gradients import Batch
+from rapidindex.gradients import Batch, trainable
 from rapidindex.jobs import Job, Request, drawn, prepare
 from rapidindex.model import LoadedModel, generate, load
 from rapidindex.progress import Bars, steps
@@ -32,7 +33,7 @@ from rapidindex.query import spans
 from rapidindex.selection import select
 from rapidindex.templates import Template
 
-METHODS = ("text", "full", "rapidin", "datainf", "limit", "early", "product", "lissa", "ekfac")
+METHODS = ("text", "full", "rapidin", "datainf", "limit", "early", "product", "lissa", "ekfac", "kronecker")
 """Names for --only: `text` is random, BM25 and embeddings; `full` the uncompressed recipes; `early` those, RapidGrads
 with the first λ, DataInf and LiSSA's limit once more, at the model that fine-tuning keeps in OUTPUT/early."""
 EARLY = "early"
@@ -331,7 +332,7 @@ def _ekfac(seed: Seed) -> None:
 
 
 def _ekfac_scores(seed: Seed) -> Scores:
-    from bench.evidence.ekfac import fit, prepared, scores_of
+    from bench.evidence.ekfac import fit, prepared
 
     batches: dict[int, Batch] = {}
     for numbers, batch in example_batches(seed.job.items):
@@ -339,9 +340,23 @@ def _ekfac_scores(seed: Seed) -> Scores:
     examples, started = [batches[number] for number in range(len(batches))], time.perf_counter()
     bases = fit(prepared(seed.single(), seed.folder / "ekfac"), examples, seed.sizes.ekfac_rows, seed.seed)
     seed.note("ekfac factors", {"seconds": time.perf_counter() - started}, keep=True)
+    return _corrected(seed, bases, EKFAC)
+
+
+def _kronecker(seed: Seed) -> None:
+    def make() -> Scores:
+        number = {item.example.id: row for row, item in enumerate(seed.job.items)}
+        shapes = {name: parameter.shape for name, parameter in trainable(seed.job.loaded.model).items()}
+        bases = of_sample(seed.rows, [number[item.example.id] for item in drawn(seed.job)], shapes)
+        return _corrected(seed, bases, KRONECKER)
+
+    seed.scores("kronecker", make)
+
+
+def _corrected(seed: Seed, bases: dict[str, Eigenbasis], powers: dict[str, tuple[float, float]]) -> Scores:
     Ks = tuple(K for K in seed.sizes.Ks if K <= ROTATED_K)
     config = SketchConfig(max(Ks), seed.sizes.shuffles[0], seed.seed)
-    return scores_of(bases, seed.rows, seed.posed, config, Ks, seed.bars)
+    return scores_of(bases, powers, seed.rows, seed.posed, config, Ks, seed.bars)
 
 
 def _product(seed: Seed) -> None:
@@ -360,4 +375,10 @@ def _product(seed: Seed) -> None:
         _product(seed.early)
 
 
-STAGES = dict(zip(METHODS, (_text, _full, _rapidin, _datainf, _limit, _early, _product, _lissa, _ekfac), strict=True))
+STAGES = dict(
+    zip(
+        METHODS,
+        (_text, _full, _rapidin, _datainf, _limit, _early, _product, _lissa, _ekfac, _kronecker),
+        strict=True,
+    )
+)

@@ -5,6 +5,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from bench.common import circumstances
@@ -15,6 +16,8 @@ from rapidindex.demo import unpack_model
 from rapidindex.progress import Bars
 
 _DIGITS = 5
+PARTS = {"counts": ("method", "group", "asked", "k"), "fidelity": ("method",)}
+"""What is averaged over the seeds, and what a row of it is of."""
 
 
 def run(task: str, options: argparse.Namespace) -> None:
@@ -22,6 +25,8 @@ def run(task: str, options: argparse.Namespace) -> None:
     rows = tasks.read_jsonl(options.data / "alpaca_9k.jsonl")
     questions = [row["qText"] for row in tasks.read_jsonl(options.data / "webquestions_test.jsonl")]
     options.work.mkdir(parents=True, exist_ok=True)
+    file = options.results / f"evidence_{task}.json"
+    before = json.loads(file.read_text()) if options.add else None
     results = []
     for count in range(options.seeds):
         with Bars() as bars:
@@ -36,24 +41,46 @@ def run(task: str, options: argparse.Namespace) -> None:
             if options.clean:
                 for file in folder.glob("**/*.f32*"):
                     file.unlink()
-            _write(task, options, results)
+            figures = {"task": task, "sizes": asdict(options.sizes), **together(results)}
+            _write(file, added(before, figures) if before else {**circumstances(), "figures": figures})
             bars.say(_told(task, results[-1]))
 
 
-def _write(task: str, options: argparse.Namespace, results: Sequence[dict[str, Any]]) -> None:
-    options.results.mkdir(parents=True, exist_ok=True)
-    value = {**circumstances(), "figures": {"task": task, "sizes": asdict(options.sizes), **together(results)}}
+def _write(file: Path, value: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, ensure_ascii=False, default=str)
-    tasks.write_text(options.results / f"evidence_{task}.json", text.replace('{"method"', '\n{"method"') + "\n")
+    tasks.write_text(file, text.replace('{"method"', '\n{"method"') + "\n")
+
+
+def added(before: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+    """Earlier results with the figures of what has been run now; those of other methods stay as they were.
+
+    SystemExit where a seed planted something else before: the figures would be of other data.
+    """
+    old = before["figures"]
+    found = {seed["seed"]: seed for seed in old["seeds"]}
+    for seed in figures["seeds"]:
+        if seed["planted"] != found.get(seed["seed"], seed)["planted"]:
+            raise SystemExit(f"Seed {seed['seed']} has other rows in the earlier results: leave out --add.")
+        kept = found.setdefault(seed["seed"], seed)
+        kept |= {name: kept[name] | seed[name] for name in ("notes", "seconds", "ann", "product")}
+    together = old | {"seeds": list(found.values())}
+    for part, keys in PARTS.items():
+        now = {tuple(row[key] for key in keys): row for row in figures[part]}
+        stay = [row for row in old[part] if tuple(row[key] for key in keys) not in now]
+        together[part] = stay + figures[part]
+    methods = sorted({row["method"] for row in figures["counts"]})
+    return before | {
+        "figures": together,
+        "added": [*before.get("added", []), {**circumstances(), "sizes": figures["sizes"], "methods": methods}],
+    }
 
 
 def together(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means and intervals over the seeds; what is not a figure stays seed by seed."""
-    counted = ("counts", "fidelity")
-    return {
-        "seeds": [{key: value for key, value in result.items() if key not in counted} for result in results],
-        "counts": _spread([row for result in results for row in result["counts"]], ("method", "group", "asked", "k")),
-        "fidelity": _spread([row for result in results for row in result["fidelity"]], ("method",)),
+    seeds = [{key: value for key, value in result.items() if key not in PARTS} for result in results]
+    return {"seeds": seeds} | {
+        part: _spread([row for result in results for row in result[part]], keys) for part, keys in PARTS.items()
     }
 
 
@@ -89,7 +116,7 @@ def _told(task: str, result: dict[str, Any]) -> str:
         "bm25-word",
         "datainf",
         "limit",
-        "ekfac",
+        "full/ekfac/unit",
     )
     shown = [
         f"{row['method']} {row['asked']} {row['group']}: {row[metric]:.3f}"

@@ -1,8 +1,9 @@
 """Scores by the product's RapidGrads over K, λ and every recipe, and by the same recipes uncompressed.
 
 All are arrays [queries, examples] by name: `full/CORRECTION/NORMALISATION` uncompressed, and
-`K=65536/shuffles=20/CORRECTION/NORMALISATION/ROWS` compressed, where ROWS are `float16` (as the store keeps them),
-`float32` or `1bit`. One pass over the gradients serves every K that folds from the largest one.
+`K=65536/shuffles=20/CORRECTION/NORMALISATION/ROWS` compressed, where ROWS are `int8` (as the store keeps them),
+`float16` (as its format 1 did), `float32` or `1bit`. One pass over the gradients serves every K that folds from the
+largest one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,22 +48,17 @@ def sketched(
     return scores
 
 
-def compressed(
-    correction: str, rows: Replay, queries: Replay, config: SketchConfig, Ks: Sequence[int], progress: Progress
-) -> Scores:
-    """Scores at each of `Ks` of rows of unit length, not corrected, and of queries that were corrected beforehand."""
-    sketch = Sketch(rows.rows.shape[1], config)
-    whole = torch.cat([sketch.compress(torch.from_numpy(queries.rows[here])) for here, _ in queries.blocks()])
-    posed = {K: (folded := fold(whole, K), hadamard(folded) if K <= ROTATED_K else None) for K in Ks}
-    compressor = Compressor(rows, sketch, normalize="unit")
+def kept_scores(recipe: str, asked: Tensor, rows: Tensor, config: SketchConfig, Ks: Sequence[int]) -> Scores:
+    """Scores of RapidGrads of queries [Q, K] with those of rows [n, K], under the recipe's name, at each of `Ks`."""
     scores: Scores = {}
-    for here, batch in rows.blocks():
-        found = compressor(batch).rows
-        progress(f"RapidGrads, {correction}, K={config.K}", here.stop, len(rows))
-        for K in Ks:
-            for kind, values in _kept(*posed[K], fold(found, K)).items():
-                name = f"K={K}/shuffles={config.shuffles}/{correction}/unit/{kind}"
-                scores.setdefault(name, np.empty((len(queries), len(rows)), np.float32))[:, here] = values.numpy()
+    for K in Ks:
+        posed = fold(asked, K)
+        turned = hadamard(posed) if K <= ROTATED_K else None
+        for first in range(0, len(rows), BLOCK):
+            here = slice(first, first + BLOCK)
+            for kind, values in _kept(posed, turned, fold(rows[here], K)).items():
+                name = f"K={K}/shuffles={config.shuffles}/{recipe}/{kind}"
+                scores.setdefault(name, np.empty((len(asked), len(rows)), np.float32))[:, here] = values.numpy()
     return scores
 
 
@@ -72,12 +68,16 @@ def _asked(asked: Tensor, recipe: tuple[str, str]) -> tuple[Tensor, Tensor | Non
 
 
 def _kept(asked: Tensor, turned: Tensor | None, found: Tensor) -> dict[str, Tensor]:
-    """Inner products of queries [Q, K] with rows [n, K] as float16 and, given rotated queries, in other precisions."""
-    halves = torch.from_numpy(decode_rows(*encode_rows(found.numpy())))
-    kinds = {"float16": asked @ halves.T}
+    """Inner products of queries [Q, K] with rows [n, K] as stores keep them and, given rotated queries, otherwise."""
+    kinds = {row_type: asked @ _stored(found, row_type).T for row_type in ("int8", "float16")}
     if turned is not None:
         kinds |= {"float32": asked @ found.T, "1bit": one_bit(turned, found)}
     return kinds
+
+
+def _stored(found: Tensor, row_type: str) -> Tensor:
+    """Rows [n, K] after a shard's encoding."""
+    return torch.from_numpy(decode_rows(*encode_rows(found.numpy(), row_type)))
 
 
 def one_bit(turned: Tensor, found: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ NAMES = {
     "datainf-unit": "the same / length of the gradient",
     "full/ekfac/none": "influence function, EK-FAC",
     "full/ekfac/unit": "the same / length of the gradient",
-    "full/ekfac-root/unit": "EK-FAC, half on either side, unit length",
+    "full/ekfac-root/unit": "EK-FAC, its root on either side, unit length",
+    "full/kronecker/unit": "second moment along Kronecker eigenvectors, unit length",
     "full/none/none": "TracIn",
     "full/none/layer": "TracIn, layer-wise (the paper's recipe, uncompressed)",
     "full/estimate/unit": "the default, uncompressed",
@@ -36,8 +37,16 @@ NAMES = {
 }
 MODELS = {"early ": "early model: ", "both ": "finished and early added: "}
 """Names' beginnings: whose gradients they are of, where not the finished model's."""
-CLOSE, _AIMED = 0.02, r"K=\d+/shuffles=20/estimate/unit/float16"
-RECIPES = {"estimate/unit": "default", "none/layer": "paper", "ekfac/unit": "EK-FAC of the query"}
+CLOSE, _AIMED = 0.02, r"K=\d+/shuffles=20/estimate/unit/(int8|float16)"
+STORED = ("int8", "float16")
+"""How rows are kept, and how format 1 kept them: of some runs there is only the latter."""
+RECIPES = {
+    "estimate/unit": "default",
+    "none/layer": "paper",
+    "ekfac/unit": "EK-FAC of the query",
+    "ekfac-root/unit": "EK-FAC",
+    "kronecker/unit": "Kronecker second moment",
+}
 CORRECTIONS, NORMALIZATIONS = ("none", "estimate"), ("none", "layer", "unit")
 
 
@@ -122,7 +131,7 @@ def _overview(figures: dict[str, Any]) -> str:
 
 def _shown() -> list[str]:
     """Names of every method, RapidGrads at K = 65,536 alone: of the finished model, of the early one, of both."""
-    names = [*NAMES, *(f"K=65536/shuffles=20/{recipe}/float16" for recipe in RECIPES)]
+    names = [*NAMES, *(f"K=65536/shuffles=20/{recipe}/{kind}" for recipe in RECIPES for kind in STORED)]
     return names + [begins + name for begins in MODELS for name in names]
 
 
@@ -210,7 +219,7 @@ def _costs(figures: dict[str, Any]) -> str:
     for begins, model in (("", "finished model"), ("early ", "early model")):
         within = [_K(n) for n, (by, _) in most.items() if re.fullmatch(begins + _AIMED, n) and by <= CLOSE]
         smallest = min(within, default="none")
-        said.append(f"The smallest K of the default, λ = 20, float16, within {CLOSE} everywhere, {model}: {smallest}")
+        said.append(f"The smallest K of the default, λ = 20, within {CLOSE} everywhere, {model}: {smallest}")
     return markdown(["", "most behind", "where"], body) + "".join(f"\n{line}.\n" for line in said)
 
 
@@ -239,7 +248,8 @@ def bytes_of(name: str, size: int = GRADIENT) -> int | None:
         return 4 * size
     if "K=" not in name:
         return None
-    return {"float32": 4 * _K(name), "float16": 2 * _K(name) + 4, "1bit": _K(name) // 8 + 4}[name.rpartition("/")[2]]
+    bits = {"float32": 32, "float16": 16, "int8": 8, "1bit": 1}[name.rpartition("/")[2]]
+    return _K(name) * bits // 8 + 4 * (bits < 32)
 
 
 def draw_fidelity(figures: dict[str, Any], file: Path) -> None:

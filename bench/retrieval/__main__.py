@@ -176,7 +176,12 @@ def _bed(store: Store, queries: Queries, real: int, rounds: int, *, answers: boo
 
 
 def _about(bed: Bed) -> dict[str, Any]:
-    return {"K": bed.rows.K, "live": bed.live, "queries": {kind: bed.kinds.count(kind) for kind in set(bed.kinds)}}
+    return {
+        "K": bed.rows.K,
+        "row_type": bed.rows.row_type,
+        "live": bed.live,
+        "queries": {kind: bed.kinds.count(kind) for kind in set(bed.kinds)},
+    }
 
 
 def _both_kinds(grown: Grown) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bench.common import RESULTS
+from rapidindex.store.shards import ROW_TYPE
 
 AIMS = {"proponents": 0.99, "opponents": 0.98, "exact": 25, "flat": 10, "bytes_per_row": 600, "tracin": 6326}
 LARGE = 100_000
@@ -45,9 +46,14 @@ def defaults(figures: Figures) -> Iterator[Figures]:
 
 
 def latencies(stores: dict[str, Figures]) -> dict[int, list[tuple[int, Figures]]]:
-    """For each K (live rows, latency on one thread) of the default index, exact scans that stood in for it left out."""
+    """For each K (live rows, latency on one thread) of the default index over rows as they are kept now.
+
+    Exact scans that stood in for it are left out.
+    """
     found: dict[int, list[tuple[int, Figures]]] = {}
     for figures in stores.values():
+        if figures.get("row_type") != ROW_TYPE:
+            continue
         measured = [(one["live"], one["latency"]["1"]) for one in defaults(figures)]
         found.setdefault(figures["K"], []).extend(pair for pair in measured if "search" in pair[1])
     return {K: sorted(pairs, key=lambda pair: pair[0]) for K, pairs in found.items()}

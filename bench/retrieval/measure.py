@@ -76,7 +76,7 @@ class Bed:
 
     def room(self) -> int:
         """Bytes of memory that indexes can take while the store's files stay in the cache."""
-        files = len(self.rows) * self.rows.K * 2
+        files = len(self.rows) * self.rows.row_bytes
         return max(2**28, psutil.virtual_memory().total - files - _RESERVE)
 
 

@@ -3,8 +3,8 @@
 Rows of every K from 65,536 down, each folded from the next, are kept in several forms. What a form cannot hold is lost
 for good (unlike what the vector index loses: its candidates are scored again), so the forms themselves do the scoring.
 
-    float16        K entries and one float32 scale: what the store keeps
-    8 bit, 4 bit   whole numbers, and one float32 scale
+    float16        K entries and one float32 scale: what the store kept in its format 1
+    8 bit, 4 bit   whole numbers, and one float32 scale: the first of them is what it keeps now
     1 bit          signs, and one float32: |x|² / Σ|x_i|, so that a row's product with itself comes out right (RaBitQ's
                    correction). `rotated`: after random signs and a Hadamard transform, of rows and queries alike
 """
@@ -30,7 +30,7 @@ _BLOCK = 256
 
 
 def float16(rows: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(decode_rows(*encode_rows(rows.numpy())))
+    return torch.from_numpy(decode_rows(*encode_rows(rows.numpy(), "float16")))
 
 
 def whole_numbers(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:

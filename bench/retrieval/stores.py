@@ -19,7 +19,7 @@ LEFT_OUT = 50
 """Examples taken out of a store as queries, of each kind that it holds: real and synthetic."""
 LEVEL = "sentence"
 """Of the stores that are drawn; a vector index knows rows, not what they are of."""
-_SHARD_BYTES = 2**28
+_SHARD_BYTES = 2**27
 
 
 def linked(index: Path, copy: Path, level: str) -> Store:
@@ -74,7 +74,7 @@ class Grown:
             layers = [{"name": "all", "size": 1}]
             Store.create(path, config={}, layers=layers, versions={}, planned={LEVEL: (K, 0)})
         self.store, self.K, self.source = Store.open(path), K, source
-        self.per_shard = _SHARD_BYTES // (2 * K)
+        self.per_shard = _SHARD_BYTES // self.rows.row_bytes
         self._starts = np.flatnonzero(np.diff(source.example, prepend=-1, append=source.example[-1] + 1))
         self.real = self._start(size)
         self._model: RowModel | None = None

@@ -213,8 +213,9 @@ class _Audit:
             return self._broken[file]
         level, layers = file.parent.name, len(content["layers"])
         try:
-            K = content["levels"][level]["K"]
-            return shards.read_shard(file, index=content["id"], level=level, K=K, layers=layers)
+            plan = content["levels"][level]
+            form = {"K": plan["K"], "row_type": manifest.row_type(plan)}
+            return shards.read_shard(file, index=content["id"], level=level, layers=layers, **form)
         except DamagedIndex as error:
             return _what(error, file)
 

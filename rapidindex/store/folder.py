@@ -27,7 +27,8 @@ from rapidindex.errors import IndexBusy, NewerFormat, NotAnIndex, StoreError
 from rapidindex.store.sealed import damaged, read_layout, reading
 from rapidindex.store.sealing import part_name, sync_folder, writing
 
-FORMAT = 1
+FORMAT = 2
+"""What is written. Format 1 is read, too: its rows are float16, and its manifest does not say so."""
 MANIFEST, REMOVED, MOMENT, LOCK, DAMAGED = "manifest.json", "removed.json", "second_moment.h5", ".lock", "damaged"
 ANN = "ann"  # INDEX/<level>/ann…: derived from the shards by index.py, and rebuilt at will
 _SHARD = re.compile(r"shard-(\d{5,})\.h5")
@@ -83,12 +84,14 @@ def read_json(path: Path) -> dict[str, Any]:
         del content["sha256"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise damaged(path, "it is not the JSON that was written") from None
-    if _render(content) == text:
+    known = [_render(content, each) for each in range(1, FORMAT + 1)]
+    if type(version) is int and 1 <= version <= FORMAT and known[version - 1] == text:
         return content
-    # `format` comes first. With 1 in its place a newer file does not fit its checksum, a damaged one does.
-    if type(version) is int and version > FORMAT and _render(content) != text.replace(b"%d" % version, b"1", 1):
+    # `format` comes first. With one that is known in its place a newer file does not fit its checksum, a damaged does.
+    newer = type(version) is int and version > FORMAT
+    if newer and not any(text.replace(b"%d" % version, b"%d" % n, 1) == each for n, each in enumerate(known, 1)):
         raise NewerFormat(
-            f"{path} is in format {version}; this version of rapidindex reads format {FORMAT}.",
+            f"{path} is in format {version}; this version of rapidindex reads formats 1 to {FORMAT}.",
             hint="Type `pip install --upgrade rapidindex`.",
         )
     raise damaged(path, "it was changed after it was written")
@@ -113,8 +116,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
                 part.unlink()
 
 
-def _render(content: dict[str, Any]) -> bytes:
-    content = {"format": FORMAT, **content}
+def _render(content: dict[str, Any], version: int = FORMAT) -> bytes:
+    content = {"format": version, **content}
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return (json.dumps({**content, "sha256": digest}, indent=1) + "\n").encode()
 

@@ -1,8 +1,9 @@
 """What the index's JSON files say, and how the manifest follows from the finished shards.
 
-    {"format": 1, "id", "created", "revision", "versions", "config", "layers": [{"name", "size"}],
+    {"format": 2, "id", "created", "revision", "versions", "config", "layers": [{"name", "size"}],
      "skipped": [{"line", "reason"}], "second_moment": {"sha256", "bytes", "length"} | null, "levels": {"sentence":
-     {"K", "planned", "shards": {"shard-00000.h5": {"sha256", "bytes", "rows", "examples", "rejected"}}}}, "sha256"}
+     {"K", "planned", "rows": "int8", "shards": {"shard-00000.h5": {"sha256", "bytes", "rows", "examples",
+     "rejected"}}}}, "sha256"}
 
 Every sealed file keeps a copy of it without the shards; `revision` says which copy is the newest.
 """
@@ -19,6 +20,7 @@ from rapidindex.config import LEVELS
 from rapidindex.errors import DamagedIndex, NotAnIndex
 from rapidindex.store import folder, sealed
 from rapidindex.store.sealed import Layout, damaged
+from rapidindex.store.shards import OLD_ROW_TYPE, ROW_TYPE
 
 Manifest = dict[str, Any]
 
@@ -44,9 +46,16 @@ def new(
             "layers": list(layers),
             "skipped": list(skipped),
             "second_moment": None,
-            "levels": {level: {"K": K, "planned": n, "shards": {}} for level, (K, n) in planned.items()},
+            "levels": {
+                level: {"K": K, "planned": n, "rows": ROW_TYPE, "shards": {}} for level, (K, n) in planned.items()
+            },
         }
     )
+
+
+def row_type(plan: dict[str, Any]) -> str:
+    """How a level keeps its rows; before format 2 it did not say."""
+    return plan.get("rows", OLD_ROW_TYPE)
 
 
 def as_json(value: Any) -> Any:

@@ -24,6 +24,7 @@ class Rows:
     path      the level's folder
     level     `sentence` or `token`
     K         length of a row
+    row_type  `int8` or `float16`: how its numbers are kept
     layers    L, the number of layers
     shards    (name, sha256, rows) of each shard, in the order of the rows
     ids       the m examples' ids
@@ -36,9 +37,17 @@ class Rows:
     """
 
     def __init__(
-        self, path: Path, *, index: dict[str, Any], K: int, layers: int, files: list[Shard], removed: frozenset[str]
+        self,
+        path: Path,
+        *,
+        index: dict[str, Any],
+        K: int,
+        row_type: str,
+        layers: int,
+        files: list[Shard],
+        removed: frozenset[str],
     ) -> None:
-        self.path, self.level, self.K, self.layers = path, path.name, K, layers
+        self.path, self.level, self.K, self.row_type, self.layers = path, path.name, K, row_type, layers
         self._index, self._files = index, files
         self._arrays = lru_cache(maxsize=_MAPS)(lambda file: sealed.map_arrays(files[file].layout))
         self._first_row = np.cumsum([0, *(file.rows for file in files)])
@@ -54,12 +63,17 @@ class Rows:
         """n: all stored rows, removed examples included."""
         return int(self._first_row[-1])
 
+    @property
+    def row_bytes(self) -> int:
+        """What the numbers of a row take on the disk."""
+        return self.K * np.dtype(shards.ROW_TYPES[self.row_type]).itemsize
+
     def blocks(self, max_rows: int | None = None) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """All rows in order as (number of the first, float16 [b, K], float32 [b]): a row is its halves times its scale.
+        """All rows in order as (number of the first, numbers [b, K], scale float32 [b]): a row is their product.
 
         The arrays are read-only views of the files, not copies; by default a block takes at most 64 MiB.
         """
-        step = max_rows or max(1, _BLOCK_BYTES // (2 * self.K))
+        step = max_rows or max(1, _BLOCK_BYTES // self.row_bytes)
         for file, first_row in enumerate(self._first_row[:-1]):
             for first in range(0, self._files[file].rows, step):
                 arrays = self._arrays(file)
@@ -72,13 +86,13 @@ class Rows:
     def take(self, row_numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """float32 [m, K]: the rows of these m numbers, in this order. IndexError where one is not 0 to n - 1."""
         taken = np.empty((np.size(row_numbers), self.K), np.float32)
-        for to, halves, scale in self.each(row_numbers):  # faster than all at once, which needs two copies more
-            taken[to] = halves
+        for to, numbers, scale in self.each(row_numbers):  # faster than all at once, which needs two copies more
+            taken[to] = numbers
             taken[to] *= scale
         return taken
 
     def each(self, row_numbers: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray, np.float32]]:
-        """(i, float16 [K], scale) of the i-th of these row numbers, file by file: a row is its halves times its scale.
+        """(i, numbers [K], scale) of the i-th of these row numbers, file by file: a row is their product.
 
         The arrays are read-only views of the files, not copies. IndexError where a number is not 0 to n - 1.
         """
@@ -143,7 +157,7 @@ class Rows:
             with sealing.writing(self.path, 0):
                 self.path.mkdir(exist_ok=True)
                 sealing.sync_folder(self.path.parent)
-        shards.write_shard(self.path / name, level=self.level, index=self._index, **content)
+        shards.write_shard(self.path / name, level=self.level, row_type=self.row_type, index=self._index, **content)
         return name
 
     def _number_rows(self) -> None:

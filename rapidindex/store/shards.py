@@ -1,7 +1,7 @@
 """A shard: RapidGrads, the norms that went into them, and the examples they belong to, in one sealed file.
 
-    rows      float16 [n, K]   a row is rows · scale
-    scale     float32 [n]      a power of two; 0 for a row of zeros
+    rows      int8 [n, K]      a row is rows · scale; float16 in an index that was made with format 1
+    scale     float32 [n]      the row's largest entry / 127 (float16: a power of two); 0 for a row of zeros
     norms     float32 [n, L]   one for each layer
     example   int32 [n]        which of this file's examples a row belongs to
     position  int32 [n]        response token; -1 in a sentence row
@@ -29,8 +29,14 @@ from rapidindex.store.sealing import Column, column, encode_json, json_column, w
 PEAK = 10  # a row's largest entry becomes 2^9 to 2^10 in float16, whose normal numbers reach 2^-24 of that
 _LARGEST = 1023.5  # the largest float16 below 2^10
 _BLOCK_BYTES = 32 * 2**20
+ROW_TYPES = {"int8": "|i1", "float16": "<f2"}
+"""How a row's K numbers may be kept. A RapidGrad's entries are sums of many of the gradient's, near to normal, so that
+8 bits an entry change its scores by 1/25,000 of its length (bench/README.md, "The smallest row")."""
+ROW_TYPE, OLD_ROW_TYPE = "int8", "float16"
+"""Of new levels; of those whose manifest does not say."""
+_VERSIONS = {"int8": 2, "float16": 1}
+_STEPS = 127
 _DTYPES = {
-    "rows": "<f2",
     "scale": "<f4",
     "norms": "<f4",
     "example": "<i4",
@@ -69,14 +75,14 @@ class Shard:
         return {"sha256": self.layout.sha256, "bytes": self.layout.size, **counts}
 
 
-def encode_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [n, K] as (float16 [n, K], float32 scale [n]). ValueError where a row is not finite."""
-    scale = _scales(rows)
-    return _halves(rows, scale), scale
+def encode_rows(rows: np.ndarray, row_type: str = ROW_TYPE) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [n, K] as ([n, K] of `row_type`, float32 scale [n]). ValueError where a row is not finite."""
+    scale = _scales(rows, row_type)
+    return _rounded(rows, scale, row_type), scale
 
 
 def decode_rows(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """float32 [n, K]: within 2^-11 of what was encoded, row by row."""
+    """float32 [n, K]: int8 entries within 1/254 of their row's largest, float16 rows within 2^-11 of their length."""
     return rows.astype(np.float32) * scale[:, None]
 
 
@@ -84,6 +90,7 @@ def write_shard(
     path: Path,
     *,
     level: str,
+    row_type: str,
     index: dict[str, Any],
     rows: np.ndarray,
     norms: np.ndarray,
@@ -94,7 +101,7 @@ def write_shard(
     rejected: Sequence[dict[str, Any]],
 ) -> Layout:
     """Write one shard; `index` is the manifest without its shards. Raises as `sealing.write` does."""
-    scale = _scales(rows)
+    scale = _scales(rows, row_type)
     texts = [encode_json(record) for record in examples]
     columns = {
         "scale": column(scale, "<f4"),
@@ -107,9 +114,14 @@ def write_shard(
         "ids": json_column([record["id"] for record in examples]),
         "rejected": json_column(list(rejected)),
         "index": json_column(index),
-        "rows": Column(rows.shape, np.dtype("<f2"), _half_blocks(rows, scale)),
+        "rows": Column(rows.shape, np.dtype(ROW_TYPES[row_type]), _rounded_blocks(rows, scale, row_type)),
     }
-    attributes = {"format": "rapidindex.rows/1", "level": level, "K": rows.shape[1], "index": index["id"]}
+    attributes = {
+        "format": f"rapidindex.rows/{_VERSIONS[row_type]}",
+        "level": level,
+        "K": rows.shape[1],
+        "index": index["id"],
+    }
     return write(path, columns, attributes)
 
 
@@ -135,7 +147,7 @@ def check_content(
         raise ValueError("two examples of a shard have the same id")
 
 
-def read_shard(path: Path, *, index: str, level: str, K: int, layers: int) -> Shard:
+def read_shard(path: Path, *, index: str, level: str, K: int, layers: int, row_type: str) -> Shard:
     """What the shard at `path` holds; its rows are not read.
 
     Raises DamagedIndex where it is missing, is not what its seal says, or does not belong to this index.
@@ -146,7 +158,7 @@ def read_shard(path: Path, *, index: str, level: str, K: int, layers: int) -> Sh
         raise damaged(path, f"it belongs to another index ({said.get('index')}, not {index})")
     if (said.get("level"), said.get("K")) != (level, K):
         raise damaged(path, f"it holds {said.get('level')} rows of {said.get('K')}, not {level} rows of {K}")
-    _check_shapes(layout, K, layers)
+    _check_shapes(layout, K, layers, ROW_TYPES[row_type])
     try:
         ids, rejected = (json.loads(layout.read(name).tobytes()) for name in ("ids", "rejected"))
     except (ValueError, RecursionError):
@@ -187,40 +199,50 @@ def read_index(layout: Layout) -> dict[str, Any]:
     return json.loads(layout.read("index").tobytes())
 
 
-def _scales(rows: np.ndarray) -> np.ndarray:
-    """float32 [n]: the power of two that brings each row's largest entry just under 2^PEAK.
+def _scales(rows: np.ndarray, row_type: str) -> np.ndarray:
+    """float32 [n]: what brings each row's largest entry to 127; for float16, the power of two to just under 2^PEAK.
 
-    Not less than 2^-126, so that it is a normal number; the rows below that still have float16's subnormals.
+    The latter not less than 2^-126, so that it is a normal number; rows below that still have float16's subnormals.
     """
     if not len(rows):
         return np.zeros(0, np.float32)
     peak = np.maximum(rows.max(axis=1), -rows.min(axis=1))  # NaN stays NaN
     if not np.isfinite(peak).all():
         raise ValueError(f"rows that are not finite cannot be stored: {np.flatnonzero(~np.isfinite(peak))[:3]}")
-    exponent = np.maximum(np.frexp(peak)[1] - PEAK, -126)
-    return np.where(peak > 0, np.ldexp(np.float32(1), exponent), np.float32(0)).astype(np.float32)
+    if row_type == "float16":
+        exponent = np.maximum(np.frexp(peak)[1] - PEAK, -126)
+        return np.where(peak > 0, np.ldexp(np.float32(1), exponent), np.float32(0)).astype(np.float32)
+    with np.errstate(under="ignore", over="ignore"):
+        scale, steps = peak / np.float32(_STEPS), np.float32(_STEPS)
+        coarse = scale < np.finfo(np.float32).tiny  # subnormal numbers are rounded down by as much as all of them
+        scale = np.where(coarse & (scale * steps < peak), np.nextafter(scale, np.float32(1)), scale)
+        return np.where(np.isfinite(scale * steps), scale, np.nextafter(scale, np.float32(0)))
 
 
-def _halves(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _rounded(rows: np.ndarray, scale: np.ndarray, row_type: str) -> np.ndarray:
     with np.errstate(under="ignore"):
         scaled = rows / np.where(scale > 0, scale, np.float32(1))[:, None]
+        if row_type == "int8":
+            return np.clip(np.rint(scaled, out=scaled), -_STEPS, _STEPS, out=scaled).astype(np.int8)
         # Rounding up to 2^10 would overflow float32 on the way back where the row is near its limit.
         return np.clip(scaled, -_LARGEST, _LARGEST, out=scaled).astype("<f2")
 
 
-def _half_blocks(rows: np.ndarray, scale: np.ndarray) -> Iterator[np.ndarray]:
+def _rounded_blocks(rows: np.ndarray, scale: np.ndarray, row_type: str) -> Iterator[np.ndarray]:
     step = _block_rows(rows.shape[1])
     for first in range(0, len(rows), step):
-        yield _halves(rows[first : first + step], scale[first : first + step])
+        yield _rounded(rows[first : first + step], scale[first : first + step], row_type)
 
 
 def _block_rows(K: int) -> int:
     return max(1, _BLOCK_BYTES // (4 * K))
 
 
-def _check_shapes(layout: Layout, K: int, layers: int) -> None:
+def _check_shapes(layout: Layout, K: int, layers: int, rows: str) -> None:
     extents = layout.extents
-    wrong = [name for name, dtype in _DTYPES.items() if name not in extents or extents[name].dtype != dtype]
+    wrong = [
+        name for name, dtype in {"rows": rows, **_DTYPES}.items() if name not in extents or extents[name].dtype != dtype
+    ]
     if wrong:
         raise damaged(layout.path, f"its array {wrong[0]!r} is missing or of another kind")
     n = extents["rows"].shape[0]

@@ -117,6 +117,7 @@ class Store:
             self.path / level,
             index=manifest.copy_for_files(self.manifest),
             K=self._plan(level)["K"],
+            row_type=manifest.row_type(self._plan(level)),
             layers=len(self.layers),
             files=self._level(level),
             removed=self.removed,
@@ -286,8 +287,14 @@ class Store:
         return self._shards[level, name]
 
     def _read(self, level: str, name: str) -> Shard:
-        K = self._plan(level)["K"]
-        return read_shard(self.path / level / name, index=self.id, level=level, K=K, layers=len(self.layers))
+        return read_shard(
+            self.path / level / name,
+            index=self.id,
+            level=level,
+            K=self._plan(level)["K"],
+            layers=len(self.layers),
+            row_type=manifest.row_type(self._plan(level)),
+        )
 
     def _owner(self, level: str) -> dict[str, str]:
         """The shard of each stored example."""
