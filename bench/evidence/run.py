@@ -35,7 +35,8 @@ from rapidindex.templates import Template
 
 METHODS = ("text", "full", "rapidin", "datainf", "limit", "early", "product", "lissa", "ekfac", "kronecker")
 """Names for --only: `text` is random, BM25 and embeddings; `full` the uncompressed recipes; `early` those, RapidGrads
-with the first λ, DataInf and LiSSA's limit once more, at the model that fine-tuning keeps in OUTPUT/early."""
+with the first λ, DataInf, LiSSA's limit and the Kronecker second moment once more, at the model that fine-tuning keeps
+in OUTPUT/early."""
 EARLY = "early"
 """Of the seed's folder: what is computed at that model."""
 
@@ -294,7 +295,7 @@ def _limit(seed: Seed) -> None:
 
 
 def _early(seed: Seed) -> None:
-    for stage in (_full, _rapidin, _datainf, _limit):
+    for stage in (_full, _rapidin, _datainf, _limit, _kronecker):
         stage(seed.early)
 
 
