@@ -26,7 +26,8 @@ from rapidindex.caching import (
     padded_tokens,
     plan_batches,
 )
-from rapidindex.corrections import estimate_second_moment, read_second_moment
+from rapidindex.corrections import KRONECKER, estimate_second_moment, read_second_moment
+from rapidindex.eigenbases import Eigenbases, estimate_eigenbases
 from rapidindex.errors import ModelError
 from rapidindex.gradients import Batch
 from rapidindex.index import VectorIndex
@@ -248,19 +249,24 @@ def _ensure_second_moment(job: Job, store: Store, progress: Progress) -> None:
     how = job.request.gradient.second_moment
     if how == "none" or store.second_moment() is not None:
         return
-    if how == "estimate":
-        moment = estimate_second_moment(job.gradients, _sample(job, progress))
+    vectors = None
+    if how == KRONECKER:
+        vectors = estimate_eigenbases(job.gradients, _sample(job, "eigenvectors", progress))
+        bases = Eigenbases(job.layers, vectors.to(job.loaded.device))
+        moment = estimate_second_moment(job.gradients, _sample(job, "second moment", progress), bases)
+    elif how == "estimate":
+        moment = estimate_second_moment(job.gradients, _sample(job, "second moment", progress))
     else:
         moment = read_second_moment(how, job.loaded.model, job.layers)
     if not moment.isfinite().all():
         raise ModelError(f"The second moment ({how}) is not finite.", hint="Build with --second-moment none.")
-    store.write_second_moment(moment.cpu().numpy())
+    store.write_second_moment(moment.cpu().numpy(), None if vectors is None else vectors.numpy())
 
 
-def _sample(job: Job, progress: Progress) -> Iterator[Batch]:
+def _sample(job: Job, stage: str, progress: Progress) -> Iterator[Batch]:
     """The batches of the examples from which the second moment is estimated."""
     batches = plan_batches(drawn(job), job.request.work.batch_tokens)
     for number, batch in enumerate(batches):
-        progress("second moment", number, len(batches))
+        progress(stage, number, len(batches))
         yield as_batch(batch, job.loaded.device)
-    progress("second moment", len(batches), len(batches))
+    progress(stage, len(batches), len(batches))

@@ -20,15 +20,19 @@ import torch
 from torch import Tensor
 
 from rapidindex.config import BuildConfig, SketchConfig
-from rapidindex.corrections import correction
+from rapidindex.corrections import KRONECKER, correction, kronecker_correction
+from rapidindex.eigenbases import Eigenbases, entries
 from rapidindex.errors import ResourceError, StoreError
+from rapidindex.exact import as_tensor
 from rapidindex.examples import Example
-from rapidindex.gradients import Batch, PerExampleGradients
+from rapidindex.gradients import Batch, Layer, PerExampleGradients
 from rapidindex.model import LoadedModel
 from rapidindex.rapidgrad import Compressor, RapidGrads, joined
 from rapidindex.sketch import Sketch
 from rapidindex.store import Store
+from rapidindex.store.folder import MOMENT
 from rapidindex.store.rows import Rows
+from rapidindex.store.sealed import damaged
 from rapidindex.templates import Encoding
 
 STAGES = {"sentence": "cache", "token": "cache tokens"}
@@ -127,7 +131,20 @@ def load_factors(store: Store) -> Tensor | None:
             f"{store.path} has no second moment yet: its build did not get far.",
             hint="Go on with it by giving its rapidindex build command again.",
         )
-    return correction(torch.tensor(np.asarray(moment)))
+    v = torch.tensor(np.asarray(moment))
+    if store.config["gradient"]["second_moment"] == KRONECKER:
+        return kronecker_correction(v, [layer["size"] for layer in store.layers])
+    return correction(v)
+
+
+def _load_eigenbases(store: Store, layers: Sequence[Layer], device: torch.device) -> Eigenbases | None:
+    """The eigenbases along which the index corrects, mapped where they are used on a CPU; None for most indexes."""
+    if store.config["gradient"]["second_moment"] != KRONECKER:
+        return None
+    vectors = store.eigenvectors()
+    if vectors is None or len(vectors) != entries(layers):
+        raise damaged(store.path / MOMENT, "it does not hold the eigenvectors of this model's layers")
+    return Eigenbases(layers, as_tensor(vectors).to(device))
 
 
 def load_compressor(
@@ -152,6 +169,7 @@ def load_compressor(
         Sketch(size, replace(SketchConfig(**store.config["sketch"]), **({"K": K} if K else {})), slots),
         normalize=store.config["gradient"]["normalize"],
         correction=None if factors is None else factors.to(loaded.device),
+        eigenbases=_load_eigenbases(store, gradients.layers, loaded.device),
     )
 
 

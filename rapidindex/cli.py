@@ -161,9 +161,13 @@ def build(
     max_length: MaxLength = 512,
     normalize: Annotated[str, typer.Option(help="unit, layer (the paper's) or none (TracIn).")] = "unit",
     second_moment: Annotated[
-        str, typer.Option(help="Divide gradients by its root: estimate, none, or a training checkpoint's path.")
+        str,
+        typer.Option(
+            help="Divide gradients by its root: estimate; kronecker (along each layer's eigenvectors: finds more, "
+            "takes more room); none; or a training checkpoint's path."
+        ),
     ] = "estimate",
-    moment_examples: Annotated[int, typer.Option(help="Examples that the estimate takes.")] = 64,
+    moment_examples: Annotated[int, typer.Option(help="Examples that estimate and kronecker take.")] = 64,
     level: Annotated[str, typer.Option(help="Rows for whole examples (sentence), for tokens (token), or both.")] = (
         "sentence"
     ),

@@ -92,9 +92,9 @@ class GradientConfig:
     normalize: str = "unit"
     """`unit`: the whole gradient to length 1; `layer`: each layer (the paper); `none` (TracIn)."""
     second_moment: str = "estimate"
-    """`estimate`, `none`, or the path of a training checkpoint with Adam's or Adafactor's state."""
+    """`estimate`, `kronecker`, `none`, or the path of a training checkpoint with Adam's or Adafactor's state."""
     moment_examples: int = 64
-    """Examples from which `estimate` takes the mean squared gradient."""
+    """Examples from which `estimate` and `kronecker` take the mean squared gradient."""
     seed: int = 0
     """Draws those examples."""
 

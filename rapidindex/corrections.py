@@ -1,20 +1,23 @@
 """The second-moment correction: each gradient entry divided by (v + 1e-3 · mean(v))^½ before it is normalised.
 
 v is the mean squared gradient over a sample of training examples at the same checkpoint, or Adam's or Adafactor's
-bias-corrected second moment from a training checkpoint (TrackStar's optimizer correction, arXiv 2410.17413).
+bias-corrected second moment from a training checkpoint (TrackStar's optimizer correction, arXiv 2410.17413). With
+`kronecker` entries are those along each layer's eigenvectors, and a tenth of the layer's mean is added instead.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rapidindex.eigenbases import Eigenbases
 from rapidindex.errors import ModelError
 from rapidindex.gradients import Batch, Layer, PerExampleGradients, trainable
 
 DAMPING = 1e-3
+KRONECKER, KRONECKER_DAMPING = "kronecker", 0.1
 _CHUNK = 2**20  # entries summed in double precision at a time
 
 
@@ -24,8 +27,22 @@ def correction(second_moment: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
     return (second_moment + DAMPING * mean).rsqrt_() if mean > 0 else torch.ones_like(second_moment)
 
 
-def estimate_second_moment(gradients: PerExampleGradients, batches: Iterable[Batch]) -> Float[Tensor, " size"]:
-    """The mean squared gradient over the examples of `batches`; examples whose gradient is not finite are left out."""
+def kronecker_correction(second_moment: Float[Tensor, " size"], sizes: Sequence[int]) -> Float[Tensor, " size"]:
+    """The factor (v + 0.1 · mean(v))^-½ of each entry along its layer's eigenvectors; the mean is the layer's own."""
+    parts = []
+    for v in second_moment.split(list(sizes)):
+        mean = float(v.double().mean())
+        parts.append((v + KRONECKER_DAMPING * mean).rsqrt_() if mean > 0 else torch.ones_like(v))
+    return torch.cat(parts)
+
+
+def estimate_second_moment(
+    gradients: PerExampleGradients, batches: Iterable[Batch], eigenbases: Eigenbases | None = None
+) -> Float[Tensor, " size"]:
+    """The mean squared gradient over the examples of `batches`, along `eigenbases` where they are given.
+
+    Examples whose gradient is not finite are left out.
+    """
     layers = gradients.layers
     total = torch.zeros(layers[-1].start + layers[-1].size)
     count = 0
@@ -36,6 +53,7 @@ def estimate_second_moment(gradients: PerExampleGradients, batches: Iterable[Bat
         def add(number: int, values: Tensor, squares: Tensor = squares, finite: Tensor = finite) -> None:
             finite &= values.isfinite().all(1).cpu()
             layer = layers[number]
+            values = values if eigenbases is None else eigenbases.turned(number, values)
             squares[layer.start : layer.start + layer.size] = values.square().sum(0)
 
         gradients(batch, add)

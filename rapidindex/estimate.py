@@ -15,6 +15,8 @@ import torch
 from rapidindex.activations import measure_activations
 from rapidindex.build import existing, left, places
 from rapidindex.caching import Item, as_batch, padded_tokens, plan_batches
+from rapidindex.corrections import KRONECKER
+from rapidindex.eigenbases import Eigenbases
 from rapidindex.errors import ResourceError
 from rapidindex.jobs import Job, Plan, Request, drawn, prepare
 from rapidindex.progress import Progress, silent
@@ -117,9 +119,11 @@ class _Timing:
         slots = Sketch(job.size, config).slots(0, job.size).to(job.loaded.device)
         self.map = time.perf_counter() - began
         sketch = Sketch(job.size, config, slots)
-        self.compressor = Compressor(
-            job.gradients, sketch, normalize=job.request.gradient.normalize, correction=factors
-        )
+        bases = None
+        if job.eigen_entries:
+            bases = Eigenbases(job.layers, torch.zeros(job.eigen_entries, device=job.loaded.device))
+        normalize = job.request.gradient.normalize
+        self.compressor = Compressor(job.gradients, sketch, normalize=normalize, correction=factors, eigenbases=bases)
         began = time.perf_counter()
         self._compress(batches[0])
         self.first = time.perf_counter() - began  # also compares batched gradients with autograd's
@@ -137,9 +141,10 @@ class _Timing:
     def seconds(self, workers: int, loading: float) -> dict[str, float]:
         """By part of the build, after its data and model are read."""
         job, level, parts = self.job, self.level, {}
-        if job.lacks_moment and job.request.gradient.second_moment == "estimate" and level == job.request.levels[0]:
+        passes = {"estimate": 1, KRONECKER: 2}.get(job.request.gradient.second_moment, 0)
+        if job.lacks_moment and passes and level == job.request.levels[0]:
             sample = plan_batches(drawn(job), job.request.work.batch_tokens)
-            parts["second moment"] = self._of(sample)
+            parts["second moment"] = passes * self._of(sample)
         if workers > 1:
             parts[f"start workers, {level}"] = _IMPORTS * max(1, workers / (psutil.cpu_count() or 1)) + loading
         parts[f"map of slots, {level}"] = self.map

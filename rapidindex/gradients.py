@@ -35,6 +35,8 @@ class Layer:
     name: str
     start: int
     size: int
+    shape: tuple[int, ...] = ()
+    """Of the parameter; its gradient is flattened row by row."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     """The layers in the order of the flattened gradient."""
     layers, start = [], 0
     for name, parameter in trainable(model).items():
-        layers.append(Layer(name, start, parameter.numel()))
+        layers.append(Layer(name, start, parameter.numel(), tuple(parameter.shape)))
         start += parameter.numel()
     return layers
 

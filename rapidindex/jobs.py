@@ -18,6 +18,8 @@ import torch
 
 from rapidindex.caching import Item, Unit, padded_tokens, plan_units
 from rapidindex.config import BuildConfig, EncodingConfig, GradientConfig, ModelConfig, SketchConfig, TokenConfig
+from rapidindex.corrections import KRONECKER
+from rapidindex.eigenbases import entries
 from rapidindex.errors import ConfigMismatch, DataError, UsageError
 from rapidindex.examples import Dataset, read_examples
 from rapidindex.gradients import Layer, PerExampleGradients
@@ -101,6 +103,11 @@ class Job:
     def size(self) -> int:
         """|v|, the length of the flattened gradient."""
         return sum(layer.size for layer in self.layers)
+
+    @property
+    def eigen_entries(self) -> int:
+        """How many numbers the eigenvectors are along which the gradients are corrected; 0 for none."""
+        return entries(self.layers) if self.request.gradient.second_moment == KRONECKER else 0
 
     def wanted(self, level: str) -> list[Item]:
         """The examples that the level is to hold: for tokens, those that were asked for and have such a token."""

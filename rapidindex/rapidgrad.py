@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rapidindex.gradients import Batch, Layer, PerExampleGradients
+from rapidindex.eigenbases import Eigenbases
+from rapidindex.gradients import Batch, PerExampleGradients
 from rapidindex.sketch import Sketch
 
 
@@ -37,16 +38,23 @@ class Compressor:
     """Turns batches of one model into RapidGrads.
 
     `normalize` is `unit` (the whole gradient to length 1), `layer` (every layer to length 1, section 3.2) or `none`;
-    `correction` the factor of each gradient entry, float32 [|v|], or None.
+    `correction` the factor of each gradient entry, float32 [|v|], or None; along `eigenbases` where they are given.
     """
 
     def __init__(
-        self, gradients: PerExampleGradients, sketch: Sketch, *, normalize: str, correction: Tensor | None = None
+        self,
+        gradients: PerExampleGradients,
+        sketch: Sketch,
+        *,
+        normalize: str,
+        correction: Tensor | None = None,
+        eigenbases: Eigenbases | None = None,
     ) -> None:
         self.gradients = gradients
         self.sketch = sketch
         self.normalize = normalize
         self.correction = correction
+        self.eigenbases = eigenbases
 
     def __call__(self, batch: Batch) -> RapidGrads:
         """The RapidGrads of every example of `batch`, float32, on the batch's device."""
@@ -56,7 +64,7 @@ class Compressor:
 
         def consume(number: int, values: Tensor) -> None:
             layer = self.gradients.layers[number]
-            self._correct(layer, values)
+            self._correct(number, values)
             norms[:, number] = values.norm(dim=1)
             if self.normalize == "layer":
                 values.div_(_or_one(norms[:, number]).unsqueeze(1))
@@ -79,7 +87,7 @@ class Compressor:
 
         def consume(number: int, values: Tensor) -> None:
             layer = layers[number]
-            self._correct(layer, values)
+            self._correct(number, values)
             norms[number] = values.norm()
             flat[layer.start : layer.start + layer.size] = values[0]
 
@@ -88,11 +96,20 @@ class Compressor:
             flat /= _or_one(norms.norm())
         if self.normalize == "layer":
             flat = self.divided(flat, norms)
-        return flat if self.correction is None else flat.mul_(self.correction)
+        for number, layer in enumerate(layers):
+            self._correct(number, flat[None, layer.start : layer.start + layer.size])
+        return flat
 
-    def _correct(self, layer: Layer, values: Float[Tensor, "examples n"]) -> None:
-        if self.correction is not None:
-            values.mul_(self.correction[layer.start : layer.start + layer.size])
+    def _correct(self, number: int, values: Float[Tensor, "examples n"]) -> None:
+        """Correct one layer's gradients in place."""
+        if self.correction is None:
+            return
+        layer = self.gradients.layers[number]
+        factors = self.correction[layer.start : layer.start + layer.size]
+        if self.eigenbases is None:
+            values.mul_(factors)
+        else:
+            values.copy_(self.eigenbases.back(number, self.eigenbases.turned(number, values) * factors))
 
     def divided(self, flat: Float[Tensor, " size"], norms: Float[Tensor, " layers"]) -> Float[Tensor, " size"]:
         """A copy of a flattened gradient with each layer's part divided by its norm; a zero norm divides by 1."""

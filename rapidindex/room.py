@@ -117,12 +117,14 @@ def held_by(model: torch.nn.Module) -> int:
 
 
 def _of_all(job: Job, K: int) -> dict[str, int]:
-    """What processes share: 4 bytes a gradient entry, and as many for the correction."""
+    """What processes share: 4 bytes a gradient entry, and as many for the correction, with its eigenvectors."""
     sketch = Sketch(job.size, replace(job.request.sketch, K=K))
     candidates = np.arange(2, min(sketch.padded, LARGEST_DIVISOR) + 1)
     order = int(candidates[sketch.padded % candidates == 0].mean())  # a permutation's length, on average
     slots = 4 * job.size + 2 * job.request.sketch.shuffles * 8 * order + sketch.padded // 8
-    correction = {} if job.request.gradient.second_moment == "none" else {"correction": 4 * job.size}
+    correction = (
+        {} if job.request.gradient.second_moment == "none" else {"correction": 4 * (job.size + job.eigen_entries)}
+    )
     return {"map of slots": slots, **correction}
 
 
@@ -173,7 +175,7 @@ def _disk(job: Job, plan: Plan, workers: int) -> dict[str, int]:
         "manifest": 2 * description,
     }
     if job.lacks_moment:
-        parts["second moment"] = 4 * job.size + USER_BLOCK + _HDF5 // 2 + description
+        parts["second moment"] = 4 * (job.size + job.eigen_entries) + USER_BLOCK + _HDF5 // 2 + description
     factory = default_factory(n, K)
     if factory != EXACT:
         parts["search index"] = n * AnnIndex.create(factory, min(DIM, K)).bytes_per_row()

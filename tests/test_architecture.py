@@ -30,7 +30,7 @@ LAYERS = [
     {"config", "progress"},
     {"results", "chips", "report", "untrusted", "rows", "examples", "store", "sketch", "sources"},
     {"selection", "cards", "render", "templates", "tokens", "loading", "gradients", "exact", "ann"},
-    {"activations", "model", "corrections", "rapidgrad", "recall", "card"},
+    {"activations", "model", "eigenbases", "corrections", "rapidgrad", "recall", "card"},
     {"heatmaps", "index", "finetune", "training"},
     {"caching", "jobs", "room", "workers", "build"},
     {"growth", "estimate"},

@@ -18,7 +18,11 @@ from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, Sketc
 from rapidindex.index import COMPACT, VectorIndex
 from rapidindex.progress import Progress
 
-RECIPES = {"default": {}, "paper": {"normalize": "layer", "second_moment": "none"}}
+RECIPES = {
+    "default": {},
+    "paper": {"normalize": "layer", "second_moment": "none"},
+    "kronecker": {"second_moment": "kronecker"},
+}
 ANN_TOP = 10
 """Matches asked for through FAISS: of so few rows, more would be scanned exactly."""
 

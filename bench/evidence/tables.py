@@ -32,6 +32,8 @@ NAMES = {
     "full/estimate/unit": "the default, uncompressed",
     "product/default/exact": "**the product's index, default**",
     "product/default/ann": "the product's index, default, through FAISS",
+    "product/kronecker/exact": "the product's index, Kronecker second moment",
+    "product/kronecker/ann": "the product's index, Kronecker second moment, through FAISS",
     "product/paper/exact": "the product's index, paper's recipe",
     "product/paper/ann": "the product's index, paper's recipe, through FAISS",
 }

@@ -128,10 +128,18 @@ class Store:
         said = self.manifest["second_moment"]
         if said is None:
             return None
+        return self._moment(said)["v"]
+
+    def eigenvectors(self) -> np.ndarray | None:
+        """Those along which v was taken, float32 [n], a read-only view of its file; None where the index has none."""
+        said = self.manifest["second_moment"]
+        return None if said is None else self._moment(said).get("eigenvectors")
+
+    def _moment(self, said: dict[str, Any]) -> dict[str, np.ndarray]:
         layout = manifest.read_moment(self.path, self.manifest)
         if manifest.moment_entry(layout) != said:
             raise sealed.damaged(layout.path, "it is not the one that the manifest lists")
-        return sealed.map_arrays(layout)["v"]
+        return sealed.map_arrays(layout)
 
     # Changing it
 
@@ -207,17 +215,19 @@ class Store:
             _refuse_unknown(ids - self.removed, f"not among the examples removed from {self.path}")
             return self._set_removed(self.removed - ids)
 
-    def write_second_moment(self, v: np.ndarray) -> None:
+    def write_second_moment(self, v: np.ndarray, eigenvectors: np.ndarray | None = None) -> None:
         """Keep v, float32 [sum of the layers' sizes], with the index, once and for all.
 
-        StoreError where the index has one, ValueError where it does not fit the layers or is not finite.
+        `eigenvectors`, float32 [n], are those along which it was taken, where these are not the axes. StoreError where
+        the index has one, ValueError where it does not fit the layers or is not finite.
         """
         length = sum(layer["size"] for layer in self.layers)
         if v.shape != (length,) or v.dtype != np.float32 or not np.isfinite(v).all():
             raise ValueError(f"a second moment must be finite float32 ({length},), not {v.dtype} {v.shape}")
+        turned = {} if eigenvectors is None else {"eigenvectors": sealing.column(eigenvectors, "<f4")}
         with self.lock():
             description = sealing.json_column(manifest.copy_for_files(self.manifest))
-            columns = {"index": description, "v": sealing.column(v, "<f4")}
+            columns = {"index": description, "v": sealing.column(v, "<f4"), **turned}
             attributes = {"format": "rapidindex.second-moment/1", "index": self.id}
             sealing.write(self.path / folder.MOMENT, columns, attributes)
             self._list_moment()
