@@ -29,7 +29,7 @@ from rapidindex.caching import (
 from rapidindex.corrections import KRONECKER, estimate_second_moment, read_second_moment
 from rapidindex.eigenbases import Eigenbases, estimate_eigenbases
 from rapidindex.errors import ModelError
-from rapidindex.gradients import Batch
+from rapidindex.gradients import Batch, with_drawn_labels
 from rapidindex.index import VectorIndex
 from rapidindex.jobs import Job, Plan, Request, check_identity, drawn, prepare
 from rapidindex.progress import Progress, silent
@@ -251,9 +251,9 @@ def _ensure_second_moment(job: Job, store: Store, progress: Progress) -> None:
         return
     vectors = None
     if how == KRONECKER:
-        vectors = estimate_eigenbases(job.gradients, _sample(job, "eigenvectors", progress))
+        vectors = estimate_eigenbases(job.gradients, _with_drawn_labels(job, "eigenvectors", progress))
         bases = Eigenbases(job.layers, vectors.to(job.loaded.device))
-        moment = estimate_second_moment(job.gradients, _sample(job, "second moment", progress), bases)
+        moment = estimate_second_moment(job.gradients, _with_drawn_labels(job, "second moment", progress), bases)
     elif how == "estimate":
         moment = estimate_second_moment(job.gradients, _sample(job, "second moment", progress))
     else:
@@ -261,6 +261,12 @@ def _ensure_second_moment(job: Job, store: Store, progress: Progress) -> None:
     if not moment.isfinite().all():
         raise ModelError(f"The second moment ({how}) is not finite.", hint="Build with --second-moment none.")
     store.write_second_moment(moment.cpu().numpy(), None if vectors is None else vectors.numpy())
+
+
+def _with_drawn_labels(job: Job, stage: str, progress: Progress) -> Iterator[Batch]:
+    """The same with tokens that the model draws: what the sample itself taught is not taken out of the gradients."""
+    for number, batch in enumerate(_sample(job, stage, progress)):
+        yield with_drawn_labels(job.gradients.model, batch, seed=2**20 * job.request.gradient.seed + number)
 
 
 def _sample(job: Job, stage: str, progress: Progress) -> Iterator[Batch]:

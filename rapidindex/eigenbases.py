@@ -2,8 +2,10 @@
 
 For a weight of the shape [out, in], U [out, out] and V [in, in] are the eigenvectors of a sample's mean g gᵀ and gᵀ g
 (Shampoo's, arXiv 1802.09568). The correction is then made along them: Uᵀ g V is multiplied, entry by entry, and turned
-back (as EK-FAC does, arXiv 1806.03884, with activations where this has gradients). A side longer than `LONGEST`, or a
-parameter that is no matrix, keeps its axes. Knows nothing of files.
+back (as EK-FAC does, arXiv 1806.03884, with activations where this has gradients). The sample's gradients are those of
+tokens drawn from the model, the Fisher matrix's: with the tokens of the data the correction takes out what just these
+examples taught, and finds less of it. A side longer than `LONGEST`, or a parameter that is no matrix, keeps its axes.
+Knows nothing of files.
 """
 
 from collections.abc import Iterable, Sequence

@@ -11,7 +11,7 @@ weights 1/G on its G response tokens it is the paper's L(s) (below Eq. 1). Knows
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -47,6 +47,8 @@ class Batch:
     attention: Int64[Tensor, "examples T"]
     weights: Float[Tensor, "examples T"]
     """The weight of each token's own cross-entropy in its example's loss; 0 for the prompt and the padding."""
+    labels: Int64[Tensor, "examples T"] | None = None
+    """The tokens that the loss is of, where they are not those of `input_ids`."""
 
     @classmethod
     def of(
@@ -69,7 +71,8 @@ class Batch:
     def example(self, row: int) -> "Batch":
         """One example alone, without its padding."""
         length = int(self.attention[row].sum())
-        return Batch(*(part[row : row + 1, :length] for part in (self.input_ids, self.attention, self.weights)))
+        parts = (self.input_ids, self.attention, self.weights, self.labels)
+        return Batch(*(None if part is None else part[row : row + 1, :length] for part in parts))
 
 
 Consume = Callable[[int, Tensor], None]
@@ -358,13 +361,31 @@ def token_losses(model: nn.Module, batch: Batch, positions: Tensor | None) -> tu
     if positions is None:
         positions = torch.arange(batch.input_ids.shape[1] - 1, device=logits.device).expand(len(batch), -1)
         logits = logits[:, :-1]
-    labels = batch.input_ids.gather(1, positions + 1)
+    labels = (batch.input_ids if batch.labels is None else batch.labels).gather(1, positions + 1)
     weights = batch.weights.gather(1, positions + 1)
     # A filled-up position repeats position 0: it counts only where it stands first, and is wanted.
     repeated = (positions == 0) & (torch.arange(positions.shape[1], device=positions.device) > 0)
     weights = weights.masked_fill(repeated, 0.0)
     entropies = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(weights)
     return weights, entropies
+
+
+@torch.no_grad()
+def with_drawn_labels(model: nn.Module, batch: Batch, seed: int) -> Batch:
+    """The batch with its loss taken of tokens that are drawn, by `seed`, from the model's own predictions.
+
+    The mean product of such gradients is the Fisher matrix. The weights are their square roots: drawn tokens are
+    independent, so that each then counts in a product as it does in the loss.
+    """
+    positions = _positions_used(batch.weights)
+    with _only_logits_at(model, positions) as narrowed:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention, use_cache=False).logits
+    if not narrowed:
+        logits = logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+    chances = logits.float().softmax(-1).flatten(0, 1).cpu().nan_to_num_(1.0)  # its gradient will not be finite
+    drawn = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(seed)).view_as(positions)
+    labels = batch.input_ids.scatter(1, positions + 1, drawn.to(positions.device))
+    return replace(batch, weights=batch.weights.sqrt(), labels=labels)
 
 
 def weighted_token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -335,13 +335,12 @@ def test_ekfac_on_gradients_from_disk_scores_as_kronfluence_does(small, tmp_path
 
 def test_a_second_moment_along_kronecker_eigenvectors_is_the_diagonal_one_where_those_are_the_axes():
     draw = torch.Generator().manual_seed(3)
-    layers = [Layer("a", 0, 12), Layer("b", 12, 6)]
-    shapes = {"a": (3, 4), "b": (2, 3)}
+    layers = [Layer("a", 0, 12, (3, 4)), Layer("b", 12, 6, (2, 3))]
     g = torch.zeros(40, 18)  # one entry of each layer a row: rows and columns are then uncorrelated
     for row in range(40):
         g[row, row % 12], g[row, 12 + row % 6] = torch.randn(2, generator=draw) * (1 + torch.arange(2) * row)
     rows = Replay(layers, g.numpy())
-    bases = of_sample(rows, range(40), shapes)
+    bases = of_sample(rows)
     whole = torch.cat(
         [bases[layer.name].solved(g[:, layer.start : layer.start + layer.size], 0.5) for layer in layers], 1
     )

@@ -1,8 +1,17 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from rapidindex.gradients import TOLERANCE, Batch, PerExampleGradients, layers_of, trainable
+from rapidindex.gradients import (
+    TOLERANCE,
+    Batch,
+    PerExampleGradients,
+    example_losses,
+    layers_of,
+    trainable,
+    with_drawn_labels,
+)
 from tests import tiny
 
 # Relative error of the whole gradient, and of each layer that has one.
@@ -144,3 +153,37 @@ def test_the_model_is_left_as_it_was():
 
 def test_a_table_of_tolerances_covers_every_dtype_a_model_may_compute_in():
     assert set(TOLERANCE) == {torch.float32, torch.bfloat16, torch.float16}
+
+
+@pytest.mark.parametrize("way", ["lora", "full"])
+def test_drawn_labels_are_the_models_own_and_the_loss_is_of_them(way):
+    model = make("llama", way)
+    ids, weights = examples()
+    batch = Batch.of(ids, weights)
+    found = with_drawn_labels(model, batch, seed=5)
+    wanted = batch.weights != 0
+    assert torch.equal(found.labels, with_drawn_labels(model, batch, seed=5).labels)
+    assert not torch.equal(found.labels, with_drawn_labels(model, batch, seed=6).labels)
+    assert not torch.equal(found.labels[wanted], batch.input_ids[wanted])
+    torch.testing.assert_close(found.weights, batch.weights.sqrt())
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention).logits.float()
+    chances = logits.log_softmax(-1)
+    for row in range(len(batch)):
+        places = batch.weights[row].nonzero()[:, 0]
+        own = -chances[row, places - 1, found.labels[row, places]]
+        truth = (batch.weights[row, places].sqrt() * own).sum()
+        torch.testing.assert_close(example_losses(model, found)[row], truth, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(example_losses(model, found.example(row))[0], truth, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_are_drawn_as_often_as_the_model_says():
+    model = make("llama", "full")
+    with torch.no_grad():  # a model that is sure of a few tokens
+        model.lm_head.weight.mul_(20)
+    ids, weights = examples()
+    batch = Batch.of([np.tile(ids[0], 1)] * 50, [weights[0]] * 50)
+    place = int(weights[0].nonzero()[0][-1])
+    drawn = torch.cat([with_drawn_labels(model, batch, seed=seed).labels[:, place] for seed in range(40)])
+    chances = model(input_ids=batch.input_ids[:1]).logits[0, place - 1].float().softmax(-1)
+    often = torch.bincount(drawn, minlength=len(chances)) / len(drawn)
+    assert (often - chances).abs().sum() / 2 < 0.15

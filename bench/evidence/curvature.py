@@ -4,8 +4,8 @@ H ≈ (U ⊗ V) Λ (U ⊗ V)ᵀ for a weight of the shape [out, in]; by name:
 
     ekfac/none, ekfac/unit   ⟨H⁻¹ q, g⟩, and divided by |g|: the curvature on the query's side alone, rows as they are
     ekfac-root/unit          ⟨H^-½ q, H^-½ g⟩ / |H^-½ g|: rows corrected as well, as the default corrects them
-    kronecker/unit           the same with a second moment of the default's own sample: U and V are the eigenvectors of
-                             its mean g gᵀ and gᵀ g, Λ its mean square along them (the default takes U = V = 1)
+    kronecker/unit           the same with `--second-moment kronecker`: U and V are the eigenvectors of a sample's mean
+                             g gᵀ and gᵀ g, Λ its mean square along them
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,12 +48,12 @@ class Eigenbasis:
         return (self.outputs @ turned @ self.inputs.T).flatten(1)
 
 
-def of_sample(rows: Replay, sample: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> dict[str, Eigenbasis]:
-    """Each parameter's eigenbasis from the gradients of the `sample` of row numbers alone."""
+def of_sample(sample: Replay) -> dict[str, Eigenbasis]:
+    """Each parameter's eigenbasis from the gradients of a sample."""
     bases = {}
-    for layer in rows.layers:
-        flat = torch.from_numpy(np.array(rows.rows[sample, layer.start : layer.start + layer.size]))
-        g = flat.view(len(sample), *shapes[layer.name])
+    for layer in sample.layers:
+        flat = torch.from_numpy(np.array(sample.rows[:, layer.start : layer.start + layer.size]))
+        g = flat.view(len(flat), *layer.shape)
         outputs = torch.linalg.eigh(torch.einsum("nij,nkj->ik", g, g)).eigenvectors
         inputs = torch.linalg.eigh(torch.einsum("nij,nik->jk", g, g)).eigenvectors
         eigenvalues = (outputs.T @ g @ inputs).square().mean(0)

@@ -25,7 +25,7 @@ from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, Sketc
 from rapidindex.corrections import correction, estimate_second_moment
 from rapidindex.examples import Example, read_examples
 from rapidindex.finetune import FinetuneConfig, finetune
-from rapidindex.gradients import Batch, trainable
+from rapidindex.gradients import Batch, with_drawn_labels
 from rapidindex.jobs import Job, Request, drawn, prepare
 from rapidindex.model import LoadedModel, generate, load
 from rapidindex.progress import Bars, steps
@@ -346,10 +346,12 @@ def _ekfac_scores(seed: Seed) -> Scores:
 
 def _kronecker(seed: Seed) -> None:
     def make() -> Scores:
-        number = {item.example.id: row for row, item in enumerate(seed.job.items)}
-        shapes = {name: parameter.shape for name, parameter in trainable(seed.job.loaded.model).items()}
-        bases = of_sample(seed.rows, [number[item.example.id] for item in drawn(seed.job)], shapes)
-        return _corrected(seed, bases, KRONECKER)
+        batches = [
+            (numbers, with_drawn_labels(seed.job.loaded.model, batch, 2**20 * seed.seed + number))
+            for number, (numbers, batch) in enumerate(example_batches(drawn(seed.job)))
+        ]
+        sample = compute(seed.job.gradients, batches, seed.folder / "sample.f32", seed.bars)
+        return _corrected(seed, of_sample(Replay(seed.job.layers, sample)), KRONECKER)
 
     seed.scores("kronecker", make)
 
