@@ -12,6 +12,7 @@ disk an example for its whole gradients at two models, removed with --clean when
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,8 +33,7 @@ def parse() -> argparse.Namespace:
     """The command line; `sizes` holds what the run is sized by."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("backdoor", "tracing", "both"), default="both")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seeds", type=_seeds, default=range(5), help="how many, or with commas between which ones")
     parser.add_argument("--work", type=Path, help="where every stage is kept")
     parser.add_argument("--only", help="methods, separated by commas")
     parser.add_argument("--product-seeds", type=int, default=1, help="seeds for which the product builds its own index")
@@ -66,13 +66,17 @@ def _size(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     options.methods = tuple(options.only.split(",")) if options.only else METHODS
     if unknown := set(options.methods) - set(METHODS):
         parser.error(f"--only: unknown {', '.join(sorted(unknown))}; choose among {', '.join(METHODS)}")
-    options.seeds = 1 if options.smoke else options.seeds
+    options.seeds = range(1) if options.smoke else options.seeds
     sizes = SMOKE if options.smoke else Sizes()
     given = {name: getattr(options, name) for name in sizes.__dataclass_fields__ if hasattr(options, name)}
     options.sizes = replace(sizes, **{name: value for name, value in given.items() if value is not None})
     for name in ("alpaca_9k.jsonl", "webquestions_test.jsonl"):
         if not (options.data / name).exists():
             parser.error(f"{options.data / name} is not there: give its folder with --data")
+
+
+def _seeds(text: str) -> Sequence[int]:
+    return [int(part) for part in text.split(",")] if "," in text else range(int(text))
 
 
 def _results() -> Path:

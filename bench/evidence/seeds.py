@@ -28,10 +28,9 @@ def run(task: str, options: argparse.Namespace) -> None:
     file = options.results / f"evidence_{task}.json"
     before = json.loads(file.read_text()) if options.add else None
     results = []
-    for count in range(options.seeds):
+    for count, number in enumerate(options.seeds):
         with Bars() as bars:
             unpack_model(options.work / "model", bars)
-            number = options.first_seed + count
             folder = options.work / task / f"seed-{number}"
             model = options.work / "model"
             seed = Seed(tasks.TASKS[task], number, options.sizes, model, folder, bars, (rows, questions))
