@@ -8,6 +8,7 @@ examples taught, and finds less of it. A side longer than `LONGEST`, or a parame
 Knows nothing of files.
 """
 
+import time
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from rapidindex.gradients import Batch, Layer, PerExampleGradients
 
 LONGEST = 4096
 """Rows or columns of a weight, at most: eigenvectors of 4,096 take 64 MiB, and half a minute to find on a CPU."""
+_TRIED = 768
 
 
 def entries(layers: Sequence[Layer]) -> int:
@@ -32,6 +34,15 @@ def _sides(layer: Layer) -> tuple[int, int]:
         return 0, 0
     rows, columns = (side if 1 < side <= LONGEST else 0 for side in layer.shape)
     return rows, columns
+
+
+def seconds_to_find(layers: Sequence[Layer]) -> float:
+    """What the eigenvectors of these layers take to find on a CPU, told from a single small matrix."""
+    sides = [side for layer in layers for side in _sides(layer) if side]
+    tried = min(max(sides, default=0), _TRIED)
+    began = time.perf_counter()
+    _eigenvectors(torch.eye(tried).roll(1, 0).add(torch.eye(tried).roll(-1, 0)))
+    return (time.perf_counter() - began) * sum((side / tried) ** 3 for side in sides)
 
 
 class Eigenbases:

@@ -16,7 +16,7 @@ from rapidindex.activations import measure_activations
 from rapidindex.build import existing, left, places
 from rapidindex.caching import Item, as_batch, padded_tokens, plan_batches
 from rapidindex.corrections import KRONECKER
-from rapidindex.eigenbases import Eigenbases
+from rapidindex.eigenbases import Eigenbases, seconds_to_find
 from rapidindex.errors import ResourceError
 from rapidindex.jobs import Job, Plan, Request, drawn, prepare
 from rapidindex.progress import Progress, silent
@@ -145,6 +145,8 @@ class _Timing:
         if job.lacks_moment and passes and level == job.request.levels[0]:
             sample = plan_batches(drawn(job), job.request.work.batch_tokens)
             parts["second moment"] = passes * self._of(sample)
+            if job.eigen_entries:
+                parts["eigenvectors"] = seconds_to_find(job.layers)
         if workers > 1:
             parts[f"start workers, {level}"] = _IMPORTS * max(1, workers / (psutil.cpu_count() or 1)) + loading
         parts[f"map of slots, {level}"] = self.map

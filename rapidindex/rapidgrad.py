@@ -64,7 +64,7 @@ class Compressor:
 
         def consume(number: int, values: Tensor) -> None:
             layer = self.gradients.layers[number]
-            self._correct(number, values)
+            self.correct(number, values)
             norms[:, number] = values.norm(dim=1)
             if self.normalize == "layer":
                 values.div_(_or_one(norms[:, number]).unsqueeze(1))
@@ -87,7 +87,7 @@ class Compressor:
 
         def consume(number: int, values: Tensor) -> None:
             layer = layers[number]
-            self._correct(number, values)
+            self.correct(number, values)
             norms[number] = values.norm()
             flat[layer.start : layer.start + layer.size] = values[0]
 
@@ -97,11 +97,11 @@ class Compressor:
         if self.normalize == "layer":
             flat = self.divided(flat, norms)
         for number, layer in enumerate(layers):
-            self._correct(number, flat[None, layer.start : layer.start + layer.size])
+            self.correct(number, flat[None, layer.start : layer.start + layer.size])
         return flat
 
-    def _correct(self, number: int, values: Float[Tensor, "examples n"]) -> None:
-        """Correct one layer's gradients in place."""
+    def correct(self, number: int, values: Float[Tensor, "examples n"]) -> None:
+        """Correct one layer's gradients, in place."""
         if self.correction is None:
             return
         layer = self.gradients.layers[number]

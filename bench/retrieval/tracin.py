@@ -45,8 +45,8 @@ def influences(compressor: Compressor, batch: Batch, directions: torch.Tensor) -
     def consume(number: int, values: torch.Tensor) -> None:
         here = slice(layers[number].start, layers[number].start + layers[number].size)
         parts[number] = values @ directions[:, here].T
-        corrected = values if compressor.correction is None else values * compressor.correction[here]
-        norms[number] = corrected.norm(dim=1)
+        compressor.correct(number, values)
+        norms[number] = values.norm(dim=1)
 
     compressor.gradients(batch, consume)
     if compressor.normalize == "layer":
