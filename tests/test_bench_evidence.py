@@ -394,6 +394,9 @@ def test_figures_that_are_added_leave_other_methods_alone():
     assert found["figures"]["seeds"][0]["seconds"] == {"full": 5.0, "ekfac": 7.0}
     assert found["commit"] == "old" and found["added"][0]["sizes"] == {"rows": 9}
     assert "full/ekfac/unit" in found["added"][0]["methods"]
+    more = {"figures": {"task": "tracing", "sizes": {}, **together([seed_result(0, 0.8), seed_result(1, 0.7)])}}
+    both = {row["method"]: row["AP"] for row in added(more, {"sizes": {}, **together([later])})["figures"]["counts"]}
+    assert both["K=65536/shuffles=20/estimate/unit/float16"]["n"] == 2 and both["full/ekfac/unit"]["n"] == 1
     with pytest.raises(SystemExit, match="other rows"):
         added(before, {"sizes": {}, **together([later | {"planted": {"India": 8}}])})
 

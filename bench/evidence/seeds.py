@@ -52,7 +52,7 @@ def _write(file: Path, value: dict[str, Any]) -> None:
 
 
 def added(before: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
-    """Earlier results with the figures of what has been run now; those of other methods stay as they were.
+    """Earlier results with the figures of what has been run now; those of other methods, or of more seeds, stay.
 
     SystemExit where a seed planted something else before: the figures would be of other data.
     """
@@ -65,14 +65,22 @@ def added(before: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
         kept |= {name: kept[name] | seed[name] for name in ("notes", "seconds", "ann", "product")}
     together = old | {"seeds": list(found.values())}
     for part, keys in PARTS.items():
-        now = {tuple(row[key] for key in keys): row for row in figures[part]}
-        stay = [row for row in old[part] if tuple(row[key] for key in keys) not in now]
-        together[part] = stay + figures[part]
+        rows = {tuple(row[key] for key in keys): row for row in old[part]}
+        for row in figures[part]:
+            at = tuple(row[key] for key in keys)
+            if at not in rows or _of(row) >= _of(rows[at]):
+                rows[at] = row
+        together[part] = list(rows.values())
     methods = sorted({row["method"] for row in figures["counts"]})
     return before | {
         "figures": together,
         "added": [*before.get("added", []), {**circumstances(), "sizes": figures["sizes"], "methods": methods}],
     }
+
+
+def _of(row: dict[str, Any]) -> int:
+    """Of how many seeds a row of figures is."""
+    return max(value["n"] for value in row.values() if isinstance(value, dict))
 
 
 def together(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

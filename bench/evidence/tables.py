@@ -197,18 +197,20 @@ def told(value: dict[str, Any] | None) -> str:
 
 
 def _costs(figures: dict[str, Any]) -> str:
-    """How far each K falls behind, and where most, the same recipe uncompressed."""
-    means = {
-        (row["method"], metric, row["group"], row["asked"], row["k"]): row[metric]["mean"]
+    """How far each K falls behind, and where most, the same recipe uncompressed over as many seeds."""
+    found = {
+        (row["method"], metric, row["group"], row["asked"], row["k"]): row[metric]
         for row in figures["counts"]
         for metric in _metrics(figures)
     }
     most: dict[str, tuple[float, tuple]] = {}
     for name in _compressed(figures):
         behind = {
-            where: means[_whole(name), *where] - mean
-            for (method, *rest), mean in means.items()
-            if method == name and (_whole(name), *(where := tuple(rest))) in means
+            where: found[_whole(name), *where]["mean"] - value["mean"]
+            for (method, *rest), value in found.items()
+            if method == name
+            and (whole := found.get((_whole(name), *(where := tuple(rest)))))
+            and whole["n"] == value["n"]
         }
         if behind:
             worst = max(behind, key=lambda where: behind[where])
