@@ -74,7 +74,7 @@ def read_second_moment(path: str | Path, model: nn.Module, layers: list[Layer]) 
     Raises ModelError if the file is missing, or is not the state of an optimizer of this model's trainable parameters.
     """
     file = Path(path) / "optimizer.pt" if Path(path).is_dir() else Path(path)
-    hint = "Give the folder of a training checkpoint that holds optimizer.pt, `estimate` or `none`."
+    hint = "Give the folder of a training checkpoint that holds optimizer.pt, `estimate`, `kronecker` or `none`."
     if not file.is_file():
         raise ModelError(f"--second-moment {path}: there is no optimizer state at {file}.", hint=hint)
     try:
