@@ -6,7 +6,7 @@ computes is in `caching.py`, several of them in `workers.py`, what a build will 
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -251,11 +251,12 @@ def _ensure_second_moment(job: Job, store: Store, progress: Progress) -> None:
         return
     vectors = None
     if how == KRONECKER:
-        vectors = estimate_eigenbases(job.gradients, _with_drawn_labels(job, "eigenvectors", progress))
+        batches = _with_drawn_labels(job, progress)
+        vectors = estimate_eigenbases(job.gradients, _each(batches, "eigenvectors", progress))
         bases = Eigenbases(job.layers, vectors.to(job.loaded.device))
-        moment = estimate_second_moment(job.gradients, _with_drawn_labels(job, "second moment", progress), bases)
+        moment = estimate_second_moment(job.gradients, _each(batches, "second moment", progress), bases)
     elif how == "estimate":
-        moment = estimate_second_moment(job.gradients, _sample(job, "second moment", progress))
+        moment = estimate_second_moment(job.gradients, _each(_sample(job), "second moment", progress))
     else:
         moment = read_second_moment(how, job.loaded.model, job.layers)
     if not moment.isfinite().all():
@@ -263,16 +264,21 @@ def _ensure_second_moment(job: Job, store: Store, progress: Progress) -> None:
     store.write_second_moment(moment.cpu().numpy(), None if vectors is None else vectors.numpy())
 
 
-def _with_drawn_labels(job: Job, stage: str, progress: Progress) -> Iterator[Batch]:
-    """The same with tokens that the model draws: what the sample itself taught is not taken out of the gradients."""
-    for number, batch in enumerate(_sample(job, stage, progress)):
-        yield with_drawn_labels(job.gradients.model, batch, seed=2**20 * job.request.gradient.seed + number)
+def _with_drawn_labels(job: Job, progress: Progress) -> list[Batch]:
+    """The sample with tokens that the model draws: what it taught itself is not taken out of the gradients."""
+    seed = 2**20 * job.request.gradient.seed
+    batches = enumerate(_each(_sample(job), "draw tokens", progress))
+    return [with_drawn_labels(job.gradients.model, batch, seed + number) for number, batch in batches]
 
 
-def _sample(job: Job, stage: str, progress: Progress) -> Iterator[Batch]:
+def _sample(job: Job) -> list[Batch]:
     """The batches of the examples from which the second moment is estimated."""
-    batches = plan_batches(drawn(job), job.request.work.batch_tokens)
+    planned = plan_batches(drawn(job), job.request.work.batch_tokens)
+    return [as_batch(batch, job.loaded.device) for batch in planned]
+
+
+def _each(batches: Sequence[Batch], stage: str, progress: Progress) -> Iterator[Batch]:
     for number, batch in enumerate(batches):
         progress(stage, number, len(batches))
-        yield as_batch(batch, job.loaded.device)
+        yield batch
     progress(stage, len(batches), len(batches))

@@ -26,7 +26,7 @@ from rapidindex.gradients import Layer, PerExampleGradients
 from rapidindex.model import LoadedModel, load
 from rapidindex.progress import Progress, silent
 from rapidindex.store import Store
-from rapidindex.store.shards import ROW_TYPE, ROW_TYPES
+from rapidindex.store.shards import ROW_TYPE, row_bytes
 from rapidindex.templates import Template
 from rapidindex.tokens import chosen
 
@@ -135,8 +135,8 @@ class Job:
                 replace(item, position=position) for item in examples for position in self.positions[item.example.id]
             ]
         units = plan_units(items, self.request.work.batch_tokens)
-        K, row_type = self.request.K(level), self.row_types.get(level, ROW_TYPE)
-        return Plan(level, K, K * np.dtype(ROW_TYPES[row_type]).itemsize, list(examples), units)
+        K = self.request.K(level)
+        return Plan(level, K, row_bytes(K, self.row_types.get(level, ROW_TYPE)), list(examples), units)
 
     @cached_property
     def positions(self) -> dict[str, list[int]]:

@@ -18,10 +18,11 @@ from torch import Tensor
 from bench.evidence.cached import Replay
 from bench.evidence.sketched import Scores, kept_scores
 from rapidindex.config import SketchConfig
+from rapidindex.corrections import KRONECKER_DAMPING
 from rapidindex.progress import Progress
 from rapidindex.sketch import Sketch
 
-DAMPING = 0.1
+DAMPING = KRONECKER_DAMPING
 """Of each layer's mean eigenvalue; kronfluence's too."""
 EKFAC = {"ekfac": (1.0, 0.0), "ekfac-root": (0.5, 0.5)}
 KRONECKER = {"kronecker": (0.5, 0.5)}

@@ -84,12 +84,11 @@ def read_json(path: Path) -> dict[str, Any]:
         del content["sha256"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise damaged(path, "it is not the JSON that was written") from None
-    known = [_render(content, each) for each in range(1, FORMAT + 1)]
-    if type(version) is int and 1 <= version <= FORMAT and known[version - 1] == text:
+    if type(version) is int and 1 <= version <= FORMAT and _render(content, version) == text:
         return content
     # `format` comes first. With one that is known in its place a newer file does not fit its checksum, a damaged does.
-    newer = type(version) is int and version > FORMAT
-    if newer and not any(text.replace(b"%d" % version, b"%d" % n, 1) == each for n, each in enumerate(known, 1)):
+    newer, known = type(version) is int and version > FORMAT, range(1, FORMAT + 1)
+    if newer and not any(text.replace(b"%d" % version, b"%d" % n, 1) == _render(content, n) for n in known):
         raise NewerFormat(
             f"{path} is in format {version}; this version of rapidindex reads formats 1 to {FORMAT}.",
             hint="Type `pip install --upgrade rapidindex`.",

@@ -66,7 +66,7 @@ class Rows:
     @property
     def row_bytes(self) -> int:
         """What the numbers of a row take on the disk."""
-        return self.K * np.dtype(shards.ROW_TYPES[self.row_type]).itemsize
+        return shards.row_bytes(self.K, self.row_type)
 
     def blocks(self, max_rows: int | None = None) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """All rows in order as (number of the first, numbers [b, K], scale float32 [b]): a row is their product.

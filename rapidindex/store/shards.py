@@ -75,6 +75,11 @@ class Shard:
         return {"sha256": self.layout.sha256, "bytes": self.layout.size, **counts}
 
 
+def row_bytes(K: int, row_type: str) -> int:
+    """What the numbers of a row take on the disk."""
+    return K * np.dtype(ROW_TYPES[row_type]).itemsize
+
+
 def encode_rows(rows: np.ndarray, row_type: str = ROW_TYPE) -> tuple[np.ndarray, np.ndarray]:
     """float32 [n, K] as ([n, K] of `row_type`, float32 scale [n]). ValueError where a row is not finite."""
     scale = _scales(rows, row_type)
