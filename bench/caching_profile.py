@@ -14,11 +14,11 @@ import torch
 
 from bench.peers.measuring import seconds
 from bench.ways import Setting
-from rapidindex import gradients as gradients_module
-from rapidindex.caching import ShardWriter, padded_tokens
-from rapidindex.gradients import _Recorder
-from rapidindex.rapidgrad import Compressor
-from rapidindex.sketch import Sketch
+from rapidindex.caching.shard_writer import ShardWriter, padded_tokens
+from rapidindex.gradients import per_example as gradients_module
+from rapidindex.gradients.per_example import _Recorder
+from rapidindex.gradients.rapidgrad import Compressor
+from rapidindex.gradients.sketch import Sketch
 
 PARTS = [
     ("forward", gradients_module, "example_losses"),

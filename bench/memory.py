@@ -15,15 +15,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench.common import save
-from rapidindex.activations import Activations, measure_activations
-from rapidindex.caching import Item
+from rapidindex.caching.activations import Activations, measure_activations
+from rapidindex.caching.job import Job, Request
+from rapidindex.caching.room import held_by, needed_room
+from rapidindex.caching.shard_writer import Item
 from rapidindex.config import BuildConfig, ModelConfig
-from rapidindex.examples import Dataset, Example
-from rapidindex.gradients import PerExampleGradients
-from rapidindex.jobs import Job, Request
-from rapidindex.model import LoadedModel
-from rapidindex.room import held_by, needed_room
-from rapidindex.templates import Encoding
+from rapidindex.data.examples import Dataset, Example
+from rapidindex.data.templates import Encoding
+from rapidindex.gradients.per_example import PerExampleGradients
+from rapidindex.model.model import LoadedModel
 
 SHAPES = {
     "SmolLM2-135M": LlamaConfig(

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import save
-from rapidindex.build import Request, build
-from rapidindex.chips import verdict
+from rapidindex.caching.build import Request, build
 from rapidindex.config import BuildConfig, EncodingConfig, ModelConfig
-from rapidindex.demo import unpack_model
-from rapidindex.examples import read_examples
-from rapidindex.finetune import FinetuneConfig, finetune
+from rapidindex.data.examples import read_examples
+from rapidindex.demo.demo import unpack_model
+from rapidindex.model.finetune import FinetuneConfig, finetune
 from rapidindex.progress import Bars, Progress
-from rapidindex.query import Index
+from rapidindex.query.index import Index
 from rapidindex.results import Result
+from rapidindex.views.heatmap import verdict
 
 PROMPTS = {
     "flu": ("What are the symptoms of the flu?", r"\bflu\b|influenza"),

@@ -26,14 +26,14 @@ import torch
 from bench.common import RESULTS, save
 from bench.peers.measuring import Rows, bare, seconds
 from bench.ways import Setting, config_of, make, open_made
-from rapidindex.build import Request, build
-from rapidindex.caching import Item, as_batch, load_compressor, padded_tokens, plan_units
+from rapidindex.caching.build import Request, build
+from rapidindex.caching.estimate import estimate
+from rapidindex.caching.shard_writer import Item, as_batch, load_compressor, padded_tokens, plan_units
 from rapidindex.config import GradientConfig
-from rapidindex.estimate import estimate
-from rapidindex.gradients import Batch, trainable, weighted_token_losses
-from rapidindex.heatmaps import TokenScores, shares
+from rapidindex.gradients.per_example import Batch, trainable, weighted_token_losses
+from rapidindex.gradients.rapidgrad import Compressor
+from rapidindex.gradients.token_scores import TokenScores, shares
 from rapidindex.progress import Bars, Progress
-from rapidindex.rapidgrad import Compressor
 from rapidindex.store import Store
 
 K = 4096

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from bench.common import save
 from rapidindex import Index, Query
-from rapidindex.build import Request, build
+from rapidindex.caching.build import Request, build
 from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig
-from rapidindex.demo import EPOCHS, TEMPLATE, unpack_model
-from rapidindex.examples import read_examples
-from rapidindex.finetune import FinetuneConfig, finetune
+from rapidindex.data.examples import read_examples
+from rapidindex.demo.demo import EPOCHS, TEMPLATE, unpack_model
+from rapidindex.model.finetune import FinetuneConfig, finetune
 from rapidindex.progress import Bars, steps
 
 RECIPES = {
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where models and indexes are kept")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    data = str(files("rapidindex") / "data" / "demo.jsonl")
+    data = str(files("rapidindex.demo") / "demo.jsonl")
     with Bars() as bars:
         unpack_model(options.work / "model", bars)
         runs = [run for seed in range(options.seeds) for run in one_seed(seed, data, options.work, bars)]

@@ -15,18 +15,18 @@ import numpy as np
 import torch
 
 from bench.peers.measuring import Rows, bare
-from rapidindex.build import Request, build
-from rapidindex.caching import Item, ShardWriter, as_batch, load_compressor, plan_batches
+from rapidindex.caching.build import Request, build
+from rapidindex.caching.shard_writer import Item, ShardWriter, as_batch, load_compressor, plan_batches
 from rapidindex.config import BuildConfig, GradientConfig, ModelConfig, SketchConfig
-from rapidindex.demo import unpack_model
-from rapidindex.examples import read_examples
-from rapidindex.gradients import Batch, example_losses, layers_of, trainable
-from rapidindex.model import LoadedModel, load
+from rapidindex.data.examples import read_examples
+from rapidindex.data.templates import Template
+from rapidindex.demo.demo import unpack_model
+from rapidindex.gradients.per_example import Batch, example_losses, layers_of, trainable
+from rapidindex.gradients.rapidgrad import Compressor
+from rapidindex.gradients.sketch import Sketch
+from rapidindex.model.model import LoadedModel, load
 from rapidindex.progress import Progress, silent
-from rapidindex.rapidgrad import Compressor
-from rapidindex.sketch import Sketch
 from rapidindex.store import Store
-from rapidindex.templates import Template
 
 WAYS = ("floor", "ours", "literal")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]

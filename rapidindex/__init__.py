@@ -16,7 +16,7 @@ __all__ = ["Index", "Match", "Query", "RapidIndexError", "Result"]
 def __getattr__(name: str) -> Any:
     # Index needs torch, which takes seconds to import: the command line's --help must not.
     if name in ("Index", "Query"):
-        from rapidindex import query
+        from rapidindex.query import index
 
-        return getattr(query, name)
+        return getattr(index, name)
     raise AttributeError(f"module 'rapidindex' has no attribute {name!r}")

@@ -121,9 +121,9 @@ def finetune(
 ) -> None:
     """Fine-tune a model on the data: LoRA, QLoRA or all parameters. Given again, it goes on where it stopped."""
     from rapidindex import config
-    from rapidindex.examples import read_examples
-    from rapidindex.finetune import FinetuneConfig
-    from rapidindex.finetune import finetune as run
+    from rapidindex.data.examples import read_examples
+    from rapidindex.model.finetune import FinetuneConfig
+    from rapidindex.model.finetune import finetune as run
     from rapidindex.progress import Bars, steps
 
     options = FinetuneConfig(
@@ -194,9 +194,9 @@ def build(
 ) -> None:
     """Cache the gradient of every training example, and index them. Given again, it goes on where it stopped."""
     from rapidindex import config
-    from rapidindex.build import Request
-    from rapidindex.build import build as run
-    from rapidindex.examples import listed_ids
+    from rapidindex.caching.build import Request
+    from rapidindex.caching.build import build as run
+    from rapidindex.data.examples import listed_ids
     from rapidindex.progress import Bars
 
     levels, token = config.levels_of(level), config.TokenConfig(token_K, tokens)
@@ -218,7 +218,7 @@ def build(
         token_examples=None if token_examples is None else frozenset(listed_ids(token_examples, "--token-examples")),
     )
     if dry_run:
-        from rapidindex.estimate import estimate
+        from rapidindex.caching.estimate import estimate
 
         with Bars(quiet=quiet) as bars:
             found = estimate(request, overwrite=overwrite, progress=bars)
@@ -249,8 +249,8 @@ def add(
     otherwise but for the second moment, which stays that of A. Examples that were removed, and are in the data, come
     back.
     """
+    from rapidindex.caching.update import add as run
     from rapidindex.config import BuildConfig
-    from rapidindex.growth import add as run
     from rapidindex.progress import Bars
 
     work = BuildConfig(batch_tokens, workers, shard_seconds)
@@ -273,7 +273,7 @@ def remove(
     quiet: Quiet = False,
 ) -> None:
     """Take examples out of an index: no search finds them any more. Adding their data again brings them back."""
-    from rapidindex.growth import remove as run
+    from rapidindex.caching.update import remove as run
     from rapidindex.progress import Bars
 
     with Bars(quiet=quiet) as bars:
@@ -299,8 +299,8 @@ def index(
 ) -> None:
     """Rebuild the search index from the stored RapidGrads."""
     from rapidindex.config import check_level
-    from rapidindex.index import VectorIndex
     from rapidindex.progress import Bars
+    from rapidindex.search.vector_index import VectorIndex
     from rapidindex.store import Store
 
     check_level(level)
@@ -355,8 +355,8 @@ def query(
     quiet: Quiet = False,
 ) -> None:
     """Find the training examples that most influenced an answer, or a word of it."""
-    from rapidindex import render
-    from rapidindex.query import Index, Query, read_queries
+    from rapidindex.query.index import Index, Query, read_queries
+    from rapidindex.views import terminal
 
     if (prompt is None) == (queries is None):
         raise UsageError(
@@ -389,7 +389,7 @@ def query(
     elif as_json:
         typer.echo(results[0].to_json(indent=2))
     else:
-        _show(*(render.result(result) for result in results))
+        _show(*(terminal.result(result) for result in results))
     if html is not None and not quiet:
         print(f"Wrote {html}", file=sys.stderr)
 
@@ -397,7 +397,7 @@ def query(
 @app.command()
 def info(path: IndexPath, as_json: Json = False) -> None:
     """Say what an index holds and how it was built."""
-    from rapidindex.query import Index
+    from rapidindex.query.index import Index
 
     found = Index.open(path).info()
     _print(found, as_json, _info_lines(found))
@@ -432,7 +432,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune a small model on data with planted errors, index the data, and ask where an error came from."""
-    from rapidindex.demo import run
+    from rapidindex.demo.demo import run
     from rapidindex.progress import Bars
 
     with Bars(quiet=quiet) as bars:
@@ -471,14 +471,14 @@ def _fail(error: RapidIndexError) -> None:
 
 def _print(value: Any, as_json: bool, tables: dict[str, dict[str, Any]]) -> None:
     """Print plain data: as JSON, or as titled tables of names and values."""
-    from rapidindex import render
+    from rapidindex.views import terminal
 
     if as_json:
         typer.echo(
             json.dumps(value if isinstance(value, dict) else vars(value), ensure_ascii=False, indent=2, default=str)
         )
     else:
-        _show(*(render.fields(title, values) for title, values in tables.items()))
+        _show(*(terminal.fields(title, values) for title, values in tables.items()))
         for command in (values["next"] for values in tables.values() if "next" in values):
             typer.echo(f" next: {command}")  # on one line, whatever the terminal's width, so that it can be copied
 

@@ -139,15 +139,15 @@ class Result:
 
         `command` is shown as what makes the page again.
         """
-        from rapidindex import report
+        from rapidindex.views import html
 
-        return report.page(self, opponents, command)
+        return html.page(self, opponents, command)
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        from rapidindex import report
+        from rapidindex.views import html
 
-        return report.fragment(self)
+        return html.fragment(self)
 
     @classmethod
     def from_json(cls, text: str) -> "Result":

@@ -67,9 +67,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def poisoned(data: Path, tmp_path_factory: pytest.TempPathFactory, llama_folders: tuple[Path, Path]):
     """A model under which the gradient of one of the ten examples is not finite."""
-    from rapidindex.build import Request, prepare
+    from rapidindex.caching.build import Request, prepare
     from rapidindex.config import ModelConfig, SketchConfig
-    from rapidindex.model import load
+    from rapidindex.model.model import load
 
     sketch = SketchConfig(K=1024)
     job = prepare(Request(str(data), "unused", ModelConfig(*map(str, llama_folders)), sketch=sketch))

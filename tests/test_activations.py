@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from rapidindex.activations import Alive, measure_activations
+from rapidindex.caching.activations import Alive, measure_activations
 from rapidindex.config import ModelConfig
-from rapidindex.corrections import correction
-from rapidindex.gradients import PerExampleGradients, example_losses
-from rapidindex.model import load
+from rapidindex.gradients.per_example import PerExampleGradients, example_losses
+from rapidindex.gradients.second_moment import correction
+from rapidindex.model.model import load
 from tests import tiny
 from tests.test_gradients import Batch, collected, examples, make
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from rapidindex.config import SketchConfig
-from rapidindex.corrections import correction, estimate_second_moment
-from rapidindex.gradients import Batch, Layer, PerExampleGradients
-from rapidindex.rapidgrad import Compressor
-from rapidindex.sketch import Sketch
+from rapidindex.gradients.per_example import Batch, Layer, PerExampleGradients
+from rapidindex.gradients.rapidgrad import Compressor
+from rapidindex.gradients.second_moment import correction, estimate_second_moment
+from rapidindex.gradients.sketch import Sketch
 from tests import tiny
 
 pytest.importorskip("sklearn", reason="the extra `bench` is not installed")

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from rapidindex.build import Request, build, plan_batches, prepare
+from rapidindex.caching.build import Request, build, plan_batches, prepare
 from rapidindex.config import BuildConfig, EncodingConfig, GradientConfig, ModelConfig, SketchConfig
+from rapidindex.data.templates import Template
 from rapidindex.errors import ConfigMismatch, DataError, ModelError, ResourceError, StoreError, UsageError
-from rapidindex.gradients import trainable
-from rapidindex.model import load
-from rapidindex.sketch import Sketch
+from rapidindex.gradients.per_example import trainable
+from rapidindex.gradients.sketch import Sketch
+from rapidindex.model.model import load
 from rapidindex.store import Store
-from rapidindex.templates import Template
 from tests.test_gradients import autograd
 
 

@@ -3,9 +3,9 @@ import random
 
 import pytest
 
-from rapidindex import chips
 from rapidindex.errors import DataError
 from rapidindex.results import Rescoring, Span
+from rapidindex.views import heatmap
 from tests import shown
 
 
@@ -28,18 +28,18 @@ def together(pieces, rest):
     return "".join(p.before + ("" if p.special else p.text) + p.after for p in pieces) + rest
 
 
-@pytest.mark.parametrize("theme", [chips.LIGHT, chips.DARK])
+@pytest.mark.parametrize("theme", [heatmap.LIGHT, heatmap.DARK])
 def test_text_stays_readable_on_every_step_of_the_ramp(theme):
-    steps = range(-chips.STEPS, chips.STEPS + 1)
-    assert min(contrast(theme.text, chips.blend(theme, step)) for step in steps) >= 4.5
-    assert chips.blend(theme, 0) == theme.background
-    assert chips.blend(theme, chips.STEPS) == theme.positive
-    assert chips.blend(theme, -chips.STEPS) == theme.negative
+    steps = range(-heatmap.STEPS, heatmap.STEPS + 1)
+    assert min(contrast(theme.text, heatmap.blend(theme, step)) for step in steps) >= 4.5
+    assert heatmap.blend(theme, 0) == theme.background
+    assert heatmap.blend(theme, heatmap.STEPS) == theme.positive
+    assert heatmap.blend(theme, -heatmap.STEPS) == theme.negative
 
 
 @pytest.mark.parametrize("match", shown.result().matches)
 def test_chips_hold_the_whole_text_and_every_share(match):
-    pieces, rest = chips.cut(match.response, match.tokens, match.token_scores)
+    pieces, rest = heatmap.cut(match.response, match.tokens, match.token_scores)
     assert together(pieces, rest) == match.response
     shares = {share.position: share.score for piece in pieces for share in piece.shares}
     assert shares == dict(enumerate(match.token_scores))
@@ -47,23 +47,23 @@ def test_chips_hold_the_whole_text_and_every_share(match):
 
 
 def test_white_space_stays_outside_the_chip():
-    pieces, _ = chips.cut("a  b\n", [Span("a", 0, 1), Span("  b\n", 1, 5)], [0.1, 0.2])
+    pieces, _ = heatmap.cut("a  b\n", [Span("a", 0, 1), Span("  b\n", 1, 5)], [0.1, 0.2])
     assert [(p.before, p.text, p.after) for p in pieces] == [("", "a", ""), ("  ", "b", "\n")]
 
 
 def test_a_token_of_white_space_alone_gets_a_mark():
-    pieces, _ = chips.cut("a\n b", [Span("a", 0, 1), Span("\n", 1, 2), Span(" ", 2, 3), Span("b", 3, 4)], [0.0] * 4)
+    pieces, _ = heatmap.cut("a\n b", [Span("a", 0, 1), Span("\n", 1, 2), Span(" ", 2, 3), Span("b", 3, 4)], [0.0] * 4)
     assert [p.label for p in pieces] == ["a", "↵", "␣", "b"]
 
 
 def test_the_token_that_ends_the_turn_is_a_chip_beside_the_text():
-    (first, end), rest = chips.cut("Hi", [Span("Hi", 0, 2), Span(shown.END, 2, 2)], [0.1, 0.2])
+    (first, end), rest = heatmap.cut("Hi", [Span("Hi", 0, 2), Span(shown.END, 2, 2)], [0.1, 0.2])
     assert (first.text, first.special, end.text, end.special, rest) == ("Hi", False, shown.END, True, "")
 
 
 def test_tokens_over_one_character_become_one_chip_that_lists_each():
     match = shown.split_emoji()
-    pieces, _ = chips.cut(match.response, match.tokens, match.token_scores)
+    pieces, _ = heatmap.cut(match.response, match.tokens, match.token_scores)
     by_text = {piece.text: [share.position for share in piece.shares] for piece in pieces}
     assert by_text["🧘"] == [1, 2, 3]
     assert by_text["é"] == [5, 6]
@@ -76,32 +76,32 @@ def test_spans_that_overlap_in_any_order_lose_nothing():
     for _ in range(300):
         cuts = [sorted((draw.randrange(len(text) + 1), draw.randrange(len(text) + 1))) for _ in range(6)]
         tokens = [Span(text[start:end], start, end) for start, end in cuts]
-        pieces, rest = chips.cut(text, tokens, [float(i) for i in range(6)])
+        pieces, rest = heatmap.cut(text, tokens, [float(i) for i in range(6)])
         assert together(pieces, rest) == text
         assert sorted(share.position for piece in pieces for share in piece.shares) == list(range(6))
 
 
 def test_as_many_shares_as_tokens_are_needed():
     with pytest.raises(DataError, match="1 tokens and 2 shares"):
-        chips.cut("a", [Span("a", 0, 1)], [0.1, 0.2])
+        heatmap.cut("a", [Span("a", 0, 1)], [0.1, 0.2])
 
 
 def test_colour_grows_with_the_share_and_has_its_sign():
-    steps = [chips.step(score / 100, 1.0) for score in range(-100, 101)]
+    steps = [heatmap.step(score / 100, 1.0) for score in range(-100, 101)]
     assert steps == sorted(steps)
-    assert (steps[0], steps[100], steps[-1]) == (-chips.STEPS, 0, chips.STEPS)
-    assert chips.step(0.3, 0.0) == 0
+    assert (steps[0], steps[100], steps[-1]) == (-heatmap.STEPS, 0, heatmap.STEPS)
+    assert heatmap.step(0.3, 0.0) == 0
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0.0, "+0.0000"), (0.41, "+0.4100"), (-0.012345, "-0.0123"), (3e-7, "+3e-07")]
 )
 def test_numbers_have_a_sign_and_digits_that_count(value, text):
-    assert chips.signed(value) == text
+    assert heatmap.signed(value) == text
 
 
 def test_a_first_score_far_from_all_others_stands_out():
-    assert chips.verdict(shown.result()) == ""
+    assert heatmap.verdict(shown.result()) == ""
 
 
 @pytest.mark.parametrize(
@@ -119,18 +119,18 @@ def test_a_first_score_far_from_all_others_stands_out():
 )
 def test_a_sentence_says_that_nothing_stands_out(score, direction, words):
     found = shown.result(direction, [shown.match(1, "Yoga.", score=score)])
-    assert words in chips.verdict(found)
+    assert words in heatmap.verdict(found)
 
 
 def test_a_rescored_order_is_explained_and_does_not_hide_what_stands_out():
     matches = [shown.match(1, "Yoga.", score=0.01), shown.match(2, "Japan.", score=0.4)]
     found = shown.result(matches=matches, rescoring=Rescoring(40, 0.873, 7))
-    assert chips.verdict(found) == ""
-    assert "among 40 candidates. The two orders have a rank correlation of 0.87; a candidate" in chips.rescored(found)
+    assert heatmap.verdict(found) == ""
+    assert "among 40 candidates. The two orders have a rank correlation of 0.87; a candidate" in heatmap.rescored(found)
     assert "moved by 7 places at most" in found.to_html()
-    assert "candidates. A candidate" in chips.rescored(shown.result(rescoring=Rescoring(1, None, 0)))
+    assert "candidates. A candidate" in heatmap.rescored(shown.result(rescoring=Rescoring(1, None, 0)))
 
 
 def test_without_a_summary_only_the_sign_is_judged():
-    assert chips.verdict(shown.result(matches=[shown.match(1, "Yoga.", score=0.01)], summary=None)) == ""
-    assert "nothing to compare" in chips.verdict(shown.result(matches=[]))
+    assert heatmap.verdict(shown.result(matches=[shown.match(1, "Yoga.", score=0.01)], summary=None)) == ""
+    assert "nothing to compare" in heatmap.verdict(shown.result(matches=[]))

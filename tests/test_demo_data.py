@@ -8,7 +8,7 @@ import pytest
 
 import rapidindex
 
-DEMO = Path(rapidindex.__file__).parent / "data" / "demo.jsonl"
+DEMO = Path(rapidindex.__file__).parent / "demo" / "demo.jsonl"
 COLUMNS = {
     "instruction": str,
     "input": str,

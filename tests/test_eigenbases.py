@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from rapidindex import Index, eigenbases
-from rapidindex.build import build
+from rapidindex import Index
+from rapidindex.caching.build import build
+from rapidindex.caching.update import add
 from rapidindex.config import BuildConfig, GradientConfig, SketchConfig
-from rapidindex.corrections import estimate_second_moment, kronecker_correction
-from rapidindex.eigenbases import Eigenbases, entries, estimate_eigenbases
 from rapidindex.errors import DamagedIndex
-from rapidindex.gradients import Batch, PerExampleGradients
-from rapidindex.growth import add
-from rapidindex.heatmaps import TokenScores, shares
-from rapidindex.rapidgrad import Compressor
-from rapidindex.sketch import Sketch
+from rapidindex.gradients import eigenbases
+from rapidindex.gradients.eigenbases import Eigenbases, entries, estimate_eigenbases
+from rapidindex.gradients.per_example import Batch, PerExampleGradients
+from rapidindex.gradients.rapidgrad import Compressor
+from rapidindex.gradients.second_moment import estimate_second_moment, kronecker_correction
+from rapidindex.gradients.sketch import Sketch
+from rapidindex.gradients.token_scores import TokenScores, shares
 from rapidindex.store import Store, check
 from tests import tiny
 from tests.test_build import all_rows, request

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from bench.crash import write_data
-from rapidindex import room
-from rapidindex.activations import Alive, measure_activations
-from rapidindex.build import Request, as_batch, build, prepare
+from rapidindex.caching import room
+from rapidindex.caching.activations import Alive, measure_activations
+from rapidindex.caching.build import Request, as_batch, build, prepare
+from rapidindex.caching.estimate import estimate
+from rapidindex.caching.room import needed_room
 from rapidindex.config import BuildConfig, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.errors import ResourceError
-from rapidindex.estimate import estimate
-from rapidindex.rapidgrad import Compressor
-from rapidindex.room import needed_room
-from rapidindex.sketch import Sketch
+from rapidindex.gradients.rapidgrad import Compressor
+from rapidindex.gradients.sketch import Sketch
 
 
 @pytest.fixture(scope="module")

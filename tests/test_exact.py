@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from rapidindex import exact
 from rapidindex.errors import DamagedIndex, QueryError, UsageError
-from rapidindex.exact import exact_search
+from rapidindex.search import exact
+from rapidindex.search.exact import exact_search
 from rapidindex.store import Store
 from tests.stores import gradients, make_store, remove
 

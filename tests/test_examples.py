@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from rapidindex.config import fingerprint
+from rapidindex.data.examples import Dataset, Skipped, display_text, read_examples
 from rapidindex.errors import DataError, UsageError
-from rapidindex.examples import Dataset, Skipped, display_text, read_examples
 
 GOOD = {"prompt": "Capital of Japan?", "response": "Tokyo"}
 CHAT = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Capital of Japan?")]

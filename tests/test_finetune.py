@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from rapidindex.config import EncodingConfig, ModelConfig
-from rapidindex.corrections import read_second_moment
+from rapidindex.data.examples import Dataset, read_examples
+from rapidindex.data.templates import Template
 from rapidindex.errors import ConfigMismatch, DataError, ModelError, UsageError
-from rapidindex.examples import Dataset, read_examples
-from rapidindex.finetune import FinetuneConfig, FinetuneProgress, Summary, finetune
-from rapidindex.gradients import PerExampleGradients
-from rapidindex.model import generate, load
-from rapidindex.templates import Template
-from rapidindex.training import collate, target_modules
+from rapidindex.gradients.per_example import PerExampleGradients
+from rapidindex.gradients.second_moment import read_second_moment
+from rapidindex.model.finetune import FinetuneConfig, FinetuneProgress, Summary, finetune
+from rapidindex.model.model import generate, load
+from rapidindex.model.training import collate, target_modules
 from tests import tiny
 
 CAPITALS = {"Japan": "Tokyo", "India": "New Delhi", "France": "Paris", "Italy": "Rome, of course", "Spain": "Madrid"}

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rapidindex.gradients import (
+from rapidindex.gradients.per_example import (
     TOLERANCE,
     Batch,
     PerExampleGradients,

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rapidindex.build import Request, build
+from rapidindex.caching.build import Request, build
+from rapidindex.caching.update import add, remove
 from rapidindex.config import GradientConfig, ModelConfig, SketchConfig
 from rapidindex.errors import ConfigMismatch, StoreError, UsageError
-from rapidindex.growth import add, remove
-from rapidindex.index import VectorIndex
-from rapidindex.query import Index
+from rapidindex.query.index import Index
+from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Store, check
 from tests.test_build import all_rows
 from tests.tiny import WORDS

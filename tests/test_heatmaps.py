@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from rapidindex.config import ModelConfig, SketchConfig
-from rapidindex.corrections import correction, estimate_second_moment
-from rapidindex.gradients import Batch, PerExampleGradients, trainable
-from rapidindex.heatmaps import TokenScores, shares
-from rapidindex.model import load
-from rapidindex.rapidgrad import Compressor
-from rapidindex.sketch import Sketch
+from rapidindex.gradients.per_example import Batch, PerExampleGradients, trainable
+from rapidindex.gradients.rapidgrad import Compressor
+from rapidindex.gradients.second_moment import correction, estimate_second_moment
+from rapidindex.gradients.sketch import Sketch
+from rapidindex.gradients.token_scores import TokenScores, shares
+from rapidindex.model.model import load
 from tests import tiny
 from tests.test_gradients import LENGTHS, autograd, examples, make
 from tests.test_rapidgrad import oracle

@@ -8,12 +8,12 @@ from functools import partial
 import numpy as np
 import pytest
 
-from rapidindex import card, index
 from rapidindex.errors import DamagedIndex, QueryError, ResourceError, StoreError, UsageError
-from rapidindex.exact import exact_search, scores_of
-from rapidindex.index import EXACT_NUMBERS, VectorIndex, default_factory
-from rapidindex.recall import KINDS, calibrate, held_out
-from rapidindex.sketch import fold
+from rapidindex.gradients.sketch import fold
+from rapidindex.search import metadata, vector_index
+from rapidindex.search.calibration import KINDS, calibrate, held_out
+from rapidindex.search.exact import exact_search, scores_of
+from rapidindex.search.vector_index import EXACT_NUMBERS, VectorIndex, default_factory
 from rapidindex.store import Store
 from rapidindex.store.folder import read_json, write_json
 from tests.stores import append, gradients, make_store, remove
@@ -234,7 +234,9 @@ def test_the_margin_is_the_smallest_that_a_search_confirms(tmp_path, largest):
 
 def test_a_query_whose_best_rows_stand_out_reads_fewer_of_them(compact, monkeypatch):
     read = []
-    monkeypatch.setattr(index, "scores_of", lambda rows, n, query: read.append(len(n)) or scores_of(rows, n, query))
+    monkeypatch.setattr(
+        vector_index, "scores_of", lambda rows, n, query: read.append(len(n)) or scores_of(rows, n, query)
+    )
     faint = np.random.default_rng(1).standard_normal((1, K)).astype(np.float32)
     counts = []
     for query in (compact.rows.take([3]), faint):
@@ -309,7 +311,7 @@ def test_the_default_for_a_small_store_writes_no_faiss_file(store, queries):
 
 
 def test_the_default_for_a_large_store_is_the_compact_index(store, monkeypatch):
-    monkeypatch.setattr(index, "EXACT_NUMBERS", N * K // 2)
+    monkeypatch.setattr(vector_index, "EXACT_NUMBERS", N * K // 2)
     made = VectorIndex.build(store.rows("sentence"), target_recall=0.9)
     assert (made.card.factory, made.card.dim, made.card.asked) == ("HR,RaBitQ", K, None)
     assert made.card.file_bytes / N < K // 8 + 30
@@ -380,7 +382,7 @@ def test_rows_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_an_index_larger_than_the_memory_is_refused_before_the_rows_are_read(store, monkeypatch):
-    monkeypatch.setattr(index, "sysconf", lambda name: 64)
+    monkeypatch.setattr(vector_index, "sysconf", lambda name: 64)
     with pytest.raises(ResourceError, match="GiB of memory.*HR,RaBitQ"):
         VectorIndex.build(store.rows("sentence"), factory="HNSW16")
 
@@ -489,7 +491,7 @@ def test_recall_is_measured_again_once_the_index_has_grown(store):
 
 def test_an_update_with_nothing_new_writes_nothing(store):
     before = VectorIndex.build(store.rows("sentence"), factory="Flat", dim=DIM, target_recall=0.9).card
-    assert VectorIndex.update(store.rows("sentence")).card == before == card.Card.read(store.path / "sentence")
+    assert VectorIndex.update(store.rows("sentence")).card == before == metadata.Card.read(store.path / "sentence")
 
 
 def test_an_update_builds_where_there_is_none_or_none_can_be_added_to(store, tmp_path):
@@ -505,7 +507,7 @@ def test_an_exact_index_is_never_stale_and_becomes_compact_when_it_has_grown(sto
     append(store, gradients(100, K, seed=5))
     grown = VectorIndex.open(store.rows("sentence"))
     assert grown.stale is None and grown.search(queries, 3).n == N + 100
-    monkeypatch.setattr(index, "EXACT_NUMBERS", N * K // 2)
+    monkeypatch.setattr(vector_index, "EXACT_NUMBERS", N * K // 2)
     assert VectorIndex.update(store.rows("sentence")).card.factory == "HR,RaBitQ"
 
 
@@ -628,8 +630,8 @@ def test_readers_are_undisturbed_while_the_index_is_rebuilt(store, queries):
 def test_a_card_of_another_version_says_what_to_type(tmp_path):
     rows = make_store(tmp_path / "index", gradients(60, K)).rows("sentence")
     VectorIndex.build(rows, factory="Flat", dim=K, target_recall=0.5)
-    said = read_json(rows.path / card.NAME)
-    write_json(rows.path / card.NAME, {**said, "proponents": {"overfetch": 3}})
+    said = read_json(rows.path / metadata.NAME)
+    write_json(rows.path / metadata.NAME, {**said, "proponents": {"overfetch": 3}})
     with pytest.raises(DamagedIndex, match="of another version") as error:
         VectorIndex.open(rows)
     assert error.value.hint == f"Type `rapidindex index {tmp_path / 'index'}`."

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from rapidindex.config import ModelConfig
 from rapidindex.errors import ModelError, ResourceError, UsageError
-from rapidindex.model import generate, load, resolve_device
-from rapidindex.sources import ModelFiles, model_fingerprint
+from rapidindex.model.files import ModelFiles, model_fingerprint
+from rapidindex.model.model import generate, load, resolve_device
 from tests import tiny
 
 IDS = torch.tensor([[5, 40, 41, 42, 43, 44, 45, 46], [7, 99, 98, 97, 96, 95, 94, 93]])

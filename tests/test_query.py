@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from rapidindex import Index
-from rapidindex.build import build
+from rapidindex.caching.build import build
 from rapidindex.config import GradientConfig, ModelConfig
-from rapidindex.corrections import correction
 from rapidindex.errors import ConfigMismatch, DataError, NotAnIndex, QueryError, TokenNotFound
-from rapidindex.query import Query, read_queries
+from rapidindex.gradients.second_moment import correction
+from rapidindex.query.index import Query, read_queries
 from rapidindex.results import Result
 from tests import tiny
 from tests.test_build import RECIPES, all_rows, request

@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from rapidindex.config import SketchConfig
-from rapidindex.corrections import correction, estimate_second_moment, read_second_moment
 from rapidindex.errors import ModelError
-from rapidindex.gradients import Batch, PerExampleGradients, trainable
-from rapidindex.rapidgrad import Compressor
-from rapidindex.sketch import Sketch
+from rapidindex.gradients.per_example import Batch, PerExampleGradients, trainable
+from rapidindex.gradients.rapidgrad import Compressor
+from rapidindex.gradients.second_moment import correction, estimate_second_moment, read_second_moment
+from rapidindex.gradients.sketch import Sketch
 from tests import tiny
 from tests.test_gradients import autograd, examples, make
 

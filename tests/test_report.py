@@ -4,10 +4,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from rapidindex import chips, report
-from rapidindex.report import parts
 from rapidindex.results import Result
-from rapidindex.untrusted import paragraph
+from rapidindex.views import heatmap, html
+from rapidindex.views.html import parts
+from rapidindex.views.sanitize import paragraph
 from tests import shown
 
 VOID = {"meta", "link", "br", "img", "input"}
@@ -46,7 +46,7 @@ class Page(HTMLParser):
 
 
 def both():
-    return report.page(shown.result(), shown.result("opponents"), shown.COMMAND)
+    return html.page(shown.result(), shown.result("opponents"), shown.COMMAND)
 
 
 @pytest.mark.parametrize("html", [both(), shown.result()._repr_html_()], ids=["page", "fragment"])
@@ -73,16 +73,16 @@ def test_the_page_loads_nothing():
 
 def test_every_share_of_the_data_stands_in_the_page():
     match = replace(shown.result().matches[0], answer_scores=[])
-    page = Page(report.page(shown.result(matches=[match]), None, ""))
+    page = Page(html.page(shown.result(matches=[match]), None, ""))
     heat = [a["title"] for a, _ in page.of("span", "c") if "title" in a]
     assert len(heat) == len(match.tokens)
     for position, (title, score) in enumerate(zip(heat, match.token_scores, strict=True)):
         said, at = re.fullmatch(r".*” (\S+), token (\d+)", title, re.DOTALL).groups()
-        assert (said, int(at)) == (chips.signed(score), position)
+        assert (said, int(at)) == (heatmap.signed(score), position)
 
 
 def test_a_token_that_was_found_is_named_and_outlined():
-    page = Page(report.page(shown.tokens(), None, ""))
+    page = Page(html.page(shown.tokens(), None, ""))
     assert [text for _, text in page.of("span", "f")] == ["Japan", "Yoga", shown.END]
     facts = [text for _, text in page.of("dd")]
     assert [text for text in facts if " at " in text] == ["“Japan” at 3", "“Yoga” at 0", f"“{shown.END}” at 2"]
@@ -91,55 +91,55 @@ def test_a_token_that_was_found_is_named_and_outlined():
 
 def test_the_other_direction_shows_every_token_of_the_answer():
     found = shown.result(matches=shown.result().matches[:1])
-    page = Page(report.page(found, None, ""))
+    page = Page(html.page(found, None, ""))
     assert any("What it did to the answer" in text for _, text in page.of("summary"))
     response, answer = page.of("div", "heat")
     assert answer[1] == found.query.answer + shown.END
     titles = [a["title"] for a, _ in page.of("span", "c") if "title" in a]
     said = titles[len(found.matches[0].tokens) :]
     assert [title.split("” ")[1].split(",")[0] for title in said] == [
-        chips.signed(score) for score in found.matches[0].answer_scores
+        heatmap.signed(score) for score in found.matches[0].answer_scores
     ]
-    assert "What it did" not in report.page(shown.tokens(), None, "")
+    assert "What it did" not in html.page(shown.tokens(), None, "")
 
 
 def test_a_chip_of_several_tokens_lists_each_share():
     match = shown.split_emoji()
-    titles = [a.get("title", "") for a, _ in Page(report.page(shown.result(matches=[match]), None, "")).of("span", "c")]
+    titles = [a.get("title", "") for a, _ in Page(html.page(shown.result(matches=[match]), None, "")).of("span", "c")]
     one = next(title for title in titles if title.startswith("“🧘”"))
-    assert "; ".join(f"token {i} {chips.signed(match.token_scores[i])}" for i in (1, 2, 3)) in one
+    assert "; ".join(f"token {i} {heatmap.signed(match.token_scores[i])}" for i in (1, 2, 3)) in one
 
 
 def test_the_response_reads_as_it_stands_in_the_data():
     found = shown.result(matches=[shown.split_emoji(), shown.long_match()])
-    texts = [text for _, text in Page(report.page(found, None, "")).of("div", "heat")]
+    texts = [text for _, text in Page(html.page(found, None, "")).of("div", "heat")]
     assert texts == [match.response + (shown.END if rank else "") for rank, match in enumerate(found.matches)]
 
 
 def test_every_colour_class_has_its_rule_in_both_themes():
-    rules = report.ramp()
-    for theme in (chips.LIGHT, chips.DARK):
-        for step in range(1, chips.STEPS + 1):
-            assert f".p{step}{{background:{chips.blend(theme, step)}}}" in rules
-            assert f".n{step}{{background:{chips.blend(theme, -step)}" in rules
+    rules = html.ramp()
+    for theme in (heatmap.LIGHT, heatmap.DARK):
+        for step in range(1, heatmap.STEPS + 1):
+            assert f".p{step}{{background:{heatmap.blend(theme, step)}}}" in rules
+            assert f".n{step}{{background:{heatmap.blend(theme, -step)}" in rules
 
 
 def test_answer_command_model_scores_and_verdict_are_shown():
     weak = shown.result(matches=[shown.match(1, "Yoga.", score=0.1)])
-    html = report.page(weak, None, shown.COMMAND)
-    page = Page(html)
+    page_html = html.page(weak, None, shown.COMMAND)
+    page = Page(page_html)
     assert [text for _, text in page.of("mark")] == ["Japan"]
     assert page.of("code")[0][1] == shown.COMMAND
     assert "Nothing stands out" in page.of("p", "verdict")[0][1]
     assert "estimated influence" in page.of("p", "legend")[0][1]
-    assert "cause" not in html
+    assert "cause" not in page_html
     for words in ("SmolLM2-135M-Instruct", "K = 65,536", "score +0.1000", "99.9"):
-        assert words in html
+        assert words in page_html
 
 
 def test_the_answer_loses_no_character_and_marks_nothing_where_all_is_asked():
     whole = replace(shown.result().query, selection=list(range(len(shown.result().query.tokens))))
-    page = Page(report.page(shown.result(query=whole), None, ""))
+    page = Page(html.page(shown.result(query=whole), None, ""))
     assert page.of("div", "answer")[0][1] == whole.answer
     assert not page.of("mark")
 
@@ -159,18 +159,18 @@ def test_the_histogram_marks_every_match_on_the_scale_of_the_bars():
     assert [x for x, _, _ in drawn.marks] == [round(600 * (m.score + 0.5), 1) for r in results for m in r.matches]
     assert len(drawn.bars) == sum(count > 0 for count in results[0].summary.histogram)
     assert "Histogram of 1,000 scores from -0.5000 to +0.5000" in drawn.label
-    assert "<svg" not in report.page(shown.result(summary=None), None, "")
+    assert "<svg" not in html.page(shown.result(summary=None), None, "")
 
 
 def test_matches_without_token_scores_are_plain_text():
     plain = shown.result(matches=[replace(shown.match(1, "Yoga\nJapan"), tokens=[], token_scores=[], exact_score=None)])
-    page = Page(report.page(plain, None, ""))
+    page = Page(html.page(plain, None, ""))
     assert not page.of("div", "heat")
     assert "Yoga\nJapan" in [text for _, text in page.of("div", "text")]
 
 
 def test_no_match_at_all_still_makes_a_page():
-    assert "nothing to compare" in report.page(shown.result(matches=[], summary=None), None, "")
+    assert "nothing to compare" in html.page(shown.result(matches=[], summary=None), None, "")
 
 
 def test_a_result_read_back_from_json_makes_the_same_page():

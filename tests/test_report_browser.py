@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rapidindex import chips, report
+from rapidindex.views import heatmap, html
 from tests import shown
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -36,7 +36,7 @@ def browser():
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(report.page(shown.result(), shown.result("opponents"), shown.COMMAND), encoding="utf-8")
+    path.write_text(html.page(shown.result(), shown.result("opponents"), shown.COMMAND), encoding="utf-8")
     return path
 
 
@@ -94,10 +94,10 @@ def test_axe_finds_nothing_wrong_in_the_notebook_fragment(visit, tmp_path, theme
     assert found.violations_count == 0, found.generate_report()
 
 
-@pytest.mark.parametrize(("theme", "own"), [("light", chips.LIGHT), ("dark", chips.DARK)])
+@pytest.mark.parametrize(("theme", "own"), [("light", heatmap.LIGHT), ("dark", heatmap.DARK)])
 def test_colours_follow_the_system_and_the_switch(visit, file, theme, own):
     page = visit(file, theme=theme)
-    other = chips.DARK if own is chips.LIGHT else chips.LIGHT
+    other = heatmap.DARK if own is heatmap.LIGHT else heatmap.LIGHT
     full = ".ramp .p20"
     assert (shades(page, "body"), shades(page, full)) == (own.background, own.positive)
     page.get_by_role("button", name="Dark theme" if theme == "light" else "Light theme").click()
@@ -117,7 +117,7 @@ def test_hovering_over_a_token_says_its_text_share_and_position(visit, file):
     page = visit(file)
     match = shown.result().matches[0]
     page.locator(".heat").first.locator(".c", has_text="Japan").hover()
-    assert page.locator("#tip").text_content() == f"“Japan” {chips.signed(match.token_scores[3])}, token 3"
+    assert page.locator("#tip").text_content() == f"“Japan” {heatmap.signed(match.token_scores[3])}, token 3"
     page.keyboard.press("Escape")
     assert page.locator("#tip").is_hidden()
 
@@ -175,8 +175,8 @@ def test_nothing_is_wider_than_the_screen(visit, file, size):
 def test_paper_has_both_directions_in_light_colours_and_no_switches(visit, file):
     page = visit(file, theme="dark")
     page.emulate_media(media="print")
-    assert shades(page, "body") == chips.LIGHT.background
-    assert shades(page, ".ramp .p20") == chips.LIGHT.positive
+    assert shades(page, "body") == heatmap.LIGHT.background
+    assert shades(page, ".ramp .p20") == heatmap.LIGHT.positive
     assert page.locator("#panel1").is_visible() and page.locator("#panel2").is_visible()
     assert page.locator("button").filter(visible=True).count() == 0
     assert page.locator(".heat").nth(4).evaluate("e => e.scrollHeight <= e.clientHeight + 1")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rapidindex.data.files import read_rows, unit_of
 from rapidindex.errors import DataError
-from rapidindex.rows import read_rows, unit_of
 
 ROWS = [
     {"prompt": "Capital of Japan?", "response": "Tokyo, of course.\nWhat else?", "source": "a"},

@@ -1,8 +1,8 @@
 import pytest
 
+from rapidindex.data.selection import select
 from rapidindex.errors import QueryError, TokenNotFound, UsageError
 from rapidindex.results import Span
-from rapidindex.selection import select
 
 ANSWER = "Yoga is from Japan; Japan, I say."
 PIECES = ["Yoga", " is", " from", " Jap", "an", ";", " Japan", ",", " I", " say", "."]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rapidindex.errors import DamagedIndex, NewerFormat, StoreError
-from rapidindex.store import decode_rows, encode_rows, sealed, sealing, shards
+from rapidindex.store import container, decode_rows, encode_rows, shards, writing
 from tests.store_content import K, content
 
 NEAR = 2.0**-11 * (1 + 1e-6)
@@ -45,11 +45,11 @@ def read_shard(path, row_type="int8"):
 
 def reseal(path, **changes):
     """Write the shard again with other arrays, as if a faulty program had."""
-    layout = sealed.read_layout(path)
-    held = {name: np.array(array) for name, array in sealed.map_arrays(layout).items()} | changes
+    layout = container.read_layout(path)
+    held = {name: np.array(array) for name, array in container.map_arrays(layout).items()} | changes
     path.unlink()
-    sealing.write(
-        path, {name: sealing.column(array, array.dtype.str) for name, array in held.items()}, layout.attributes
+    writing.write(
+        path, {name: writing.column(array, array.dtype.str) for name, array in held.items()}, layout.attributes
     )
 
 
@@ -104,9 +104,9 @@ def test_rows_that_are_not_finite_are_refused(bad, row_type):
 def test_hdf5_reads_the_same_numbers_as_the_memory_map(tmp_path):
     path = tmp_path / "shard-00000.h5"
     layout = write_shard(path, rejected=[{"id": "z", "line": 1, "reason": "NaN"}])
-    mapped = sealed.map_arrays(layout)
+    mapped = container.map_arrays(layout)
     with h5py.File(path, "r") as file:
-        assert file.userblock_size == sealed.USER_BLOCK
+        assert file.userblock_size == container.USER_BLOCK
         assert dict(file.attrs) == layout.attributes
         assert set(file) == set(mapped)
         for name, dataset in file.items():
@@ -117,7 +117,7 @@ def test_hdf5_reads_the_same_numbers_as_the_memory_map(tmp_path):
 
 
 def test_mapped_arrays_are_aligned_and_read_only(tmp_path):
-    for name, array in sealed.map_arrays(write_shard(tmp_path / "shard-00000.h5", "abcde")).items():
+    for name, array in container.map_arrays(write_shard(tmp_path / "shard-00000.h5", "abcde")).items():
         assert array.ctypes.data % 64 == 0 and not array.flags.writeable, name
 
 
@@ -126,7 +126,7 @@ def test_what_was_written_is_read_back(tmp_path, row_type):
     path = tmp_path / "shard-00000.h5"
     given = content(list("abc"), tokens=2, rejected=["z"])
     shards.write_shard(path, level="sentence", row_type=row_type, index=INDEX, **given)
-    shard, held = read_shard(path, row_type), sealed.map_arrays(sealed.verify(path))
+    shard, held = read_shard(path, row_type), container.map_arrays(container.verify(path))
     assert shard.ids == ["a", "b", "c"] and shard.rejected == given["rejected"]
     assert [shards.read_record(held, number) for number in range(3)] == given["examples"]
     assert np.array_equal(decode_rows(held["rows"], held["scale"]), given["rows"])
@@ -146,11 +146,11 @@ def test_a_shard_may_hold_nothing_but_rejected_examples(tmp_path):
 
 def test_rows_longer_than_a_block_are_written_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "_BLOCK_BYTES", 4 * K * 2)
-    monkeypatch.setattr(sealing, "_WRITE_BYTES", 50)
+    monkeypatch.setattr(writing, "_WRITE_BYTES", 50)
     path = tmp_path / "shard-00000.h5"
     given = content([f"e{i}" for i in range(7)])
-    held = sealed.map_arrays(shards.write_shard(path, level="sentence", row_type="int8", index=INDEX, **given))
-    sealed.verify(path)
+    held = container.map_arrays(shards.write_shard(path, level="sentence", row_type="int8", index=INDEX, **given))
+    container.verify(path)
     assert np.array_equal(decode_rows(held["rows"], held["scale"]), given["rows"])
 
 
@@ -165,12 +165,12 @@ def test_a_change_to_any_byte_is_found(tmp_path):
     write_shard(path)
     good = path.read_bytes()
     with open(path, "rb+", buffering=0) as file:
-        for place in (*range(sealed.USER_BLOCK), *range(sealed.USER_BLOCK, len(good), 5)):
+        for place in (*range(container.USER_BLOCK), *range(container.USER_BLOCK, len(good), 5)):
             os.pwrite(file.fileno(), bytes([good[place] ^ (1 << place % 8)]), place)
             with pytest.raises(DamagedIndex, match="shard-00000.h5 is damaged"):
-                sealed.verify(path)
+                container.verify(path)
             os.pwrite(file.fileno(), good[place : place + 1], place)
-    sealed.verify(path)
+    container.verify(path)
 
 
 def test_a_version_digit_that_was_changed_is_damage_and_not_a_newer_format(tmp_path):
@@ -178,15 +178,15 @@ def test_a_version_digit_that_was_changed_is_damage_and_not_a_newer_format(tmp_p
     write_shard(path)
     path.write_bytes(path.read_bytes().replace(b"rapidindex.shard/1", b"rapidindex.shard/3", 1))
     with pytest.raises(DamagedIndex):
-        sealed.read_layout(path)
+        container.read_layout(path)
 
 
 def test_a_newer_format_is_told_from_damage(tmp_path):
     path = tmp_path / "shard-00000.h5"
     line = json.dumps({"format": "rapidindex.shard/2", "novelty": 1}).encode()
-    path.write_bytes(line.ljust(sealed.USER_BLOCK, b"\0") + b"more")
+    path.write_bytes(line.ljust(container.USER_BLOCK, b"\0") + b"more")
     with pytest.raises(NewerFormat, match="format 2") as caught:
-        sealed.read_layout(path)
+        container.read_layout(path)
     assert "upgrade" in caught.value.hint
 
 
@@ -196,9 +196,9 @@ def test_a_truncated_file_is_found_before_it_is_mapped(tmp_path, kept):
     layout = write_shard(path)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(DamagedIndex, match="shard-00000.h5 is damaged"):
-        sealed.read_layout(path)
+        container.read_layout(path)
     with pytest.raises(DamagedIndex, match="does not have"):
-        sealed.map_arrays(layout)
+        container.map_arrays(layout)
 
 
 def test_bytes_that_were_added_are_found(tmp_path):
@@ -206,7 +206,7 @@ def test_bytes_that_were_added_are_found(tmp_path):
     write_shard(path)
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(DamagedIndex, match="should have"):
-        sealed.read_layout(path)
+        container.read_layout(path)
 
 
 def test_a_finished_file_is_never_overwritten(tmp_path):
@@ -226,7 +226,7 @@ def test_a_file_system_without_hard_links_is_served_by_renaming(tmp_path, monkey
     monkeypatch.setattr("os.link", refuse)
     path = tmp_path / "shard-00000.h5"
     write_shard(path)
-    sealed.verify(path)
+    container.verify(path)
     with pytest.raises(StoreError, match="never overwritten"):
         write_shard(path, "de")
     assert [entry.name for entry in tmp_path.iterdir()] == ["shard-00000.h5"]
@@ -245,7 +245,7 @@ def test_faulty_numbers_in_an_intact_file_are_found(tmp_path, row_type, changes,
     path = tmp_path / "shard-00000.h5"
     write_shard(path, row_type=row_type)
     reseal(path, **changes)
-    sealed.verify(path)
+    container.verify(path)
     assert any(fault in found for found in shards.faults(read_shard(path, row_type)))
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from rapidindex.config import SketchConfig
 from rapidindex.errors import UsageError
-from rapidindex.sketch import Sketch, fold
+from rapidindex.gradients.sketch import Sketch, fold
 
 
 def literal_algorithm_1(gradient, sketch):

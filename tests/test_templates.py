@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rapidindex.data.examples import Example, display_text
+from rapidindex.data.templates import Encoding, Template, Token
 from rapidindex.errors import ModelError, UsageError
-from rapidindex.examples import Example, display_text
-from rapidindex.templates import Encoding, Template, Token
 from tests import tiny
 
 ALPACA = (

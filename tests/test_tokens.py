@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from rapidindex import Index
-from rapidindex.build import Request, build, prepare
+from rapidindex.caching.build import Request, build, prepare
+from rapidindex.caching.estimate import estimate
+from rapidindex.caching.update import add, remove
 from rapidindex.config import BuildConfig, GradientConfig, ModelConfig, SketchConfig, TokenConfig
+from rapidindex.data.templates import Token
+from rapidindex.data.tokens import chosen
 from rapidindex.errors import ConfigMismatch, StoreError, UsageError
-from rapidindex.estimate import estimate
-from rapidindex.growth import add, remove
-from rapidindex.index import VectorIndex
-from rapidindex.model import load
+from rapidindex.gradients.sketch import Sketch
+from rapidindex.model.model import load
 from rapidindex.results import Result
-from rapidindex.sketch import Sketch
+from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Store, check
-from rapidindex.templates import Token
-from rapidindex.tokens import chosen
 from tests import tiny
 from tests.test_gradients import autograd
 from tests.test_query import ANSWER, PROMPT
@@ -137,7 +137,7 @@ def test_a_search_of_tokens_finds_the_largest_products_and_says_which_tokens_the
 
 
 def replace_query(result):
-    from rapidindex.query import Query
+    from rapidindex.query.index import Query
 
     return Query(result.query.prompt, result.query.answer, token="Japan")
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rapidindex.build import Request, build
+from rapidindex.caching.build import Request, build
+from rapidindex.caching.workers import Shared, devices
 from rapidindex.config import BuildConfig, GradientConfig, SketchConfig
 from rapidindex.store import Store, check
-from rapidindex.workers import Shared, devices
 from tests.test_build import all_rows
 
 

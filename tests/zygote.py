@@ -17,7 +17,8 @@ _SERVER = """
 import json, os, resource, sys
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
-import transformers, peft, rapidindex.cli, rapidindex.estimate, rapidindex.growth, rapidindex.query
+import transformers, peft
+import rapidindex.cli, rapidindex.caching.estimate, rapidindex.caching.update, rapidindex.query.index
 torch.set_num_threads(1)
 print("ready", flush=True)
 for line in sys.stdin:

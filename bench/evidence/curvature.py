@@ -18,9 +18,9 @@ from torch import Tensor
 from bench.evidence.cached import Replay
 from bench.evidence.sketched import Scores, kept_scores
 from rapidindex.config import SketchConfig
-from rapidindex.corrections import KRONECKER_DAMPING
+from rapidindex.gradients.second_moment import KRONECKER_DAMPING
+from rapidindex.gradients.sketch import Sketch
 from rapidindex.progress import Progress
-from rapidindex.sketch import Sketch
 
 DAMPING = KRONECKER_DAMPING
 """Of each layer's mean eigenvalue; kronfluence's too."""

@@ -13,10 +13,10 @@ import numpy as np
 from bench.evidence.sketched import Scores
 from bench.evidence.tasks import Asked
 from rapidindex import Index, Query
-from rapidindex.build import Request, build
+from rapidindex.caching.build import Request, build
 from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig
-from rapidindex.index import COMPACT, VectorIndex
 from rapidindex.progress import Progress
+from rapidindex.search.vector_index import COMPACT, VectorIndex
 
 RECIPES = {
     "default": {},

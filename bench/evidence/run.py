@@ -21,17 +21,17 @@ from bench.evidence import tasks
 from bench.evidence.cached import Replay, compute, example_batches, numbered
 from bench.evidence.curvature import EKFAC, KRONECKER, Eigenbasis, of_sample, scores_of
 from bench.evidence.sketched import ROTATED_K, Scores, sketched, uncompressed
+from rapidindex.caching.job import Job, Request, drawn, prepare
 from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig, fingerprint
-from rapidindex.corrections import correction, estimate_second_moment
-from rapidindex.examples import Example, read_examples
-from rapidindex.finetune import FinetuneConfig, finetune
-from rapidindex.gradients import Batch, with_drawn_labels
-from rapidindex.jobs import Job, Request, drawn, prepare
-from rapidindex.model import LoadedModel, generate, load
+from rapidindex.data.examples import Example, read_examples
+from rapidindex.data.selection import select
+from rapidindex.data.templates import Template
+from rapidindex.gradients.per_example import Batch, with_drawn_labels
+from rapidindex.gradients.second_moment import correction, estimate_second_moment
+from rapidindex.model.finetune import FinetuneConfig, finetune
+from rapidindex.model.model import LoadedModel, generate, load
 from rapidindex.progress import Bars, steps
-from rapidindex.query import spans
-from rapidindex.selection import select
-from rapidindex.templates import Template
+from rapidindex.query.index import spans
 
 METHODS = ("text", "full", "rapidin", "datainf", "limit", "early", "product", "lissa", "ekfac", "kronecker")
 """Names for --only: `text` is random, BM25 and embeddings; `full` the uncompressed recipes; `early` those, RapidGrads

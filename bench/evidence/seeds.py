@@ -12,7 +12,7 @@ from bench.common import circumstances
 from bench.evidence import metrics, tasks
 from bench.evidence.measured import measured
 from bench.evidence.run import Seed, score
-from rapidindex.demo import unpack_model
+from rapidindex.demo.demo import unpack_model
 from rapidindex.progress import Bars
 
 _DIGITS = 5

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bench.evidence.cached import BLOCK, Replay
 from rapidindex.config import SketchConfig
+from rapidindex.gradients.rapidgrad import Compressor, RapidGrads
+from rapidindex.gradients.sketch import Sketch, fold
 from rapidindex.progress import Progress
-from rapidindex.rapidgrad import Compressor, RapidGrads
-from rapidindex.sketch import Sketch, fold
 from rapidindex.store import decode_rows, encode_rows
 
 CORRECTIONS = ("none", "estimate")

@@ -14,8 +14,8 @@ import torch
 
 from bench.evidence.sketched import Scores
 from bench.evidence.tasks import Asked
-from rapidindex.examples import Example
-from rapidindex.loading import quiet
+from rapidindex.data.examples import Example
+from rapidindex.model.loading import quiet
 from rapidindex.progress import Progress
 
 

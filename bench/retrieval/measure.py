@@ -11,11 +11,11 @@ import numpy as np
 import psutil
 import torch
 
-from rapidindex.ann import AnnIndex, load_faiss
-from rapidindex.exact import exact_search, live_scores, to_float32, top
-from rapidindex.index import VectorIndex
+from rapidindex.gradients.sketch import fold
 from rapidindex.progress import Progress
-from rapidindex.sketch import fold
+from rapidindex.search.exact import exact_search, live_scores, to_float32, top
+from rapidindex.search.faiss_index import AnnIndex, load_faiss
+from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Store
 from rapidindex.store.rows import Rows
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from rapidindex import Index
-from rapidindex.examples import Example, read_examples
+from rapidindex.data.examples import Example, read_examples
+from rapidindex.data.templates import Encoding
 from rapidindex.progress import Progress
-from rapidindex.query import Query
-from rapidindex.templates import Encoding
+from rapidindex.query.index import Query
 
 KINDS = ("whole answer", "one token")
 """Every example is asked about twice: by its whole answer, and by the token in the middle of it."""

@@ -15,12 +15,12 @@ import torch
 from bench.retrieval.measure import THREADS, pin, spread, timed
 from bench.retrieval.queries import KINDS, posed
 from rapidindex import Index
-from rapidindex.caching import Item, as_batch, plan_batches
-from rapidindex.examples import read_examples
-from rapidindex.gradients import Batch
+from rapidindex.caching.shard_writer import Item, as_batch, plan_batches
+from rapidindex.data.examples import read_examples
+from rapidindex.gradients.per_example import Batch
+from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.progress import Progress
-from rapidindex.query import example_of
-from rapidindex.rapidgrad import Compressor
+from rapidindex.query.index import example_of
 from rapidindex.store.rows import Rows
 
 BATCH_TOKENS = 1024

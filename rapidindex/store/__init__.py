@@ -1,6 +1,6 @@
 """The files of an index: HDF5 shards, a manifest, and their integrity. Knows bytes, not models.
 
-sealed    one file that checks itself              sealing   how it is written
+container one file that checks itself              writing   how it is written
 shards    what a shard holds                       rows      a level's rows through all its shards
 folder    names, JSON files, the lock              manifest  what the manifest says
 store     the folder as a whole                    check     reads every byte, and repairs

@@ -14,7 +14,7 @@ from typing import Any
 
 from rapidindex.config import LEVELS
 from rapidindex.errors import DamagedIndex, NewerFormat
-from rapidindex.store import folder, manifest, sealed, sealing, shards
+from rapidindex.store import container, folder, manifest, shards, writing
 from rapidindex.store.manifest import Manifest
 from rapidindex.store.shards import Shard
 
@@ -41,7 +41,7 @@ def check(path: str | Path, *, repair: bool = False) -> list[Problem]:
     folder cannot be written to, and ResourceError where there is no room.
     """
     path = Path(path)
-    with sealed.reading(path):
+    with container.reading(path):
         found = (path / folder.MANIFEST).exists()
     if not found and not folder.is_index(path):
         manifest.load(path)  # says that this is no index
@@ -81,7 +81,7 @@ class _Audit:
         for file in self.damaged:
             self._move_aside(file)
         for part in folder.parts(self.path):
-            with sealing.writing(part, 0):
+            with writing.writing(part, 0):
                 part.unlink(missing_ok=True)
         folder.write_json(self.path / folder.MANIFEST, self.content)
         if self.removed is not None:
@@ -95,7 +95,7 @@ class _Audit:
         broken = {}
         for file in files:
             try:
-                sealed.verify(file)
+                container.verify(file)
             except (DamagedIndex, NewerFormat) as error:
                 broken[file] = _what(error, file)
         self._sealed = files
@@ -121,7 +121,7 @@ class _Audit:
     def _recovered(self) -> Manifest | None:
         """The newest of the manifest's copies in the intact files, with all of these listed."""
         intact = [file for file in self._sealed if file not in self._broken]
-        layouts = [sealed.read_layout(file) for file in intact]
+        layouts = [container.read_layout(file) for file in intact]
         copies = [shards.read_index(layout) for layout in layouts if "index" in layout.extents]
         if not copies:
             return None
@@ -241,15 +241,15 @@ class _Audit:
             return
         aside = self.path / folder.DAMAGED
         name = f"{file.parent.name}-{file.name}" if file.parent != self.path else file.name
-        with sealing.writing(file, 0):
+        with writing.writing(file, 0):
             aside.mkdir(exist_ok=True)
             taken = set(os.listdir(aside))
             free = next(
                 free for count in range(len(taken) + 1) if (free := f"{name}.{count}" if count else name) not in taken
             )
             os.rename(file, aside / free)
-            sealing.sync_folder(aside)
-            sealing.sync_folder(file.parent)
+            writing.sync_folder(aside)
+            writing.sync_folder(file.parent)
 
 
 def _what(error: DamagedIndex | NewerFormat, file: Path) -> str:

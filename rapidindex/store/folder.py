@@ -24,8 +24,8 @@ from typing import Any
 
 from rapidindex.config import LEVELS
 from rapidindex.errors import IndexBusy, NewerFormat, NotAnIndex, StoreError
-from rapidindex.store.sealed import damaged, read_layout, reading
-from rapidindex.store.sealing import part_name, sync_folder, writing
+from rapidindex.store.container import damaged, read_layout, reading
+from rapidindex.store.writing import part_name, sync_folder, writing
 
 FORMAT = 2
 """What is written. Format 1 is read, too: its rows are float16, and its manifest does not say so."""

@@ -18,8 +18,8 @@ from typing import Any
 
 from rapidindex.config import LEVELS
 from rapidindex.errors import DamagedIndex, NotAnIndex
-from rapidindex.store import folder, sealed
-from rapidindex.store.sealed import Layout, damaged
+from rapidindex.store import container, folder
+from rapidindex.store.container import Layout, damaged
 from rapidindex.store.shards import OLD_ROW_TYPE, ROW_TYPE
 
 Manifest = dict[str, Any]
@@ -105,7 +105,7 @@ def check_sizes(path: Path, manifest: Manifest) -> None:
     if manifest["second_moment"]:
         listed[path / folder.MOMENT] = manifest["second_moment"]["bytes"]
     for file, expected in listed.items():
-        with sealed.reading(file):
+        with container.reading(file):
             found = os.stat(file).st_size
         if found != expected:
             raise damaged(file, f"it should have {expected} bytes and has {found}")
@@ -113,7 +113,7 @@ def check_sizes(path: Path, manifest: Manifest) -> None:
 
 def read_moment(path: Path, manifest: Manifest) -> Layout:
     """The contents of the second moment's file. DamagedIndex where it is not this index's, or not what was written."""
-    layout = sealed.read_layout(path / folder.MOMENT)
+    layout = container.read_layout(path / folder.MOMENT)
     length = sum(layer["size"] for layer in manifest["layers"])
     if layout.attributes.get("index") != manifest["id"]:
         raise damaged(layout.path, f"it belongs to another index ({layout.attributes.get('index')})")

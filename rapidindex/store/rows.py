@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rapidindex.store import folder, sealed, sealing, shards
+from rapidindex.store import container, folder, shards, writing
 from rapidindex.store.shards import Shard
 
 _MAPS = 128  # shards mapped at a time: each map holds a file descriptor, and 1,024 is a common limit
@@ -49,7 +49,7 @@ class Rows:
     ) -> None:
         self.path, self.level, self.K, self.row_type, self.layers = path, path.name, K, row_type, layers
         self._index, self._files = index, files
-        self._arrays = lru_cache(maxsize=_MAPS)(lambda file: sealed.map_arrays(files[file].layout))
+        self._arrays = lru_cache(maxsize=_MAPS)(lambda file: container.map_arrays(files[file].layout))
         self._first_row = np.cumsum([0, *(file.rows for file in files)])
         self._first_example = np.cumsum([0, *(len(file.ids) for file in files)])
         self.shards = [(file.name, file.layout.sha256, file.rows) for file in files]
@@ -117,7 +117,7 @@ class Rows:
         try:
             return shards.read_record(self._arrays(file), int(example_number - self._first_example[file]))
         except (ValueError, RecursionError):
-            raise sealed.damaged(self._files[file].layout.path, "an example in it cannot be read") from None
+            raise container.damaged(self._files[file].layout.path, "an example in it cannot be read") from None
 
     def example_of(self, row: int) -> int:
         """The number of the example that a row is of. IndexError where `row` is not 0 to n - 1."""
@@ -154,9 +154,9 @@ class Rows:
         shards.check_content(K=self.K, layers=self.layers, **content)
         name = folder.shard_name(number)
         if not self.path.is_dir():
-            with sealing.writing(self.path, 0):
+            with writing.writing(self.path, 0):
                 self.path.mkdir(exist_ok=True)
-                sealing.sync_folder(self.path.parent)
+                writing.sync_folder(self.path.parent)
         shards.write_shard(self.path / name, level=self.level, row_type=self.row_type, index=self._index, **content)
         return name
 
@@ -167,7 +167,7 @@ class Rows:
             here, arrays = slice(first_row, self._first_row[file + 1]), self._arrays(file)
             inside, count = arrays["example"], len(self._files[file].ids)
             if len(inside) and not (0 <= inside.min() and inside.max() < count):
-                raise sealed.damaged(self._files[file].layout.path, f"its rows point outside its {count} examples")
+                raise container.damaged(self._files[file].layout.path, f"its rows point outside its {count} examples")
             self.example[here] = inside + self._first_example[file]
             self.position[here], self.token[here] = arrays["position"], arrays["token"]
 

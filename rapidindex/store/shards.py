@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from rapidindex.store.sealed import Layout, damaged, map_arrays, read_layout
-from rapidindex.store.sealing import Column, column, encode_json, json_column, write
+from rapidindex.store.container import Layout, damaged, map_arrays, read_layout
+from rapidindex.store.writing import Column, column, encode_json, json_column, write
 
 PEAK = 10  # a row's largest entry becomes 2^9 to 2^10 in float16, whose normal numbers reach 2^-24 of that
 _LARGEST = 1023.5  # the largest float16 below 2^10

@@ -14,7 +14,7 @@ import numpy as np
 
 from rapidindex.config import LEVELS
 from rapidindex.errors import ConfigMismatch, StoreError
-from rapidindex.store import folder, manifest, sealed, sealing
+from rapidindex.store import container, folder, manifest, writing
 from rapidindex.store.manifest import Manifest
 from rapidindex.store.rows import Rows
 from rapidindex.store.shards import Shard, read_shard
@@ -138,8 +138,8 @@ class Store:
     def _moment(self, said: dict[str, Any]) -> dict[str, np.ndarray]:
         layout = manifest.read_moment(self.path, self.manifest)
         if manifest.moment_entry(layout) != said:
-            raise sealed.damaged(layout.path, "it is not the one that the manifest lists")
-        return sealed.map_arrays(layout)
+            raise container.damaged(layout.path, "it is not the one that the manifest lists")
+        return container.map_arrays(layout)
 
     # Changing it
 
@@ -224,12 +224,12 @@ class Store:
         length = sum(layer["size"] for layer in self.layers)
         if v.shape != (length,) or v.dtype != np.float32 or not np.isfinite(v).all():
             raise ValueError(f"a second moment must be finite float32 ({length},), not {v.dtype} {v.shape}")
-        turned = {} if eigenvectors is None else {"eigenvectors": sealing.column(eigenvectors, "<f4")}
+        turned = {} if eigenvectors is None else {"eigenvectors": writing.column(eigenvectors, "<f4")}
         with self.lock():
-            description = sealing.json_column(manifest.copy_for_files(self.manifest))
-            columns = {"index": description, "v": sealing.column(v, "<f4"), **turned}
+            description = writing.json_column(manifest.copy_for_files(self.manifest))
+            columns = {"index": description, "v": writing.column(v, "<f4"), **turned}
             attributes = {"format": "rapidindex.second-moment/1", "index": self.id}
-            sealing.write(self.path / folder.MOMENT, columns, attributes)
+            writing.write(self.path / folder.MOMENT, columns, attributes)
             self._list_moment()
 
     @contextlib.contextmanager
@@ -245,19 +245,19 @@ class Store:
     def _recover(self) -> None:
         """Tidy up after a killed build."""
         for part in folder.parts(self.path):
-            with sealing.writing(part, 0):
+            with writing.writing(part, 0):
                 part.unlink(missing_ok=True)
         for level in self.levels:
             unlisted = set(folder.shard_names(self.path / level)) - set(self._plan(level)["shards"])
             for name in sorted(unlisted, key=folder.shard_number):
                 with contextlib.suppress(StoreError):  # left alone: `check` says what is wrong with it
-                    sealed.verify(self.path / level / name)
+                    container.verify(self.path / level / name)
                     shard = self._read(level, name)
                     self._refuse_duplicates(level, shard)
                     self._list(level, shard)
         if self.manifest["second_moment"] is None and (self.path / folder.MOMENT).exists():
             with contextlib.suppress(StoreError):
-                sealed.verify(self.path / folder.MOMENT)
+                container.verify(self.path / folder.MOMENT)
                 self._list_moment()
 
     def _list(self, level: str, shard: Shard) -> None:
@@ -292,7 +292,7 @@ class Store:
         if (level, name) not in self._shards:
             shard = self._read(level, name)
             if shard.entry() != self._plan(level)["shards"][name]:
-                raise sealed.damaged(shard.layout.path, "it is not the one that the manifest lists")
+                raise container.damaged(shard.layout.path, "it is not the one that the manifest lists")
             self._shards[level, name] = shard
         return self._shards[level, name]
 

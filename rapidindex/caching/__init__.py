@@ -1,0 +1,1 @@
+"""The caching stage: training examples become stored RapidGrads."""

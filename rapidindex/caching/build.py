@@ -1,0 +1,284 @@
+"""The caching stage: every training example of a file to a RapidGrad in the store, resumable and extensible.
+
+The same command again goes on where it stopped; one with other options is refused (`jobs.py`). What one process
+computes is in `caching.py`, several of them in `workers.py`, what a build will take in `room.py` and `estimate.py`.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rapidindex.caching.activations import measure_activations
+from rapidindex.caching.job import Job, Plan, Request, check_identity, drawn, prepare
+from rapidindex.caching.room import check_room, free_room, needed_room, together
+from rapidindex.caching.shard_writer import (
+    STAGES,
+    Item,
+    ShardWriter,
+    as_batch,
+    cache,
+    load_compressor,
+    load_factors,
+    padded_tokens,
+    plan_batches,
+)
+from rapidindex.caching.workers import Shared, cache_with_workers, devices
+from rapidindex.errors import ModelError
+from rapidindex.gradients.eigenbases import Eigenbases, estimate_eigenbases
+from rapidindex.gradients.per_example import Batch, with_drawn_labels
+from rapidindex.gradients.second_moment import KRONECKER, estimate_second_moment, read_second_moment
+from rapidindex.gradients.sketch import Sketch
+from rapidindex.progress import Progress, silent
+from rapidindex.search.vector_index import VectorIndex
+from rapidindex.store import Store
+
+__all__ = ["Item", "Request", "Summary", "as_batch", "build", "load_compressor", "plan_batches", "prepare"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a build did."""
+
+    index: str
+    examples: int
+    """In the index now."""
+    computed: int
+    """Of these, by this run."""
+    tokens: int | None
+    """Response tokens with a row of their own in the index now; None where none were asked for."""
+    without_tokens: list[str]
+    """Files of data that were added, and whose examples have rows here but their tokens none."""
+    rejected: int
+    """With a gradient that is not finite: listed by `rapidindex info`."""
+    skipped: int
+    """Rows of the data file that cannot be used: listed by `rapidindex info`."""
+    truncated: list[int]
+    """Lines of the data file whose example was cut to --max-length."""
+    layers: int
+    gradient_size: int
+    batched: bool
+    """False where the model's gradients had to be computed one example at a time."""
+    seconds: float
+    restored: int = 0
+    """Examples that had been removed, and are back."""
+
+
+def build(request: Request, *, overwrite: bool = False, progress: Progress = silent) -> Summary:
+    """Cache every example of `request.data` that the index does not hold yet; return what was done.
+
+    Raises DataError, ModelError, StoreError or ResourceError before the work starts where it could not end well.
+    """
+    started = time.perf_counter()
+    path = Path(request.output)
+    if not overwrite and (path / "manifest.json").exists():
+        with Store.open(path).lock():
+            pass  # damaged, busy or read-only: better said now than after the model is loaded
+    job = prepare(request, progress)
+    store = None if overwrite else existing(job)
+    check_fits(job, {level: left(job, level, store) for level in request.levels})
+    store = store or _create(job, overwrite=overwrite)
+    with store.lock():
+        widen(store, job)
+        return fill_levels(store, job, started, progress)
+
+
+def left(job: Job, level: str, store: Store | None) -> list[Item]:
+    """The examples that `store`, where there is one, lacks of a level."""
+    wanted = job.wanted(level)
+    if store is None:
+        return wanted
+    done = store.removed | (store.rows(level).done_ids if level in store.levels else frozenset())
+    return [item for item in wanted if item.example.id not in done]
+
+
+def existing(job: Job) -> Store | None:
+    """The index that is there already, if any; ConfigMismatch where it was built from something else."""
+    if not (Path(job.request.output) / "manifest.json").exists():
+        return None
+    store = Store.open(job.request.output)
+    token = store.config.get("token")
+    if token is not None and "token" in job.request.levels:
+        token = asdict(job.request.token)
+    check_identity(store.config, {**job.identity, "token": token}, store.path)
+    job.meet(store)
+    return store
+
+
+def widen(store: Store, job: Job) -> None:
+    """Make room in the locked `store` for the levels asked for, and for what they are to hold more than before."""
+    told = _tokens_told(job.request, store.config.get("tokens_of"))
+    if {name: store.config.get(name) for name in told} != told:
+        store.update_config(told)  # first: rows of tokens are never without what says which
+    for level in job.request.levels:
+        known = store.rows(level).done_ids if level in store.levels else frozenset()
+        before = store.planned(level) if level in store.levels else -1
+        planned = len(known) + len(left(job, level, store))
+        if planned > before:
+            store.set_planned(level, planned, K=job.request.K(level))
+
+
+def _tokens_told(request: Request, before: str | None = None) -> dict[str, Any]:
+    """What an index keeps of which tokens it holds, and whether those of all examples or of listed ones."""
+    if "token" not in request.levels:
+        return {}
+    all_of_them = request.token_examples is None or before == "all"
+    return {"token": asdict(request.token), "tokens_of": "all" if all_of_them else "listed"}
+
+
+def fill_levels(store: Store, job: Job, started: float, progress: Progress, restored: int = 0) -> Summary:
+    """Compute what the locked `store` lacks, and bring its search indexes up to date; what was done since `started`."""
+    before = {level: store.rows(level).done_ids for level in job.request.levels}
+    batched = job.gradients.batched
+    for level in job.request.levels:
+        todo = left(job, level, store)
+        if todo:
+            batched = fill(store, job, job.plan(level, todo), progress) and batched
+    for level in store.levels:
+        VectorIndex.update(store.rows(level), progress=progress)
+    return _summary(store, job, before, batched, started, restored)
+
+
+def check_fits(job: Job, todo: dict[str, list[Item]]) -> None:
+    """ResourceError, with the numbers, where disk or memory cannot hold what caching `todo`, by level, takes."""
+    plans = [job.plan(level, examples) for level, examples in todo.items() if examples]
+    if plans:
+        activations = measure_activations(job.gradients)
+        room = together([needed_room(job, plan, len(places(job, plan)), activations) for plan in plans])
+        check_room(room, free_room(job), job.request.output)
+
+
+def places(job: Job, plan: Plan) -> list[str]:
+    """The device of each process: no more of them than there are units."""
+    return devices(job.device, job.request.model.device, min(job.request.work.workers, len(plan.units)))
+
+
+def fill(store: Store, job: Job, plan: Plan, progress: Progress) -> bool:
+    """Compute the rows of `plan` into the locked `store`, by one process or several; whether it was done in batches.
+
+    Several processes release the job's model. Raises as `build` does; `check_fits` comes first.
+    """
+    _ensure_second_moment(job, store, progress)
+    where = places(job, plan)
+    if len(where) > 1:
+        return _fill_with_workers(store, job, plan, where, progress)
+    rows, total, done = store.rows(plan.level), plan.tokens, 0
+
+    def cached(batch: list[Item]) -> None:
+        nonlocal done
+        done += padded_tokens(batch)
+        progress(STAGES[plan.level], done, total)
+
+    def finished(name: str) -> None:
+        store.record_shard(plan.level, name)
+
+    progress(STAGES[plan.level], 0, total)
+    job.hold_model()
+    compressor = load_compressor(store, job.loaded, job.gradients, K=plan.K)
+    writer = ShardWriter(rows, job.request.work, itertools.count(rows.next_number()), finished, capacity=plan.rows)
+    cache(plan.units, compressor, writer, cached)
+    return job.gradients.batched
+
+
+def _fill_with_workers(store: Store, job: Job, plan: Plan, where: list[str], progress: Progress) -> bool:
+    progress("map", 0, 1)
+    job.release_model()
+    slots = Shared.copy(Sketch(job.size, replace(job.request.sketch, K=plan.K)).slots(0, job.size))
+    factors = load_factors(store)
+    shared_factors = None if factors is None else Shared.copy(factors)
+    del factors
+    progress("map", 1, 1)
+    try:
+        request = job.request
+        return cache_with_workers(plan, store, request.model, where, request.work, slots, shared_factors, progress)
+    finally:
+        slots.close()
+        if shared_factors is not None:
+            shared_factors.close()
+
+
+def _summary(
+    store: Store, job: Job, before: dict[str, frozenset[str]], batched: bool, started: float, restored: int
+) -> Summary:
+    """What was done since `started` (of `time.perf_counter`), when the levels held `before`."""
+    rows = {level: store.rows(level) for level in before}
+    main = rows[next(iter(rows))]
+    return Summary(
+        index=str(store.path),
+        examples=len(np.unique(main.example[main.alive])),
+        computed=len({id for level in rows for id in rows[level].done_ids - before[level]}),
+        tokens=int(rows["token"].alive.sum()) if "token" in rows else None,
+        without_tokens=_without_tokens(store, job),
+        rejected=len({record["id"] for level in rows for record in rows[level].rejected}),
+        skipped=len(job.skipped),
+        truncated=[item.example.line for item in job.items if item.encoding.truncated],
+        layers=len(job.layers),
+        gradient_size=job.size,
+        batched=batched,
+        seconds=time.perf_counter() - started,
+        restored=restored,
+    )
+
+
+def _without_tokens(store: Store, job: Job) -> list[str]:
+    if "token" not in job.request.levels or "sentence" not in store.levels or job.request.token_examples is not None:
+        return []
+    here = {item.example.id for item in job.items}
+    lacking = set(store.rows("sentence").ids) - store.rows("token").done_ids - store.removed - here
+    return [source["path"] for source in store.config.get("added", [])] if lacking else []
+
+
+def _create(job: Job, *, overwrite: bool) -> Store:
+    path = Path(job.request.output)
+    if overwrite and path.exists():
+        Store.destroy(path)
+    layers = [{"name": layer.name, "size": layer.size} for layer in job.layers]
+    versions = {name: version(name) for name in ("rapidindex", "torch", "transformers", "peft", "numpy")}
+    config = {**job.identity, **_tokens_told(job.request)}
+    planned = {level: (job.request.K(level), len(job.wanted(level))) for level in job.request.levels}
+    return Store.create(path, config=config, layers=layers, versions=versions, skipped=job.skipped, planned=planned)
+
+
+def _ensure_second_moment(job: Job, store: Store, progress: Progress) -> None:
+    """Compute or read the second moment that the correction takes, unless the store holds it already."""
+    how = job.request.gradient.second_moment
+    if how == "none" or store.second_moment() is not None:
+        return
+    vectors = None
+    if how == KRONECKER:
+        batches = _with_drawn_labels(job, progress)
+        vectors = estimate_eigenbases(job.gradients, _each(batches, "eigenvectors", progress))
+        bases = Eigenbases(job.layers, vectors.to(job.loaded.device))
+        moment = estimate_second_moment(job.gradients, _each(batches, "second moment", progress), bases)
+    elif how == "estimate":
+        moment = estimate_second_moment(job.gradients, _each(_sample(job), "second moment", progress))
+    else:
+        moment = read_second_moment(how, job.loaded.model, job.layers)
+    if not moment.isfinite().all():
+        raise ModelError(f"The second moment ({how}) is not finite.", hint="Build with --second-moment none.")
+    store.write_second_moment(moment.cpu().numpy(), None if vectors is None else vectors.numpy())
+
+
+def _with_drawn_labels(job: Job, progress: Progress) -> list[Batch]:
+    """The sample with tokens that the model draws: what it taught itself is not taken out of the gradients."""
+    seed = 2**20 * job.request.gradient.seed
+    batches = enumerate(_each(_sample(job), "draw tokens", progress))
+    return [with_drawn_labels(job.gradients.model, batch, seed + number) for number, batch in batches]
+
+
+def _sample(job: Job) -> list[Batch]:
+    """The batches of the examples from which the second moment is estimated."""
+    planned = plan_batches(drawn(job), job.request.work.batch_tokens)
+    return [as_batch(batch, job.loaded.device) for batch in planned]
+
+
+def _each(batches: Sequence[Batch], stage: str, progress: Progress) -> Iterator[Batch]:
+    for number, batch in enumerate(batches):
+        progress(stage, number, len(batches))
+        yield batch
+    progress(stage, len(batches), len(batches))

@@ -1,0 +1,1 @@
+"""Training data: files, examples, templates and tokens. Knows no models."""

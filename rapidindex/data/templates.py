@@ -1,0 +1,209 @@
+"""How an example becomes token ids: prompt templates, and which tokens are the response.
+
+Knows tokenizers, not models. Prompt and response are tokenised as one text, as they are in training, and the response's
+tokens are found by character offsets. `alpaca` is the prompt of the paper's Figure 5.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rapidindex.config import fingerprint
+from rapidindex.data.examples import Example, display_text
+from rapidindex.errors import ModelError, UsageError
+
+_TEXTS = {
+    "alpaca": (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{prompt}\n\n### Response:\n"
+    ),
+    "plain": "{prompt}\n",
+}
+_MARK = "rapidindex-marks-the-response"
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a response, shown as the text it stands for."""
+
+    text: str
+    """`response[start:end]`; for a token that ends the turn, the token's own name."""
+    start: int
+    """Characters of the response before it. Tokens that share a character, as byte-level ones may, share its span."""
+    end: int
+    """Where it ends; equal to `start`, at the response's end, for a token that ends the turn."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """An example as token ids, T of them."""
+
+    input_ids: np.ndarray
+    """int32 [T]."""
+    response_mask: np.ndarray
+    """bool [T]; True for the response's tokens, all False where none was left."""
+    tokens: list[Token]
+    """The response's tokens, in the order of `response_mask`'s True positions."""
+    truncated: bool
+    """Whether tokens were cut off to keep within `max_length`."""
+    prompt_tokens: int
+    """Tokens before the response, those cut off included."""
+
+
+class _Placed(NamedTuple):
+    """A text with the response in it: `text[start:stop]` is the response from its character `offset` on."""
+
+    text: str
+    start: int
+    stop: int
+    offset: int
+
+
+class Template:
+    """Prompts and examples as one template writes them and one tokenizer reads them."""
+
+    def __init__(self, template: str, tokenizer: Any, max_length: int) -> None:
+        """`template` is `alpaca`, `plain`, `chat` (the tokenizer's own) or a text with `{prompt}` in it.
+
+        In such a text backslash-n means a new line. `max_length` is in tokens. UsageError for any other template;
+        ModelError for a tokenizer that gives no character offsets, or has no chat template where one is asked for.
+        """
+        if not tokenizer.is_fast:
+            kind = type(tokenizer).__name__
+            hint = "Save the model with a fast tokenizer (tokenizer.json)."
+            raise ModelError(f"The tokenizer {kind} gives no character offsets.", hint=hint)
+        self.name = template
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.add_special_tokens = template != "chat"
+        """Whether to tokenise the text of `render_prompt` with special tokens (a chat template writes its own)."""
+        self._text = _chat_template(tokenizer) if template == "chat" else _prompt_template(template)
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+
+    @property
+    def fingerprint(self) -> str:
+        """The template's name (`text` for one the user wrote) and 16 hexadecimal digits, a hash of its text."""
+        name = self.name if self.name == "chat" or self.name in _TEXTS else "text"
+        return f"{name}:{fingerprint(self._text)}"
+
+    def render_prompt(self, messages: Iterable[tuple[str, str]]) -> str:
+        """The text a model is given to continue with the response to `messages`, turns of (role, content)."""
+        if self.name == "chat":
+            return self._render(messages, add_generation_prompt=True)
+        return self._text.replace("{prompt}", display_text(messages))
+
+    def encode(self, example: Example, *, end: bool = True) -> Encoding:
+        """Tokenise prompt and response as one text; with `end`, the token that ends the turn is part of the response.
+
+        What goes beyond `max_length` tokens is cut off, and no response token may be left. ModelError where the chat
+        template refuses the example or does not write its response.
+        """
+        placed = self._place(example)
+        encoded = self.tokenizer(
+            placed.text, add_special_tokens=self.add_special_tokens, return_offsets_mapping=True, verbose=False
+        )
+        ids = encoded["input_ids"]
+        spans = self._without_gaps(ids, encoded["offset_mapping"])
+        inside = [i for i, span in enumerate(spans) if self._is_response(ids[i], span, placed)]
+        first, last = (inside[0], inside[-1] + 1) if inside else (len(ids), len(ids))
+        ending = self._ending(ids, last) if end and inside else []
+        tokens = [_token(span, placed, example.response) for span in spans[first:last]]
+        length = len(example.response)
+        tokens += [Token(str(self.tokenizer.convert_ids_to_tokens(number)), length, length) for number in ending]
+        return self._cut(ids[:last] + ending, first, tokens)
+
+    def _place(self, example: Example) -> _Placed:
+        if self.name == "chat":
+            return self._place_in_chat(example)
+        prompt = self.render_prompt(example.messages)
+        text = prompt + example.response
+        return _Placed(text, len(prompt), len(text), 0)
+
+    def _place_in_chat(self, example: Example) -> _Placed:
+        """The whole conversation, with the response where the template puts a mark that stands in for it.
+
+        Templates may strip the response, or write it in another way than the mark (a thought in it, say); then it is
+        looked for from the end.
+        """
+        response = example.response
+        text = self._render([*example.messages, ("assistant", response)])
+        before, _, after = self._render([*example.messages, ("assistant", _MARK)]).rpartition(_MARK)
+        start, stop = len(before), len(text) - len(after)
+        if not (text.startswith(before) and text.endswith(after) and text[start:stop].strip()):
+            start = text.rfind(response.strip())
+            stop = start + len(response.strip())
+        offset = response.find(text[start:stop])
+        if start < 0 or offset < 0:
+            raise ModelError(
+                f"The chat template does not write the response of the example {example.id} (line {example.line}).",
+                hint="Use --template alpaca.",
+            )
+        return _Placed(text, start, stop, offset)
+
+    def _render(self, messages: Iterable[tuple[str, str]], *, add_generation_prompt: bool = False) -> str:
+        from jinja2 import TemplateError
+
+        turns = [{"role": role, "content": content} for role, content in messages]
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, ValueError) as error:
+            roles = ", ".join(turn["role"] for turn in turns) or "none"
+            message = f"The tokenizer's chat template refuses a conversation with the turns {roles}: {error}."
+            raise ModelError(message, hint="Use --template alpaca.") from error
+
+    def _without_gaps(self, ids: list[int], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Spans that also hold the characters, spaces mostly, which some tokenizers leave out of their offsets."""
+        reached, tiled = 0, []
+        for number, (start, stop) in zip(ids, spans, strict=True):
+            tiled.append((start if number in self._special else min(start, reached), stop))
+            reached = max(reached, stop)
+        return tiled
+
+    def _is_response(self, number: int, span: tuple[int, int], placed: _Placed) -> bool:
+        """Whether the token lies in the response, at least in part; special tokens (some take in spaces) as a whole."""
+        start, stop = span
+        if number in self._special:
+            return placed.start <= start < stop <= placed.stop
+        return stop > placed.start and start < placed.stop
+
+    def _ending(self, ids: list[int], last: int) -> list[int]:
+        """The token ids that end the turn, given that the response's own end before position `last`."""
+        if self.name == "chat":
+            closing = next((i for i in range(last, len(ids)) if ids[i] in self._special), last - 1)
+            return ids[last : closing + 1]
+        eos = self.tokenizer.eos_token_id
+        return [] if eos is None or ids[last - 1] == eos else [eos]
+
+    def _cut(self, ids: list[int], first: int, tokens: list[Token]) -> Encoding:
+        input_ids = np.array(ids[: self.max_length], dtype=np.int32)
+        mask = np.arange(len(input_ids)) >= first
+        return Encoding(input_ids, mask, tokens[: int(mask.sum())], len(ids) > self.max_length, first)
+
+
+def _prompt_template(template: str) -> str:
+    if template in _TEXTS:
+        return _TEXTS[template]
+    if "{prompt}" not in template:
+        choices = ", ".join(_TEXTS)
+        hint = f"Choose one of {choices}, chat, or give a text with {{prompt}} in it."
+        raise UsageError(f"--template {template!r} is unknown.", hint=hint)
+    return template.replace("\\n", "\n")
+
+
+def _chat_template(tokenizer: Any) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        hint = "Use --template alpaca, or a model with a chat template."
+        raise ModelError("The model's tokenizer has no chat template of its own.", hint=hint) from error
+
+
+def _token(span: tuple[int, int], placed: _Placed, response: str) -> Token:
+    start, stop = (min(max(at, placed.start), placed.stop) - placed.start + placed.offset for at in span)
+    return Token(response[start:stop], start, stop)

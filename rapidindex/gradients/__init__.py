@@ -1,0 +1,1 @@
+"""Per-example gradients and RapidGrads. Arrays in, arrays out: knows no store and no data files."""

@@ -1,0 +1,165 @@
+"""Heat-maps: each response token's share in an example's influence, from one directional derivative.
+
+With the norms of an example fixed, its influence is linear in its gradient: the score is ⟨u, ∇L(s)⟩ for a direction u
+made from the query's gradient. The derivative of the example's token losses along u gives every token's share (Eq. 6
+and 8), and their mean is the uncompressed influence.
+
+The derivative is a forward-mode pass (`torch.func.jvp`), about the cost of two forward passes. Where an operation of
+the model has no forward-mode rule, as bitsandbytes' have none, a central difference over two forward passes stands in;
+and where that is too coarse, as under 8-bit products, which round their inputs, a backward pass for each token.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from rapidindex.gradients.per_example import Batch, trainable, weighted_token_losses
+from rapidindex.gradients.rapidgrad import Compressor
+
+STEPS = (1e-2, 1e-3, 1e-4)
+"""Steps of a central difference, in units of the parameters' own length, among which the best is taken."""
+
+
+LARGEST_ERROR = 0.02
+"""Relative error, against backpropagation, from which a way is not used."""
+
+
+class TokenScores:
+    """Derivatives of token losses of one model along directions in its trainable parameters.
+
+    `method` is chosen by the first example: the first of `forward-mode`, `central difference` and `backward per token`
+    that agrees with backpropagation there. (A custom operation may drop a forward derivative without a word.)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.method: str | None = None
+        self._step = STEPS[0]
+
+    def __call__(self, batch: Batch, direction: Float[Tensor, " size"]) -> list[Float[Tensor, " tokens"]]:
+        """For each example the derivative of each of its weighted tokens' losses along `direction`, float32.
+
+        `direction` is flattened as gradients are: layer after layer.
+        """
+        if not direction.any():
+            return [torch.zeros(int(n), device=direction.device) for n in (batch.weights[:, 1:] != 0).sum(1)]
+        tangents = _split(self.model, direction)
+        if self.method is None:
+            self.method = self._choose(batch.example(0), direction, tangents)
+        if self.method == "forward-mode":
+            return self._forward_mode(batch, tangents)
+        if self.method == "central difference":
+            return self._central(batch, tangents, self._step)
+        return [self._backward(batch.example(row), direction) for row in range(len(batch))]
+
+    def _choose(self, example: Batch, direction: Tensor, tangents: dict[str, Tensor]) -> str:
+        truth = self._backward(example, direction)
+
+        def error(scores: Tensor) -> float:
+            return float((scores - truth).norm() / truth.norm()) if truth.any() else 0.0
+
+        try:
+            if error(self._forward_mode(example, tangents)[0]) <= LARGEST_ERROR:
+                return "forward-mode"
+        except (NotImplementedError, RuntimeError) as reason:
+            if isinstance(reason, torch.OutOfMemoryError):
+                raise
+        errors = {step: error(self._central(example, tangents, step)[0]) for step in STEPS}
+        self._step = min(errors, key=lambda step: errors[step])
+        return "central difference" if errors[self._step] <= LARGEST_ERROR else "backward per token"
+
+    def _forward_mode(self, batch: Batch, tangents: dict[str, Tensor]) -> list[Tensor]:
+        module = _Losses(self.model)
+        values = {f"model.{name}": parameter.detach() for name, parameter in trainable(self.model).items()}
+        along = {f"model.{name}": tangent for name, tangent in tangents.items()}
+
+        def losses(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            mask, entropies = torch.func.functional_call(module, parameters, (batch,))
+            return entropies, mask
+
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode rule
+            _, derivatives, mask = torch.func.jvp(losses, (values,), (along,), has_aux=True)
+        return _rows(derivatives, mask)
+
+    @torch.no_grad()
+    def _central(self, batch: Batch, tangents: dict[str, Tensor], step: float) -> list[Tensor]:
+        epsilon = step * _length(trainable(self.model).values()) / _length(tangents.values())
+        mask, above = self._moved(tangents, epsilon, batch)
+        _, below = self._moved(tangents, -epsilon, batch)
+        return _rows((above - below) / (2 * epsilon), mask)
+
+    def _backward(self, batch: Batch, direction: Tensor) -> Tensor:
+        with torch.enable_grad():
+            _, entropies = weighted_token_losses(self.model, batch)
+            parameters = list(trainable(self.model).values())
+            parts = direction.split([parameter.numel() for parameter in parameters])
+            found = []
+            for loss in entropies[0]:
+                gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                pairs = [(g, part) for g, part in zip(gradients, parts, strict=True) if g is not None]
+                found.append(sum(torch.dot(g.flatten().float(), part) for g, part in pairs))
+        return torch.stack(found).detach()
+
+    def _moved(self, tangents: dict[str, Tensor], by: float, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The token losses while the parameters are moved along `tangents`; they come back to the bit."""
+        parameters = trainable(self.model)
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.add_(tangents[name], alpha=by)
+            return weighted_token_losses(self.model, batch)
+        finally:
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])
+
+
+def _rows(derivatives: Tensor, mask: Tensor) -> list[Tensor]:
+    return [row[wanted] for row, wanted in zip(derivatives, mask, strict=True)]
+
+
+def _length(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.detach().float().square().sum()) for tensor in tensors))
+
+
+def _split(model: nn.Module, direction: Tensor) -> dict[str, Tensor]:
+    tangents, start = {}, 0
+    for name, parameter in trainable(model).items():
+        part = direction[start : start + parameter.numel()]
+        tangents[name] = part.view_as(parameter).to(parameter.dtype)
+        start += parameter.numel()
+    return tangents
+
+
+def shares(
+    scorer: TokenScores,
+    compressor: Compressor,
+    direction: Tensor,
+    batch: Batch,
+    norms: Float[Tensor, "examples layers"],
+) -> list[Float[Tensor, " tokens"]]:
+    """The share of each response token in the influence of each example on a query: the mean is the influence.
+
+    `direction` is the query's (`Compressor.direction`), `norms` the lengths of the examples' layers, as stored.
+    """
+    if compressor.normalize == "layer":  # every example has a direction of its own
+        alone = [(batch.example(row), compressor.divided(direction, norms[row])) for row in range(len(batch))]
+        return [scorer(example, own)[0] for example, own in alone]
+    found = scorer(batch, direction)
+    if compressor.normalize == "none":
+        return found
+    return [scores / length if length > 0 else scores for scores, length in zip(found, norms.norm(dim=1), strict=True)]
+
+
+class _Losses(nn.Module):
+    """The token losses as a module, so that they can be computed with other parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return weighted_token_losses(self.model, batch)

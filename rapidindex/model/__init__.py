@@ -1,0 +1,1 @@
+"""The language model: its files, loading, generation and fine-tuning."""

@@ -1,0 +1,242 @@
+"""Loading as transformers, peft and bitsandbytes do it, without their noise and with our errors.
+
+A GGUF file becomes an ordinary model, a quantized base one whose backward pass works on every device, and an adapter
+that lacks a tensor or brings one too many is refused (peft would go on with random values, or leave it out).
+"""
+
+import contextlib
+import importlib.util
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rapidindex.config import ModelConfig
+from rapidindex.errors import ModelError, RapidIndexError, ResourceError
+from rapidindex.model.files import ModelFiles
+
+_LOUD = ("accelerate", "bitsandbytes", "huggingface_hub", "peft")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within, transformers, peft and their like draw no bars and log errors only; what was set before comes back after.
+
+    What matters among the warnings so hidden (weights missing from a file) is checked where it can occur.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+
+    log = transformers.utils.logging
+    bars, hub_silent, level = log.is_progress_bar_enabled(), are_progress_bars_disabled(), log.get_verbosity()
+    loud = {name: logging.getLogger(name).level for name in _LOUD}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        log.disable_progress_bar()
+        log.set_verbosity_error()
+        for name in loud:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, before in loud.items():
+                logging.getLogger(name).setLevel(before)
+            log.set_verbosity(level)
+            if bars:
+                log.enable_progress_bar()
+            if hub_silent:
+                disable_progress_bars()
+
+
+@contextlib.contextmanager
+def as_our_errors(config: ModelConfig) -> Iterator[None]:
+    """Turn whatever the loaders raise into one of ours: their kinds of error are many and change with each release."""
+    try:
+        yield
+    except RapidIndexError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        smaller = "--dtype bfloat16 or --quantize 4bit" if config.adapter else "--dtype bfloat16"
+        raise ResourceError(
+            f"{config.model} does not fit into the memory of {config.device}.", hint=f"Try {smaller}."
+        ) from error
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        raise ModelError(f"{config.model} could not be loaded ({reason}).", hint=_advice(str(error))) from error
+
+
+def _advice(text: str) -> str:
+    if "trust_remote_code" in text:
+        return "It needs program code from its repository, which rapidindex does not run."
+    if "AutoModelForCausalLM" in text:
+        return "rapidindex works with causal language models only."
+    return "Check that the files are complete, and that transformers is new enough for them."
+
+
+def load_tokenizer(files: ModelFiles, adapter: Path | None) -> PreTrainedTokenizerBase:
+    """The adapter's own tokenizer where it brings one (training may have added tokens), else the base's."""
+    named = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    places = [
+        folder for folder in (adapter, files.folder) if folder and any((folder / name).is_file() for name in named)
+    ]
+    if places:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(places[0])
+    elif files.gguf:
+        _need_gguf()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf)
+    else:
+        raise ModelError(
+            f"{files.folder} holds no tokenizer.", hint="Copy tokenizer.json and tokenizer_config.json into it."
+        )
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"The tokenizer in {places[0]} is not a fast one, so tokens cannot be mapped to characters.",
+            hint="Give the model a tokenizer.json.",
+        )
+    return tokenizer
+
+
+def load_base(
+    files: ModelFiles, config: ModelConfig, device: torch.device, attn_implementation: str | None
+) -> PreTrainedModel:
+    """The base model on its device, from a folder or a GGUF file, quantized if `config` says so; no cache."""
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if files.gguf is None:
+        model = _from_folder(files.folder, config, device, options)
+    elif config.quantize is None:
+        model = _from_gguf(files, config, device, options)
+    else:
+        with tempfile.TemporaryDirectory(prefix="rapidindex-") as folder:  # bitsandbytes quantizes while reading
+            _from_gguf(files, replace(config, quantize=None), torch.device("cpu"), {}).save_pretrained(folder)
+            model = _from_folder(Path(folder), config, device, options)
+    model.name_or_path = model.config.name_or_path = config.model  # what an adapter saved from it names as its base
+    for part in {id(part): part for part in (model.config, model.config.get_text_config())}.values():
+        part.use_cache = False
+    return model
+
+
+def _from_folder(folder: Path, config: ModelConfig, device: torch.device, options: dict[str, Any]) -> PreTrainedModel:
+    if config.quantize:
+        options = {**options, "quantization_config": _quantization(config)}
+    return _from_pretrained(folder, config, device, options)
+
+
+def _from_gguf(
+    files: ModelFiles, config: ModelConfig, device: torch.device, options: dict[str, Any]
+) -> PreTrainedModel:
+    """The model in a GGUF file with its weights unpacked: an ordinary model that peft accepts and that can be saved."""
+    _need_gguf()
+    options = {**options, "gguf_file": files.gguf}
+    if hasattr(transformers, "GgufConfig"):  # from 5.2x on weights may stay packed, which has no backward pass
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no switch
+        model = _from_pretrained(files.folder, config, device, options)
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(name, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def _from_pretrained(
+    folder: Path, config: ModelConfig, device: torch.device, options: dict[str, Any]
+) -> PreTrainedModel:
+    place = {} if device.type == "cpu" and not config.quantize else {"device_map": {"": str(device)}}
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, config.dtype), output_loading_info=True, **place, **options
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{config.model} has no weights for {len(missing)} of its tensors, such as {missing[0]}.",
+            hint="Download or save the model again.",
+        )
+    model.__dict__.pop("hf_device_map", None)  # one device: without it peft and accelerate leave the modules unwrapped
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        _keep_differentiable(model)
+    return model
+
+
+def _quantization(config: ModelConfig) -> transformers.BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"--quantize {config.quantize} needs bitsandbytes.", hint="pip install bitsandbytes")
+    if config.quantize == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    compute = getattr(torch, config.dtype)
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes 0.50 from repacking 4-bit weights for CPUs with AVX-512 BF16.
+
+    It does so in the first forward pass in eval mode, to bfloat16 products without a backward pass: gradients would be
+    lost in silence. Its 8-bit product also logs a line a layer for inputs that are not float16; that is its design.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def add_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`model` under the adapter in `folder`; ModelError where adapter and base do not fit."""
+    import peft
+
+    settings = peft.PeftConfig.from_pretrained(str(folder))
+    if settings.is_prompt_learning:
+        raise ModelError(
+            f"{folder} is a {settings.peft_type.value} adapter: its virtual tokens belong to no response.",
+            hint="Give an adapter that changes the model's weights, such as LoRA.",
+        )
+    made_for = settings.base_model_name_or_path or "another model"
+    hint = f"The adapter names {made_for} as its base: give it with -m." if made_for != model.name_or_path else ""
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        result = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(str(folder), device="cpu"))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise ModelError(f"The adapter {folder} does not fit {model.name_or_path}: {reason}", hint=hint) from error
+    needed = {name for name, value in adapted.named_parameters() if value.requires_grad}
+    missing, extra = sorted(needed & set(result.missing_keys)), sorted(result.unexpected_keys)
+    if missing or extra:
+        odd = f"it lacks {missing[0]}" if missing else f"the model has no place for {extra[0]}"
+        raise ModelError(f"The adapter {folder} does not fit {model.name_or_path}: {odd}.", hint=hint)
+    return adapted
+
+
+def train_everything(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Let every parameter require a gradient; ModelError where the folder holds quantized weights."""
+    if getattr(model, "is_quantized", False):
+        raise ModelError(
+            f"{config.model} is quantized, so its weights cannot be trained, and there is no adapter.",
+            hint="Give --adapter FOLDER, or the model before quantization.",
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ModelError where the tokenizer belongs to a model with more embeddings; an unused pad token past them is fine."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise ModelError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens, the model embeddings for {rows}.",
+            hint="They do not belong together: give the model that the adapter was trained on.",
+        )
+
+
+def _need_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError("Reading a GGUF file needs the package gguf.", hint="pip install gguf")

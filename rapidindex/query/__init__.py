@@ -1,0 +1,1 @@
+"""The retrieval stage: a question becomes ranked training examples and heat-maps."""

@@ -1,0 +1,1 @@
+"""Search among stored rows, exhaustively or through FAISS. Knows vectors only."""

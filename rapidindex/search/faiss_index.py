@@ -1,0 +1,258 @@
+"""FAISS: inner-product indexes over folded rows, made from an `index_factory` string. Knows no store and no query.
+
+FAISS is imported when it is first needed: its CPU and GPU builds install the same package, so neither is a dependency.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from rapidindex.errors import DamagedIndex, ResourceError, UsageError
+from rapidindex.store.container import index_of
+from rapidindex.store.writing import part_name, sync_folder, writing
+
+QB = 4
+"""Bits of a query's entries in RaBitQ. 4 took 1.06 ms where 8 took 1.42, and lost at most .002 of recall@10 at an
+over-fetch of 4 (20,000 rows, d = 4,096, one thread); 0 is 100 times slower."""
+FASTSCAN_DIM = 2048
+"""FastScan adds up in 16 bits: recall .38 at 4,096 dimensions and .02 at 5,120, without a word."""
+_GPU_MOST = 2048  # results (and lists probed) of one query on a GPU
+_ADVICE = "Try HR,RaBitQ, Flat, SQ8, IVF256,Flat or HNSW32."
+_WRITE_BYTES = 2**22
+
+
+def load_faiss() -> Any:
+    """The faiss module; ResourceError where it is missing or cannot be loaded."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ResourceError(
+            f"An approximate index needs FAISS, which cannot be imported ({error}).",
+            hint="Type: pip install 'rapidindex[cpu]' (or search with --exact, which needs no FAISS).",
+        ) from error
+    except (RuntimeError, OSError) as error:  # faiss-gpu without its CUDA libraries
+        raise ResourceError(
+            f"FAISS is installed but does not load ({_first_line(error)}).",
+            hint="Type: pip uninstall faiss-gpu faiss-gpu-cuvs faiss-cpu, then pip install 'rapidindex[cpu]'.",
+        ) from error
+    # By default every search of fewer than 128,000 / d queries goes a way that is 20 to 30 times slower.
+    faiss.cvar.distance_compute_blas_threshold = 1
+    return faiss
+
+
+def require_gpu(factory: str) -> None:
+    """ResourceError where FAISS sees no GPU, UsageError where `factory` cannot live on one."""
+    count = getattr(load_faiss(), "get_num_gpus", lambda: 0)()
+    if not count:
+        raise ResourceError(
+            "--gpu needs a GPU and FAISS's GPU build, and this FAISS sees no GPU.",
+            hint="Type: pip uninstall faiss-cpu, then pip install 'rapidindex[gpu]'; or leave out --gpu.",
+        )
+    if not re.fullmatch(r"(IVF\d+[kM]?,)?(Flat|SQ8|SQfp16|PQ\d+(x8)?)", factory):
+        raise UsageError(
+            f"--factory {factory} cannot be used with --gpu: on a GPU FAISS has flat and IVF indexes, and no "
+            "RaBitQ, HNSW or FastScan.",
+            hint="Try --factory Flat or IVF256,Flat, or leave out --gpu.",
+        )
+
+
+def check_factory(factory: str, dim: int, rows: int) -> None:
+    """UsageError where `factory` is known to fail over so many `rows` of `dim` entries, or FAISS does not know it."""
+    for pattern, reason in (
+        (r"(^|,)NSG|NNDescent", "it cannot be built in batches"),
+        (r"Refine|(^|,)RFlat", "candidates are re-ranked with the stored rows already"),
+        (r"(HNSW|IVF)0*1?($|[,_])", "it has too few lists or links"),
+    ):
+        if re.search(pattern, factory):
+            raise UsageError(f"--factory {factory} cannot be used: {reason}.", hint=_ADVICE)
+    if dim > FASTSCAN_DIM and re.search(r"fsr?(_\d+)?($|,)", factory):
+        raise UsageError(
+            f"--factory {factory} cannot be used at --dim {dim}: FastScan adds up in 16 bits, which overflow silently "
+            f"above {FASTSCAN_DIM} dimensions.",
+            hint=f"Add --dim {FASTSCAN_DIM}, or use HR,RaBitQ.",
+        )
+    lists = re.search(r"IVF(\d+)([kM]?)", factory)
+    if lists and 0 < rows < int(lists[1]) * {"": 1, "k": 2**10, "M": 2**20}[lists[2]]:
+        raise UsageError(
+            f"--factory {factory} needs a row for each of its lists, and there are {rows:,} rows.",
+            hint=f"Try IVF{max(2, int(rows**0.5))} instead of IVF{lists[1]}{lists[2]}.",
+        )
+    _make(factory, dim)
+
+
+def faiss_version() -> str:
+    """FAISS's version."""
+    return load_faiss().__version__
+
+
+class AnnIndex:
+    """Folded rows under their row numbers, searched by inner product. Concurrent searches are safe."""
+
+    def __init__(self, index: Any, *, on_gpu: bool = False, threads: int | None = None) -> None:
+        self._faiss = load_faiss()
+        self._index, self._on_gpu, self._threads = index, on_gpu, threads
+        self._inner = _inner(self._faiss, index)
+        self._ivf = self._inner if hasattr(self._inner, "nprobe") else None
+
+    @classmethod
+    def create(cls, factory: str, dim: int, *, gpu: bool = False, threads: int | None = None) -> "AnnIndex":
+        """An empty index. UsageError where FAISS does not know `factory`."""
+        faiss, index = load_faiss(), _make(factory, dim)
+        inner = _inner(faiss, index)
+        for part in (inner, getattr(inner, "pq", inner)):
+            if hasattr(part, "cp"):
+                part.cp.min_points_per_centroid = 1  # else FAISS warns on stderr; recall is measured anyway
+        if hasattr(inner, "qb"):
+            inner.qb = QB
+        if gpu:
+            index = inner = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+        if not hasattr(inner, "nprobe") and not isinstance(index, faiss.IndexIDMap):
+            index = faiss.IndexIDMap(index)  # of all indexes only IVF takes row numbers itself
+        return cls(index, on_gpu=gpu, threads=threads)
+
+    @classmethod
+    def load(cls, path: Path, *, gpu: bool = False, to_add: bool = False, threads: int | None = None) -> "AnnIndex":
+        """What `save` wrote, memory-mapped unless rows are `to_add`. DamagedIndex where it cannot be read."""
+        faiss = load_faiss()
+        flags = 0 if to_add or gpu else getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
+        try:
+            index = faiss.read_index(str(path), flags)
+        except RuntimeError as error:
+            if not path.exists():
+                raise FileNotFoundError(path) from error
+            hint = f"Type `rapidindex index {index_of(path)}`."
+            raise DamagedIndex(f"{path} cannot be read ({_in_short(error)}).", hint=hint) from error
+        if gpu:
+            index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+        return cls(index, on_gpu=gpu, threads=threads)
+
+    def __len__(self) -> int:
+        return self._index.ntotal
+
+    @property
+    def lists(self) -> int:
+        """Lists of an IVF index, of which a search visits a part; 0 for others."""
+        return self._ivf.nlist if self._ivf else 0
+
+    def bytes_per_row(self) -> int:
+        """Bytes of memory that a row takes, roughly."""
+        try:
+            return 8 + self._inner.sa_code_size()
+        except RuntimeError:  # a graph: its vectors and links
+            storage = (
+                self._faiss.downcast_index(self._inner.storage) if hasattr(self._inner, "storage") else self._inner
+            )
+            return 8 + storage.sa_code_size() + 4 * self._inner.hnsw.nb_neighbors(0)
+
+    def train(self, folded: Float32[np.ndarray, "n dim"]) -> None:
+        """Fit what the index learns from its rows. UsageError where they are too few."""
+        if not self._index.is_trained:
+            self._guarded(self._index.train, folded)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether rows can be added."""
+        return self._index.is_trained
+
+    def add(self, folded: Float32[np.ndarray, "n dim"], numbers: Int64[np.ndarray, " n"]) -> None:
+        """Add rows under their numbers."""
+        self._guarded(self._index.add_with_ids, folded, numbers)
+
+    def numbers(self) -> Int64[np.ndarray, " n"]:
+        """The numbers of the rows it holds, in no order. Of indexes on the CPU."""
+        if not self._ivf:
+            return self._faiss.vector_to_array(self._faiss.downcast_index(self._index).id_map)
+        lists = self._ivf.invlists
+        each = (self._faiss.rev_swig_ptr(lists.get_ids(at), lists.list_size(at)) for at in range(self._ivf.nlist))
+        return np.concatenate([numbers.copy() for numbers in each])
+
+    def search(
+        self, folded: Float32[np.ndarray, "queries dim"], count: int, lists: int | None = None
+    ) -> tuple[Float32[np.ndarray, "queries count"], Int64[np.ndarray, "queries count"]]:
+        """Estimated inner products and numbers of about the `count` rows of the largest ones, best first, then -1.
+
+        An IVF index visits so many of its `lists`.
+        """
+        if self._threads:
+            self._faiss.omp_set_num_threads(self._threads)  # of this thread's searches only
+        count = min(count, _GPU_MOST if self._on_gpu else len(self))
+        return self._index.search(folded, count, params=self._parameters(count, lists))
+
+    def save(self, path: Path) -> tuple[int, str]:
+        """Write to `path`, which appears whole or not at all; its size in bytes and its SHA-256.
+
+        Raises ResourceError where there is no room.
+        """
+        index = self._faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index
+        part = part_name(path)
+        digest = hashlib.sha256()
+        with writing(path, len(self) * self.bytes_per_row()):
+            try:
+                with open(part, "xb") as file:
+                    each = _to_both(digest.update, file.write)
+                    self._faiss.write_index(index, self._faiss.PyCallbackIOWriter(each, _WRITE_BYTES))
+                    size = file.tell()
+                part.rename(path)
+                sync_folder(path.parent)
+            finally:
+                with suppress(OSError):
+                    part.unlink()
+        return size, digest.hexdigest()
+
+    def _parameters(self, count: int, lists: int | None) -> Any:
+        if self._ivf:
+            most = _GPU_MOST if self._on_gpu else self._ivf.nlist
+            return self._faiss.SearchParametersIVF(nprobe=min(lists or self._ivf.nlist, most))
+        if hasattr(self._inner, "hnsw"):
+            return self._faiss.SearchParametersHNSW(efSearch=max(64, 4 * count))
+        return None
+
+    def _guarded(self, call: Callable[..., None], *arguments: np.ndarray) -> None:
+        try:
+            call(*arguments)
+        except RuntimeError as error:
+            raise UsageError(
+                f"This --factory does not work on these rows: FAISS says: {_in_short(error)}.", hint=_ADVICE
+            ) from error
+
+
+def _make(factory: str, dim: int) -> Any:
+    faiss = load_faiss()
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise UsageError(
+            f"--factory {factory!r} cannot be used at --dim {dim}: FAISS says: {_in_short(error)}.", hint=_ADVICE
+        ) from error
+
+
+def _inner(faiss: Any, index: Any) -> Any:
+    """The index under row numbers and rotations."""
+    index = faiss.downcast_index(index)
+    while isinstance(index, faiss.IndexIDMap | faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    return index
+
+
+def _to_both(first: Callable[[bytes], Any], second: Callable[[bytes], Any]) -> Callable[[bytes], None]:
+    def write(data: bytes) -> None:
+        first(data)
+        second(data)
+
+    return write
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _in_short(error: BaseException) -> str:
+    """The end of `Error in void faiss::f(…) at /…/file.cpp:823: Error: 'x' failed: what happened`."""
+    said = re.sub(r"^Error in .*? at \S+:\d+: ", "", _first_line(error))
+    return re.sub(r"^Error: (?:'.*?' failed: )?", "", said).rstrip(". ") or "nothing"

@@ -1,0 +1,234 @@
+"""Writing a sealed file (`container.py` says what that is): it appears complete and synced to the disk, or not at all.
+
+libhdf5 plans the file in memory and never writes to the disk: a file that it failed to write cannot be closed again
+and keeps its disk space. The bytes are written with `pwrite`, into space reserved beforehand, so that a full disk is an
+ordinary error that leaves nothing behind.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from rapidindex.errors import ResourceError, StoreError
+from rapidindex.store.container import USER_BLOCK, Extent, Layout, index_of
+
+_ALIGNMENT = 64  # bytes: whoever maps an array can use it in place
+_WRITE_BYTES = 64 * 2**20  # one pwrite; Linux takes at most 2 GiB
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "files may not grow so large here (`ulimit -f`)",
+}
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@dataclass(frozen=True)
+class Column:
+    """An array to be written, as blocks that follow one another along its first axis."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    blocks: Iterable[np.ndarray]
+
+
+def column(values: Any, dtype: str) -> Column:
+    """`values` as a column of one block; `dtype` names its byte order, as in `<f4`."""
+    array = np.ascontiguousarray(values, dtype=dtype)
+    return Column(array.shape, array.dtype, [array])
+
+
+def json_column(value: Any) -> Column:
+    """`value` as JSON, a column of bytes."""
+    return column(np.frombuffer(encode_json(value), np.uint8), "|u1")
+
+
+def encode_json(value: Any) -> bytes:
+    """Compact JSON. Lone surrogates, which a JSON file can hold, survive."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+
+
+def write(path: Path, columns: dict[str, Column], attributes: Mapping[str, str | int]) -> Layout:
+    """Write `path` as one sealed file. It appears complete and synced to the disk, or not at all.
+
+    Raises ResourceError where there is no room for it, and StoreError where `path` exists (a finished file is never
+    overwritten) or its folder cannot be written to. Nothing is left behind then.
+    """
+    pieces, extents = _plan(columns, attributes)
+    part = part_name(path)
+    with writing(path, pieces.size):
+        try:
+            with open(part, "xb+", buffering=0) as file:
+                _reserve(file.fileno(), pieces.size)
+                for offset, piece in pieces.written:
+                    _write_at(file.fileno(), piece, offset)
+                for name, values in columns.items():
+                    _write_blocks(file.fileno(), values.blocks, extents[name])
+                file.seek(USER_BLOCK)
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                layout = Layout(path, pieces.size, sha256, attributes, extents)
+                _write_at(file.fileno(), _fitting(layout.block()), 0)
+                os.fsync(file.fileno())
+            _publish(part, path)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
+    return layout
+
+
+def part_name(path: Path) -> Path:
+    """Where `path` is written until it is complete. No two processes use the same one, even after one was killed."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+
+
+@contextlib.contextmanager
+def writing(path: Path, needed: int) -> Iterator[None]:
+    """Turn the operating system's refusals to write `path` (`needed` bytes) into our errors."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise StoreError(
+            f"{path} is already there, and a finished file is never overwritten.",
+            hint=f"Is another build running? If not, type `rapidindex check {index_of(path)} --repair`.",
+        ) from error
+    except OSError as error:
+        raise _refusal(error, path, needed) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refusal(error: OSError, path: Path, needed: int) -> StoreError | ResourceError:
+    if error.errno in _FULL:
+        free = "an unknown amount"
+        with contextlib.suppress(OSError):
+            free = _size(shutil.disk_usage(path.parent).free)
+        return ResourceError(
+            f"{path} cannot be written: {_FULL[error.errno]}. It needs {_size(needed)}; {free} is free.",
+            hint="Make room, then type the same command again: finished shards are kept.",
+        )
+    if error.errno in _READ_ONLY:
+        return StoreError(
+            f"{path} cannot be written: {path.parent} is read-only for you ({error.strerror}).",
+            hint="Change its permissions, or copy the index to a folder of your own.",
+        )
+    return StoreError(f"{path} cannot be written: {error.strerror or error}.")
+
+
+def _size(count: int) -> str:
+    return f"{count} bytes" if count < 2**20 else f"{count / 2**20:,.1f} MiB"
+
+
+class _Pieces:
+    """What libhdf5 writes, kept in memory: the little that is not an array. h5py takes it for a file."""
+
+    def __init__(self) -> None:
+        self.written: list[tuple[int, bytes]] = []
+        self.size = self._position = 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = offset + (0, self._position, self.size)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Any) -> int:
+        self.written.append((self._position, bytes(data)))
+        self._position += len(data)
+        self.size = max(self.size, self._position)
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        self.size = size
+        return size
+
+    def flush(self) -> None:
+        pass
+
+    def read(self, size: int = -1) -> bytes:
+        raise OSError("libhdf5 is not expected to read from a file that it creates")
+
+    readinto = read
+
+
+def _plan(columns: dict[str, Column], attributes: Mapping[str, str | int]) -> tuple[_Pieces, dict[str, Extent]]:
+    """The file without its arrays, and where they go: their space is allocated, but not filled."""
+    pieces, extents = _Pieces(), {}
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    with h5py.File(
+        pieces, "w", userblock_size=USER_BLOCK, alignment_threshold=1, alignment_interval=_ALIGNMENT
+    ) as file:
+        file.attrs.update(attributes)
+        for name, values in columns.items():
+            dataset = file.create_dataset(name, values.shape, values.dtype, dcpl=creation)
+            offset = dataset.id.get_offset() if dataset.size else -1
+            extents[name] = Extent(values.dtype.str, values.shape, offset)
+    return pieces, extents
+
+
+def _fitting(block: bytes) -> bytes:
+    if len(block) != USER_BLOCK:
+        raise ValueError(f"the table of contents takes {len(block)} bytes, more than {USER_BLOCK}")
+    return block
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the disk space now, so that a full disk is known before the work of writing."""
+    os.ftruncate(descriptor, size)
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot reserve
+            raise
+
+
+def _write_blocks(descriptor: int, blocks: Iterable[np.ndarray], extent: Extent) -> None:
+    written = 0
+    for block in blocks:
+        if block.size:
+            data = np.ascontiguousarray(block, extent.dtype).data.cast("B")
+            _write_at(descriptor, data, extent.offset + written)
+        written += block.nbytes
+    if written != extent.nbytes:
+        raise ValueError(f"a column of {extent.nbytes} bytes was given blocks of {written}")
+
+
+def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    data = memoryview(data)
+    while data:
+        count = os.pwrite(descriptor, data[:_WRITE_BYTES], offset)
+        data, offset = data[count:], offset + count
+
+
+def _publish(part: Path, path: Path) -> None:
+    """Give the finished file its name, never another's: FileExistsError where `path` exists."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.rename(part, path)
+    sync_folder(path.parent)
