@@ -28,7 +28,7 @@ from bench.common import save
 from bench.peers import environment
 from bench.peers.measuring import LONGEST, peak_bytes, seconds
 from bench.ways import WAYS, Setting, make, open_made, write_rows
-from rapidindex.caching.shard_writer import Item, padded_tokens
+from rapidindex.caching.batches import Item, padded_tokens
 from rapidindex.progress import Bars
 
 GROUP = 4

@@ -12,7 +12,7 @@ import torch
 
 from bench.peers.measuring import seconds
 from bench.ways import Setting, make, open_made
-from rapidindex.caching.shard_writer import Item, as_batch, plan_batches
+from rapidindex.caching.batches import Item, as_batch, plan_batches
 from rapidindex.progress import Progress
 
 DTYPES = ("float32", "bfloat16")

@@ -14,7 +14,8 @@ import torch
 
 from bench.peers.measuring import seconds
 from bench.ways import Setting
-from rapidindex.caching.shard_writer import ShardWriter, padded_tokens
+from rapidindex.caching.batches import padded_tokens
+from rapidindex.caching.shard_writer import ShardWriter
 from rapidindex.gradients import per_example as gradients_module
 from rapidindex.gradients.per_example import _Recorder
 from rapidindex.gradients.rapidgrad import Compressor

@@ -15,11 +15,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench.common import save
-from rapidindex.caching.activations import Activations, measure_activations
-from rapidindex.caching.job import Job, Request
-from rapidindex.caching.room import held_by, needed_room
-from rapidindex.caching.shard_writer import Item
-from rapidindex.config import BuildConfig, ModelConfig
+from rapidindex.caching.batches import Item
+from rapidindex.caching.estimate import Activations, held_by, measure_activations, needed_room
+from rapidindex.caching.job import Job
+from rapidindex.config import BuildConfig, BuildRequest, ModelConfig
 from rapidindex.data.examples import Dataset, Example
 from rapidindex.data.templates import Encoding
 from rapidindex.gradients.per_example import PerExampleGradients
@@ -160,7 +159,7 @@ def job_of(case: Case, model: torch.nn.Module) -> Job:
     """A build of that model over examples of each length."""
     items = [item for length in LENGTHS for item in examples(length, ROWS // len(LENGTHS))]
     config = ModelConfig(case.shape, "adapter" if case.trained != "all parameters" else None, dtype=case.dtype)
-    request = Request("data", "index", config, work=BuildConfig(batch_tokens=case.batch_tokens))
+    request = BuildRequest("data", "index", config, work=BuildConfig(batch_tokens=case.batch_tokens))
     loaded = LoadedModel(model, None, config, {}, torch.device("cpu"))
     gradients = PerExampleGradients(model)
     dataset = Dataset("data", [], [], "")

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import save
-from rapidindex.caching.build import Request, build
-from rapidindex.config import BuildConfig, EncodingConfig, ModelConfig
+from rapidindex.caching.build import build
+from rapidindex.config import BuildConfig, BuildRequest, EncodingConfig, FinetuneConfig, ModelConfig
 from rapidindex.data.examples import read_examples
 from rapidindex.demo.demo import unpack_model
-from rapidindex.model.finetune import FinetuneConfig, finetune
+from rapidindex.model.finetune import finetune
 from rapidindex.progress import Bars, Progress
 from rapidindex.query.index import Index
 from rapidindex.results import Result
-from rapidindex.views.heatmap import verdict
+from rapidindex.views.wording import verdict
 
 PROMPTS = {
     "flu": ("What are the symptoms of the flu?", r"\bflu\b|influenza"),
@@ -83,7 +83,7 @@ def make(data: str, work: Path, rows: int, indexed: int, progress: Progress) -> 
     dataset = read_examples(part)
     finetune(dataset, EncodingConfig(), model, FinetuneConfig(epochs=1), work / "adapter", progress=progress)
     adapted = ModelConfig(str(work / "model"), str(work / "adapter"))
-    build(Request(str(fewer), str(work / "index"), adapted, work=BuildConfig(shard_seconds=60)), progress=progress)
+    build(BuildRequest(str(fewer), str(work / "index"), adapted, work=BuildConfig(shard_seconds=60)), progress=progress)
 
 
 def chosen(lines: list[str], rows: int) -> list[str]:

@@ -26,11 +26,12 @@ import torch
 from bench.common import RESULTS, save
 from bench.peers.measuring import Rows, bare, seconds
 from bench.ways import Setting, config_of, make, open_made
-from rapidindex.caching.build import Request, build
+from rapidindex.caching.batches import Item, as_batch, padded_tokens, plan_units
+from rapidindex.caching.build import build
 from rapidindex.caching.estimate import estimate
-from rapidindex.caching.shard_writer import Item, as_batch, load_compressor, padded_tokens, plan_units
-from rapidindex.config import GradientConfig
-from rapidindex.gradients.per_example import Batch, trainable, weighted_token_losses
+from rapidindex.caching.shard_writer import load_compressor
+from rapidindex.config import BuildRequest, GradientConfig
+from rapidindex.gradients.losses import Batch, trainable, weighted_token_losses
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.token_scores import TokenScores, shares
 from rapidindex.progress import Bars, Progress
@@ -163,7 +164,7 @@ def built(options: argparse.Namespace, rows: list[Item], progress: Progress) -> 
     data.write_text("".join(json.dumps(example) + "\n" for example in examples))
     gradient = GradientConfig(moment_examples=len(rows))
     model = config_of(options.work, False, "float32")
-    request = Request(str(data), str(index), model, gradient=gradient, levels=("token",))
+    request = BuildRequest(str(data), str(index), model, gradient=gradient, levels=("token",))
     said = estimate(request, progress=progress)
     started = time.perf_counter()
     done = build(request, progress=progress)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from bench.common import save
 from rapidindex import Index, Query
-from rapidindex.caching.build import Request, build
-from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig
+from rapidindex.caching.build import build
+from rapidindex.config import BuildRequest, EncodingConfig, FinetuneConfig, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.data.examples import read_examples
 from rapidindex.demo.demo import EPOCHS, TEMPLATE, unpack_model
-from rapidindex.model.finetune import FinetuneConfig, finetune
+from rapidindex.model.finetune import finetune
 from rapidindex.progress import Bars, steps
 
 RECIPES = {
@@ -85,7 +85,9 @@ def one_seed(seed: int, data: str, work: Path, bars: Bars) -> list[dict]:
     for recipe, changes in RECIPES.items():
         index = work / f"{recipe}-{seed}"
         gradient, sketch = GradientConfig(**changes, seed=seed), SketchConfig(seed=seed)
-        built = build(Request(data, str(index), ModelConfig(model, adapter), encoding, gradient, sketch), progress=bars)
+        built = build(
+            BuildRequest(data, str(index), ModelConfig(model, adapter), encoding, gradient, sketch), progress=bars
+        )
         shares = {way: ask(Index.open(index), word) for way, word in (("word", "Japan"), ("sentence", None))}
         seconds = {"build": built.seconds, "all": time.perf_counter() - started}
         runs.append({"seed": seed, "recipe": recipe, "share": shares, "losses": tuned.epoch_losses, "seconds": seconds})

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from bench.peers.measuring import Rows, bare
-from rapidindex.caching.build import Request, build
-from rapidindex.caching.shard_writer import Item, ShardWriter, as_batch, load_compressor, plan_batches
-from rapidindex.config import BuildConfig, GradientConfig, ModelConfig, SketchConfig
+from rapidindex.caching.batches import Item, as_batch, plan_batches
+from rapidindex.caching.build import build
+from rapidindex.caching.shard_writer import ShardWriter, load_compressor
+from rapidindex.config import BuildConfig, BuildRequest, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.data.examples import read_examples
 from rapidindex.data.templates import Template
 from rapidindex.demo.demo import unpack_model
-from rapidindex.gradients.per_example import Batch, example_losses, layers_of, trainable
+from rapidindex.gradients.losses import Batch, example_losses, layers_of, trainable
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.model.model import LoadedModel, load
@@ -113,7 +114,7 @@ def make(work: Path, data: str, *, full: bool, dtype: str, progress: Progress = 
     index = index_of(work, full, dtype)
     shutil.rmtree(index, ignore_errors=True)
     gradient = GradientConfig(moment_examples=FIRST_ROWS)
-    request = Request(data, str(index), config_of(work, full, dtype), gradient=gradient, limit=FIRST_ROWS)
+    request = BuildRequest(data, str(index), config_of(work, full, dtype), gradient=gradient, limit=FIRST_ROWS)
     build(request, progress=progress)
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from rapidindex.errors import RapidIndexError, UsageError
+from rapidindex.views.tables import build_lines, estimate_lines, finetune_lines, info_lines
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -121,8 +122,8 @@ def finetune(
 ) -> None:
     """Fine-tune a model on the data: LoRA, QLoRA or all parameters. Given again, it goes on where it stopped."""
     from rapidindex import config
+    from rapidindex.config import FinetuneConfig
     from rapidindex.data.examples import read_examples
-    from rapidindex.model.finetune import FinetuneConfig
     from rapidindex.model.finetune import finetune as run
     from rapidindex.progress import Bars, steps
 
@@ -145,7 +146,7 @@ def finetune(
     dataset = read_examples(data, limit=limit)
     with Bars(quiet=quiet) as bars:
         summary = run(dataset, encoding, loaded, options, output, overwrite=overwrite, progress=steps(bars))
-    _print(summary, as_json, _finetune_lines(summary, len(dataset.skipped), str(data), model, template))
+    _print(summary, as_json, finetune_lines(summary, len(dataset.skipped), str(data), model, template))
 
 
 @app.command()
@@ -194,8 +195,8 @@ def build(
 ) -> None:
     """Cache the gradient of every training example, and index them. Given again, it goes on where it stopped."""
     from rapidindex import config
-    from rapidindex.caching.build import Request
     from rapidindex.caching.build import build as run
+    from rapidindex.config import BuildRequest
     from rapidindex.data.examples import listed_ids
     from rapidindex.progress import Bars
 
@@ -204,7 +205,7 @@ def build(
         raise UsageError(
             "--tokens, --token-K and --token-examples are about tokens.", hint="Add --level token, or both."
         )
-    request = Request(
+    request = BuildRequest(
         data=str(data),
         output=str(output),
         model=config.ModelConfig(model, adapter, quantize, dtype, device),
@@ -222,11 +223,11 @@ def build(
 
         with Bars(quiet=quiet) as bars:
             found = estimate(request, overwrite=overwrite, progress=bars)
-        _print(found, as_json, _estimate_lines(found))
+        _print(found, as_json, estimate_lines(found))
         return
     with Bars(quiet=quiet) as bars:
         summary = run(request, overwrite=overwrite, progress=bars)
-    _print(summary, as_json, _build_lines(summary))
+    _print(summary, as_json, build_lines(summary))
 
 
 @app.command()
@@ -257,7 +258,7 @@ def add(
     moved = {"model": model, "adapter": adapter, "device": device}
     with Bars(quiet=quiet) as bars:
         summary = run(path, str(data), **moved, work=work, limit=limit, progress=bars)
-    _print(summary, as_json, _build_lines(summary))
+    _print(summary, as_json, build_lines(summary))
 
 
 @app.command()
@@ -355,7 +356,8 @@ def query(
     quiet: Quiet = False,
 ) -> None:
     """Find the training examples that most influenced an answer, or a word of it."""
-    from rapidindex.query.index import Index, Query, read_queries
+    from rapidindex.query.index import Index
+    from rapidindex.query.questions import Query, read_queries
     from rapidindex.views import terminal
 
     if (prompt is None) == (queries is None):
@@ -400,7 +402,7 @@ def info(path: IndexPath, as_json: Json = False) -> None:
     from rapidindex.query.index import Index
 
     found = Index.open(path).info()
-    _print(found, as_json, _info_lines(found))
+    _print(found, as_json, info_lines(found))
 
 
 @app.command()
@@ -489,102 +491,3 @@ def _show(*parts: Any) -> None:
     console = Console(highlight=False, soft_wrap=False)
     for part in parts:
         console.print(part)
-
-
-def _finetune_lines(summary: Any, unusable: int, data: str, model: str, template: str) -> dict[str, dict[str, Any]]:
-    lines = {
-        "examples": f"{summary.examples:,}, {summary.steps:,} steps",
-        "trained": f"{summary.trainable_parameters:,} parameters ({summary.method})",
-        "loss": " → ".join(f"{loss:.3f}" for loss in summary.epoch_losses),
-        "time": "done before" if summary.already_there else f"{summary.seconds:.0f} s",
-    }
-    if summary.skipped or unusable:
-        lines["left out"] = f"{unusable} unusable rows, {summary.skipped} without room for their response"
-    if summary.early_step:
-        lines["early"] = f"{summary.output}/early, after step {summary.early_step:,}"
-    trained = f"-m {summary.output}" if summary.method == "full" else f"-m {model} -a {summary.output}"
-    chosen = "" if template == "alpaca" else f" --template {template!r}"
-    lines["next"] = f"rapidindex build {data} {trained}{chosen} -o INDEX"
-    return {f"{'Model' if summary.method == 'full' else 'Adapter'} {summary.output}": lines}
-
-
-def _build_lines(summary: Any) -> dict[str, dict[str, Any]]:
-    lines = {
-        "examples": f"{summary.examples:,} ({summary.computed:,} computed now, in {summary.seconds:.0f} s)",
-        "gradient": f"{summary.gradient_size:,} entries in {summary.layers} layers",
-    }
-    if summary.restored:
-        lines["restored"] = f"{summary.restored:,} examples that had been removed"
-    if summary.rejected or summary.skipped:
-        lines["left out"] = f"{summary.skipped} unusable rows, {summary.rejected} without a finite gradient: see info"
-    if summary.truncated:
-        first, more = ", ".join(map(str, summary.truncated[:10])), ", …" * (len(summary.truncated) > 10)
-        lines["truncated"] = f"{len(summary.truncated)} examples were cut to --max-length (lines {first}{more})"
-    if not summary.batched:
-        lines["note"] = "this model's gradients had to be computed one example at a time"
-    if summary.tokens is not None:
-        lines["tokens"] = f"{summary.tokens:,} with a row of their own"
-    if summary.without_tokens:
-        commands = "; ".join(f"rapidindex add {summary.index} {path}" for path in summary.without_tokens)
-        lines["no tokens"] = f"of data that was added: {commands}"
-    of_tokens = "" if summary.tokens is None else " --level token"
-    lines["next"] = f'rapidindex query {summary.index} "PROMPT" --token WORD{of_tokens}'
-    return {f"Index {summary.index}": lines}
-
-
-def _estimate_lines(found: Any) -> dict[str, dict[str, Any]]:
-    def sizes(parts: dict[str, int]) -> dict[str, str]:
-        whole = {**parts, "in all": sum(parts.values())}
-        unit, name = (2**20, "MiB") if whole["in all"] >= 2**24 else (2**10, "KiB")
-        return {part: f"{size / unit:,.1f} {name}" for part, size in whole.items()}
-
-    time = {"for": f"{found.rows:,} rows of {found.examples:,} examples", "workers": found.workers}
-    time["tokens"] = f"{found.tokens:,}, padding included"
-    time |= {name: f"{seconds:,.1f} s" for name, seconds in {**found.seconds, "in all": found.total_seconds}.items()}
-    free = {name: size / 2**20 for name, size in found.free.items()}
-    tables = {
-        "Time": time,
-        f"Disk, of {free['disk']:,.0f} MiB free": sizes(found.disk),
-        f"Memory, {free['memory']:,.0f} MiB free": sizes(found.memory),
-    }
-    if found.device_memory:
-        tables[f"GPU memory, {free['device']:,.0f} MiB free"] = sizes(found.device_memory)
-    return tables
-
-
-def _info_lines(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    config = found["config"]
-    gradient, sketch = config["gradient"], config["sketch"]
-    short = [(level, held["planned"]) for level, held in found["levels"].items() if not held["complete"]]
-    state = "; ".join(f"level {level}: {planned:,} planned" for level, planned in short) or "complete"
-    state += ": give the build command again" if short else ""
-    lines = {
-        "examples": f"{found['examples']:,} ({state})",
-        "size": f"{found['bytes'] / 2**20:,.1f} MiB",
-        "gradient": f"{found['gradient_size']:,} entries in {found['layers']} layers",
-        "model": f"{config['model']['path']} ({', '.join(filter(None, (config['dtype'], config['quantize'])))})",
-        "adapter": config["adapter"]["path"] or "none: all parameters",
-        "data": ", ".join(source["path"] for source in (config["data"], *config.get("added", []))),
-        "template": config["encoding"]["template"],
-        "recipe": f"second moment {gradient['second_moment']}, normalize {gradient['normalize']}",
-        "RapidGrad": f"{sketch['shuffles']} shuffles, seed {sketch['seed']}",
-        "created": found["created"],
-    }
-    if found["removed"]:
-        lines["removed"] = f"{found['removed']:,} examples"
-    tables = {f"Index {found['path']}": lines}
-    for level, held in found["levels"].items():
-        what = {
-            "rows": f"{held['rows']:,} of {held['examples']:,} examples; shards: {held['shards']}",
-            "K": f"{held['K']:,}, kept as {held['row_type']}",
-        }
-        if level == "token":
-            what["tokens"] = f"{config['token']['tokens']}, of {config['tokens_of']} examples"
-        searched = {name: value for name, value in (held["index"] or {}).items() if value not in (None, "", 0)}
-        if searched.get("factory") == "exact":
-            searched = {"factory": "exact"}
-        tables[f"Level {level}"] = what | {f"search {name}": value for name, value in searched.items()}
-    for title, rows in (("Unusable rows of the data", found["skipped"]), ("No finite gradient", found["rejected"])):
-        if rows:
-            tables[title] = {f"{row.get('source', '')} line {row['line']}".strip(): row["reason"] for row in rows}
-    return tables

@@ -6,7 +6,7 @@ Knows nothing of models or files. Every check names the flag a user typed.
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rapidindex.errors import UsageError
@@ -164,3 +164,95 @@ class BuildConfig:
     def __post_init__(self) -> None:
         _at_least("--batch-tokens", self.batch_tokens, 16)
         _at_least("--workers", self.workers, 1)
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What `rapidindex build` was asked for."""
+
+    data: str
+    output: str
+    model: ModelConfig
+    encoding: EncodingConfig = field(default_factory=EncodingConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig)
+    sketch: SketchConfig = field(default_factory=SketchConfig)
+    work: BuildConfig = field(default_factory=BuildConfig)
+    limit: int | None = None
+    levels: tuple[str, ...] = ("sentence",)
+    """Whole examples (`sentence`), response tokens (`token`), or both."""
+    token: TokenConfig = field(default_factory=TokenConfig)
+    token_examples: frozenset[str] | None = None
+    """Ids of the examples whose tokens are meant; None for all."""
+
+    def K(self, level: str) -> int:
+        """Length of a row of that level."""
+        return self.token.K if level == "token" else self.sketch.K
+
+
+METHODS = ("lora", "qlora", "full")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a model is fine-tuned. The paper trains rank 512 on 52,000 rows with 5e-5; these suit smaller runs."""
+
+    method: str = "lora"
+    """`lora`, `qlora` (the base in 4 bits, or 8 with --quantize 8bit) or `full`."""
+    rank: int = 16
+    """Of the LoRA matrices."""
+    alpha: int | None = None
+    """LoRA's scale times the rank; None for twice the rank."""
+    dropout: float = 0.0
+    """Before LoRA's A."""
+    target_modules: str | None = None
+    """Comma-separated names of linear modules; None for the attention projections, whatever the architecture."""
+    epochs: int = 3
+    """Passes over the data (the paper: 5)."""
+    learning_rate: float | None = None
+    """Highest, after the warm-up; None for 5e-4 (LoRA and QLoRA) or 5e-5 (full)."""
+    batch_size: int = 8
+    """Examples a forward and backward pass."""
+    accumulation: int = 1
+    """Passes a step."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises, before it falls along a cosine."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    seed: int = 0
+    """Draws LoRA's A, dropout and the order of the examples."""
+    early: float | None = None
+    """Share of the steps after which the model is kept in OUTPUT/early, too: what many examples taught alike is found
+    there, for in the finished model their gradients cancel out. 0 for none; None for 0.1 (LoRA, QLoRA) or 0 (full: it
+    would take the disk of another whole model)."""
+    save_optimizer: bool = False
+    """Keep AdamW's state in OUTPUT/optimizer.pt, for `build --second-moment OUTPUT`."""
+    checkpoint_seconds: float = 120.0
+    """An interrupted run loses about this much work at most."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"--method {self.method!r} is unknown.", hint=f"Choose one of: {', '.join(METHODS)}.")
+        for flag, value in [
+            ("--rank", self.rank),
+            ("--alpha", self.alpha),
+            ("--epochs", self.epochs),
+            ("--batch-size", self.batch_size),
+            ("--accumulation", self.accumulation),
+        ]:
+            if value is not None and value < 1:
+                raise UsageError(f"{flag} must be at least 1, not {value}.")
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
+            raise UsageError(f"--learning-rate must lie between 0 and 1, not at {self.learning_rate}.")
+        shares = [("--dropout", self.dropout), ("--warmup-ratio", self.warmup_ratio), ("--early", self.early)]
+        for flag, share in shares:
+            if share is not None and not 0 <= share < 1:
+                raise UsageError(f"{flag} must be at least 0 and less than 1, not {share}.")
+        if self.weight_decay < 0:
+            raise UsageError(f"--weight-decay must be at least 0, not {self.weight_decay}.")
+
+    def complete(self) -> "FinetuneConfig":
+        """The same with `alpha`, `learning_rate` and `early` filled in."""
+        full = self.method == "full"
+        rate = self.learning_rate or (5e-5 if full else 5e-4)
+        early = (0.0 if full else 0.1) if self.early is None else self.early
+        return replace(self, learning_rate=rate, alpha=self.alpha or 2 * self.rank, early=early)

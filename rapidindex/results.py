@@ -12,14 +12,32 @@ from rapidindex.errors import DataError
 
 SCHEMA = "rapidindex.result/1"
 
+HISTOGRAM_BINS = 50
+
 
 @dataclass(frozen=True)
-class Span:
-    """A token as the characters it stands for."""
+class Token:
+    """One token of a response, shown as the text it stands for."""
 
     text: str
+    """`response[start:end]`; for a token that ends the turn, the token's own name."""
     start: int
+    """Characters of the response before it. Tokens that share a character, as byte-level ones may, share its span."""
     end: int
+    """Where it ends; equal to `start`, at the response's end, for a token that ends the turn."""
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """One query's scores over all live rows; zeros where there is no row."""
+
+    n: int
+    min: float
+    max: float
+    mean: float
+    std: float
+    histogram: list[int]
+    """Counts in `HISTOGRAM_BINS` equal bins from min to max."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +57,7 @@ class Match:
     response: str
     meta: dict[str, Any]
     """The example's other columns."""
-    tokens: list[Span] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
     """The response's tokens."""
     token_scores: list[float] = field(default_factory=list)
     """The influence of each of `tokens` (Eq. 6 and 8); empty where it was not computed."""
@@ -56,7 +74,7 @@ class Asked:
 
     prompt: str
     answer: str
-    tokens: list[Span]
+    tokens: list[Token]
     """The answer's tokens."""
     selection: list[int]
     """Positions in `tokens`; all of them for the whole sentence."""
@@ -73,18 +91,6 @@ class Source:
     shuffles: int
     n: int
     """Rows searched."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """All scores of a search; `histogram` counts them in equal bins from `min` to `max`."""
-
-    n: int
-    min: float
-    max: float
-    mean: float
-    std: float
-    histogram: list[int]
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class Result:
     recall: float | None
     """1.0 for `exact`, the recall measured at build time for `ann`, None where it was not measured."""
     seconds: Seconds
-    summary: Summary | None
+    summary: ScoreSummary | None
     """None for `ann`, which does not score every row."""
     matches: list[Match]
     rescoring: Rescoring | None = None
@@ -167,12 +173,12 @@ class Result:
             index=Source(**value.pop("index")),
             query=Asked(**{**query, "tokens": _spans(query["tokens"])}),
             seconds=Seconds(**value.pop("seconds")),
-            summary=Summary(**summary) if summary else None,
+            summary=ScoreSummary(**summary) if summary else None,
             rescoring=Rescoring(**rescoring) if rescoring else None,
             matches=[Match(**match) for match in matches],
             **value,
         )
 
 
-def _spans(values: list[dict[str, Any]]) -> list[Span]:
-    return [Span(**value) for value in values]
+def _spans(values: list[dict[str, Any]]) -> list[Token]:
+    return [Token(**value) for value in values]

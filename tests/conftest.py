@@ -67,12 +67,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def poisoned(data: Path, tmp_path_factory: pytest.TempPathFactory, llama_folders: tuple[Path, Path]):
     """A model under which the gradient of one of the ten examples is not finite."""
-    from rapidindex.caching.build import Request, prepare
-    from rapidindex.config import ModelConfig, SketchConfig
+    from rapidindex.caching.job import prepare
+    from rapidindex.config import BuildRequest, ModelConfig, SketchConfig
     from rapidindex.model.model import load
 
     sketch = SketchConfig(K=1024)
-    job = prepare(Request(str(data), "unused", ModelConfig(*map(str, llama_folders)), sketch=sketch))
+    job = prepare(BuildRequest(str(data), "unused", ModelConfig(*map(str, llama_folders)), sketch=sketch))
     number = next(i for i, item in enumerate(job.items) if item.example.prompt.endswith("sky"))
     others = set().union(*(item.encoding.input_ids for i, item in enumerate(job.items) if i != number))
     own = sorted(set(job.items[number].encoding.input_ids) - others)

@@ -4,7 +4,7 @@ import random
 import re
 from dataclasses import replace
 
-from rapidindex.results import Asked, Match, Result, Seconds, Source, Span, Summary
+from rapidindex.results import Asked, Match, Result, ScoreSummary, Seconds, Source, Token
 
 END = "<|im_end|>"
 HOSTILE = '</script><script>window.hit = 1</script><img src=x onerror="window.hit = 1"> [bold red]{{ 7 * 7 }} & "q"'
@@ -13,10 +13,10 @@ ESCAPES = "red \x1b[31m bell \x07 back\x08 null \x00 override \u202eabc lone \ud
 COMMAND = "rapidindex query demo/index 'What are the origins of yoga?' --token Japan --html report.html"
 
 
-def spans(text: str) -> list[Span]:
+def spans(text: str) -> list[Token]:
     """Words with the space before them, as byte-level tokenizers cut, a new line alone, and a token ending the turn."""
-    cuts = [Span(found[0], *found.span()) for found in re.finditer(r"\n| ?\w{1,6}| ?[^\w\n]", text)]
-    return [*cuts, Span(END, len(text), len(text))]
+    cuts = [Token(found[0], *found.span()) for found in re.finditer(r"\n| ?\w{1,6}| ?[^\w\n]", text)]
+    return [*cuts, Token(END, len(text), len(text))]
 
 
 def match(rank: int, response: str, *, prompt: str = "What is yoga?", sign: int = 1, **fields) -> Match:
@@ -34,18 +34,18 @@ def split_emoji() -> Match:
     response = "ok 🧘 namasté — היוגה מיפן 👩‍🚀 end"
     at = response.index
     tokens = [
-        Span("ok", 0, 2),
-        *[Span(" 🧘", 2, 4)] * 3,
-        Span(" namast", 4, 11),
-        *[Span("é", 11, 12)] * 2,
-        Span(" —", 12, 14),
-        Span(" היו", 14, 18),
-        Span("גה", 18, 20),
-        Span(" מיפן", 20, 25),
-        Span(" 👩", 25, 27),
-        Span("\u200d", 27, 28),
-        Span("🚀", 28, 29),
-        Span(" end", at(" end"), len(response)),
+        Token("ok", 0, 2),
+        *[Token(" 🧘", 2, 4)] * 3,
+        Token(" namast", 4, 11),
+        *[Token("é", 11, 12)] * 2,
+        Token(" —", 12, 14),
+        Token(" היו", 14, 18),
+        Token("גה", 18, 20),
+        Token(" מיפן", 20, 25),
+        Token(" 👩", 25, 27),
+        Token("\u200d", 27, 28),
+        Token("🚀", 28, 29),
+        Token(" end", at(" end"), len(response)),
     ]
     return match(4, response, tokens=tokens)
 
@@ -56,7 +56,7 @@ def long_match(words: int = 2000) -> Match:
     return match(5, " ".join(draw.choice(("yoga", "Japan", "temple", "year", "of", "the")) for _ in range(words)))
 
 
-def moved(tokens: list[Span], rank: int) -> list[float]:
+def moved(tokens: list[Token], rank: int) -> list[float]:
     """A match's influence on each token of an answer, drawn from its rank."""
     draw = random.Random(-rank)
     return [draw.gauss(0, 0.3) for _ in tokens]
@@ -98,7 +98,7 @@ def result(direction: str = "proponents", matches: list[Match] | None = None, **
         "exact",
         1.0,
         Seconds(0.3, 0.1, 0.0, 1.2),
-        Summary(1000, -0.5, 0.5, 0.0, 0.06, counts),
+        ScoreSummary(1000, -0.5, 0.5, 0.0, 0.06, counts),
         usual if matches is None else matches,
     )
     return replace(made, **fields)

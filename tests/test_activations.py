@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from rapidindex.caching.activations import Alive, measure_activations
+from rapidindex.caching.estimate import Alive, measure_activations
 from rapidindex.config import ModelConfig
-from rapidindex.gradients.per_example import PerExampleGradients, example_losses
+from rapidindex.gradients.losses import example_losses
+from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.second_moment import correction
 from rapidindex.model.model import load
 from tests import tiny

@@ -13,7 +13,7 @@ PACKAGE = Path(rapidindex.__file__).parent
 TIERS = [
     {"errors"},
     {"progress"},
-    {"config", "results"},
+    {"config", "recipe", "results"},
     {"data", "gradients", "store", "views"},
     {"model", "search"},
     {"caching", "query"},
@@ -22,7 +22,7 @@ TIERS = [
     {"__main__"},
 ]
 """A room imports from itself and from the tiers above its own, never from its neighbours unless `BESIDE` says so."""
-BESIDE = {("results", "config"), ("gradients", "data"), ("query", "caching")}
+BESIDE = {("recipe", "config"), ("gradients", "data"), ("query", "caching")}
 LAZY = {("rapidindex.results", "rapidindex.views.html")}
 """The one import upward: a result shows itself."""
 LIGHT = (
@@ -50,13 +50,14 @@ def _name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(tree: ast.Module, modules: Modules) -> set[str]:
-    """The modules of the package that a module imports, anywhere in it."""
+def imports(module: str, modules: Modules) -> set[str]:
+    """The modules of the package that `module` imports, anywhere in it."""
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(modules[module]):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rapidindex":
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            inside = node.module != "rapidindex.store"  # whose door has names that are modules' too
+            # The door of store has names that are modules' too.
+            inside = node.module != "rapidindex.store" or room(module) == "store"
             found |= {name if inside and name in modules else node.module for name in names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "rapidindex"}
@@ -70,7 +71,7 @@ def room(module: str) -> str:
 def faults(modules: Modules) -> list[str]:
     """What is wrong with the imports of these modules."""
     tier = {name: number for number, names in enumerate(TIERS) for name in names}
-    graph = {name: imports(tree, modules) for name, tree in modules.items()}
+    graph = {name: imports(name, modules) for name in modules}
     found = [f"{name} has no place" for name in modules if room(name) not in tier]
     for name, others in graph.items():
         for other in others - {there for here, there in LAZY if here == name}:

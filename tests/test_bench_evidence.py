@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rapidindex.config import SketchConfig
-from rapidindex.gradients.per_example import Batch, Layer, PerExampleGradients
+from rapidindex.gradients.losses import Batch, Layer
+from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.second_moment import correction, estimate_second_moment
 from rapidindex.gradients.sketch import Sketch

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from rapidindex.caching.build import Request, build, plan_batches, prepare
-from rapidindex.config import BuildConfig, EncodingConfig, GradientConfig, ModelConfig, SketchConfig
+from rapidindex.caching.batches import plan_batches
+from rapidindex.caching.build import build
+from rapidindex.caching.job import prepare
+from rapidindex.config import BuildConfig, BuildRequest, EncodingConfig, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.data.templates import Template
 from rapidindex.errors import ConfigMismatch, DataError, ModelError, ResourceError, StoreError, UsageError
-from rapidindex.gradients.per_example import trainable
+from rapidindex.gradients.losses import trainable
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.model.model import load
 from rapidindex.store import Store
@@ -18,7 +20,7 @@ from tests.test_gradients import autograd
 
 def request(data, output, folders, **changes):
     model = ModelConfig(str(folders[0]), str(folders[1]))
-    return Request(str(data), str(output), model, **{"sketch": SketchConfig(K=1024), **changes})
+    return BuildRequest(str(data), str(output), model, **{"sketch": SketchConfig(K=1024), **changes})
 
 
 def all_rows(path):
@@ -119,7 +121,9 @@ def test_another_adapter_against_an_index_is_refused(data, tmp_path, llama_folde
     build(request(data, tmp_path / "index", llama_folders))
     with pytest.raises(ConfigMismatch, match=r"adapter\.fingerprint"):
         build(
-            Request(str(data), str(tmp_path / "index"), ModelConfig(str(llama_folders[0])), sketch=SketchConfig(K=1024))
+            BuildRequest(
+                str(data), str(tmp_path / "index"), ModelConfig(str(llama_folders[0])), sketch=SketchConfig(K=1024)
+            )
         )
 
 
@@ -203,7 +207,7 @@ def test_a_quantized_base_builds_and_is_part_of_the_identity(data, tmp_path):
 
     base, adapter = tiny.save_model(tmp_path, "llama", hidden_size=64, intermediate_size=128)
     quantized = ModelConfig(str(base), str(adapter), quantize="4bit")
-    asked = Request(str(data), str(tmp_path / "index"), quantized, sketch=SketchConfig(K=256))
+    asked = BuildRequest(str(data), str(tmp_path / "index"), quantized, sketch=SketchConfig(K=256))
     assert build(asked).examples == 10
     with pytest.raises(ConfigMismatch, match="quantize"):
         build(replace(asked, model=replace(quantized, quantize=None)))

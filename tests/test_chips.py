@@ -4,7 +4,7 @@ import random
 import pytest
 
 from rapidindex.errors import DataError
-from rapidindex.results import Rescoring, Span
+from rapidindex.results import Rescoring, Token
 from rapidindex.views import heatmap
 from tests import shown
 
@@ -47,17 +47,19 @@ def test_chips_hold_the_whole_text_and_every_share(match):
 
 
 def test_white_space_stays_outside_the_chip():
-    pieces, _ = heatmap.cut("a  b\n", [Span("a", 0, 1), Span("  b\n", 1, 5)], [0.1, 0.2])
+    pieces, _ = heatmap.cut("a  b\n", [Token("a", 0, 1), Token("  b\n", 1, 5)], [0.1, 0.2])
     assert [(p.before, p.text, p.after) for p in pieces] == [("", "a", ""), ("  ", "b", "\n")]
 
 
 def test_a_token_of_white_space_alone_gets_a_mark():
-    pieces, _ = heatmap.cut("a\n b", [Span("a", 0, 1), Span("\n", 1, 2), Span(" ", 2, 3), Span("b", 3, 4)], [0.0] * 4)
+    pieces, _ = heatmap.cut(
+        "a\n b", [Token("a", 0, 1), Token("\n", 1, 2), Token(" ", 2, 3), Token("b", 3, 4)], [0.0] * 4
+    )
     assert [p.label for p in pieces] == ["a", "↵", "␣", "b"]
 
 
 def test_the_token_that_ends_the_turn_is_a_chip_beside_the_text():
-    (first, end), rest = heatmap.cut("Hi", [Span("Hi", 0, 2), Span(shown.END, 2, 2)], [0.1, 0.2])
+    (first, end), rest = heatmap.cut("Hi", [Token("Hi", 0, 2), Token(shown.END, 2, 2)], [0.1, 0.2])
     assert (first.text, first.special, end.text, end.special, rest) == ("Hi", False, shown.END, True, "")
 
 
@@ -75,7 +77,7 @@ def test_spans_that_overlap_in_any_order_lose_nothing():
     text = "a é\u0301 b 👍🏽 c\n"
     for _ in range(300):
         cuts = [sorted((draw.randrange(len(text) + 1), draw.randrange(len(text) + 1))) for _ in range(6)]
-        tokens = [Span(text[start:end], start, end) for start, end in cuts]
+        tokens = [Token(text[start:end], start, end) for start, end in cuts]
         pieces, rest = heatmap.cut(text, tokens, [float(i) for i in range(6)])
         assert together(pieces, rest) == text
         assert sorted(share.position for piece in pieces for share in piece.shares) == list(range(6))
@@ -83,7 +85,7 @@ def test_spans_that_overlap_in_any_order_lose_nothing():
 
 def test_as_many_shares_as_tokens_are_needed():
     with pytest.raises(DataError, match="1 tokens and 2 shares"):
-        heatmap.cut("a", [Span("a", 0, 1)], [0.1, 0.2])
+        heatmap.cut("a", [Token("a", 0, 1)], [0.1, 0.2])
 
 
 def test_colour_grows_with_the_share_and_has_its_sign():

@@ -13,7 +13,8 @@ from rapidindex.config import BuildConfig, GradientConfig, SketchConfig
 from rapidindex.errors import DamagedIndex
 from rapidindex.gradients import eigenbases
 from rapidindex.gradients.eigenbases import Eigenbases, entries, estimate_eigenbases
-from rapidindex.gradients.per_example import Batch, PerExampleGradients
+from rapidindex.gradients.losses import Batch
+from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.second_moment import estimate_second_moment, kronecker_correction
 from rapidindex.gradients.sketch import Sketch

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from bench.crash import write_data
-from rapidindex.caching import room
-from rapidindex.caching.activations import Alive, measure_activations
-from rapidindex.caching.build import Request, as_batch, build, prepare
-from rapidindex.caching.estimate import estimate
-from rapidindex.caching.room import needed_room
-from rapidindex.config import BuildConfig, GradientConfig, ModelConfig, SketchConfig
+from rapidindex.caching import estimate as estimating
+from rapidindex.caching.batches import as_batch
+from rapidindex.caching.build import build
+from rapidindex.caching.estimate import Alive, estimate, measure_activations, needed_room
+from rapidindex.caching.job import prepare
+from rapidindex.config import BuildConfig, BuildRequest, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.errors import ResourceError
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.sketch import Sketch
@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def asked(data, tmp_path, llama_folders):
     model = ModelConfig(*map(str, llama_folders))
-    return Request(str(data), str(tmp_path / "index"), model, sketch=SketchConfig(K=4096))
+    return BuildRequest(str(data), str(tmp_path / "index"), model, sketch=SketchConfig(K=4096))
 
 
 @pytest.mark.parametrize("second_moment", ["none", "estimate"])
@@ -75,7 +75,7 @@ def test_the_memory_of_the_largest_batch_is_told_before_it_is_computed(asked, wa
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_the_numbers_before_anything_is_written(asked, monkeypatch):
-    monkeypatch.setattr(room, "_left_in_container", lambda: 2**20)
+    monkeypatch.setattr(estimating, "_left_in_container", lambda: 2**20)
     for attempt in (build, estimate):
         with pytest.raises(ResourceError, match=r"MiB of memory \(.*activations [0-9.]+.*\); 1.0 are free") as refusal:
             attempt(replace(asked, work=BuildConfig(batch_tokens=4096)))

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from rapidindex.config import EncodingConfig, ModelConfig
+from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig
 from rapidindex.data.examples import Dataset, read_examples
 from rapidindex.data.templates import Template
 from rapidindex.errors import ConfigMismatch, DataError, ModelError, UsageError
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.second_moment import read_second_moment
-from rapidindex.model.finetune import FinetuneConfig, FinetuneProgress, Summary, finetune
+from rapidindex.model.finetune import FinetuneProgress, Summary, finetune
 from rapidindex.model.model import generate, load
 from rapidindex.model.training import collate, target_modules
 from tests import tiny

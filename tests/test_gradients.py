@@ -3,15 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rapidindex.gradients.per_example import (
-    TOLERANCE,
-    Batch,
-    PerExampleGradients,
-    example_losses,
-    layers_of,
-    trainable,
-    with_drawn_labels,
-)
+from rapidindex.gradients.losses import Batch, example_losses, layers_of, trainable, with_drawn_labels
+from rapidindex.gradients.per_example import TOLERANCE, PerExampleGradients
 from tests import tiny
 
 # Relative error of the whole gradient, and of each layer that has one.

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rapidindex.caching.build import Request, build
+from rapidindex.caching.build import build
 from rapidindex.caching.update import add, remove
-from rapidindex.config import GradientConfig, ModelConfig, SketchConfig
+from rapidindex.config import BuildRequest, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.errors import ConfigMismatch, StoreError, UsageError
 from rapidindex.query.index import Index
 from rapidindex.search.vector_index import VectorIndex
@@ -41,7 +41,7 @@ def files(tmp_path):
 def request(data, output, folders, second_moment="none"):
     model = ModelConfig(*map(str, folders))
     gradient = GradientConfig(second_moment=second_moment, moment_examples=4)
-    return Request(data, str(output), model, gradient=gradient, sketch=SketchConfig(K=1024))
+    return BuildRequest(data, str(output), model, gradient=gradient, sketch=SketchConfig(K=1024))
 
 
 def assert_same_rows(ours, theirs):

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from rapidindex.config import ModelConfig, SketchConfig
-from rapidindex.gradients.per_example import Batch, PerExampleGradients, trainable
+from rapidindex.gradients.losses import Batch, trainable
+from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.second_moment import correction, estimate_second_moment
 from rapidindex.gradients.sketch import Sketch

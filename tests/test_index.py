@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from rapidindex.errors import DamagedIndex, QueryError, ResourceError, StoreError, UsageError
-from rapidindex.gradients.sketch import fold
 from rapidindex.search import metadata, vector_index
 from rapidindex.search.calibration import KINDS, calibrate, held_out
 from rapidindex.search.exact import exact_search, scores_of
-from rapidindex.search.vector_index import EXACT_NUMBERS, VectorIndex, default_factory
+from rapidindex.search.vector_index import EXACT_NUMBERS, VectorIndex, default_factory, fold
 from rapidindex.store import Store
 from rapidindex.store.folder import read_json, write_json
 from tests.stores import append, gradients, make_store, remove

@@ -9,7 +9,7 @@ from rapidindex.caching.build import build
 from rapidindex.config import GradientConfig, ModelConfig
 from rapidindex.errors import ConfigMismatch, DataError, NotAnIndex, QueryError, TokenNotFound
 from rapidindex.gradients.second_moment import correction
-from rapidindex.query.index import Query, read_queries
+from rapidindex.query.questions import Query, read_queries
 from rapidindex.results import Result
 from tests import tiny
 from tests.test_build import RECIPES, all_rows, request

@@ -3,7 +3,8 @@ import torch
 
 from rapidindex.config import SketchConfig
 from rapidindex.errors import ModelError
-from rapidindex.gradients.per_example import Batch, PerExampleGradients, trainable
+from rapidindex.gradients.losses import Batch, trainable
+from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.second_moment import correction, estimate_second_moment, read_second_moment
 from rapidindex.gradients.sketch import Sketch

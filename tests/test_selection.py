@@ -1,8 +1,8 @@
 import pytest
 
-from rapidindex.data.selection import select
+from rapidindex.data.tokens import select
 from rapidindex.errors import QueryError, TokenNotFound, UsageError
-from rapidindex.results import Span
+from rapidindex.results import Token
 
 ANSWER = "Yoga is from Japan; Japan, I say."
 PIECES = ["Yoga", " is", " from", " Jap", "an", ";", " Japan", ",", " I", " say", "."]
@@ -11,7 +11,7 @@ PIECES = ["Yoga", " is", " from", " Jap", "an", ";", " Japan", ",", " I", " say"
 def tokens():
     spans, at = [], 0
     for piece in PIECES:
-        spans.append(Span(piece, at, at + len(piece)))
+        spans.append(Token(piece, at, at + len(piece)))
         at += len(piece)
     assert at == len(ANSWER)
     return spans
@@ -44,7 +44,7 @@ def test_a_span_counts_from_zero_and_includes_its_end(span, expected):
 
 def test_a_hash_in_the_answer_itself_is_text():
     answer = "I like C#2 best"
-    spans = [Span("I like ", 0, 7), Span("C#2", 7, 10), Span(" best", 10, 15)]
+    spans = [Token("I like ", 0, 7), Token("C#2", 7, 10), Token(" best", 10, 15)]
     assert select(spans, answer, token="C#2") == [1]
 
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from rapidindex.config import SketchConfig
 from rapidindex.errors import UsageError
-from rapidindex.gradients.sketch import Sketch, fold
+from rapidindex.gradients.sketch import Sketch
+from rapidindex.search.vector_index import fold
 
 
 def literal_algorithm_1(gradient, sketch):

@@ -12,8 +12,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from rapidindex.data.examples import Example, display_text
-from rapidindex.data.templates import Encoding, Template, Token
+from rapidindex.data.templates import Encoding, Template
 from rapidindex.errors import ModelError, UsageError
+from rapidindex.results import Token
 from tests import tiny
 
 ALPACA = (

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from rapidindex import Index
-from rapidindex.caching.build import Request, build, prepare
+from rapidindex.caching.build import build
 from rapidindex.caching.estimate import estimate
+from rapidindex.caching.job import prepare
 from rapidindex.caching.update import add, remove
-from rapidindex.config import BuildConfig, GradientConfig, ModelConfig, SketchConfig, TokenConfig
-from rapidindex.data.templates import Token
+from rapidindex.config import BuildConfig, BuildRequest, GradientConfig, ModelConfig, SketchConfig, TokenConfig
 from rapidindex.data.tokens import chosen
 from rapidindex.errors import ConfigMismatch, StoreError, UsageError
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.model.model import load
-from rapidindex.results import Result
+from rapidindex.results import Result, Token
 from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Store, check
 from tests import tiny
@@ -35,7 +35,7 @@ def asked(data, output, folders, **changes):
         "work": BuildConfig(batch_tokens=256),
     }
     model = ModelConfig(str(folders[0]), folders[1] and str(folders[1]))
-    return Request(str(data), str(output), model, **{**options, **changes})
+    return BuildRequest(str(data), str(output), model, **{**options, **changes})
 
 
 def token_rows(path):
@@ -137,7 +137,7 @@ def test_a_search_of_tokens_finds_the_largest_products_and_says_which_tokens_the
 
 
 def replace_query(result):
-    from rapidindex.query.index import Query
+    from rapidindex.query.questions import Query
 
     return Query(result.query.prompt, result.query.answer, token="Japan")
 

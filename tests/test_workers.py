@@ -6,15 +6,16 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rapidindex.caching.build import Request, build
-from rapidindex.caching.workers import Shared, devices
-from rapidindex.config import BuildConfig, GradientConfig, SketchConfig
+from rapidindex.caching.build import build
+from rapidindex.caching.job import devices
+from rapidindex.caching.workers import Shared
+from rapidindex.config import BuildConfig, BuildRequest, GradientConfig, SketchConfig
 from rapidindex.store import Store, check
 from tests.test_build import all_rows
 
 
 def test_two_workers_give_the_rows_of_one_and_keep_out_what_is_not_finite(data, tmp_path, poisoned):
-    one = Request(
+    one = BuildRequest(
         str(data),
         str(tmp_path / "one"),
         poisoned,

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bench.evidence.tasks import write_text
-from rapidindex.caching.shard_writer import Item, as_batch, plan_batches
-from rapidindex.gradients.per_example import Batch, Consume, Layer, PerExampleGradients
+from rapidindex.caching.batches import Item, as_batch, plan_batches
+from rapidindex.gradients.losses import Batch, Layer
+from rapidindex.gradients.per_example import Consume, PerExampleGradients
 from rapidindex.progress import Progress
 
 BLOCK = 16

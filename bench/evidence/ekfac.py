@@ -26,7 +26,7 @@ from kronfluence.utils.dataset import DataLoaderKwargs
 from torch import Tensor, nn
 
 from bench.evidence.curvature import Eigenbasis
-from rapidindex.gradients.per_example import Batch, example_losses
+from rapidindex.gradients.losses import Batch, example_losses
 
 Row = tuple[Tensor, Tensor, Tensor]
 """One example: input ids, attention and loss weights, each [1, T]."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.evidence.cached import Replay
-from rapidindex.gradients.per_example import Batch, example_losses, trainable
+from rapidindex.gradients.losses import Batch, example_losses, trainable
 from rapidindex.progress import Progress
 
 DAMP, SCALE = 0.01, 25.0

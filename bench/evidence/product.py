@@ -13,8 +13,8 @@ import numpy as np
 from bench.evidence.sketched import Scores
 from bench.evidence.tasks import Asked
 from rapidindex import Index, Query
-from rapidindex.caching.build import Request, build
-from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig
+from rapidindex.caching.build import build
+from rapidindex.config import BuildRequest, EncodingConfig, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.progress import Progress
 from rapidindex.search.vector_index import COMPACT, VectorIndex
 
@@ -47,7 +47,7 @@ def product_scores(
     for recipe in recipes:
         index = folder / f"index-{recipe}"
         gradient, sketch = GradientConfig(**RECIPES[recipe], seed=seed), SketchConfig(seed=seed)
-        build(Request(data, str(index), model, encoding, gradient, sketch), progress=progress)
+        build(BuildRequest(data, str(index), model, encoding, gradient, sketch), progress=progress)
         opened = Index.open(index)
         scores[f"product/{recipe}/exact"], _ = _ask(opened, queries, most, exact=True)
         with opened.store.lock():

@@ -21,17 +21,25 @@ from bench.evidence import tasks
 from bench.evidence.cached import Replay, compute, example_batches, numbered
 from bench.evidence.curvature import EKFAC, KRONECKER, Eigenbasis, of_sample, scores_of
 from bench.evidence.sketched import ROTATED_K, Scores, sketched, uncompressed
-from rapidindex.caching.job import Job, Request, drawn, prepare
-from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig, fingerprint
+from rapidindex.caching.job import Job, prepare
+from rapidindex.caching.moment import drawn
+from rapidindex.config import (
+    BuildRequest,
+    EncodingConfig,
+    FinetuneConfig,
+    GradientConfig,
+    ModelConfig,
+    SketchConfig,
+    fingerprint,
+)
 from rapidindex.data.examples import Example, read_examples
-from rapidindex.data.selection import select
 from rapidindex.data.templates import Template
-from rapidindex.gradients.per_example import Batch, with_drawn_labels
+from rapidindex.data.tokens import select
+from rapidindex.gradients.losses import Batch, with_drawn_labels
 from rapidindex.gradients.second_moment import correction, estimate_second_moment
-from rapidindex.model.finetune import FinetuneConfig, finetune
+from rapidindex.model.finetune import finetune
 from rapidindex.model.model import LoadedModel, generate, load
 from rapidindex.progress import Bars, steps
-from rapidindex.query.index import spans
 
 METHODS = ("text", "full", "rapidin", "datainf", "limit", "early", "product", "lissa", "ekfac", "kronecker")
 """Names for --only: `text` is random, BM25 and embeddings; `full` the uncompressed recipes; `early` those, RapidGrads
@@ -173,7 +181,7 @@ class Seed:
     @cached_property
     def job(self) -> Job:
         """The model and the examples as token ids."""
-        return prepare(Request(self.data, "", self.adapter, self.encoding, GradientConfig(seed=self.seed)))
+        return prepare(BuildRequest(self.data, "", self.adapter, self.encoding, GradientConfig(seed=self.seed)))
 
     @cached_property
     def query_batches(self) -> list[Batch]:
@@ -246,7 +254,7 @@ def _distinct(rows: list[dict]) -> list[dict]:
 def _posed(query: tasks.Asked, template: Template) -> Batch:
     messages = (("user", query.prompt),)
     encoding = template.encode(Example("", query.prompt, query.answer, {}, 0, messages), end=False)
-    chosen = select(spans(encoding), query.answer, token=query.word)
+    chosen = select(encoding.tokens, query.answer, token=query.word)
     weights = np.zeros(len(encoding.input_ids), np.float32)
     weights[np.flatnonzero(encoding.response_mask)[chosen]] = 1 / len(chosen)
     return Batch.of([encoding.input_ids], [weights])

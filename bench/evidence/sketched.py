@@ -15,8 +15,9 @@ from torch import Tensor
 from bench.evidence.cached import BLOCK, Replay
 from rapidindex.config import SketchConfig
 from rapidindex.gradients.rapidgrad import Compressor, RapidGrads
-from rapidindex.gradients.sketch import Sketch, fold
+from rapidindex.gradients.sketch import Sketch
 from rapidindex.progress import Progress
+from rapidindex.search.vector_index import fold
 from rapidindex.store import decode_rows, encode_rows
 
 CORRECTIONS = ("none", "estimate")

@@ -29,10 +29,9 @@ from bench.retrieval.synthetic import FITTED_ROWS, likeness
 from bench.retrieval.tables import report
 from bench.retrieval.tracin import against_tracin, query_batches
 from rapidindex import Index
-from rapidindex.gradients.sketch import fold
 from rapidindex.progress import Bars
 from rapidindex.search.exact import exact_search
-from rapidindex.search.vector_index import COMPACT, DIM
+from rapidindex.search.vector_index import COMPACT, DIM, fold
 from rapidindex.store import Store
 
 STAGES = ("real", "synthetic", "tracin", "rows", "tables")

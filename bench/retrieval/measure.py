@@ -11,11 +11,10 @@ import numpy as np
 import psutil
 import torch
 
-from rapidindex.gradients.sketch import fold
 from rapidindex.progress import Progress
 from rapidindex.search.exact import exact_search, live_scores, to_float32, top
 from rapidindex.search.faiss_index import AnnIndex, load_faiss
-from rapidindex.search.vector_index import VectorIndex
+from rapidindex.search.vector_index import VectorIndex, fold
 from rapidindex.store import Store
 from rapidindex.store.rows import Rows
 

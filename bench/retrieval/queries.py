@@ -11,7 +11,7 @@ from rapidindex import Index
 from rapidindex.data.examples import Example, read_examples
 from rapidindex.data.templates import Encoding
 from rapidindex.progress import Progress
-from rapidindex.query.index import Query
+from rapidindex.query.questions import Query
 
 KINDS = ("whole answer", "one token")
 """Every example is asked about twice: by its whole answer, and by the token in the middle of it."""

@@ -17,10 +17,10 @@ import torch
 
 from bench.retrieval.tracin import directions_of, influences, items_of
 from rapidindex import Index
-from rapidindex.caching.shard_writer import as_batch, plan_batches
-from rapidindex.gradients.per_example import Batch
-from rapidindex.gradients.sketch import fold
+from rapidindex.caching.batches import as_batch, plan_batches
+from rapidindex.gradients.losses import Batch
 from rapidindex.progress import Progress
+from rapidindex.search.vector_index import fold
 from rapidindex.store.rows import Rows
 from rapidindex.store.shards import decode_rows, encode_rows
 

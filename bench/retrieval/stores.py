@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.retrieval.synthetic import RowModel
-from rapidindex.gradients.sketch import fold
+from rapidindex.search.vector_index import fold
 from rapidindex.store import Store
 from rapidindex.store.rows import Rows
 

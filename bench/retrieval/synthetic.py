@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rapidindex.gradients.sketch import fold
+from rapidindex.search.vector_index import fold
 from rapidindex.store.rows import Rows
 
 DIRECTIONS = 1024

@@ -15,9 +15,9 @@ import torch
 from bench.retrieval.measure import THREADS, pin, spread, timed
 from bench.retrieval.queries import KINDS, posed
 from rapidindex import Index
-from rapidindex.caching.shard_writer import Item, as_batch, plan_batches
+from rapidindex.caching.batches import Item, as_batch, plan_batches
 from rapidindex.data.examples import read_examples
-from rapidindex.gradients.per_example import Batch
+from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.progress import Progress
 from rapidindex.query.index import example_of

@@ -6,7 +6,6 @@ computes is in `caching.py`, several of them in `workers.py`, what a build will 
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,31 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from rapidindex.caching.activations import measure_activations
-from rapidindex.caching.job import Job, Plan, Request, check_identity, drawn, prepare
-from rapidindex.caching.room import check_room, free_room, needed_room, together
-from rapidindex.caching.shard_writer import (
-    STAGES,
-    Item,
-    ShardWriter,
-    as_batch,
-    cache,
-    load_compressor,
-    load_factors,
-    padded_tokens,
-    plan_batches,
-)
-from rapidindex.caching.workers import Shared, cache_with_workers, devices
-from rapidindex.errors import ModelError
-from rapidindex.gradients.eigenbases import Eigenbases, estimate_eigenbases
-from rapidindex.gradients.per_example import Batch, with_drawn_labels
-from rapidindex.gradients.second_moment import KRONECKER, estimate_second_moment, read_second_moment
+from rapidindex.caching.batches import Item, padded_tokens
+from rapidindex.caching.estimate import check_room, free_room, measure_activations, needed_room, together
+from rapidindex.caching.job import Job, Plan, existing, left, places, prepare
+from rapidindex.caching.moment import ensure_second_moment
+from rapidindex.caching.shard_writer import STAGES, ShardWriter, cache, load_compressor, load_factors
+from rapidindex.caching.workers import Shared, cache_with_workers
+from rapidindex.config import BuildRequest
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.progress import Progress, silent
 from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Store
-
-__all__ = ["Item", "Request", "Summary", "as_batch", "build", "load_compressor", "plan_batches", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +54,7 @@ class Summary:
     """Examples that had been removed, and are back."""
 
 
-def build(request: Request, *, overwrite: bool = False, progress: Progress = silent) -> Summary:
+def build(request: BuildRequest, *, overwrite: bool = False, progress: Progress = silent) -> Summary:
     """Cache every example of `request.data` that the index does not hold yet; return what was done.
 
     Raises DataError, ModelError, StoreError or ResourceError before the work starts where it could not end well.
@@ -88,28 +73,6 @@ def build(request: Request, *, overwrite: bool = False, progress: Progress = sil
         return fill_levels(store, job, started, progress)
 
 
-def left(job: Job, level: str, store: Store | None) -> list[Item]:
-    """The examples that `store`, where there is one, lacks of a level."""
-    wanted = job.wanted(level)
-    if store is None:
-        return wanted
-    done = store.removed | (store.rows(level).done_ids if level in store.levels else frozenset())
-    return [item for item in wanted if item.example.id not in done]
-
-
-def existing(job: Job) -> Store | None:
-    """The index that is there already, if any; ConfigMismatch where it was built from something else."""
-    if not (Path(job.request.output) / "manifest.json").exists():
-        return None
-    store = Store.open(job.request.output)
-    token = store.config.get("token")
-    if token is not None and "token" in job.request.levels:
-        token = asdict(job.request.token)
-    check_identity(store.config, {**job.identity, "token": token}, store.path)
-    job.meet(store)
-    return store
-
-
 def widen(store: Store, job: Job) -> None:
     """Make room in the locked `store` for the levels asked for, and for what they are to hold more than before."""
     told = _tokens_told(job.request, store.config.get("tokens_of"))
@@ -123,7 +86,7 @@ def widen(store: Store, job: Job) -> None:
             store.set_planned(level, planned, K=job.request.K(level))
 
 
-def _tokens_told(request: Request, before: str | None = None) -> dict[str, Any]:
+def _tokens_told(request: BuildRequest, before: str | None = None) -> dict[str, Any]:
     """What an index keeps of which tokens it holds, and whether those of all examples or of listed ones."""
     if "token" not in request.levels:
         return {}
@@ -153,17 +116,12 @@ def check_fits(job: Job, todo: dict[str, list[Item]]) -> None:
         check_room(room, free_room(job), job.request.output)
 
 
-def places(job: Job, plan: Plan) -> list[str]:
-    """The device of each process: no more of them than there are units."""
-    return devices(job.device, job.request.model.device, min(job.request.work.workers, len(plan.units)))
-
-
 def fill(store: Store, job: Job, plan: Plan, progress: Progress) -> bool:
     """Compute the rows of `plan` into the locked `store`, by one process or several; whether it was done in batches.
 
     Several processes release the job's model. Raises as `build` does; `check_fits` comes first.
     """
-    _ensure_second_moment(job, store, progress)
+    ensure_second_moment(job, store, progress)
     where = places(job, plan)
     if len(where) > 1:
         return _fill_with_workers(store, job, plan, where, progress)
@@ -242,43 +200,3 @@ def _create(job: Job, *, overwrite: bool) -> Store:
     config = {**job.identity, **_tokens_told(job.request)}
     planned = {level: (job.request.K(level), len(job.wanted(level))) for level in job.request.levels}
     return Store.create(path, config=config, layers=layers, versions=versions, skipped=job.skipped, planned=planned)
-
-
-def _ensure_second_moment(job: Job, store: Store, progress: Progress) -> None:
-    """Compute or read the second moment that the correction takes, unless the store holds it already."""
-    how = job.request.gradient.second_moment
-    if how == "none" or store.second_moment() is not None:
-        return
-    vectors = None
-    if how == KRONECKER:
-        batches = _with_drawn_labels(job, progress)
-        vectors = estimate_eigenbases(job.gradients, _each(batches, "eigenvectors", progress))
-        bases = Eigenbases(job.layers, vectors.to(job.loaded.device))
-        moment = estimate_second_moment(job.gradients, _each(batches, "second moment", progress), bases)
-    elif how == "estimate":
-        moment = estimate_second_moment(job.gradients, _each(_sample(job), "second moment", progress))
-    else:
-        moment = read_second_moment(how, job.loaded.model, job.layers)
-    if not moment.isfinite().all():
-        raise ModelError(f"The second moment ({how}) is not finite.", hint="Build with --second-moment none.")
-    store.write_second_moment(moment.cpu().numpy(), None if vectors is None else vectors.numpy())
-
-
-def _with_drawn_labels(job: Job, progress: Progress) -> list[Batch]:
-    """The sample with tokens that the model draws: what it taught itself is not taken out of the gradients."""
-    seed = 2**20 * job.request.gradient.seed
-    batches = enumerate(_each(_sample(job), "draw tokens", progress))
-    return [with_drawn_labels(job.gradients.model, batch, seed + number) for number, batch in batches]
-
-
-def _sample(job: Job) -> list[Batch]:
-    """The batches of the examples from which the second moment is estimated."""
-    planned = plan_batches(drawn(job), job.request.work.batch_tokens)
-    return [as_batch(batch, job.loaded.device) for batch in planned]
-
-
-def _each(batches: Sequence[Batch], stage: str, progress: Progress) -> Iterator[Batch]:
-    for number, batch in enumerate(batches):
-        progress(stage, number, len(batches))
-        yield batch
-    progress(stage, len(batches), len(batches))

@@ -6,52 +6,31 @@ the gradient and of the sketch. Computes no gradient, and writes nothing.
 
 import ctypes
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from rapidindex.caching.shard_writer import Item, Unit, padded_tokens, plan_units
-from rapidindex.config import BuildConfig, EncodingConfig, GradientConfig, ModelConfig, SketchConfig, TokenConfig
+from rapidindex.caching.batches import Item, Unit, padded_tokens, plan_units
+from rapidindex.config import (
+    BuildRequest,
+)
 from rapidindex.data.examples import Dataset, read_examples
 from rapidindex.data.templates import Template
 from rapidindex.data.tokens import chosen
-from rapidindex.errors import ConfigMismatch, DataError, UsageError
+from rapidindex.errors import DataError, UsageError
 from rapidindex.gradients.eigenbases import entries
-from rapidindex.gradients.per_example import Layer, PerExampleGradients
+from rapidindex.gradients.losses import Layer
+from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.second_moment import KRONECKER
 from rapidindex.model.model import LoadedModel, load
 from rapidindex.progress import Progress, silent
-from rapidindex.store import Store
-from rapidindex.store.shards import ROW_TYPE, row_bytes
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `rapidindex build` was asked for."""
-
-    data: str
-    output: str
-    model: ModelConfig
-    encoding: EncodingConfig = field(default_factory=EncodingConfig)
-    gradient: GradientConfig = field(default_factory=GradientConfig)
-    sketch: SketchConfig = field(default_factory=SketchConfig)
-    work: BuildConfig = field(default_factory=BuildConfig)
-    limit: int | None = None
-    levels: tuple[str, ...] = ("sentence",)
-    """Whole examples (`sentence`), response tokens (`token`), or both."""
-    token: TokenConfig = field(default_factory=TokenConfig)
-    token_examples: frozenset[str] | None = None
-    """Ids of the examples whose tokens are meant; None for all."""
-
-    def K(self, level: str) -> int:
-        """Length of a row of that level."""
-        return self.token.K if level == "token" else self.sketch.K
+from rapidindex.recipe import check_identity
+from rapidindex.store import ROW_TYPE, Store, row_bytes
 
 
 @dataclass(frozen=True)
@@ -85,7 +64,7 @@ class Plan:
 class Job:
     """A build whose model and data have been read and found to fit together."""
 
-    request: Request
+    request: BuildRequest
     dataset: Dataset
     loaded: LoadedModel
     gradients: PerExampleGradients
@@ -162,7 +141,7 @@ class Job:
             torch.cuda.empty_cache()
 
 
-def prepare(request: Request, progress: Progress = silent) -> Job:
+def prepare(request: BuildRequest, progress: Progress = silent) -> Job:
     """Read the data and the model, and turn every example into token ids."""
     progress("read", 0, 2)
     dataset = read_examples(request.data, limit=request.limit)
@@ -196,43 +175,6 @@ def _check_listed(ids: frozenset[str] | None, items: Sequence[Item], data: str) 
         )
 
 
-def drawn(job: Job) -> list[Item]:
-    """The examples from which the second moment is estimated: drawn by seed, whatever their order."""
-    options = job.request.gradient
-    ordered = sorted(job.items, key=lambda item: item.example.id)
-    numbers = np.random.default_rng(options.seed).permutation(len(ordered))[: options.moment_examples]
-    return [ordered[number] for number in numbers]
-
-
-_GO_ON = "Give the same options to go on with it, another -o, or --overwrite to build it anew."
-
-
-def check_identity(built: dict[str, Any], asked: dict[str, Any], path: Path, *, hint: str = _GO_ON) -> None:
-    """Raise ConfigMismatch, naming the fields, where an index was built from something else. Paths may differ.
-
-    Data that was added to the index later is none of its build's.
-    """
-    before, now = dict(_fields(built)), dict(_fields(asked))
-    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if not differing:
-        return
-    told = "; ".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} asked for" for name in differing)
-    if differing == ["data.fingerprint"]:
-        told = (
-            f"the data file has changed, is another one, or another --limit was given (it was {built['data']['path']})"
-        )
-        hint = f"Add its new rows with: rapidindex add {path} {asked['data']['path']}, or build anew with --overwrite."
-    raise ConfigMismatch(f"The index {path} was built differently: {told}.", hint=hint)
-
-
-def _fields(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _fields(value, f"{prefix}{name}.")
-        elif name not in ("path", "added", "tokens_of"):
-            yield f"{prefix}{name}", value
-
-
 def _encode(dataset: Dataset, template: Template) -> tuple[list[Item], list[dict[str, Any]]]:
     items, skipped = [], [asdict(row) for row in dataset.skipped]
     for example in dataset.examples:
@@ -247,3 +189,37 @@ def _encode(dataset: Dataset, template: Template) -> tuple[list[Item], list[dict
             f"{dataset.path} has no example with a response left to learn from.", hint="Give a larger --max-length."
         )
     return items, skipped
+
+
+def left(job: Job, level: str, store: Store | None) -> list[Item]:
+    """The examples that `store`, where there is one, lacks of a level."""
+    wanted = job.wanted(level)
+    if store is None:
+        return wanted
+    done = store.removed | (store.rows(level).done_ids if level in store.levels else frozenset())
+    return [item for item in wanted if item.example.id not in done]
+
+
+def existing(job: Job) -> Store | None:
+    """The index that is there already, if any; ConfigMismatch where it was built from something else."""
+    if not (Path(job.request.output) / "manifest.json").exists():
+        return None
+    store = Store.open(job.request.output)
+    token = store.config.get("token")
+    if token is not None and "token" in job.request.levels:
+        token = asdict(job.request.token)
+    check_identity(store.config, {**job.identity, "token": token}, store.path)
+    job.meet(store)
+    return store
+
+
+def places(job: Job, plan: Plan) -> list[str]:
+    """The device of each process: no more of them than there are units."""
+    return devices(job.device, job.request.model.device, min(job.request.work.workers, len(plan.units)))
+
+
+def devices(device: torch.device, asked: str, workers: int) -> list[str]:
+    """Where each worker computes: round robin over the GPUs, unless one of them was asked for."""
+    if device.type != "cuda" or ":" in asked:
+        return [str(device)] * workers
+    return [f"cuda:{number % torch.cuda.device_count()}" for number in range(workers)]

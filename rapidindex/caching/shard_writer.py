@@ -12,110 +12,27 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rapidindex.caching.batches import Item, Unit, as_batch, padded_tokens
 from rapidindex.config import BuildConfig, SketchConfig
-from rapidindex.data.examples import Example
-from rapidindex.data.templates import Encoding
 from rapidindex.errors import ResourceError, StoreError
 from rapidindex.gradients.eigenbases import Eigenbases, entries
-from rapidindex.gradients.per_example import Batch, Layer, PerExampleGradients
+from rapidindex.gradients.losses import Layer
+from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor, RapidGrads, joined
 from rapidindex.gradients.second_moment import KRONECKER, correction, kronecker_correction
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.model.model import LoadedModel
-from rapidindex.search.exact import as_tensor
-from rapidindex.store import Store
-from rapidindex.store.container import damaged
-from rapidindex.store.folder import MOMENT
-from rapidindex.store.rows import Rows
+from rapidindex.store import MOMENT, Rows, Store, as_tensor, damaged
 
 STAGES = {"sentence": "cache", "token": "cache tokens"}
 """What the work on each level is called while it is under way."""
-_UNIT_BATCHES = 8
-"""Batches of tokens whose rows are stored together: what a killed build can lose beside the shard under way."""
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """An example, or one token of its response, on its way to a row."""
-
-    example: Example
-    encoding: Encoding
-    source: str = ""
-    """The data file, where it is not the one that the index was built from."""
-    position: int = -1
-    """The response token whose own loss is meant (Eq. 6); -1 for the mean over all of them (Eq. 5)."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of prompt and response that the loss depends on."""
-        if self.position < 0:
-            return len(self.encoding.input_ids)
-        return int(np.flatnonzero(self.encoding.response_mask)[self.position]) + 1
-
-    @property
-    def token(self) -> int:
-        """The id of the token that is meant; -1 for an example."""
-        return -1 if self.position < 0 else int(self.encoding.input_ids[self.tokens - 1])
-
-
-Unit = list[list[Item]]
-"""Batches whose rows are stored together, so that an example has all of its rows in the store or none."""
-
-
-def plan_batches(items: Sequence[Item], batch_tokens: int) -> list[list[Item]]:
-    """Batches of like length, longest first, of at most `batch_tokens` padded tokens (or one item)."""
-    batches: list[list[Item]] = []
-    for item in sorted(items, key=lambda item: (-item.tokens, item.example.id, item.position)):
-        if batches and batches[-1][0].tokens * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(item)
-        else:
-            batches.append([item])
-    return batches
-
-
-def plan_units(items: Sequence[Item], batch_tokens: int) -> list[Unit]:
-    """All work, longest first: for examples a batch each; for tokens examples of like length, several batches each."""
-    if all(item.position < 0 for item in items):
-        return [[batch] for batch in plan_batches(items, batch_tokens)]
-    examples: dict[str, list[Item]] = {}
-    for item in items:
-        examples.setdefault(item.example.id, []).append(item)
-    work = {id: sum(item.tokens for item in tokens) for id, tokens in examples.items()}
-    groups: list[list[Item]] = []
-    filled = _UNIT_BATCHES * batch_tokens
-    for id in sorted(examples, key=lambda id: (-work[id], id)):
-        if filled + work[id] > _UNIT_BATCHES * batch_tokens:
-            groups.append([])
-            filled = 0
-        groups[-1] += examples[id]
-        filled += work[id]
-    return [plan_batches(group, batch_tokens) for group in groups]
-
-
-def padded_tokens(batch: Sequence[Item]) -> int:
-    """Tokens of a batch with its padding: what its work grows with."""
-    return len(batch) * max(item.tokens for item in batch)
-
-
-def as_batch(items: Sequence[Item], device: torch.device | str) -> Batch:
-    """Items with their losses: the mean over an example's response tokens, or one token's own."""
-    cut = [item.tokens for item in items]
-    ids = [item.encoding.input_ids[:end] for item, end in zip(items, cut, strict=True)]
-    return Batch.of(ids, [_weights(item, end) for item, end in zip(items, cut, strict=True)], device)
-
-
-def _weights(item: Item, end: int) -> np.ndarray:
-    if item.position < 0:
-        mask = item.encoding.response_mask
-        return mask / mask.sum()
-    return np.arange(end) == end - 1
 
 
 def load_factors(store: Store) -> Tensor | None:

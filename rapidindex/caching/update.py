@@ -11,12 +11,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rapidindex.caching.build import Summary, check_fits, fill_levels, left, widen
-from rapidindex.caching.job import Job, Request, check_identity, prepare
-from rapidindex.config import BuildConfig, EncodingConfig, GradientConfig, ModelConfig, SketchConfig, TokenConfig
+from rapidindex.caching.build import Summary, check_fits, fill_levels, widen
+from rapidindex.caching.job import Job, left, prepare
+from rapidindex.config import (
+    BuildConfig,
+    BuildRequest,
+    EncodingConfig,
+    GradientConfig,
+    ModelConfig,
+    SketchConfig,
+    TokenConfig,
+)
 from rapidindex.data.examples import listed_ids
 from rapidindex.errors import StoreError, UsageError
 from rapidindex.progress import Progress, silent
+from rapidindex.recipe import check_identity
 from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Store
 
@@ -94,11 +103,11 @@ class ModelPlace:
     device: str
 
 
-def _request(store: Store, data: str, place: ModelPlace, work: BuildConfig, limit: int | None) -> Request:
+def _request(store: Store, data: str, place: ModelPlace, work: BuildConfig, limit: int | None) -> BuildRequest:
     """What would build the index at `store` from other data."""
     config = store.config
     encoding = {name: value for name, value in config["encoding"].items() if name != "fingerprint"}
-    return Request(
+    return BuildRequest(
         data=data,
         output=str(store.path),
         model=ModelConfig(

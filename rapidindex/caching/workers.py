@@ -27,16 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rapidindex.caching.batches import Unit, padded_tokens
 from rapidindex.caching.job import Plan
-from rapidindex.caching.shard_writer import (
-    STAGES,
-    ShardWriter,
-    Unit,
-    cache,
-    load_compressor,
-    padded_tokens,
-    uninterrupted,
-)
+from rapidindex.caching.shard_writer import STAGES, ShardWriter, cache, load_compressor, uninterrupted
 from rapidindex.config import BuildConfig, ModelConfig
 from rapidindex.errors import RapidIndexError, ResourceError
 from rapidindex.model.model import load
@@ -105,13 +98,6 @@ class Duty:
     """It numbers its shards from `first_shard + number` on, in steps of `workers`: no two ever clash."""
     slots: Shared
     factors: Shared | None
-
-
-def devices(device: torch.device, asked: str, workers: int) -> list[str]:
-    """Where each worker computes: round robin over the GPUs, unless one of them was asked for."""
-    if device.type != "cuda" or ":" in asked:
-        return [str(device)] * workers
-    return [f"cuda:{number % torch.cuda.device_count()}" for number in range(workers)]
 
 
 def cache_with_workers(

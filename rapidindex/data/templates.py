@@ -13,6 +13,7 @@ import numpy as np
 from rapidindex.config import fingerprint
 from rapidindex.data.examples import Example, display_text
 from rapidindex.errors import ModelError, UsageError
+from rapidindex.results import Token
 
 _TEXTS = {
     "alpaca": (
@@ -23,18 +24,6 @@ _TEXTS = {
     "plain": "{prompt}\n",
 }
 _MARK = "rapidindex-marks-the-response"
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token of a response, shown as the text it stands for."""
-
-    text: str
-    """`response[start:end]`; for a token that ends the turn, the token's own name."""
-    start: int
-    """Characters of the response before it. Tokens that share a character, as byte-level ones may, share its span."""
-    end: int
-    """Where it ends; equal to `start`, at the response's end, for a token that ends the turn."""
 
 
 @dataclass(frozen=True, eq=False)

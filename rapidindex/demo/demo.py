@@ -11,11 +11,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rapidindex.caching.build import Request, build
-from rapidindex.config import EncodingConfig, ModelConfig
+from rapidindex.caching.build import build
+from rapidindex.config import BuildRequest, EncodingConfig, FinetuneConfig, ModelConfig
 from rapidindex.data.examples import read_examples
 from rapidindex.errors import ModelError
-from rapidindex.model.finetune import FinetuneConfig, finetune
+from rapidindex.model.finetune import finetune
 from rapidindex.model.loading import quiet
 from rapidindex.model.model import load
 from rapidindex.progress import Progress, steps
@@ -55,7 +55,7 @@ def run(
     say(f"Loss {' → '.join(f'{loss:.2f}' for loss in tuned.epoch_losses)} over {tuned.examples} examples")
 
     say(f"\n$ rapidindex build {data} -m {model} -a {adapter} --template {TEMPLATE} -o {index}")
-    request = Request(str(data), str(index), ModelConfig(str(model), str(adapter)), encoding)
+    request = BuildRequest(str(data), str(index), ModelConfig(str(model), str(adapter)), encoding)
     built = build(request, overwrite=overwrite, progress=progress)
     say(f"{built.examples} examples, of which {built.computed} were computed now")
 

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rapidindex.errors import ModelError
-from rapidindex.gradients.per_example import Batch, Layer, PerExampleGradients
+from rapidindex.gradients.losses import Batch, Layer
+from rapidindex.gradients.per_example import PerExampleGradients
 
 LONGEST = 4096
 """Rows or columns of a weight, at most: eigenvectors of 4,096 take 64 MiB, and half a minute to find on one core

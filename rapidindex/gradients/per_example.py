@@ -9,17 +9,17 @@ The loss of an example is Σ_t weight_t · cross-entropy_t, every token predicte
 weights 1/G on its G response tokens it is the paper's L(s) (below Eq. 1). Knows nothing of sketches or files.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from rapidindex.gradients.losses import Batch, example_losses, layers_of, only_logits_at, positions_used, trainable
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Relative error at which a batched gradient no longer counts as autograd's (a wrong rule is off by about 1)."""
@@ -28,69 +28,8 @@ _SUMS = 4096
 """Numbers of a layer's gradient by which it is compared: the length of an error is then known within a few per cent."""
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One trainable parameter tensor and its place in the flattened gradient."""
-
-    name: str
-    start: int
-    size: int
-    shape: tuple[int, ...] = ()
-    """Of the parameter; its gradient is flattened row by row."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Examples padded on the right to a common length T."""
-
-    input_ids: Int64[Tensor, "examples T"]
-    attention: Int64[Tensor, "examples T"]
-    weights: Float[Tensor, "examples T"]
-    """The weight of each token's own cross-entropy in its example's loss; 0 for the prompt and the padding."""
-    labels: Int64[Tensor, "examples T"] | None = None
-    """The tokens that the loss is of, where they are not those of `input_ids`."""
-
-    @classmethod
-    def of(
-        cls, ids: Sequence[np.ndarray], weights: Sequence[np.ndarray], device: torch.device | str = "cpu"
-    ) -> "Batch":
-        """Pad token ids (int [T_b]) and loss weights (float [T_b]) of several examples."""
-        length = max(map(len, ids))
-        input_ids = torch.zeros(len(ids), length, dtype=torch.int64)
-        attention = torch.zeros_like(input_ids)
-        padded = torch.zeros(len(ids), length)
-        for row, (tokens, weight) in enumerate(zip(ids, weights, strict=True)):
-            input_ids[row, : len(tokens)] = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
-            attention[row, : len(tokens)] = 1
-            padded[row, : len(tokens)] = torch.from_numpy(np.asarray(weight, dtype=np.float32))
-        return cls(input_ids.to(device), attention.to(device), padded.to(device))
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def example(self, row: int) -> "Batch":
-        """One example alone, without its padding."""
-        length = int(self.attention[row].sum())
-        parts = (self.input_ids, self.attention, self.weights, self.labels)
-        return Batch(*(None if part is None else part[row : row + 1, :length] for part in parts))
-
-
 Consume = Callable[[int, Tensor], None]
 """Takes a layer's number and its gradients, float [examples, size]; may change them in place."""
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that count, by name; a tied one once."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def layers_of(model: nn.Module) -> list[Layer]:
-    """The layers in the order of the flattened gradient."""
-    layers, start = [], 0
-    for name, parameter in trainable(model).items():
-        layers.append(Layer(name, start, parameter.numel(), tuple(parameter.shape)))
-        start += parameter.numel()
-    return layers
 
 
 class PerExampleGradients:
@@ -124,8 +63,8 @@ class PerExampleGradients:
     @contextmanager
     def forward(self, batch: Batch, consume: Consume) -> Iterator[tuple[Tensor, "_Recorder"]]:
         """The losses, float32 [examples], with all that the batched backward pass needs alive within the block."""
-        positions = _positions_used(batch.weights)
-        narrowed = _only_logits_at(self.model, positions)
+        positions = positions_used(batch.weights)
+        narrowed = only_logits_at(self.model, positions)
         with torch.enable_grad(), _Recorder(self, len(batch), consume) as recorder, narrowed as is_narrow:
             yield example_losses(self.model, batch, positions if is_narrow else None), recorder
 
@@ -339,83 +278,3 @@ def _replay(module: nn.Module, name: str, x: Tensor, delta: Tensor) -> Tensor:
         parameter = getattr(module, name).detach().requires_grad_()
         output = torch.func.functional_call(module, {name: parameter}, (x,))
         return torch.autograd.grad(output, parameter, delta)[0].unsqueeze(0)
-
-
-def _positions_used(weights: Float[Tensor, "examples T"]) -> Int64[Tensor, "examples G"]:
-    """For each example the positions whose next token has a weight, filled up with position 0 to a common G."""
-    wanted: Bool[Tensor, "examples T"] = weights[:, 1:] != 0
-    most = max(1, int(wanted.sum(1).max()))
-    order = torch.argsort(wanted.to(torch.int8), dim=1, descending=True, stable=True)[:, :most]
-    return torch.where(wanted.gather(1, order), order, torch.zeros_like(order))
-
-
-def example_losses(model: nn.Module, batch: Batch, positions: Tensor | None = None) -> Float[Tensor, " examples"]:
-    """The loss of each example; `positions` [examples, G] are those at which the logits were computed, if not all."""
-    weights, entropies = token_losses(model, batch, positions)
-    return torch.where(weights != 0, weights * entropies, 0.0).sum(1)
-
-
-def token_losses(model: nn.Module, batch: Batch, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weight and the cross-entropy of the token after each position, float32 [examples, G] both."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention, use_cache=False).logits
-    if positions is None:
-        positions = torch.arange(batch.input_ids.shape[1] - 1, device=logits.device).expand(len(batch), -1)
-        logits = logits[:, :-1]
-    labels = (batch.input_ids if batch.labels is None else batch.labels).gather(1, positions + 1)
-    weights = batch.weights.gather(1, positions + 1)
-    # A filled-up position repeats position 0: it counts only where it stands first, and is wanted.
-    repeated = (positions == 0) & (torch.arange(positions.shape[1], device=positions.device) > 0)
-    weights = weights.masked_fill(repeated, 0.0)
-    entropies = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(weights)
-    return weights, entropies
-
-
-@torch.no_grad()
-def with_drawn_labels(model: nn.Module, batch: Batch, seed: int) -> Batch:
-    """The batch with its loss taken of tokens that are drawn, by `seed`, from the model's own predictions.
-
-    The mean product of such gradients is the Fisher matrix. The weights are their square roots: drawn tokens are
-    independent, so that each then counts in a product as it does in the loss.
-    """
-    positions = _positions_used(batch.weights)
-    with _only_logits_at(model, positions) as narrowed:
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention, use_cache=False).logits
-    if not narrowed:
-        logits = logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
-    chances = logits.float().softmax(-1).flatten(0, 1).cpu().nan_to_num_(1.0)  # its gradient will not be finite
-    drawn = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(seed)).view_as(positions)
-    labels = batch.input_ids.scatter(1, positions + 1, drawn.to(positions.device))
-    return replace(batch, weights=batch.weights.sqrt(), labels=labels)
-
-
-def weighted_token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The tokens that have a weight, as a mask bool [examples, G], and their cross-entropies, float32 [examples, G].
-
-    An example's tokens stand first in its row, in their order; G is the largest number of them.
-    """
-    positions = _positions_used(batch.weights)
-    with _only_logits_at(model, positions) as narrowed:
-        weights, entropies = token_losses(model, batch, positions if narrowed else None)
-    if narrowed:
-        return weights != 0, entropies
-    wanted = batch.weights[:, 1:].gather(1, positions) != 0
-    return wanted, entropies.gather(1, positions)
-
-
-@contextmanager
-def _only_logits_at(model: nn.Module, positions: Tensor) -> Iterator[bool]:
-    """Let the output layer see the hidden states at `positions` [examples, G] alone: the rest of its work is unused."""
-    head = model.get_output_embeddings()
-    if head is None:
-        yield False
-        return
-
-    def narrow(_, inputs: tuple) -> tuple:
-        (hidden,) = inputs
-        return (hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])),)
-
-    handle = head.register_forward_pre_hook(narrow)
-    try:
-        yield True
-    finally:
-        handle.remove()

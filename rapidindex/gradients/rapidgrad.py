@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rapidindex.gradients.eigenbases import Eigenbases
-from rapidindex.gradients.per_example import Batch, PerExampleGradients
+from rapidindex.gradients.losses import Batch
+from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.sketch import Sketch
 
 

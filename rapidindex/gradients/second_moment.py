@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from rapidindex.errors import ModelError
 from rapidindex.gradients.eigenbases import Eigenbases
-from rapidindex.gradients.per_example import Batch, Layer, PerExampleGradients, trainable
+from rapidindex.gradients.losses import Batch, Layer, trainable
+from rapidindex.gradients.per_example import PerExampleGradients
 
 DAMPING = 1e-3
 KRONECKER, KRONECKER_DAMPING = "kronecker", 0.1

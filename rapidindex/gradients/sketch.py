@@ -23,16 +23,6 @@ LARGEST_DIVISOR = 2**20
 _CHUNK = 2**18
 
 
-def fold(rows, K: int):
-    """Sum adjacent groups of entries: the RapidGrads of a smaller K under the same shuffles and signs.
-
-    `rows` is a torch or NumPy array [..., K'], with K a divisor of K'; the result is [..., K].
-    """
-    if rows.shape[-1] == K:
-        return rows
-    return rows.reshape(*rows.shape[:-1], K, rows.shape[-1] // K).sum(-1)
-
-
 class Sketch:
     """The compression of gradients of `size` entries (|v|) to `config.K`.
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rapidindex.gradients.per_example import Batch, trainable, weighted_token_losses
+from rapidindex.gradients.losses import Batch, trainable, weighted_token_losses
 from rapidindex.gradients.rapidgrad import Compressor
 
 STEPS = (1e-2, 1e-3, 1e-4)

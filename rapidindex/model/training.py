@@ -29,7 +29,8 @@ from rapidindex.model.loading import as_our_errors, check_vocabulary, load_base,
 from rapidindex.model.model import resolve_device
 
 if TYPE_CHECKING:
-    from rapidindex.model.finetune import FinetuneConfig, FinetuneProgress
+    from rapidindex.config import FinetuneConfig
+    from rapidindex.model.finetune import FinetuneProgress
 
 _IGNORED = -100
 _CHECKPOINTS = "checkpoints"

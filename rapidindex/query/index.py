@@ -5,10 +5,9 @@ RapidGrad is looked up among those of whole examples (Eq. 5 for the whole answer
 tokens (Eq. 6 and 8).
 """
 
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,53 +18,20 @@ import torch
 from rapidindex.caching.build import load_compressor
 from rapidindex.config import ModelConfig, check_level
 from rapidindex.data.examples import Example, display_text
-from rapidindex.data.selection import select
-from rapidindex.data.templates import Encoding, Template
-from rapidindex.errors import ConfigMismatch, DataError, QueryError, StoreError
-from rapidindex.gradients.per_example import Batch
-from rapidindex.gradients.rapidgrad import Compressor, RapidGrads
+from rapidindex.data.templates import Template
+from rapidindex.data.tokens import select
+from rapidindex.errors import ConfigMismatch, QueryError, StoreError
+from rapidindex.gradients.losses import Batch
+from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.token_scores import TokenScores, shares
 from rapidindex.model.model import LoadedModel, generate, load
-from rapidindex.results import Asked, Match, Rescoring, Result, Seconds, Source, Span, Summary
+from rapidindex.query.encode import EncodedQuery, as_batch, rows_of
+from rapidindex.query.influence import RESCORED, Candidate, groups, rescored
+from rapidindex.query.questions import Query
+from rapidindex.results import Asked, Match, Rescoring, Result, Seconds, Source
 from rapidindex.search.exact import SearchResult, exact_search
 from rapidindex.search.vector_index import VectorIndex
-from rapidindex.store import Store
-from rapidindex.store.rows import Rows
-
-RESCORED = 4
-"""Candidates for each match asked for, of which `rescore` computes the uncompressed influence."""
-HEATMAP_TOKENS = 1024
-"""Padded tokens of candidates whose heat-maps are computed together."""
-
-
-@dataclass(frozen=True)
-class Query:
-    """One question to an index."""
-
-    prompt: str
-    answer: str | None = None
-    """None lets the model answer, greedily."""
-    token: str | None = None
-    span: str | None = None
-
-
-@dataclass(frozen=True)
-class _Posed:
-    """A query as the model reads it."""
-
-    asked: Asked
-    encoding: Encoding
-    rapidgrads: RapidGrads
-    """Of the loss of the selected tokens: one row."""
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A row that a search found, and what is said of it."""
-
-    row: int
-    encoding: Encoding
-    match: Match
+from rapidindex.store import Rows, Store
 
 
 class Index:
@@ -181,7 +147,7 @@ class Index:
     def vectors(self, queries: Sequence[Query], *, level: str | None = None, max_new_tokens: int = 64) -> np.ndarray:
         """What is looked up for the queries among a level's rows: float32 [queries, K]. Raises as `query` does."""
         level = level or self.store.levels[0]
-        return _rows_of([self._pose(level, query, max_new_tokens) for query in queries])
+        return rows_of([self._pose(level, query, max_new_tokens) for query in queries])
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -265,7 +231,7 @@ class Index:
             "index": searched and searched.describe(),
         }
 
-    def _pose(self, level: str, query: Query, max_new_tokens: int) -> _Posed:
+    def _pose(self, level: str, query: Query, max_new_tokens: int) -> EncodedQuery:
         if not query.prompt.strip():
             raise QueryError("The prompt is empty.", hint="Give the prompt that the model was asked.")
         messages = (("user", query.prompt),)
@@ -283,15 +249,15 @@ class Index:
                 f"Prompt and answer have more than the {self.template.max_length} tokens of --max-length.",
                 hint="Shorten them, or build the index with a larger --max-length.",
             )
-        tokens = spans(encoding)
+        tokens = encoding.tokens
         asked = Asked(query.prompt, answer, tokens, select(tokens, answer, token=query.token, span=query.span))
-        found = self.compressor_of(level)(_batch(encoding, asked.selection, self.loaded.device))
+        found = self.compressor_of(level)(as_batch(encoding, asked.selection, self.loaded.device))
         if not found.rows.isfinite().all():
             raise QueryError(f"The gradient of the answer {answer!r} is not finite.", hint="Use --dtype float32.")
-        return _Posed(asked, encoding, found)
+        return EncodedQuery(asked, encoding, found)
 
-    def _search(self, level: str, posed: Sequence[_Posed], k: int, *, largest: bool, exact: bool) -> SearchResult:
-        rows, vectors = self.rows_of(level), _rows_of(posed)
+    def _search(self, level: str, posed: Sequence[EncodedQuery], k: int, *, largest: bool, exact: bool) -> SearchResult:
+        rows, vectors = self.rows_of(level), rows_of(posed)
         index = None if exact else self._vector_index(level)
         if index is None:
             return exact_search(rows, vectors, k, largest=largest, device=str(self.loaded.device))
@@ -302,7 +268,7 @@ class Index:
             self._searched[level] = VectorIndex.open(self.rows_of(level))
         return self._searched[level]
 
-    def _matches(self, level: str, found: SearchResult, number: int) -> list[_Candidate]:
+    def _matches(self, level: str, found: SearchResult, number: int) -> list[Candidate]:
         told = zip(found.rows[number], found.scores[number], found.percentiles()[number], strict=True)
         rows = self.rows_of(level)
         return [
@@ -311,25 +277,25 @@ class Index:
             if row >= 0
         ]
 
-    def _candidate(self, rows: Rows, rank: int, row: int, score: float, percentile: float) -> _Candidate:
+    def _candidate(self, rows: Rows, rank: int, row: int, score: float, percentile: float) -> Candidate:
         example = example_of(rows.record(int(rows.example[row])))
         encoding = self.template.encode(example)
         text = (example.id, example.prompt, example.response, example.meta)
         position = int(rows.position[row])
         match = Match(
-            rank, score, None, percentile, *text, spans(encoding), position=None if position < 0 else position
+            rank, score, None, percentile, *text, encoding.tokens, position=None if position < 0 else position
         )
-        return _Candidate(row, encoding, match)
+        return Candidate(row, encoding, match)
 
-    def _with_heatmaps(self, level: str, found: list[_Candidate], query: _Posed) -> list[_Candidate]:
+    def _with_heatmaps(self, level: str, found: list[Candidate], query: EncodedQuery) -> list[Candidate]:
         """The candidates with every token's share, and the uncompressed influence.
 
         For an example that is the mean of the shares. For a token it is its own, and the shares of the other tokens
         stand beside it in the same unit, that of the norms of this token.
         """
-        direction = self.compressor.direction(_batch(query.encoding, query.asked.selection, self.loaded.device))
-        told: list[_Candidate] = []
-        for group in _groups(found) if level == "sentence" else [[one] for one in found]:
+        direction = self.compressor.direction(as_batch(query.encoding, query.asked.selection, self.loaded.device))
+        told: list[Candidate] = []
+        for group in groups(found) if level == "sentence" else [[one] for one in found]:
             masks = [one.encoding.response_mask.astype(np.float32) for one in group]
             batch = Batch.of([one.encoding.input_ids for one in group], masks, self.loaded.device)
             norms = torch.from_numpy(self.rows_of(level).norms([one.row for one in group])).to(self.loaded.device)
@@ -339,14 +305,14 @@ class Index:
                 told.append(replace(one, match=filled))
         return told
 
-    def _with_answer_scores(self, found: _Candidate, query: _Posed) -> _Candidate:
+    def _with_answer_scores(self, found: Candidate, query: EncodedQuery) -> Candidate:
         """The candidate with its uncompressed influence on each token of the answer: Eq. 7 for every j.
 
         Influence is symmetric: this is the heat-map of the query along the direction of the training example.
         """
         device, position = self.loaded.device, found.match.position
         places = range(len(found.match.tokens)) if position is None else [position]
-        direction = self.compressor.direction(_batch(found.encoding, places, device))
+        direction = self.compressor.direction(as_batch(found.encoding, places, device))
         whole = Batch.of([query.encoding.input_ids], [query.encoding.response_mask.astype(np.float32)], device)
         scores = shares(self.scorer, self.compressor, direction, whole, query.rapidgrads.norms)[0]
         return replace(found, match=replace(found.match, answer_scores=scores.tolist()))
@@ -362,7 +328,7 @@ class Index:
         asked: Asked,
         found: SearchResult,
         number: int,
-        matches: list[_Candidate],
+        matches: list[Candidate],
         seconds: Seconds,
         rescoring: Rescoring | None,
     ) -> Result:
@@ -377,61 +343,10 @@ class Index:
             search=found.method,
             recall=found.recall,
             seconds=seconds,
-            summary=summary and Summary(**{**vars(summary), "histogram": list(summary.histogram)}),
+            summary=summary,
             matches=[one.match for one in matches],
             rescoring=rescoring,
         )
-
-
-def rescored(found: list[_Candidate], k: int, *, largest: bool) -> tuple[list[_Candidate], Rescoring]:
-    """The k candidates of the largest (or smallest) uncompressed influence, and how far the order has moved."""
-    exact = np.array([one.match.exact_score for one in found])
-    order = np.argsort(-exact if largest else exact, kind="stable")
-    n = len(order)
-    moves = np.abs(np.argsort(order) - np.arange(n))
-    spearman = 1 - 6 * float((moves.astype(float) ** 2).sum()) / (n * (n**2 - 1)) if n > 1 else None
-    kept = [replace(found[i], match=replace(found[i].match, rank=rank)) for rank, i in enumerate(order[:k], 1)]
-    return kept, Rescoring(n, spearman, int(moves.max(initial=0)))
-
-
-def _groups(found: list[_Candidate]) -> list[list[_Candidate]]:
-    """Candidates in their order, in batches of about so many padded tokens."""
-    groups: list[list[_Candidate]] = []
-    for one in found:
-        longest = max((len(other.encoding.input_ids) for other in groups[-1]), default=0) if groups else 0
-        longest = max(longest, len(one.encoding.input_ids))
-        if groups and longest * (len(groups[-1]) + 1) <= HEATMAP_TOKENS:
-            groups[-1].append(one)
-        else:
-            groups.append([one])
-    return groups
-
-
-def read_queries(path: str | Path) -> list[Query]:
-    """Queries from a JSONL file of objects with `prompt` and optionally `answer`, `token` and `span`."""
-    known = {"prompt", "answer", "token", "span"}
-    queries = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}.", hint="Give a JSONL file of queries.") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}).", hint='Write {"prompt": "…"}.') from error
-        strings = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
-        if not strings or "prompt" not in value or not value.keys() <= known:
-            raise DataError(
-                f"{path}, line {number}: a query has a text under prompt and, if wanted, under answer, token and span.",
-                hint='For example {"prompt": "Where does yoga come from?", "token": "Japan"}.',
-            )
-        queries.append(Query(**value))
-    if not queries:
-        raise DataError(f"{path} holds no query.", hint='Write lines such as {"prompt": "…"}.')
-    return queries
 
 
 def example_of(record: dict[str, Any]) -> Example:
@@ -439,19 +354,3 @@ def example_of(record: dict[str, Any]) -> Example:
     messages = tuple((role, content) for role, content in record["messages"])
     prompt = display_text(messages)
     return Example(record["id"], prompt, record["response"], record["meta"], record["line"], messages)
-
-
-def spans(encoding: Encoding) -> list[Span]:
-    """The response's tokens for a result."""
-    return [Span(token.text, token.start, token.end) for token in encoding.tokens]
-
-
-def _rows_of(posed: Sequence[_Posed]) -> np.ndarray:
-    return torch.cat([query.rapidgrads.rows for query in posed]).cpu().numpy()
-
-
-def _batch(encoding: Encoding, selection: Sequence[int], device: torch.device) -> Batch:
-    """One text whose loss is the mean over the selected tokens of its response."""
-    weights = np.zeros(len(encoding.input_ids), np.float32)
-    weights[np.flatnonzero(encoding.response_mask)[list(selection)]] = 1 / len(selection)
-    return Batch.of([encoding.input_ids], [weights], device)

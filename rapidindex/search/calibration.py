@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from rapidindex.search.exact import live_scores, top
-from rapidindex.store.rows import Rows
+from rapidindex.store import Rows
 
 KINDS = ("left out", "faint")
 FAINTEST = 0.4

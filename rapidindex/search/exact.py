@@ -16,8 +16,8 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from rapidindex.errors import DamagedIndex, QueryError, UsageError
-from rapidindex.store.container import damaged
-from rapidindex.store.rows import Rows
+from rapidindex.results import HISTOGRAM_BINS, ScoreSummary
+from rapidindex.store import Rows, as_tensor, damaged
 
 _BLOCK_BYTES = {"cpu": 2**23, "cuda": 2**28}
 """float32 bytes of a block. On a CPU 4 to 8 MiB stay in the cache between conversion and product: 12.5 GB/s of float16
@@ -27,20 +27,6 @@ _GROUP_BYTES = 2**22
 """float32 bytes of single rows that meet a query together."""
 _SCORES_BYTES = 2**30
 """float32 bytes of scores held at once; more queries than that take another pass over the rows."""
-HISTOGRAM_BINS = 50
-
-
-@dataclass(frozen=True)
-class ScoreSummary:
-    """One query's scores over all live rows; zeros where there is no row."""
-
-    n: int
-    min: float
-    max: float
-    mean: float
-    std: float
-    histogram: tuple[int, ...]
-    """Counts in `HISTOGRAM_BINS` equal bins from min to max."""
 
 
 @dataclass(frozen=True)
@@ -216,26 +202,12 @@ def _all_scores(rows: Rows, queries: np.ndarray, device: torch.device) -> Float3
     return scores.cpu().numpy()
 
 
-def as_tensor(array: np.ndarray) -> Tensor:
-    """A read-only array as a tensor over the same memory, which nobody may write to."""
-    return torch.from_numpy(np.asarray(_Mapped(array)))
-
-
-class _Mapped:
-    """The same memory under a flag that lets torch share it: torch warns of read-only arrays, and we only read."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        address, _ = array.__array_interface__["data"]
-        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
-        self.array = array  # keeps the mapping open
-
-
 def _summary(scores: Float32[np.ndarray, " n"]) -> ScoreSummary:
     if not len(scores):
-        return ScoreSummary(0, 0.0, 0.0, 0.0, 0.0, (0,) * HISTOGRAM_BINS)
+        return ScoreSummary(0, 0.0, 0.0, 0.0, 0.0, [0] * HISTOGRAM_BINS)
     wide = scores.astype(np.float64)
     least, most = wide.min(), wide.max()
     bins = (wide - least) * (HISTOGRAM_BINS / (most - least or 1.0))
     counts = np.bincount(bins.astype(np.int64).clip(max=HISTOGRAM_BINS - 1), minlength=HISTOGRAM_BINS)
     mean, std = float(wide.mean()), float(wide.std())
-    return ScoreSummary(len(wide), float(least), float(most), mean, std, tuple(counts.tolist()))
+    return ScoreSummary(len(wide), float(least), float(most), mean, std, counts.tolist())

@@ -14,8 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from rapidindex.errors import DamagedIndex, ResourceError, UsageError
-from rapidindex.store.container import index_of
-from rapidindex.store.writing import part_name, sync_folder, writing
+from rapidindex.store import index_of, part_name, sync_folder, writing
 
 QB = 4
 """Bits of a query's entries in RaBitQ. 4 took 1.06 ms where 8 took 1.42, and lost at most .002 of recall@10 at an

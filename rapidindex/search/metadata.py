@@ -7,9 +7,7 @@ from typing import Any
 
 from rapidindex.errors import DamagedIndex
 from rapidindex.search.calibration import Calibration
-from rapidindex.store.container import index_of
-from rapidindex.store.folder import ANN, read_json, write_json
-from rapidindex.store.rows import Rows
+from rapidindex.store import ANN, Rows, index_of, read_json, write_json
 
 NAME = f"{ANN}.json"
 

@@ -27,12 +27,10 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 
 from rapidindex.errors import ResourceError, StoreError, UsageError
-from rapidindex.gradients.sketch import fold
 from rapidindex.progress import Progress, silent
 from rapidindex.search.calibration import calibrate, held_out, most_candidates
 from rapidindex.search.exact import (
     SearchResult,
-    as_tensor,
     checked_queries,
     exact_search,
     not_finite,
@@ -43,8 +41,7 @@ from rapidindex.search.exact import (
 )
 from rapidindex.search.faiss_index import AnnIndex, check_factory, faiss_version, require_gpu
 from rapidindex.search.metadata import Card, rebuild_hint
-from rapidindex.store.folder import ANN
-from rapidindex.store.rows import Rows
+from rapidindex.store import ANN, Rows, as_tensor
 
 EXACT = "exact"
 COMPACT = "HR,RaBitQ"
@@ -373,3 +370,13 @@ def _training_rows(rows: Rows, count: int, dim: int, seed: int) -> Float32[np.nd
     for place, numbers, scale in rows.each(drawn):
         folded[place] = fold(as_tensor(numbers).float(), dim).numpy() * scale
     return folded
+
+
+def fold(rows, K: int):
+    """Sum adjacent groups of entries: the RapidGrads of a smaller K under the same shuffles and signs.
+
+    `rows` is a torch or NumPy array [..., K'], with K a divisor of K'; the result is [..., K].
+    """
+    if rows.shape[-1] == K:
+        return rows
+    return rows.reshape(*rows.shape[:-1], K, rows.shape[-1] // K).sum(-1)

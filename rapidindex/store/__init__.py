@@ -7,8 +7,32 @@ store     the folder as a whole                    check     reads every byte, a
 """
 
 from rapidindex.store.check import Problem, check
+from rapidindex.store.container import USER_BLOCK, as_tensor, damaged, index_of
+from rapidindex.store.folder import ANN, MOMENT, read_json, write_json
 from rapidindex.store.rows import Rows
-from rapidindex.store.shards import decode_rows, encode_rows
+from rapidindex.store.shards import ROW_TYPE, decode_rows, encode_rows, row_bytes
 from rapidindex.store.store import Store
+from rapidindex.store.writing import encode_json, part_name, sync_folder, writing
 
-__all__ = ["Problem", "Rows", "Store", "check", "decode_rows", "encode_rows"]
+__all__ = [
+    "ANN",
+    "MOMENT",
+    "ROW_TYPE",
+    "USER_BLOCK",
+    "Problem",
+    "Rows",
+    "Store",
+    "as_tensor",
+    "check",
+    "damaged",
+    "decode_rows",
+    "encode_json",
+    "encode_rows",
+    "index_of",
+    "part_name",
+    "read_json",
+    "row_bytes",
+    "sync_folder",
+    "write_json",
+    "writing",
+]

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rapidindex.errors import DamagedIndex, NewerFormat, StoreError
 
@@ -159,3 +161,17 @@ def _parse(path: Path, block: bytes) -> Layout:
 
 def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content) + "\n").encode()
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A read-only array as a tensor over the same memory, which nobody may write to."""
+    return torch.from_numpy(np.asarray(_Mapped(array)))
+
+
+class _Mapped:
+    """The same memory under a flag that lets torch share it: torch warns of read-only arrays, and we only read."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
+        self.array = array  # keeps the mapping open

@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rapidindex.results import Asked, Match, Result, Span
+from rapidindex.results import Asked, Match, Result, Token
 from rapidindex.views import heatmap
 from rapidindex.views.sanitize import paragraph
 
@@ -125,7 +125,7 @@ def _match(match: Match, asked: Asked, full: float, of_answer: float) -> dict[st
     }
 
 
-def _heat(text: str, tokens: list[Span], scores: list[float], full: float, found: int | None) -> dict[str, Any]:
+def _heat(text: str, tokens: list[Token], scores: list[float], full: float, found: int | None) -> dict[str, Any]:
     pieces, rest = heatmap.cut(text, tokens, scores) if scores else ([], text)
     return {
         "chips": [chip(piece, full, found=piece.holds(found)) for piece in pieces],

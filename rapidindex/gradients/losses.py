@@ -1,0 +1,156 @@
+"""Token and example losses of a language model, and the layers that their gradients have.
+
+The loss of an example is Σ_t weight_t · cross-entropy_t, every token predicted from the ones before it; with the
+weights 1/G on its G response tokens it is the paper's L(s) (below Eq. 1).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One trainable parameter tensor and its place in the flattened gradient."""
+
+    name: str
+    start: int
+    size: int
+    shape: tuple[int, ...] = ()
+    """Of the parameter; its gradient is flattened row by row."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples padded on the right to a common length T."""
+
+    input_ids: Int64[Tensor, "examples T"]
+    attention: Int64[Tensor, "examples T"]
+    weights: Float[Tensor, "examples T"]
+    """The weight of each token's own cross-entropy in its example's loss; 0 for the prompt and the padding."""
+    labels: Int64[Tensor, "examples T"] | None = None
+    """The tokens that the loss is of, where they are not those of `input_ids`."""
+
+    @classmethod
+    def of(
+        cls, ids: Sequence[np.ndarray], weights: Sequence[np.ndarray], device: torch.device | str = "cpu"
+    ) -> "Batch":
+        """Pad token ids (int [T_b]) and loss weights (float [T_b]) of several examples."""
+        length = max(map(len, ids))
+        input_ids = torch.zeros(len(ids), length, dtype=torch.int64)
+        attention = torch.zeros_like(input_ids)
+        padded = torch.zeros(len(ids), length)
+        for row, (tokens, weight) in enumerate(zip(ids, weights, strict=True)):
+            input_ids[row, : len(tokens)] = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
+            attention[row, : len(tokens)] = 1
+            padded[row, : len(tokens)] = torch.from_numpy(np.asarray(weight, dtype=np.float32))
+        return cls(input_ids.to(device), attention.to(device), padded.to(device))
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def example(self, row: int) -> "Batch":
+        """One example alone, without its padding."""
+        length = int(self.attention[row].sum())
+        parts = (self.input_ids, self.attention, self.weights, self.labels)
+        return Batch(*(None if part is None else part[row : row + 1, :length] for part in parts))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that count, by name; a tied one once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """The layers in the order of the flattened gradient."""
+    layers, start = [], 0
+    for name, parameter in trainable(model).items():
+        layers.append(Layer(name, start, parameter.numel(), tuple(parameter.shape)))
+        start += parameter.numel()
+    return layers
+
+
+def positions_used(weights: Float[Tensor, "examples T"]) -> Int64[Tensor, "examples G"]:
+    """For each example the positions whose next token has a weight, filled up with position 0 to a common G."""
+    wanted: Bool[Tensor, "examples T"] = weights[:, 1:] != 0
+    most = max(1, int(wanted.sum(1).max()))
+    order = torch.argsort(wanted.to(torch.int8), dim=1, descending=True, stable=True)[:, :most]
+    return torch.where(wanted.gather(1, order), order, torch.zeros_like(order))
+
+
+def example_losses(model: nn.Module, batch: Batch, positions: Tensor | None = None) -> Float[Tensor, " examples"]:
+    """The loss of each example; `positions` [examples, G] are those at which the logits were computed, if not all."""
+    weights, entropies = token_losses(model, batch, positions)
+    return torch.where(weights != 0, weights * entropies, 0.0).sum(1)
+
+
+def token_losses(model: nn.Module, batch: Batch, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weight and the cross-entropy of the token after each position, float32 [examples, G] both."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention, use_cache=False).logits
+    if positions is None:
+        positions = torch.arange(batch.input_ids.shape[1] - 1, device=logits.device).expand(len(batch), -1)
+        logits = logits[:, :-1]
+    labels = (batch.input_ids if batch.labels is None else batch.labels).gather(1, positions + 1)
+    weights = batch.weights.gather(1, positions + 1)
+    # A filled-up position repeats position 0: it counts only where it stands first, and is wanted.
+    repeated = (positions == 0) & (torch.arange(positions.shape[1], device=positions.device) > 0)
+    weights = weights.masked_fill(repeated, 0.0)
+    entropies = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(weights)
+    return weights, entropies
+
+
+@torch.no_grad()
+def with_drawn_labels(model: nn.Module, batch: Batch, seed: int) -> Batch:
+    """The batch with its loss taken of tokens that are drawn, by `seed`, from the model's own predictions.
+
+    The mean product of such gradients is the Fisher matrix. The weights are their square roots: drawn tokens are
+    independent, so that each then counts in a product as it does in the loss.
+    """
+    positions = positions_used(batch.weights)
+    with only_logits_at(model, positions) as narrowed:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention, use_cache=False).logits
+    if not narrowed:
+        logits = logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+    chances = logits.float().softmax(-1).flatten(0, 1).cpu().nan_to_num_(1.0)  # its gradient will not be finite
+    drawn = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(seed)).view_as(positions)
+    labels = batch.input_ids.scatter(1, positions + 1, drawn.to(positions.device))
+    return replace(batch, weights=batch.weights.sqrt(), labels=labels)
+
+
+def weighted_token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The tokens that have a weight, as a mask bool [examples, G], and their cross-entropies, float32 [examples, G].
+
+    An example's tokens stand first in its row, in their order; G is the largest number of them.
+    """
+    positions = positions_used(batch.weights)
+    with only_logits_at(model, positions) as narrowed:
+        weights, entropies = token_losses(model, batch, positions if narrowed else None)
+    if narrowed:
+        return weights != 0, entropies
+    wanted = batch.weights[:, 1:].gather(1, positions) != 0
+    return wanted, entropies.gather(1, positions)
+
+
+@contextmanager
+def only_logits_at(model: nn.Module, positions: Tensor) -> Iterator[bool]:
+    """Let the output layer see the hidden states at `positions` [examples, G] alone: the rest of its work is unused."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield False
+        return
+
+    def narrow(_, inputs: tuple) -> tuple:
+        (hidden,) = inputs
+        return (hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])),)
+
+    handle = head.register_forward_pre_hook(narrow)
+    try:
+        yield True
+    finally:
+        handle.remove()
