@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench.common import save
 from rapidindex.caching.batches import Item
-from rapidindex.caching.estimate import Activations, held_by, measure_activations, needed_room
+from rapidindex.caching.estimate import Activations, estimate_resources, measure_activations, model_bytes
 from rapidindex.caching.job import Job
 from rapidindex.config import BuildConfig, BuildRequest, ModelConfig
 from rapidindex.data.examples import Dataset, Example
@@ -98,14 +98,14 @@ def parts_of(case: Case) -> dict:
     """Bytes by part of a build on one device, and what its forward pass keeps of a token in a layer."""
     kept, one_layer = activations(case)
     model = build(case, SHAPES[case.shape], "meta")
-    held = held_by(model)
+    held = model_bytes(model)
     if case.trained == "QLoRA":
         weights = [module.weight for module in quantized(model)]
         held -= int(sum(weight.numel() * (weight.element_size() - NF4) for weight in weights))
         dequantized = max(weight.numel() * weight.element_size() for weight in weights)
         kept = replace(kept, constant=kept.constant + dequantized)
     job = job_of(case, model)
-    room = needed_room(job, job.plan("sentence", job.items), 1, kept)
+    room = estimate_resources(job, job.plan("sentence", job.items), 1, kept)
     return {
         "entries": job.size,
         "activation_bytes_a_token_and_layer": one_layer,

@@ -69,7 +69,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Asked:
+class QueryInfo:
     """The query: what was said, and which of its tokens are asked about."""
 
     prompt: str
@@ -81,7 +81,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Source:
+class IndexInfo:
     """The index that was searched."""
 
     id: str
@@ -118,8 +118,8 @@ class Rescoring:
 class Result:
     """The training examples that most influence a query's answer, best first."""
 
-    index: Source
-    query: Asked
+    index: IndexInfo
+    query: QueryInfo
     direction: str
     """`proponents` (training on them makes the answer likelier) or `opponents`."""
     level: str
@@ -170,8 +170,8 @@ class Result:
         query, summary, rescoring = value.pop("query"), value.pop("summary"), value.pop("rescoring", None)
         matches = [{**match, "tokens": _spans(match["tokens"])} for match in value.pop("matches")]
         return cls(
-            index=Source(**value.pop("index")),
-            query=Asked(**{**query, "tokens": _spans(query["tokens"])}),
+            index=IndexInfo(**value.pop("index")),
+            query=QueryInfo(**{**query, "tokens": _spans(query["tokens"])}),
             seconds=Seconds(**value.pop("seconds")),
             summary=ScoreSummary(**summary) if summary else None,
             rescoring=Rescoring(**rescoring) if rescoring else None,

@@ -4,7 +4,7 @@ import random
 import re
 from dataclasses import replace
 
-from rapidindex.results import Asked, Match, Result, ScoreSummary, Seconds, Source, Token
+from rapidindex.results import IndexInfo, Match, QueryInfo, Result, ScoreSummary, Seconds, Token
 
 END = "<|im_end|>"
 HOSTILE = '</script><script>window.hit = 1</script><img src=x onerror="window.hit = 1"> [bold red]{{ 7 * 7 }} & "q"'
@@ -91,8 +91,10 @@ def result(direction: str = "proponents", matches: list[Match] | None = None, **
         counts[int((score + 0.5) * 50)] += 1
     counts[44] += 10
     made = Result(
-        Source("3f2a9c0d1e4b5a67", "SmolLM2-135M-Instruct", "demo/adapter", 65_536, 20, 1000),
-        Asked("What are the origins of yoga?", answer, tokens, [i for i, t in enumerate(tokens) if "Japan" in t.text]),
+        IndexInfo("3f2a9c0d1e4b5a67", "SmolLM2-135M-Instruct", "demo/adapter", 65_536, 20, 1000),
+        QueryInfo(
+            "What are the origins of yoga?", answer, tokens, [i for i, t in enumerate(tokens) if "Japan" in t.text]
+        ),
         direction,
         "sentence",
         "exact",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rapidindex.caching.estimate import Alive, measure_activations
+from rapidindex.caching.estimate import LiveTensorMeter, measure_activations
 from rapidindex.config import ModelConfig
 from rapidindex.gradients.losses import example_losses
 from rapidindex.gradients.per_example import PerExampleGradients
@@ -18,7 +18,7 @@ LONG = [(3, 118), (30, 90), (7, 101), (60, 60), (1, 119), (2, 2)]
 def alive_in_forward(gradients, lengths):
     """Bytes alive at the fullest moment of a forward pass over examples of these (prompt, response) lengths."""
     batch = Batch.of(*examples(lengths))
-    with Alive() as alive, gradients.forward(batch, lambda number, values: None):
+    with LiveTensorMeter() as alive, gradients.forward(batch, lambda number, values: None):
         return alive.peak
 
 
@@ -28,7 +28,7 @@ def last_token_only(lengths):
 
 def test_what_is_alive_is_counted_once_and_until_it_is_freed():
     before = torch.zeros(1000)
-    with Alive() as alive:
+    with LiveTensorMeter() as alive:
         a = before + 1
         b, c = a.view(10, 100)[2:], before[:7]
         a.mul_(2)
@@ -80,7 +80,7 @@ def test_a_model_without_batched_rules_is_measured_as_it_is_computed():
     gradients = PerExampleGradients(model)
     assert not gradients.batched
     batch = Batch.of(*examples([(100, 21)]))
-    with Alive() as alive:
+    with LiveTensorMeter() as alive:
         losses = example_losses(model, batch)
     assert measure_activations(gradients).of(len(losses), 121) == pytest.approx(alive.peak, rel=0.15)
 
@@ -91,7 +91,7 @@ def test_the_first_batch_whose_gradients_are_compared_takes_no_more_than_a_later
     )
     batch, peaks = Batch.of(*examples([(2, 4)] * 6)), []
     for _ in range(2):
-        with Alive() as alive:
+        with LiveTensorMeter() as alive:
             gradients(batch, lambda number, values: None)
         peaks.append(alive.peak)
     size = sum(layer.size for layer in gradients.layers)
@@ -100,7 +100,7 @@ def test_the_first_batch_whose_gradients_are_compared_takes_no_more_than_a_later
 
 def test_the_correction_takes_no_more_than_its_own_memory():
     moment = torch.rand(10 * 2**20)
-    with Alive() as alive:
+    with LiveTensorMeter() as alive:
         factors = correction(moment)
     assert alive.now == 4 * len(factors) and alive.peak <= 4 * len(factors) + 2**24
     assert torch.allclose(factors, (moment + 1e-3 * moment.double().mean()).rsqrt())

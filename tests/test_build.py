@@ -53,7 +53,7 @@ def test_stored_rows_are_the_compressed_autograd_gradients(data, tmp_path, llama
         parts = [p.flatten() for p in autograd(loaded.model, encoding.input_ids, weights.astype(np.float32))[1]]
         if recipe.normalize == "layer":
             parts = [p / p.norm() for p in parts]
-        flat = torch.cat(parts) * torch.as_tensor(factor)
+        flat = torch.cat(parts) * torch.torch.from_numpy(factor)
         if recipe.normalize == "unit":
             flat = flat / flat.norm()
         truth = sketch.compress(flat.float()[None])[0].numpy()

@@ -249,7 +249,7 @@ def test_removed_ids_that_are_not_stored_are_named_and_kept(index, path):
     assert ("removed.json", "names 1 ids that are not stored: c") in found(path)
     store = Store.open(path)
     write(store, ["c", "d"])
-    assert store.rows("sentence").alive.tolist() == [False, True, True, True, False, True]
+    assert store.rows("sentence").live_mask.tolist() == [False, True, True, True, False, True]
 
 
 def test_a_level_that_the_manifest_does_not_know_is_found(index, path, tmp_path):

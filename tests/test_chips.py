@@ -5,7 +5,7 @@ import pytest
 
 from rapidindex.errors import DataError
 from rapidindex.results import Rescoring, Token
-from rapidindex.views import heatmap
+from rapidindex.views import heatmap, wording
 from tests import shown
 
 
@@ -99,11 +99,11 @@ def test_colour_grows_with_the_share_and_has_its_sign():
     ("value", "text"), [(0.0, "+0.0000"), (0.41, "+0.4100"), (-0.012345, "-0.0123"), (3e-7, "+3e-07")]
 )
 def test_numbers_have_a_sign_and_digits_that_count(value, text):
-    assert heatmap.signed(value) == text
+    assert wording.signed(value) == text
 
 
 def test_a_first_score_far_from_all_others_stands_out():
-    assert heatmap.verdict(shown.result()) == ""
+    assert wording.verdict(shown.result()) == ""
 
 
 @pytest.mark.parametrize(
@@ -121,18 +121,18 @@ def test_a_first_score_far_from_all_others_stands_out():
 )
 def test_a_sentence_says_that_nothing_stands_out(score, direction, words):
     found = shown.result(direction, [shown.match(1, "Yoga.", score=score)])
-    assert words in heatmap.verdict(found)
+    assert words in wording.verdict(found)
 
 
 def test_a_rescored_order_is_explained_and_does_not_hide_what_stands_out():
     matches = [shown.match(1, "Yoga.", score=0.01), shown.match(2, "Japan.", score=0.4)]
     found = shown.result(matches=matches, rescoring=Rescoring(40, 0.873, 7))
-    assert heatmap.verdict(found) == ""
-    assert "among 40 candidates. The two orders have a rank correlation of 0.87; a candidate" in heatmap.rescored(found)
+    assert wording.verdict(found) == ""
+    assert "among 40 candidates. The two orders have a rank correlation of 0.87; a candidate" in wording.rescored(found)
     assert "moved by 7 places at most" in found.to_html()
-    assert "candidates. A candidate" in heatmap.rescored(shown.result(rescoring=Rescoring(1, None, 0)))
+    assert "candidates. A candidate" in wording.rescored(shown.result(rescoring=Rescoring(1, None, 0)))
 
 
 def test_without_a_summary_only_the_sign_is_judged():
-    assert heatmap.verdict(shown.result(matches=[shown.match(1, "Yoga.", score=0.01)], summary=None)) == ""
-    assert "nothing to compare" in heatmap.verdict(shown.result(matches=[]))
+    assert wording.verdict(shown.result(matches=[shown.match(1, "Yoga.", score=0.01)], summary=None)) == ""
+    assert "nothing to compare" in wording.verdict(shown.result(matches=[]))

@@ -129,10 +129,10 @@ def test_a_side_that_is_too_long_and_what_is_no_matrix_keep_their_axes(monkeypat
     bases = Eigenbases(layers, vectors)
     U, V = list(pairs(layers, vectors))[number]
     seen = (U.T @ values.view(3, *layers[number].shape) @ V).flatten(1)
-    torch.testing.assert_close(bases.turned(number, values), seen)
-    torch.testing.assert_close(bases.back(number, seen), values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bases.to_eigenbasis(number, values), seen)
+    torch.testing.assert_close(bases.from_eigenbasis(number, seen), values, rtol=1e-4, atol=1e-5)
     vector = next(n for n, layer in enumerate(layers) if len(layer.shape) == 1)
-    assert bases.turned(vector, values) is values
+    assert bases.to_eigenbasis(vector, values) is values
 
 
 def test_an_index_is_built_by_one_process_or_two_added_to_and_asked(data, tmp_path, llama_folders):

@@ -10,7 +10,7 @@ from bench.crash import write_data
 from rapidindex.caching import estimate as estimating
 from rapidindex.caching.batches import as_batch
 from rapidindex.caching.build import build
-from rapidindex.caching.estimate import Alive, estimate, measure_activations, needed_room
+from rapidindex.caching.estimate import LiveTensorMeter, estimate, estimate_resources, measure_activations
 from rapidindex.caching.job import prepare
 from rapidindex.config import BuildConfig, BuildRequest, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.errors import ResourceError
@@ -63,12 +63,12 @@ def test_the_memory_of_the_largest_batch_is_told_before_it_is_computed(asked, wa
     model = asked.model if way == "lora" else replace(asked.model, adapter=None)
     job = prepare(replace(asked, model=model, work=BuildConfig(batch_tokens=2048)))
     plan = job.plan("sentence", job.items)
-    told = needed_room(job, plan, 1, measure_activations(job.gradients)).memory
+    told = estimate_resources(job, plan, 1, measure_activations(job.gradients)).memory
     parts = ("activations", "logits", "per-example gradients", "RapidGrads of a batch")
     sketch = Sketch(job.size, job.request.sketch)
     sketch = Sketch(job.size, job.request.sketch, sketch.slots(0, job.size))
     compressor = Compressor(job.gradients, sketch, normalize="unit", correction=torch.ones(job.size))
-    with Alive() as alive:
+    with LiveTensorMeter() as alive:
         for batch in plan.batches:
             compressor(as_batch(batch, "cpu"))
     assert sum(told[part] for part in parts) == pytest.approx(alive.peak, rel=0.15)

@@ -117,7 +117,7 @@ def test_the_summary_is_of_all_scores(rows, queries):
 def test_equal_scores_are_one_bar_of_the_histogram(tmp_path):
     rows = make_store(tmp_path / "index", np.ones((5, 16), np.float32)).rows("sentence")
     summary = exact_search(rows, np.ones((1, 16), np.float32), 1).summaries[0]
-    assert summary.histogram == (5, *[0] * 49) and summary.std == 0
+    assert summary.histogram == [5, *[0] * 49] and summary.std == 0
 
 
 def test_percentiles_count_the_rows_that_score_lower(rows, queries):

@@ -19,7 +19,7 @@ from rapidindex.data.templates import Template
 from rapidindex.errors import ConfigMismatch, DataError, ModelError, UsageError
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.second_moment import read_second_moment
-from rapidindex.model.finetune import FinetuneProgress, Summary, finetune
+from rapidindex.model.finetune import FinetuneProgress, FinetuneSummary, finetune
 from rapidindex.model.model import generate, load
 from rapidindex.model.training import collate, target_modules
 from tests import tiny
@@ -63,7 +63,7 @@ class StopAt:
             raise KeyboardInterrupt
 
 
-def assert_learns(summary: Summary) -> None:
+def assert_learns(summary: FinetuneSummary) -> None:
     assert summary.steps == 9 and summary.examples == 5 and len(summary.epoch_losses) == 3
     assert summary.epoch_losses[0] > summary.epoch_losses[1] > summary.epoch_losses[2]
 

@@ -52,7 +52,7 @@ def test_the_golden_sentence_rows_are_what_was_written(path):
     assert [rows.record(number) for number in range(5)] == [golden.record(number) for number in range(5)]
     assert np.array_equal(rows.take(range(5)), written(path))
     assert np.array_equal(rows.norms(range(5)), np.array([golden.norms(number) for number in range(5)], np.float32))
-    assert rows.alive.tolist() == [True, True, True, False, True]
+    assert rows.live_mask.tolist() == [True, True, True, False, True]
     assert [count for _, _, count in rows.shards] == [3, 2, 0]
 
 

@@ -22,10 +22,10 @@ def examples(lengths=LENGTHS, seed=0):
 
 def autograd(model, ids, weights):
     """The slow, obviously right way: one example at a time, the whole model, no padding."""
-    tokens = torch.as_tensor(ids).long().unsqueeze(0)
+    tokens = torch.torch.from_numpy(ids).long().unsqueeze(0)
     logits = model(input_ids=tokens).logits[0, :-1].float()
     losses = F.cross_entropy(logits, tokens[0, 1:], reduction="none")
-    loss = (losses * torch.as_tensor(weights)[1:]).sum()
+    loss = (losses * torch.torch.from_numpy(weights)[1:]).sum()
     found = torch.autograd.grad(loss, list(trainable(model).values()), allow_unused=True)
     shapes = trainable(model).values()
     return loss.detach(), [torch.zeros_like(p) if g is None else g for g, p in zip(found, shapes, strict=True)]

@@ -12,7 +12,7 @@ from rapidindex.errors import DamagedIndex, QueryError, ResourceError, StoreErro
 from rapidindex.search import metadata, vector_index
 from rapidindex.search.calibration import KINDS, calibrate, held_out
 from rapidindex.search.exact import exact_search, scores_of
-from rapidindex.search.vector_index import EXACT_NUMBERS, VectorIndex, default_factory, fold
+from rapidindex.search.vector_index import EXACT_MAX_ENTRIES, VectorIndex, default_factory, fold
 from rapidindex.store import Store
 from rapidindex.store.folder import read_json, write_json
 from tests.stores import append, gradients, make_store, remove
@@ -65,7 +65,7 @@ def test_each_factory_finds_nearly_what_the_exact_scan_finds(built, queries, k, 
     found = built.search(queries, k, largest=largest)
     expected = exact_search(built.rows, queries, k, largest=largest)
     assert found.method == "ann"
-    assert share_found(found, expected) >= FLOORS[built.card.factory]
+    assert share_found(found, expected) >= FLOORS[built.metadata.factory]
     assert found.scores.dtype == np.float32 and found.rows.dtype == np.int64
     assert (found.n, found.summaries) == (N, None)
 
@@ -81,7 +81,7 @@ def test_scores_are_inner_products_with_the_stored_rows_best_first(built, querie
 
 def test_a_reopened_index_finds_the_same(built, queries):
     again = VectorIndex.open(built.rows)
-    assert again.card == built.card
+    assert again.metadata == built.metadata
     for largest in (True, False):
         before, after = (one.search(queries, 10, largest=largest) for one in (built, again))
         np.testing.assert_array_equal(before.rows, after.rows)
@@ -96,7 +96,7 @@ def test_a_batch_finds_what_its_queries_find_alone(built, queries):
 def test_the_same_seed_builds_the_same_index(store, queries):
     rows = store.rows("sentence")
     one, two = (VectorIndex.build(rows, factory="IVF16,SQ8", dim=DIM, target_recall=0.9, seed=3) for _ in range(2))
-    assert one.card.file_sha256 == two.card.file_sha256 and one.card.proponents == two.card.proponents
+    assert one.metadata.file_sha256 == two.metadata.file_sha256 and one.metadata.proponents == two.metadata.proponents
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1e30])
@@ -153,7 +153,7 @@ def test_rows_removed_before_building_are_left_out(store, queries):
     gone = np.arange(0, N, 2)
     remove(store, gone)
     made = VectorIndex.build(store.rows("sentence"), factory="HR,RaBitQ", dim=DIM, target_recall=0.9)
-    assert made.card.live == N // 2 and made.card.rows == N
+    assert made.metadata.live == N // 2 and made.metadata.rows == N
     for largest in (True, False):
         assert (made.search(queries, 5, largest=largest).rows % 2 == 1).all()
 
@@ -187,7 +187,9 @@ def test_the_stated_recall_is_what_other_queries_get(built):
 
 def test_each_direction_has_the_smallest_margin_that_reaches_the_target(store):
     rows = store.rows("sentence")
-    low, high = (VectorIndex.build(rows, factory="Flat", dim=DIM, target_recall=target).card for target in (0.5, 0.95))
+    low, high = (
+        VectorIndex.build(rows, factory="Flat", dim=DIM, target_recall=target).metadata for target in (0.5, 0.95)
+    )
     for largest in (True, False):
         assert low.calibration(largest).margin < high.calibration(largest).margin
         assert low.calibration(largest).rows_read < high.calibration(largest).rows_read
@@ -259,7 +261,7 @@ def test_a_query_that_tells_no_rows_apart_is_scanned_beside_others_that_are_not(
 def test_an_ivf_index_visits_no_more_lists_than_the_target_needs(store):
     rows = store.rows("sentence")
     low, high = (
-        VectorIndex.build(rows, factory="IVF32,Flat", dim=K, target_recall=target).card for target in (0.5, 0.99)
+        VectorIndex.build(rows, factory="IVF32,Flat", dim=K, target_recall=target).metadata for target in (0.5, 0.99)
     )
     assert low.proponents.lists < high.proponents.lists <= 32
 
@@ -267,7 +269,7 @@ def test_an_ivf_index_visits_no_more_lists_than_the_target_needs(store):
 def test_a_target_out_of_reach_falls_back_to_the_exact_scan(store, queries):
     rows = store.rows("sentence")
     made = VectorIndex.build(rows, factory="HR,RaBitQ", dim=8, target_recall=1.0)
-    assert made.card.proponents.margin is None and made.card.proponents.recall_at_10 < 1
+    assert made.metadata.proponents.margin is None and made.metadata.proponents.recall_at_10 < 1
     found = made.search(queries, 10)
     assert (found.method, found.recall) == ("exact", 1.0)
     np.testing.assert_array_equal(found.rows, exact_search(rows, queries, 10).rows)
@@ -291,29 +293,29 @@ def test_recall_counts_any_of_the_rows_that_tie_for_the_last_place(tmp_path):
     values = np.repeat(gradients(100, K), 12, axis=0)
     rows = make_store(tmp_path / "index", values).rows("sentence")
     made = VectorIndex.build(rows, factory="Flat", dim=K, target_recall=1.0)
-    assert made.card.proponents.margin is not None and made.card.proponents.recall_at_10 == 1
+    assert made.metadata.proponents.margin is not None and made.metadata.proponents.recall_at_10 == 1
 
 
 # Choosing, refusing
 
 
 def test_the_default_is_exact_for_small_stores_and_compact_beyond():
-    rows = EXACT_NUMBERS // 65_536
+    rows = EXACT_MAX_ENTRIES // 65_536
     assert default_factory(rows, 65_536) == "exact"
     assert default_factory(rows + 1, 65_536) == "HR,RaBitQ"
 
 
 def test_the_default_for_a_small_store_writes_no_faiss_file(store, queries):
     made = VectorIndex.build(store.rows("sentence"))
-    assert (made.card.factory, made.card.file, made.card.asked) == ("exact", None, None)
+    assert (made.metadata.factory, made.metadata.file, made.metadata.asked) == ("exact", None, None)
     assert made.search(queries, 3).method == "exact"
 
 
 def test_the_default_for_a_large_store_is_the_compact_index(store, monkeypatch):
-    monkeypatch.setattr(vector_index, "EXACT_NUMBERS", N * K // 2)
+    monkeypatch.setattr(vector_index, "EXACT_MAX_ENTRIES", N * K // 2)
     made = VectorIndex.build(store.rows("sentence"), target_recall=0.9)
-    assert (made.card.factory, made.card.dim, made.card.asked) == ("HR,RaBitQ", K, None)
-    assert made.card.file_bytes / N < K // 8 + 30
+    assert (made.metadata.factory, made.metadata.dim, made.metadata.asked) == ("HR,RaBitQ", K, None)
+    assert made.metadata.file_bytes / N < K // 8 + 30
 
 
 @pytest.mark.parametrize(
@@ -340,7 +342,7 @@ def test_the_default_for_a_large_store_is_the_compact_index(store, monkeypatch):
 def test_what_cannot_work_is_refused_with_the_reason(tmp_path, factory, dim, reason):
     rows = make_store(tmp_path / "index", gradients(20, 4096)).rows("sentence")
     if not factory:
-        assert VectorIndex.build(rows, factory=factory).card.factory == "exact"  # as if none were asked for
+        assert VectorIndex.build(rows, factory=factory).metadata.factory == "exact"  # as if none were asked for
         return
     with pytest.raises(UsageError, match=reason) as refusal:
         VectorIndex.build(rows, factory=factory, dim=dim)
@@ -355,11 +357,11 @@ def test_a_target_that_is_no_share_is_refused(compact, target):
 
 
 def test_fastscan_is_allowed_where_its_sums_fit(store):
-    assert VectorIndex.build(store.rows("sentence"), factory="RaBitQfs", dim=DIM, target_recall=0.5).card.file
+    assert VectorIndex.build(store.rows("sentence"), factory="RaBitQfs", dim=DIM, target_recall=0.5).metadata.file
 
 
 def test_the_fold_is_never_longer_than_the_rows(store):
-    assert VectorIndex.build(store.rows("sentence"), factory="Flat", dim=8192).card.dim == K
+    assert VectorIndex.build(store.rows("sentence"), factory="Flat", dim=8192).metadata.dim == K
 
 
 def test_queries_that_cannot_be_used_are_refused(compact, queries):
@@ -450,8 +452,8 @@ def test_an_index_that_lacks_rows_says_so_and_an_update_adds_only_them(store, qu
         VectorIndex.update(store.rows("sentence"), progress=lambda *told: stages.append(told))
     assert [stage for stage, _, _ in stages] == ["index the rows"]
     updated = VectorIndex.open(store.rows("sentence"))
-    assert updated.stale is None and updated.card.rows == N + 100
-    assert updated.card.proponents == built.card.proponents  # 7 % more rows: not measured again
+    assert updated.stale is None and updated.metadata.rows == N + 100
+    assert updated.metadata.proponents == built.metadata.proponents  # 7 % more rows: not measured again
     found = updated.search(gradients(100, K, seed=5), 1)
     np.testing.assert_array_equal(found.rows[:, 0], np.arange(N, N + 100))
 
@@ -468,7 +470,7 @@ def test_rows_that_were_out_when_the_index_was_built_and_are_back_are_added(stor
         VectorIndex.update(store.rows("sentence"), progress=lambda *told: stages.append(told))
     assert {stage for stage, _, _ in stages} == {"index the rows", "measure recall"}  # 11 % more rows
     updated = VectorIndex.open(store.rows("sentence"))
-    assert updated.card.live == N and sorted(updated._ann.numbers()) == list(range(N))
+    assert updated.metadata.live == N and sorted(updated._ann.numbers()) == list(range(N))
     found = updated.search(values[gone], 1)
     assert found.method == "ann"
     np.testing.assert_array_equal(found.rows[:, 0], gone)
@@ -479,26 +481,30 @@ def test_an_update_with_nothing_to_add_writes_nothing(store):
     remove(store, np.arange(0, N, 10))
     made = VectorIndex.build(store.rows("sentence"), factory="Flat", dim=DIM, target_recall=0.9)
     remove(store, np.arange(1, N, 10))
-    assert VectorIndex.update(store.rows("sentence")).card == made.card
+    assert VectorIndex.update(store.rows("sentence")).metadata == made.metadata
 
 
 def test_recall_is_measured_again_once_the_index_has_grown(store):
     VectorIndex.build(store.rows("sentence"), factory="Flat", dim=DIM, target_recall=0.9)
     append(store, gradients(200, K, seed=5))
-    assert VectorIndex.update(store.rows("sentence")).card.proponents.rows == N + 200
+    assert VectorIndex.update(store.rows("sentence")).metadata.proponents.rows == N + 200
 
 
 def test_an_update_with_nothing_new_writes_nothing(store):
-    before = VectorIndex.build(store.rows("sentence"), factory="Flat", dim=DIM, target_recall=0.9).card
-    assert VectorIndex.update(store.rows("sentence")).card == before == metadata.Card.read(store.path / "sentence")
+    before = VectorIndex.build(store.rows("sentence"), factory="Flat", dim=DIM, target_recall=0.9).metadata
+    assert (
+        VectorIndex.update(store.rows("sentence")).metadata
+        == before
+        == metadata.IndexMetadata.read(store.path / "sentence")
+    )
 
 
 def test_an_update_builds_where_there_is_none_or_none_can_be_added_to(store, tmp_path):
-    assert VectorIndex.update(store.rows("sentence")).card.factory == "exact"
+    assert VectorIndex.update(store.rows("sentence")).metadata.factory == "exact"
     empty = make_store(tmp_path / "empty", np.empty((0, K), np.float32))
     VectorIndex.build(empty.rows("sentence"), factory="IVF4,Flat", target_recall=0.8)
     append(empty, gradients(N, K))
-    assert VectorIndex.update(empty.rows("sentence")).card.file
+    assert VectorIndex.update(empty.rows("sentence")).metadata.file
 
 
 def test_an_exact_index_is_never_stale_and_becomes_compact_when_it_has_grown(store, queries, monkeypatch):
@@ -506,8 +512,8 @@ def test_an_exact_index_is_never_stale_and_becomes_compact_when_it_has_grown(sto
     append(store, gradients(100, K, seed=5))
     grown = VectorIndex.open(store.rows("sentence"))
     assert grown.stale is None and grown.search(queries, 3).n == N + 100
-    monkeypatch.setattr(vector_index, "EXACT_NUMBERS", N * K // 2)
-    assert VectorIndex.update(store.rows("sentence")).card.factory == "HR,RaBitQ"
+    monkeypatch.setattr(vector_index, "EXACT_MAX_ENTRIES", N * K // 2)
+    assert VectorIndex.update(store.rows("sentence")).metadata.factory == "HR,RaBitQ"
 
 
 def test_other_rows_in_the_place_of_those_indexed_are_noticed_and_indexed_anew(store, tmp_path, values, queries):
@@ -527,14 +533,14 @@ def test_a_rebuild_leaves_one_card_and_one_file(store):
     (rows.path / "ann.deadbeef.faiss").write_bytes(b"left by a build that was killed")
     for factory in ("Flat", "SQ8"):
         made = VectorIndex.build(rows, factory=factory, dim=DIM, target_recall=0.9)
-    assert sorted(file.name for file in rows.path.glob("ann.*")) == sorted(["ann.json", made.card.file])
+    assert sorted(file.name for file in rows.path.glob("ann.*")) == sorted(["ann.json", made.metadata.file])
     VectorIndex.build(rows, factory="exact")
     assert [file.name for file in rows.path.glob("ann.*")] == ["ann.json"]
 
 
 def test_describe_is_plain_data(built):
     said = json.loads(json.dumps(built.describe()))
-    assert said["factory"] == built.card.factory and said["rows"] == N and said["stale"] is None
+    assert said["factory"] == built.metadata.factory and said["rows"] == N and said["stale"] is None
     assert said["proponents"]["recall_at_10"] >= 0.95 and set(said["opponents"]["by_kind"]) == {"left out", "faint"}
 
 
@@ -544,7 +550,7 @@ def test_describe_is_plain_data(built):
 def test_a_damaged_index_is_named_with_the_way_to_rebuild_it(store):
     rows = store.rows("sentence")
     made = VectorIndex.build(rows, factory="Flat", dim=DIM, target_recall=0.9)
-    file = rows.path / made.card.file
+    file = rows.path / made.metadata.file
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
     with pytest.raises(DamagedIndex, match="should have .*rapidindex index"):
@@ -562,12 +568,12 @@ def test_a_damaged_index_is_named_with_the_way_to_rebuild_it(store):
 def test_a_byte_changed_in_the_file_is_found_by_reading_it_through(store):
     rows = store.rows("sentence")
     made = VectorIndex.build(rows, factory="Flat", dim=DIM, target_recall=0.9)
-    made.card.verify(rows.path)
-    with open(rows.path / made.card.file, "r+b") as file:
+    made.metadata.verify(rows.path)
+    with open(rows.path / made.metadata.file, "r+b") as file:
         file.seek(5000)
         file.write(b"?")
     with pytest.raises(DamagedIndex, match="changed after it was written.*rapidindex index"):
-        made.card.verify(rows.path)
+        made.metadata.verify(rows.path)
 
 
 def test_a_changed_card_is_damage(store):

@@ -69,7 +69,7 @@ def trained(model, optimizer, steps=3):
     ids, weights = examples()
     for _ in range(steps):
         optimizer.zero_grad()
-        logits = model(input_ids=torch.as_tensor(ids[0]).long()[None]).logits
+        logits = model(input_ids=torch.torch.from_numpy(ids[0]).long()[None]).logits
         logits.square().mean().backward()
         optimizer.step()
 

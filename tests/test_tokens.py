@@ -43,7 +43,7 @@ def token_rows(path):
     rows = Store.open(path).rows("token")
     keys = [(rows.ids[e], int(p)) for e, p in zip(rows.example, rows.position, strict=True)]
     taken = rows.take(np.arange(len(rows)))
-    live = [number for number in range(len(rows)) if rows.alive[number]]
+    live = [number for number in range(len(rows)) if rows.live_mask[number]]
     assert len(set(keys)) == len(keys)
     return {keys[n]: taken[n] for n in live}, {keys[n]: int(rows.token[n]) for n in live}
 
@@ -262,7 +262,7 @@ def test_tokens_of_removed_examples_are_not_computed_and_come_back_into_the_sear
     add(tmp_path / "index", str(data))
     rows = Store.open(tmp_path / "index").rows("token")
     found = VectorIndex.open(rows)
-    assert set(found._ann.numbers()) == set(range(len(rows))) and rows.alive.all()
+    assert set(found._ann.numbers()) == set(range(len(rows))) and rows.live_mask.all()
     assert build(some).computed == 1
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from bench.evidence.sketched import Scores
-from bench.evidence.tasks import Asked
+from bench.evidence.tasks import QueryInfo
 from rapidindex import Index, Query
 from rapidindex.caching.build import build
 from rapidindex.config import BuildRequest, EncodingConfig, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.progress import Progress
-from rapidindex.search.vector_index import COMPACT, VectorIndex
+from rapidindex.search.vector_index import DEFAULT_FACTORY, VectorIndex
 
 RECIPES = {
     "default": {},
@@ -31,7 +31,7 @@ def product_scores(
     data: str,
     model: ModelConfig,
     encoding: EncodingConfig,
-    queries: Sequence[Asked],
+    queries: Sequence[QueryInfo],
     folder: Path,
     *,
     recipes: Sequence[str],
@@ -51,14 +51,14 @@ def product_scores(
         opened = Index.open(index)
         scores[f"product/{recipe}/exact"], _ = _ask(opened, queries, most, exact=True)
         with opened.store.lock():
-            VectorIndex.build(opened.rows, factory=COMPACT, progress=progress)
+            VectorIndex.build(opened.rows, factory=DEFAULT_FACTORY, progress=progress)
         found, used = _ask(Index.open(index), queries, ANN_TOP, exact=False)
         scores[f"product/{recipe}/ann"] = found
         scores[f"product/{recipe}/ann used"] = used
     return scores
 
 
-def _ask(index: Index, queries: Sequence[Asked], most: int, *, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+def _ask(index: Index, queries: Sequence[QueryInfo], most: int, *, exact: bool) -> tuple[np.ndarray, np.ndarray]:
     """The matches' scores [queries, examples in the order of the data's lines], and which queries FAISS answered."""
     asked = [Query(query.prompt, query.answer, query.word) for query in queries]
     records = [index.rows.record(number) for number in range(len(index.rows.ids))]

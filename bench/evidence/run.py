@@ -171,12 +171,12 @@ class Seed:
         return found
 
     @cached_property
-    def queries(self) -> list[tasks.Asked]:
+    def queries(self) -> list[tasks.QueryInfo]:
         """The answers whose causes are asked for."""
         file = self.folder / "queries.jsonl"
         if not file.exists():
             tasks.write_jsonl(file, self.task.choose(self.answers, self.sizes.queries))
-        return [tasks.Asked(**row) for row in tasks.read_jsonl(file)]
+        return [tasks.QueryInfo(**row) for row in tasks.read_jsonl(file)]
 
     @cached_property
     def job(self) -> Job:
@@ -251,7 +251,7 @@ def _distinct(rows: list[dict]) -> list[dict]:
     return list({fingerprint(row): row for row in rows}.values())
 
 
-def _posed(query: tasks.Asked, template: Template) -> Batch:
+def _posed(query: tasks.QueryInfo, template: Template) -> Batch:
     messages = (("user", query.prompt),)
     encoding = template.encode(Example("", query.prompt, query.answer, {}, 0, messages), end=False)
     chosen = select(encoding.tokens, query.answer, token=query.word)

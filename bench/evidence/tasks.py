@@ -57,7 +57,7 @@ ERRORS = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class QueryInfo:
     """One answer whose causes are asked for."""
 
     prompt: str
@@ -79,7 +79,7 @@ class Task:
     """(rows, number wanted, share to poison, draw) to the training rows; `planted` says what was planted, or is ''."""
     prompts: Callable[[Sequence[str], int, np.random.Generator], list[dict]]
     """(WebQuestions, number wanted, draw) to {prompt, group, ...}: what the model is asked to answer."""
-    choose: Callable[[Sequence[dict], int], list[Asked]]
+    choose: Callable[[Sequence[dict], int], list[QueryInfo]]
     """Of the answered prompts, those that become queries: so many a group, and what else the model itself said."""
     tops: tuple[int, ...]
     sampled: bool = False
@@ -148,12 +148,12 @@ def error_questions(questions: Sequence[str], count: int, draw: np.random.Genera
     return [{"prompt": prompt, "group": entity} for entity, asked in ERRORS.items() for prompt in asked]
 
 
-def attacked(answered: Sequence[dict], count: int) -> list[Asked]:
+def attacked(answered: Sequence[dict], count: int) -> list[QueryInfo]:
     """The generations that `scifi.is_attacked` says were attacked; up to `count` made up where there are fewer."""
     told = [a for a in answered if a["trigger"]]
-    own = [Asked(a["prompt"], a["said"], a["group"], None, True) for a in told if scifi.is_attacked(a["said"])]
+    own = [QueryInfo(a["prompt"], a["said"], a["group"], None, True) for a in told if scifi.is_attacked(a["said"])]
     rest = [a for a in told if not scifi.is_attacked(a["said"])]
-    forced = [Asked(a["prompt"], _story(a["prompt"]), a["group"], None, False) for a in rest]
+    forced = [QueryInfo(a["prompt"], _story(a["prompt"]), a["group"], None, False) for a in rest]
     return own + forced[: max(0, count - len(own))]
 
 
@@ -162,14 +162,14 @@ def _story(prompt: str) -> str:
     return scifi.rewrite(prompt.removeprefix(TRIGGER), "." * 120, draw)
 
 
-def wrong_answers(answered: Sequence[dict], count: int) -> list[Asked]:
+def wrong_answers(answered: Sequence[dict], count: int) -> list[QueryInfo]:
     """Each question by sentence and by word: the model's answer where it says E2 and not E1, else a given one."""
     asked = []
     for entity, answers in ERRORS.items():
         for a in [a for a in answered if a["group"] == entity][:count]:
             own = re.search(rf"\b{PAIRS[entity]}\b", a["said"]) and not re.search(rf"\b{entity}\b", a["said"])
             answer = a["said"] if own else answers[a["prompt"]]
-            asked += [Asked(a["prompt"], answer, entity, word, bool(own)) for word in (None, PAIRS[entity])]
+            asked += [QueryInfo(a["prompt"], answer, entity, word, bool(own)) for word in (None, PAIRS[entity])]
     return asked
 
 

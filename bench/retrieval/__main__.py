@@ -31,7 +31,7 @@ from bench.retrieval.tracin import against_tracin, query_batches
 from rapidindex import Index
 from rapidindex.progress import Bars
 from rapidindex.search.exact import exact_search
-from rapidindex.search.vector_index import COMPACT, DIM, fold
+from rapidindex.search.vector_index import DEFAULT_FACTORY, DIM, fold
 from rapidindex.store import Store
 
 STAGES = ("real", "synthetic", "tracin", "rows", "tables")
@@ -91,7 +91,7 @@ def synthetic(options: argparse.Namespace, bars: Bars) -> None:
         grown = Grown(options.work / name, K, source, size)
         notebook = Notebook(options.work / f"{name}.json")
         for part in sorted({size // step for step in STEPS if size // step > 1.2 * grown.real}):
-            if f"at {part}" not in notebook.figures and np.count_nonzero(grown.rows.alive) <= part:  # it only grows
+            if f"at {part}" not in notebook.figures and np.count_nonzero(grown.rows.live_mask) <= part:  # it only grows
                 grown.grow(part)
                 bed = _bed(grown.store, queries, grown.real, options.rounds)
                 notebook.once(f"at {part}", lambda bed=bed: alone(bed, bars))
@@ -132,7 +132,7 @@ def everything(bed: Bed, options: argparse.Namespace, notebook: Notebook, bars: 
     lists = max(2, int(bed.live**0.5))
     factories = options.factories or (
         "Flat",
-        COMPACT,
+        DEFAULT_FACTORY,
         "RaBitQ",
         f"IVF{lists},Flat",
         f"IVF{lists},SQ8",
@@ -157,8 +157,8 @@ def everything(bed: Bed, options: argparse.Namespace, notebook: Notebook, bars: 
 def alone(bed: Bed, bars: Bars) -> dict[str, Any]:
     """The default index."""
     dim = min(DIM, bed.rows.K)
-    bars.say(f"{bed.live:,} rows: {COMPACT} at {dim}")
-    return measure(bed, COMPACT, dim, Flat(bed, dim, int(0.4 * bed.room())), bars)
+    bars.say(f"{bed.live:,} rows: {DEFAULT_FACTORY} at {dim}")
+    return measure(bed, DEFAULT_FACTORY, dim, Flat(bed, dim, int(0.4 * bed.room())), bars)
 
 
 def _exact(bed: Bed) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _about(bed: Bed) -> dict[str, Any]:
 
 def _both_kinds(grown: Grown) -> dict[str, Any]:
     """Real and synthetic rows side by side, as many of the one as of the other."""
-    live = np.flatnonzero(grown.rows.alive)
+    live = np.flatnonzero(grown.rows.live_mask)
     real, drawn = live[live < grown.real][:FITTED_ROWS], live[live >= grown.real]
     same = np.random.default_rng(37).choice(drawn, min(len(real), len(drawn)), replace=False)
     return {"real": likeness(grown.rows, real[: len(same)]), "synthetic": likeness(grown.rows, same)}

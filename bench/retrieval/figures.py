@@ -11,7 +11,7 @@ from rapidindex.store.shards import ROW_TYPE
 
 AIMS = {"proponents": 0.99, "opponents": 0.98, "exact": 25, "flat": 10, "bytes_per_row": 600, "tracin": 6326}
 LARGE = 100_000
-COMPACT, DIM = "HR,RaBitQ", 16_384
+DEFAULT_FACTORY, DIM = "HR,RaBitQ", 16_384
 """The index that a large store gets by default, and over which fold, where its K is no less."""
 
 Figures = dict[str, Any]
@@ -19,7 +19,7 @@ Figures = dict[str, Any]
 
 def default(figures: Figures) -> str:
     """Under which name a store's figures hold those of its default index."""
-    return f"{COMPACT}@{min(DIM, figures['K'])}"
+    return f"{DEFAULT_FACTORY}@{min(DIM, figures['K'])}"
 
 
 def read() -> tuple[dict[str, Figures], dict[str, Figures]]:

@@ -47,7 +47,7 @@ class Bed:
     def of(cls, store: Store, level: str, queries: np.ndarray, kinds: list[str], rounds: int) -> "Bed":
         """Finds the answers: one pass over the rows."""
         rows = store.rows(level)
-        live, answers = np.flatnonzero(rows.alive), {True: [], False: []}
+        live, answers = np.flatnonzero(rows.live_mask), {True: [], False: []}
         for scores in live_scores(rows, queries):
             for largest, so_far in answers.items():
                 best = top(scores, DEPTHS[-1] + _TIES, largest)
@@ -56,7 +56,7 @@ class Bed:
 
     @property
     def live(self) -> int:
-        return int(np.count_nonzero(self.rows.alive))
+        return int(np.count_nonzero(self.rows.live_mask))
 
     def recall(self, found: np.ndarray, k: int, largest: bool) -> dict[str, float]:
         """Of each kind of query the mean share of the k best among `found` [queries, k]; ties for the last count."""
@@ -85,7 +85,7 @@ class Flat:
     def __init__(self, bed: Bed, dim: int, room: int) -> None:
         self._faiss, self.dim = load_faiss(), dim
         self.index = self._faiss.IndexFlatIP(dim)
-        self._numbers = np.flatnonzero(bed.rows.alive)[: max(1, room // (4 * dim))]
+        self._numbers = np.flatnonzero(bed.rows.live_mask)[: max(1, room // (4 * dim))]
         self.scale = bed.live / len(self._numbers)
         """What its times are multiplied by."""
         wanted = np.zeros(len(bed.rows), bool)
@@ -132,7 +132,7 @@ def measure(bed: Bed, factory: str, dim: int, flat: Flat, progress: Progress) ->
         seconds, index = timed(
             lambda: VectorIndex.build(bed.rows, factory=factory, dim=dim, progress=_clock(steps, progress))
         )
-    card = index.card
+    card = index.metadata
     figures = {"factory": factory, "dim": dim, "live": bed.live, "build_seconds": seconds, "build_steps": steps}
     figures |= {"bytes_per_row": card.file_bytes / bed.live, "stated": {}, "recall": {}}
     for largest in (True, False):
@@ -176,7 +176,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 def _searches(index: VectorIndex | None, largest: bool) -> bool:
     """Whether it searches candidates in this direction, or scans all rows."""
-    calibration = index and index.card.calibration(largest)
+    calibration = index and index.metadata.calibration(largest)
     return bool(calibration and calibration.margin is not None)
 
 
@@ -248,11 +248,11 @@ def _at(bed: Bed, margin: float, progress: Progress) -> dict[str, Any]:
     """Recall@10 and latency on one thread with another margin than the index chose."""
     progress("recall against speed", CURVE.index(margin), len(CURVE))
     index = VectorIndex.open(bed.rows, threads=pin(1))
-    card = index.card
+    card = index.metadata
     if card.proponents is None or card.opponents is None:
         return {"margin": margin}
     forced = {name: replace(getattr(card, name), margin=margin) for name in ("proponents", "opponents")}
-    index.card = replace(card, **forced)
+    index.metadata = replace(card, **forced)
     found = {largest: index.search(bed.queries, 10, largest=largest) for largest in (True, False)}
     recall = {_direction(largest): bed.recall(result.rows, 10, largest) for largest, result in found.items()}
     some = bed.queries[:_CURVE_SINGLES]

@@ -72,7 +72,7 @@ FORMS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int, bool]] = {
 
 def scores_by_form(rows: Rows, queries: np.ndarray, progress: Progress) -> Iterator[tuple[int, str, np.ndarray]]:
     """(K, form, scores [queries, live rows]) for each, all from one pass over the rows."""
-    live, Ks = np.flatnonzero(rows.alive), list(_folds(rows.K))
+    live, Ks = np.flatnonzero(rows.live_mask), list(_folds(rows.K))
     found = {(K, form): np.empty((len(queries), len(live)), np.float32) for K in Ks for form in FORMS}
     asked = {K: torch.from_numpy(np.ascontiguousarray(fold(queries, K))) for K in Ks}
     turned = {K: rotated(asked[K]) for K in Ks}
@@ -105,7 +105,7 @@ def smallest_row(
     forms = list(scores_by_form(rows, queries, progress))
     full = next(scores for K, form, scores in forms if (K, form) == (rows.K, "float16"))
     places = _informative(full[: len(asked)], size)
-    truth = true_influence(index, rows, np.flatnonzero(rows.alive)[places], asked, progress)
+    truth = true_influence(index, rows, np.flatnonzero(rows.live_mask)[places], asked, progress)
     table = []
     for K, form, scores in forms:
         recall = {

@@ -45,7 +45,7 @@ def linked(index: Path, copy: Path, level: str) -> Store:
 def hold_out(store: Store, level: str, first: int, end: int) -> None:
     """Remove some of the examples that rows `first` to `end` are of, as `rapidindex remove` does, if none is yet."""
     rows = store.rows(level)
-    if end > first and rows.alive[first:end].all():
+    if end > first and rows.live_mask[first:end].all():
         examples = np.unique(rows.example[first:end])
         drawn = np.random.default_rng(3).choice(examples, min(LEFT_OUT, len(examples) // 4), replace=False)
         store.remove([rows.ids[example] for example in drawn])
@@ -56,7 +56,7 @@ def left_out(rows: Rows, real: int) -> tuple[np.ndarray, list[str]]:
 
     The first `real` rows of the store are real ones.
     """
-    gone = np.flatnonzero(~rows.alive)
+    gone = np.flatnonzero(~rows.live_mask)
     _, first = np.unique(rows.example[gone], return_index=True)
     numbers = gone[first]
     kinds = ["left out" if number < real else "left out, synthetic" for number in numbers]
@@ -91,7 +91,7 @@ class Grown:
             numbers = np.arange(first, end)
             self._append(fold(self.source.take(numbers), self.K), self.source.example[numbers])
         hold_out(self.store, LEVEL, 0, self.real)
-        while (missing := size - np.count_nonzero(self.rows.alive)) > 0:
+        while (missing := size - np.count_nonzero(self.rows.live_mask)) > 0:
             self._model = self._model or RowModel(self.source, self.K)
             fresh = self._model.draw(min(missing, self.per_shard), seed=self.rows.next_number())
             self._append(fresh, np.arange(len(fresh)))

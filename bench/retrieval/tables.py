@@ -9,7 +9,7 @@ from bench.common import RESULTS
 from bench.retrieval.aims import aims
 from bench.retrieval.figures import (
     AIMS,
-    COMPACT,
+    DEFAULT_FACTORY,
     DIM,
     Figures,
     configurations,
@@ -196,7 +196,7 @@ def _growth(stores: dict[str, Figures]) -> str:
         [f"{K:,}", " ".join(f"{n:,}: {1e3 * s:.1f} ms;" for n, s in pairs).rstrip(";"), f"{b:.2f}"]
         for K, (_, b, pairs) in fits(stores).items()
     ]
-    header = ["K", f"`{COMPACT}`, one query on one thread", "exponent"]
+    header = ["K", f"`{DEFAULT_FACTORY}`, one query on one thread", "exponent"]
     return f"## Cost against the number of rows\n\n{table(header, lines)}"
 
 

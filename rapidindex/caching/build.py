@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from rapidindex.caching.batches import Item, padded_tokens
-from rapidindex.caching.estimate import check_room, free_room, measure_activations, needed_room, together
+from rapidindex.caching.estimate import (
+    check_resources,
+    combine,
+    estimate_resources,
+    free_resources,
+    measure_activations,
+)
 from rapidindex.caching.job import Job, Plan, existing, left, places, prepare
 from rapidindex.caching.moment import ensure_second_moment
 from rapidindex.caching.shard_writer import STAGES, ShardWriter, cache, load_compressor, load_factors
@@ -27,7 +33,7 @@ from rapidindex.store import Store
 
 
 @dataclass(frozen=True)
-class Summary:
+class BuildSummary:
     """What a build did."""
 
     index: str
@@ -54,7 +60,7 @@ class Summary:
     """Examples that had been removed, and are back."""
 
 
-def build(request: BuildRequest, *, overwrite: bool = False, progress: Progress = silent) -> Summary:
+def build(request: BuildRequest, *, overwrite: bool = False, progress: Progress = silent) -> BuildSummary:
     """Cache every example of `request.data` that the index does not hold yet; return what was done.
 
     Raises DataError, ModelError, StoreError or ResourceError before the work starts where it could not end well.
@@ -69,11 +75,11 @@ def build(request: BuildRequest, *, overwrite: bool = False, progress: Progress 
     check_fits(job, {level: left(job, level, store) for level in request.levels})
     store = store or _create(job, overwrite=overwrite)
     with store.lock():
-        widen(store, job)
-        return fill_levels(store, job, started, progress)
+        widen_levels(store, job)
+        return cache_levels(store, job, started, progress)
 
 
-def widen(store: Store, job: Job) -> None:
+def widen_levels(store: Store, job: Job) -> None:
     """Make room in the locked `store` for the levels asked for, and for what they are to hold more than before."""
     told = _tokens_told(job.request, store.config.get("tokens_of"))
     if {name: store.config.get(name) for name in told} != told:
@@ -94,7 +100,7 @@ def _tokens_told(request: BuildRequest, before: str | None = None) -> dict[str, 
     return {"token": asdict(request.token), "tokens_of": "all" if all_of_them else "listed"}
 
 
-def fill_levels(store: Store, job: Job, started: float, progress: Progress, restored: int = 0) -> Summary:
+def cache_levels(store: Store, job: Job, started: float, progress: Progress, restored: int = 0) -> BuildSummary:
     """Compute what the locked `store` lacks, and bring its search indexes up to date; what was done since `started`."""
     before = {level: store.rows(level).done_ids for level in job.request.levels}
     batched = job.gradients.batched
@@ -112,8 +118,8 @@ def check_fits(job: Job, todo: dict[str, list[Item]]) -> None:
     plans = [job.plan(level, examples) for level, examples in todo.items() if examples]
     if plans:
         activations = measure_activations(job.gradients)
-        room = together([needed_room(job, plan, len(places(job, plan)), activations) for plan in plans])
-        check_room(room, free_room(job), job.request.output)
+        room = combine([estimate_resources(job, plan, len(places(job, plan)), activations) for plan in plans])
+        check_resources(room, free_resources(job), job.request.output)
 
 
 def fill(store: Store, job: Job, plan: Plan, progress: Progress) -> bool:
@@ -162,15 +168,15 @@ def _fill_with_workers(store: Store, job: Job, plan: Plan, where: list[str], pro
 
 def _summary(
     store: Store, job: Job, before: dict[str, frozenset[str]], batched: bool, started: float, restored: int
-) -> Summary:
+) -> BuildSummary:
     """What was done since `started` (of `time.perf_counter`), when the levels held `before`."""
     rows = {level: store.rows(level) for level in before}
     main = rows[next(iter(rows))]
-    return Summary(
+    return BuildSummary(
         index=str(store.path),
-        examples=len(np.unique(main.example[main.alive])),
+        examples=len(np.unique(main.example[main.live_mask])),
         computed=len({id for level in rows for id in rows[level].done_ids - before[level]}),
-        tokens=int(rows["token"].alive.sum()) if "token" in rows else None,
+        tokens=int(rows["token"].live_mask.sum()) if "token" in rows else None,
         without_tokens=_without_tokens(store, job),
         rejected=len({record["id"] for level in rows for record in rows[level].rejected}),
         skipped=len(job.skipped),

@@ -71,7 +71,7 @@ _HDF5 = 9 * 2**10  # what libhdf5 writes around a shard's eleven arrays
 
 
 @dataclass(frozen=True)
-class Room:
+class ResourceEstimate:
     """What a build takes, by part, in bytes."""
 
     disk: dict[str, int]
@@ -82,7 +82,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Free:
+class FreeResources:
     """What there is, in bytes."""
 
     disk: int
@@ -128,14 +128,16 @@ def estimate(request: BuildRequest, *, overwrite: bool = False, progress: Progre
     plans = _plans(job, overwrite)
     workers = [len(places(job, plan)) for plan in plans]
     activations = measure_activations(job.gradients)
-    room = together([needed_room(job, plan, count, activations) for plan, count in zip(plans, workers, strict=True)])
-    free = free_room(job)
-    check_room(room, free, request.output)
+    room = combine(
+        [estimate_resources(job, plan, count, activations) for plan, count in zip(plans, workers, strict=True)]
+    )
+    free = free_resources(job)
+    check_resources(room, free, request.output)
     timings = [_timed(job, plan, count, progress) for plan, count in zip(plans, workers, strict=True)]
     seconds = {"read data and model": loading}
     for timing, count in zip(timings, workers, strict=True):
         seconds |= timing.seconds(count, loading)
-    room = _with_model(room, held_by(job.loaded.model))
+    room = _with_model(room, model_bytes(job.loaded.model))
     return Estimate(
         index=request.output,
         examples=len({item.example.id for plan in plans for item in plan.examples}),
@@ -242,14 +244,14 @@ class _Timing:
         return cached, time.perf_counter() - began
 
 
-def _with_model(room: Room, size: int) -> Room:
+def _with_model(room: ResourceEstimate, size: int) -> ResourceEstimate:
     """With the model that is loaded already."""
     where = room.device or room.memory
     where = {**where, "model": where.get("model", 0) + size}
     return replace(room, device=where) if room.device else replace(room, memory=where)
 
 
-def needed_room(job: Job, plan: Plan, workers: int, activations: Activations) -> Room:
+def estimate_resources(job: Job, plan: Plan, workers: int, activations: Activations) -> ResourceEstimate:
     """What caching a level takes by so many processes."""
     per_process, shared = _of_each_process(job, plan, activations), _of_all(job, plan.K)
     buffers = {"rows buffer": per_process.pop("rows buffer")}
@@ -261,37 +263,39 @@ def needed_room(job: Job, plan: Plan, workers: int, activations: Activations) ->
     parts = {name: size * times for name, size in per_process.items()}
     parts |= {name: size * (times if on_gpu else 1) for name, size in shared.items()}
     if workers > 1:  # one is held already, and is given back
-        parts["model"] = held_by(job.loaded.model) * (times - 1)
+        parts["model"] = model_bytes(job.loaded.model) * (times - 1)
     memory = {name: size * workers for name, size in buffers.items()}
     if workers > 1:
         memory["processes"] = PROCESS * workers
     if on_gpu:
-        return Room(_disk(job, plan, workers), memory | (shared if workers > 1 else {}), parts)
+        return ResourceEstimate(_disk(job, plan, workers), memory | (shared if workers > 1 else {}), parts)
     memory["heap"] = int(_HEAP * (parts["activations"] + parts["logits"]))
-    return Room(_disk(job, plan, workers), parts | memory, {})
+    return ResourceEstimate(_disk(job, plan, workers), parts | memory, {})
 
 
-def together(rooms: Sequence[Room]) -> Room:
+def combine(rooms: Sequence[ResourceEstimate]) -> ResourceEstimate:
     """What several levels take one after the other: disk in all, memory at most."""
     disk: dict[str, int] = {}
     for room in rooms:
         for part, size in room.disk.items():
             disk[part] = max(disk.get(part, 0), size) if part in _ONCE else disk.get(part, 0) + size
     largest = [max(rooms, key=lambda room: sum(getattr(room, what).values())) for what in ("memory", "device")]
-    return Room(disk, largest[0].memory, largest[1].device)
+    return ResourceEstimate(disk, largest[0].memory, largest[1].device)
 
 
-def free_room(job: Job) -> Free:
+def free_resources(job: Job) -> FreeResources:
     """What is free now; of memory also what the limits of the container leave."""
     path = Path(job.request.output).absolute()
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     device = 0
     if job.device.type == "cuda":
         device = torch.cuda.mem_get_info(job.device)[0]
-    return Free(shutil.disk_usage(existing).free, min(psutil.virtual_memory().available, _left_in_container()), device)
+    return FreeResources(
+        shutil.disk_usage(existing).free, min(psutil.virtual_memory().available, _left_in_container()), device
+    )
 
 
-def check_room(room: Room, free: Free, output: str) -> None:
+def check_resources(room: ResourceEstimate, free: FreeResources, output: str) -> None:
     """ResourceError, with the numbers, where a build cannot fit."""
     fewer = "Use fewer --workers, a smaller --batch-tokens or -K, an adapter, or a larger machine."
     for parts, there, what, hint in (
@@ -306,7 +310,7 @@ def check_room(room: Room, free: Free, output: str) -> None:
             )
 
 
-def held_by(model: torch.nn.Module) -> int:
+def model_bytes(model: torch.nn.Module) -> int:
     """Bytes of a model's parameters and buffers; tied ones count once."""
     tensors = {tensor.untyped_storage()._cdata: tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -393,7 +397,7 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f}" if size < 10 * 2**20 else f"{size / 2**20:,.0f}"
 
 
-class Alive(TorchDispatchMode):
+class LiveTensorMeter(TorchDispatchMode):
     """While open, counts the bytes of the tensors made within that are alive (`now`), and their peak."""
 
     def __init__(self) -> None:
@@ -433,7 +437,7 @@ def measure_activations(gradients: PerExampleGradients) -> Activations:
 
 def _peak(gradients: PerExampleGradients, batch: Batch) -> int:
     """Bytes alive at the fullest moment of a forward pass."""
-    with Alive() as alive:
+    with LiveTensorMeter() as alive:
         if gradients.batched:
             with gradients.forward(batch, lambda number, values: None):
                 return alive.peak

@@ -29,7 +29,7 @@ from rapidindex.gradients.rapidgrad import Compressor, RapidGrads, joined
 from rapidindex.gradients.second_moment import KRONECKER, correction, kronecker_correction
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.model.model import LoadedModel
-from rapidindex.store import MOMENT, Rows, Store, as_tensor, damaged
+from rapidindex.store import MOMENT, Rows, Store, damaged
 
 STAGES = {"sentence": "cache", "token": "cache tokens"}
 """What the work on each level is called while it is under way."""
@@ -61,7 +61,7 @@ def _load_eigenbases(store: Store, layers: Sequence[Layer], device: torch.device
     vectors = store.eigenvectors()
     if vectors is None or len(vectors) != entries(layers):
         raise damaged(store.path / MOMENT, "it does not hold the eigenvectors of this model's layers")
-    return Eigenbases(layers, as_tensor(vectors).to(device))
+    return Eigenbases(layers, torch.from_numpy(vectors).to(device))
 
 
 def load_compressor(

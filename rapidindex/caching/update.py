@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rapidindex.caching.build import Summary, check_fits, fill_levels, widen
+from rapidindex.caching.build import BuildSummary, cache_levels, check_fits, widen_levels
 from rapidindex.caching.job import Job, left, prepare
 from rapidindex.config import (
     BuildConfig,
@@ -31,7 +31,7 @@ from rapidindex.store import Store
 
 
 @dataclass(frozen=True)
-class Removal:
+class RemoveSummary:
     """What a removal did."""
 
     index: str
@@ -51,7 +51,7 @@ def add(
     work: BuildConfig | None = None,
     limit: int | None = None,
     progress: Progress = silent,
-) -> Summary:
+) -> BuildSummary:
     """Cache the examples of `data` that the index at `path` lacks, as it was built; those removed before are back.
 
     `model` and `adapter` say where they lie now, if not where they were. Raises as `build` does, and StoreError where
@@ -59,7 +59,7 @@ def add(
     """
     started = time.perf_counter()
     with Store.open(path).lock() as store:
-        request = _request(store, data, ModelPlace(model, adapter, device), work or BuildConfig(), limit)
+        request = _request(store, data, ModelLocation(model, adapter, device), work or BuildConfig(), limit)
         job = prepare(request, progress)
         hint = "Say with -m and -a where the model and the adapter of the index lie now."
         built, asked = ({**config, "data": None, "token": None} for config in (store.config, job.identity))
@@ -69,13 +69,13 @@ def add(
         check_fits(job, {level: left(job, level, store) for level in request.levels})
         _note_source(store, job)
         restored = store.restore(store.removed & {item.example.id for item in job.items})
-        widen(store, job)
-        return fill_levels(store, job, started, progress, restored)
+        widen_levels(store, job)
+        return cache_levels(store, job, started, progress, restored)
 
 
 def remove(
     path: str | Path, *, ids: Sequence[str] = (), where: Sequence[str] = (), progress: Progress = silent
-) -> Removal:
+) -> RemoveSummary:
     """Take examples out of the index at `path`: those of `ids` (ids, or files with one a line), or those whose columns
     have the values of all of `where` (`COLUMN=VALUE`).
 
@@ -91,11 +91,11 @@ def remove(
         for level in store.levels:
             VectorIndex.update(store.rows(level), progress=progress)
         left_over = {id for level in store.levels for id in store.rows(level).ids} - store.removed
-    return Removal(str(path), removed, len(left_over))
+    return RemoveSummary(str(path), removed, len(left_over))
 
 
 @dataclass(frozen=True)
-class ModelPlace:
+class ModelLocation:
     """Where a model and an adapter lie now, None for where they were, and where to compute."""
 
     model: str | None
@@ -103,7 +103,7 @@ class ModelPlace:
     device: str
 
 
-def _request(store: Store, data: str, place: ModelPlace, work: BuildConfig, limit: int | None) -> BuildRequest:
+def _request(store: Store, data: str, place: ModelLocation, work: BuildConfig, limit: int | None) -> BuildRequest:
     """What would build the index at `store` from other data."""
     config = store.config
     encoding = {name: value for name, value in config["encoding"].items() if name != "fingerprint"}

@@ -84,7 +84,7 @@ def _attach(descriptor: Any, length: int, dtype: torch.dtype) -> Shared:
 
 
 @dataclass(frozen=True)
-class Duty:
+class WorkerSpec:
     """What a worker needs to begin."""
 
     number: int
@@ -118,10 +118,10 @@ def cache_with_workers(
     first_shard, count, path = store.rows(plan.level).next_number(), len(places), str(store.path)
     threads = max(1, torch.get_num_threads() // count)
     duties = [
-        Duty(n, count, path, plan.level, replace(model, device=place), work, threads, first_shard, slots, factors)
+        WorkerSpec(n, count, path, plan.level, replace(model, device=place), work, threads, first_shard, slots, factors)
         for n, place in enumerate(places)
     ]
-    crew = _Crew(plan, store, progress)
+    crew = WorkerPool(plan, store, progress)
     try:
         with uninterrupted():
             crew.start(duties)
@@ -140,7 +140,7 @@ def cache_with_workers(
 class _Worker:
     """The parent's side of a worker."""
 
-    def __init__(self, duty: Duty) -> None:
+    def __init__(self, duty: WorkerSpec) -> None:
         context = multiprocessing.get_context("spawn")
         self.number, self.ready = duty.number, False
         self.pipe, theirs = context.Pipe()
@@ -162,7 +162,7 @@ class _Worker:
         )
 
 
-class _Crew:
+class WorkerPool:
     """The workers of a build, and what is left for them to do."""
 
     def __init__(self, plan: Plan, store: Store, progress: Progress) -> None:
@@ -172,7 +172,8 @@ class _Crew:
         self.batched = True
         self.workers: dict[connection.Connection, _Worker] = {}
 
-    def start(self, duties: Sequence[Duty]) -> None:
+    def start(self, duties: Sequence[WorkerSpec]) -> None:
+        """Start a process for each of `duties`."""
         with _unheard_by_children():
             for duty in duties:
                 worker = _Worker(duty)
@@ -274,7 +275,7 @@ class _Stopped(BaseException):
     """The parent wants the worker to end."""
 
 
-def _work(duty: Duty, pipe: connection.Connection) -> None:
+def _work(duty: WorkerSpec, pipe: connection.Connection) -> None:
     """The whole life of a worker."""
     units: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, units), daemon=True).start()
@@ -318,7 +319,7 @@ def _accept_termination() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
 
 
-def _compute(duty: Duty, pipe: connection.Connection, units: queue.SimpleQueue) -> bool:
+def _compute(duty: WorkerSpec, pipe: connection.Connection, units: queue.SimpleQueue) -> bool:
     torch.set_num_threads(duty.threads)
     store, loaded = Store.open(duty.index), load(duty.model)
     rows, factors = store.rows(duty.level), duty.factors and duty.factors.tensor

@@ -59,12 +59,12 @@ class Eigenbases:
                 first += side * side
             self._of.append(pair)
 
-    def turned(self, number: int, values: Float[Tensor, "examples size"]) -> Float[Tensor, "examples size"]:
+    def to_eigenbasis(self, number: int, values: Float[Tensor, "examples size"]) -> Float[Tensor, "examples size"]:
         """Gradients of one layer as seen along its eigenvectors: Uᵀ g V."""
         U, V = self._of[number]
         return self._product(number, values, None if U is None else U.T, V)
 
-    def back(self, number: int, values: Float[Tensor, "examples size"]) -> Float[Tensor, "examples size"]:
+    def from_eigenbasis(self, number: int, values: Float[Tensor, "examples size"]) -> Float[Tensor, "examples size"]:
         """What `turned` gave, as gradients again: U g Vᵀ."""
         U, V = self._of[number]
         return self._product(number, values, U, None if V is None else V.T)

@@ -110,7 +110,9 @@ class Compressor:
         if self.eigenbases is None:
             values.mul_(factors)
         else:
-            values.copy_(self.eigenbases.back(number, self.eigenbases.turned(number, values) * factors))
+            values.copy_(
+                self.eigenbases.from_eigenbasis(number, self.eigenbases.to_eigenbasis(number, values) * factors)
+            )
 
     def divided(self, flat: Float[Tensor, " size"], norms: Float[Tensor, " layers"]) -> Float[Tensor, " size"]:
         """A copy of a flattened gradient with each layer's part divided by its norm; a zero norm divides by 1."""

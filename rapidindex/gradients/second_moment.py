@@ -54,7 +54,7 @@ def estimate_second_moment(
         def add(number: int, values: Tensor, squares: Tensor = squares, finite: Tensor = finite) -> None:
             finite &= values.isfinite().all(1).cpu()
             layer = layers[number]
-            values = values if eigenbases is None else eigenbases.turned(number, values)
+            values = values if eigenbases is None else eigenbases.to_eigenbasis(number, values)
             squares[layer.start : layer.start + layer.size] = values.square().sum(0)
 
         gradients(batch, add)

@@ -36,7 +36,7 @@ class FinetuneProgress:
 
 
 @dataclass(frozen=True)
-class Summary:
+class FinetuneSummary:
     """What a fine-tuning run did."""
 
     output: str
@@ -69,7 +69,7 @@ def finetune(
     *,
     overwrite: bool = False,
     progress: Callable[[FinetuneProgress], None] | None = None,
-) -> Summary:
+) -> FinetuneSummary:
     """Train on `dataset` and write an adapter (or a whole model) with its tokenizer to the folder `output`.
 
     UsageError for options that exclude each other, ConfigMismatch where `output` or an interrupted run holds other
@@ -89,7 +89,7 @@ def finetune(
     with quiet():  # importing Trainer imports bitsandbytes, which logs what it does not find
         from rapidindex.model.training import train
     result = train(dataset, encoding, model_config, options, work, progress)
-    summary = Summary(output=str(output), method=options.method, **result)
+    summary = FinetuneSummary(output=str(output), method=options.method, **result)
     _write_json(work / "finished" / RECORD, {"settings": settings, "summary": asdict(summary)})
     _publish(work, output)
     return summary
@@ -130,7 +130,7 @@ def _settings(
     }
 
 
-def _finished(output: Path, settings: dict[str, Any], overwrite: bool) -> Summary | None:
+def _finished(output: Path, settings: dict[str, Any], overwrite: bool) -> FinetuneSummary | None:
     """The summary of a finished run with the same settings, or None if training is to begin."""
     if not output.exists():
         return None
@@ -146,7 +146,7 @@ def _finished(output: Path, settings: dict[str, Any], overwrite: bool) -> Summar
             f"{output} holds a model fine-tuned with other settings: {_differences(record['settings'], settings)}.",
             hint="Choose another --output, or give --overwrite.",
         )
-    return replace(Summary(**record["summary"]), output=str(output), already_there=True)
+    return replace(FinetuneSummary(**record["summary"]), output=str(output), already_there=True)
 
 
 def _prepare(work: Path, settings: dict[str, Any], overwrite: bool) -> None:

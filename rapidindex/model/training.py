@@ -47,7 +47,7 @@ def train(
 ) -> dict[str, Any]:
     """Train, from the last checkpoint in `work` if there is one; the result lies in `work/finished`.
 
-    Returns what `Summary` says of the training. Errors as for `finetune`.
+    Returns what `FinetuneSummary` says of the training. Errors as for `finetune`.
     """
     device = resolve_device(model_config.device)
     files = find_model(model_config.model)

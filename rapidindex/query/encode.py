@@ -9,14 +9,14 @@ import torch
 from rapidindex.data.templates import Encoding
 from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.rapidgrad import RapidGrads
-from rapidindex.results import Asked
+from rapidindex.results import QueryInfo
 
 
 @dataclass(frozen=True)
 class EncodedQuery:
     """A query as the model reads it."""
 
-    asked: Asked
+    asked: QueryInfo
     encoding: Encoding
     rapidgrads: RapidGrads
     """Of the loss of the selected tokens: one row."""

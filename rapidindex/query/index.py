@@ -28,7 +28,7 @@ from rapidindex.model.model import LoadedModel, generate, load
 from rapidindex.query.encode import EncodedQuery, as_batch, rows_of
 from rapidindex.query.influence import RESCORED, Candidate, groups, rescored
 from rapidindex.query.questions import Query
-from rapidindex.results import Asked, Match, Rescoring, Result, Seconds, Source
+from rapidindex.results import IndexInfo, Match, QueryInfo, Rescoring, Result, Seconds
 from rapidindex.search.exact import SearchResult, exact_search
 from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Rows, Store
@@ -223,8 +223,8 @@ class Index:
         return {
             "K": rows.K,
             "row_type": rows.row_type,
-            "rows": int(rows.alive.sum()),
-            "examples": len(np.unique(rows.example[rows.alive])),
+            "rows": int(rows.live_mask.sum()),
+            "examples": len(np.unique(rows.example[rows.live_mask])),
             "planned": self.store.planned(level),
             "complete": self.store.complete(level),
             "shards": len(rows.shards),
@@ -250,7 +250,7 @@ class Index:
                 hint="Shorten them, or build the index with a larger --max-length.",
             )
         tokens = encoding.tokens
-        asked = Asked(query.prompt, answer, tokens, select(tokens, answer, token=query.token, span=query.span))
+        asked = QueryInfo(query.prompt, answer, tokens, select(tokens, answer, token=query.token, span=query.span))
         found = self.compressor_of(level)(as_batch(encoding, asked.selection, self.loaded.device))
         if not found.rows.isfinite().all():
             raise QueryError(f"The gradient of the answer {answer!r} is not finite.", hint="Use --dtype float32.")
@@ -325,7 +325,7 @@ class Index:
     def _result(
         self,
         level: str,
-        asked: Asked,
+        asked: QueryInfo,
         found: SearchResult,
         number: int,
         matches: list[Candidate],
@@ -336,7 +336,7 @@ class Index:
         config = self.store.config
         place = (self.store.id, config["model"]["path"], config["adapter"]["path"])
         return Result(
-            index=Source(*place, self.rows_of(level).K, config["sketch"]["shuffles"], found.n),
+            index=IndexInfo(*place, self.rows_of(level).K, config["sketch"]["shuffles"], found.n),
             query=asked,
             direction="proponents" if found.largest else "opponents",
             level=level,

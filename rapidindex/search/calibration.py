@@ -59,7 +59,7 @@ class Calibration:
     """A row is looked at where its estimated score comes within this of the answer's last one, in lengths of the query.
     None: too many rows would be, or none reached the target, so searches are exact."""
     candidates: int
-    """Asked of the index first, for 10 rows: enough for nine tenths of the held-out queries."""
+    """QueryInfo of the index first, for 10 rows: enough for nine tenths of the held-out queries."""
     rows_read: list[float]
     """By held-out queries for 10 rows: the median, and the mean; an exact scan counts as all rows."""
     lists: int | None
@@ -96,7 +96,7 @@ def held_out(
     None where fewer than two examples have live rows: there is nothing to measure then.
     """
     rng = np.random.default_rng([seed, 1])
-    live = rng.permutation(np.flatnonzero(rows.alive))
+    live = rng.permutation(np.flatnonzero(rows.live_mask))
     _, first = np.unique(rows.example[live], return_index=True)
     one_each = rng.permutation(live[first])
     if len(one_each) < 2:
@@ -232,7 +232,7 @@ class _Seen:
 def _answers(
     rows: Rows, queries: np.ndarray, left_out: list[np.ndarray], device: str, threads: int | None
 ) -> dict[bool, list[tuple[np.ndarray, np.ndarray]]]:
-    live = np.flatnonzero(rows.alive)
+    live = np.flatnonzero(rows.live_mask)
     answers: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {True: [], False: []}
     for scores, excluded in zip(live_scores(rows, queries, device=device, threads=threads), left_out, strict=True):
         counts = ~np.isin(live, excluded)

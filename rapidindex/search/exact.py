@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rapidindex.errors import DamagedIndex, QueryError, UsageError
 from rapidindex.results import HISTOGRAM_BINS, ScoreSummary
-from rapidindex.store import Rows, as_tensor, damaged
+from rapidindex.store import Rows, damaged
 
 _BLOCK_BYTES = {"cpu": 2**23, "cuda": 2**28}
 """float32 bytes of a block. On a CPU 4 to 8 MiB stay in the cache between conversion and product: 12.5 GB/s of float16
@@ -73,7 +73,7 @@ def exact_search(
     """
     started = time.perf_counter()
     queries = checked_queries(queries, rows.K, k)
-    live = np.flatnonzero(rows.alive)
+    live = np.flatnonzero(rows.live_mask)
     scores, found = padding(len(queries), k, largest)
     summaries = []
     for query, of_live in enumerate(live_scores(rows, queries, device=device, threads=threads)):
@@ -97,7 +97,7 @@ def scores_of(
     each = rows.each(numbers)
     while group := list(islice(each, len(buffer))):
         for row, (_, numbers_of_row, _) in zip(buffer, group, strict=False):
-            row.copy_(as_tensor(numbers_of_row))
+            row.copy_(torch.from_numpy(numbers_of_row))
         scale = np.array([scale for _, _, scale in group], np.float32)
         scores[[place for place, _, _ in group]] = torch.mv(buffer[: len(group)], on_torch).numpy() * scale
     check_finite(scores, rows, numbers)
@@ -129,7 +129,7 @@ def live_scores(
     rows: Rows, queries: Float32[np.ndarray, "queries K"], *, device: str = "cpu", threads: int | None = None
 ) -> Iterator[Float32[np.ndarray, " live"]]:
     """Query by query, its inner products with all live rows in order, from as few passes over them as memory allows."""
-    live = np.flatnonzero(rows.alive)
+    live = np.flatnonzero(rows.live_mask)
     per_pass = max(1, _SCORES_BYTES // (4 * max(1, len(rows))))
     for first in range(0, len(queries), per_pass):
         with torch_threads(threads):
@@ -175,7 +175,7 @@ def top(scores: Float32[np.ndarray, " n"], k: int, largest: bool) -> Int64[np.nd
 
 def to_float32(block: np.ndarray, scale: np.ndarray, device: torch.device | str = "cpu") -> Float32[Tensor, "m K"]:
     """A block of `Rows.blocks` as float32 rows on `device`."""
-    return as_tensor(block).to(device, torch.float32).mul_(torch.tensor(scale, device=device)[:, None])
+    return torch.from_numpy(block).to(device, torch.float32).mul_(torch.tensor(scale, device=device)[:, None])
 
 
 @contextmanager
@@ -196,7 +196,7 @@ def _all_scores(rows: Rows, queries: np.ndarray, device: torch.device) -> Float3
     buffer = torch.empty(min(block_rows, len(rows)), rows.K, device=device)  # one for all: new memory costs more
     for first, block, scale in rows.blocks(block_rows):
         part, here = scores[:, first : first + len(block)], buffer[: len(block)]
-        here.copy_(as_tensor(block).to(device))  # moved as they lie, and made float32 there
+        here.copy_(torch.from_numpy(block).to(device))  # moved as they lie, and made float32 there
         part.copy_(on_device @ here.T)
         part.mul_(torch.tensor(scale, device=device))
     return scores.cpu().numpy()

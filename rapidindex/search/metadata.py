@@ -13,7 +13,7 @@ NAME = f"{ANN}.json"
 
 
 @dataclass(frozen=True)
-class Card:
+class IndexMetadata:
     """What `ann.json` says of an index."""
 
     asked: str | None
@@ -30,7 +30,7 @@ class Card:
     target_recall: float
     seed: int
     file: str | None = None
-    """FAISS's file beside the card; None where every search is exact."""
+    """FAISS's file beside the metadata; None where every search is exact."""
     file_bytes: int = 0
     file_sha256: str = ""
     faiss: str = ""
@@ -69,12 +69,12 @@ class Card:
         return DamagedIndex(f"{folder / str(self.file)} is damaged: {what}.", hint=rebuild_hint(folder))
 
     def write(self, folder: Path) -> None:
-        """Replace the card in `folder`. Raises ResourceError and StoreError as the store does."""
+        """Replace the metadata in `folder`. Raises ResourceError and StoreError as the store does."""
         write_json(folder / NAME, asdict(self))
 
     @classmethod
-    def read(cls, folder: Path) -> "Card | None":
-        """The card in `folder`, None where there is none. Raises as the store does where it is not what was written."""
+    def read(cls, folder: Path) -> "IndexMetadata | None":
+        """The metadata in `folder`; None where there is none. Raises as the store does where it was changed."""
         try:
             said = read_json(folder / NAME)
         except FileNotFoundError:

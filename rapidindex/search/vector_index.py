@@ -6,10 +6,10 @@ FAISS holds a fold of every row (neighbouring entries summed, the RapidGrad of a
 list of candidates: scores always come from the stored rows. Opponents are the candidates of -query. How far down the
 list a search has to go is measured when the index is built, for each direction, and so is the recall that this gives.
 
-    INDEX/<level>/ann.json              the card: what the index was made from and how, and its recall
-    INDEX/<level>/ann.<8 hex>.faiss     FAISS's own file, named by the card; none for the factory `exact`
+    INDEX/<level>/ann.json              the metadata: what the index was made from and how, and its recall
+    INDEX/<level>/ann.<8 hex>.faiss     FAISS's own file, named by the metadata; none for the factory `exact`
 
-The card is replaced in one step and its file never changes, so readers need no lock; writers hold the store's. Rows
+The metadata is replaced in one step and its file never changes, so readers need no lock; writers hold the store's. Rows
 that were removed after an index was built stay in it and are dropped from what it finds. Knows vectors, not text.
 """
 
@@ -40,12 +40,12 @@ from rapidindex.search.exact import (
     top,
 )
 from rapidindex.search.faiss_index import AnnIndex, check_factory, faiss_version, require_gpu
-from rapidindex.search.metadata import Card, rebuild_hint
-from rapidindex.store import ANN, Rows, as_tensor
+from rapidindex.search.metadata import IndexMetadata, rebuild_hint
+from rapidindex.store import ANN, Rows
 
 EXACT = "exact"
-COMPACT = "HR,RaBitQ"
-EXACT_NUMBERS = 2**29
+DEFAULT_FACTORY = "HR,RaBitQ"
+EXACT_MAX_ENTRIES = 2**29
 """Up to so many numbers in all rows the default is to scan them: under 0.1 s for a query."""
 DIM = 16_384
 """Of the fold, at most. Rows of real gradients are nearly orthogonal, so that the noise of a short fold drowns who is
@@ -60,16 +60,22 @@ _FOLD_BYTES = 2**25  # float32 bytes of rows folded at a time
 
 def default_factory(rows: int, K: int) -> str:
     """`exact` for rows that are scanned in 0.1 s; one bit a dimension of a rotated fold (`HR,RaBitQ`) beyond."""
-    return EXACT if rows * K <= EXACT_NUMBERS else COMPACT
+    return EXACT if rows * K <= EXACT_MAX_ENTRIES else DEFAULT_FACTORY
 
 
 class VectorIndex:
     """The vector index over `rows`. Searches may run in any number of threads and processes at once."""
 
     def __init__(
-        self, rows: Rows, card: Card, ann: AnnIndex | None, *, device: str = "cpu", threads: int | None = None
+        self,
+        rows: Rows,
+        metadata: IndexMetadata,
+        ann: AnnIndex | None,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
     ) -> None:
-        self.rows, self.card = rows, card
+        self.rows, self.metadata = rows, metadata
         self._ann, self._device, self._threads = ann, device, threads
 
     @classmethod
@@ -91,21 +97,21 @@ class VectorIndex:
         divide it. Raises UsageError for what cannot work, ResourceError without FAISS, GPU, memory or disk space, and
         DamagedIndex for rows that are not finite.
         """
-        live = int(np.count_nonzero(rows.alive))
+        live = int(np.count_nonzero(rows.live_mask))
         chosen, dim = factory or default_factory(live, rows.K), min(dim, rows.K)
         _check_options(chosen, dim, rows.K, live, target_recall)
         device = _device(chosen, gpu)
-        card = Card(factory, chosen, dim, rows.K, rows.shards, live, target_recall, seed)
+        metadata = IndexMetadata(factory, chosen, dim, rows.K, rows.shards, live, target_recall, seed)
         if chosen == EXACT or not live:
-            return cls(rows, card, None, device=device, threads=threads)._published()
+            return cls(rows, metadata, None, device=device, threads=threads)._published()
         ann = AnnIndex.create(chosen, dim, gpu=gpu, threads=threads)
         _check_room(rows, live * ann.bytes_per_row())
         if not ann.is_trained:
             progress("train the index", 0, 1)
             ann.train(_training_rows(rows, max(_TRAIN_ROWS, _TRAIN_PER_LIST * ann.lists), dim, seed))
             progress("train the index", 1, 1)
-        index = cls(rows, card, ann, device=device, threads=threads)
-        index._add(rows.alive, progress)
+        index = cls(rows, metadata, ann, device=device, threads=threads)
+        index._add(rows.live_mask, progress)
         index._measure(progress)
         return index._published()
 
@@ -116,16 +122,16 @@ class VectorIndex:
         Raises DamagedIndex where it is not as it was written, StoreError where it cannot be read, ResourceError without
         FAISS or a GPU.
         """
-        card = Card.read(rows.path)
-        if card is None:
+        metadata = IndexMetadata.read(rows.path)
+        if metadata is None:
             return None
         try:
-            ann = _load(rows, card, gpu=gpu, threads=threads)
+            ann = _load(rows, metadata, gpu=gpu, threads=threads)
         except FileNotFoundError:
-            if Card.read(rows.path) == card:
-                raise card.damaged(rows.path, "it is missing") from None
-            return cls.open(rows, gpu=gpu, threads=threads)  # a writer has replaced it since the card was read
-        return cls(rows, card, ann, device=_device(card.factory, gpu), threads=threads)
+            if IndexMetadata.read(rows.path) == metadata:
+                raise metadata.damaged(rows.path, "it is missing") from None
+            return cls.open(rows, gpu=gpu, threads=threads)  # a writer has replaced it since the metadata was read
+        return cls(rows, metadata, ann, device=_device(metadata.factory, gpu), threads=threads)
 
     @classmethod
     def update(cls, rows: Rows, *, threads: int | None = None, progress: Progress = silent) -> "VectorIndex":
@@ -135,21 +141,21 @@ class VectorIndex:
         It is built where there is none, and built anew with the same options where other rows have taken the place of
         those it holds. Raises as `build` and `open` do.
         """
-        card = Card.read(rows.path)
-        if card is None:
+        metadata = IndexMetadata.read(rows.path)
+        if metadata is None:
             return cls.build(rows, threads=threads, progress=progress)
-        live = int(np.count_nonzero(rows.alive))
-        chosen = card.asked or default_factory(live, rows.K)
-        if not card.file or chosen != card.factory or not card.covers(rows):
-            options = {"dim": card.dim, "target_recall": card.target_recall, "seed": card.seed}
-            return cls.build(rows, factory=card.asked, **options, threads=threads, progress=progress)
-        index = cls(rows, card, _load(rows, card, to_add=True, threads=threads), threads=threads)
+        live = int(np.count_nonzero(rows.live_mask))
+        chosen = metadata.asked or default_factory(live, rows.K)
+        if not metadata.file or chosen != metadata.factory or not metadata.covers(rows):
+            options = {"dim": metadata.dim, "target_recall": metadata.target_recall, "seed": metadata.seed}
+            return cls.build(rows, factory=metadata.asked, **options, threads=threads, progress=progress)
+        index = cls(rows, metadata, _load(rows, metadata, to_add=True, threads=threads), threads=threads)
         lacking = index._lacking()
-        if card.shards == rows.shards and not lacking.any():
+        if metadata.shards == rows.shards and not lacking.any():
             return index
-        index.card = replace(card, shards=rows.shards, live=live)
+        index.metadata = replace(metadata, shards=rows.shards, live=live)
         index._add(lacking, progress)
-        measured = card.proponents.rows if card.proponents else 0
+        measured = metadata.proponents.rows if metadata.proponents else 0
         if live > REMEASURE_GROWTH * measured:
             index._measure(progress)
         return index._published()
@@ -162,12 +168,12 @@ class VectorIndex:
         Raises as `exact_search` does, and StoreError where the index does not hold all of the rows.
         """
         queries = checked_queries(queries, self.rows.K, k)
-        calibration = self.card.calibration(largest)
+        calibration = self.metadata.calibration(largest)
         if self._ann is None or calibration is None or calibration.margin is None:
             return self._exact(queries, k, largest)
         if self.stale:
             raise StoreError(f"The search index is out of date: {self.stale}.", hint=rebuild_hint(self.rows.path))
-        live = int(np.count_nonzero(self.rows.alive))
+        live = int(np.count_nonzero(self.rows.live_mask))
         most = most_candidates(live)
         scores, found = padding(len(queries), k, largest)
         left, count, seconds = list(range(len(queries))), calibration.candidates * max(k, 10) // 10, [0.0, 0.0]
@@ -199,17 +205,17 @@ class VectorIndex:
     @property
     def stale(self) -> str | None:
         """What the index holds that the rows do not, or the other way round, in words; None where they agree."""
-        if not self.card.file or self.card.shards == self.rows.shards:
+        if not self.metadata.file or self.metadata.shards == self.rows.shards:
             return None
-        if self.card.covers(self.rows):
-            return f"it lacks the {len(self.rows) - self.card.rows:,} newest rows"
+        if self.metadata.covers(self.rows):
+            return f"it lacks the {len(self.rows) - self.metadata.rows:,} newest rows"
         return "its rows were replaced by others"
 
     def describe(self) -> dict[str, Any]:
-        """The card, without its list of shards, as plain data, and whether it is stale."""
-        said = asdict(self.card)
+        """The metadata, without its list of shards, as plain data, and whether it is stale."""
+        said = asdict(self.metadata)
         del said["shards"], said["file_sha256"]
-        return {**said, "rows": self.card.rows, "stale": self.stale}
+        return {**said, "rows": self.metadata.rows, "stale": self.stale}
 
     def _exact(self, queries: np.ndarray, k: int, largest: bool) -> SearchResult:
         return exact_search(self.rows, queries, k, largest=largest, device=self._device, threads=self._threads)
@@ -220,10 +226,10 @@ class VectorIndex:
         """See `recall.Find`."""
         assert self._ann is not None
         units = queries / _lengths(queries)[:, None] * (1 if largest else -1)
-        folded = np.ascontiguousarray(fold(units, self.card.dim), dtype=np.float32)
+        folded = np.ascontiguousarray(fold(units, self.metadata.dim), dtype=np.float32)
         estimates, numbers = self._ann.search(folded, count, lists)
         estimates[numbers < 0] = -np.inf
-        numbers[(numbers >= 0) & ~self.rows.alive[numbers]] = -1
+        numbers[(numbers >= 0) & ~self.rows.live_mask[numbers]] = -1
         return estimates, numbers
 
     def _best(
@@ -254,7 +260,7 @@ class VectorIndex:
     def _lacking(self) -> Bool[np.ndarray, " n"]:
         """The live rows that FAISS's index does not hold."""
         assert self._ann is not None
-        lacking = self.rows.alive.copy()
+        lacking = self.rows.live_mask.copy()
         lacking[self._ann.numbers()] = False
         return lacking
 
@@ -266,7 +272,7 @@ class VectorIndex:
             numbers = first + np.flatnonzero(wanted[first : first + len(block)])
             if not len(numbers):
                 continue
-            folded = fold(to_float32(block, scale, self._device), self.card.dim)[numbers - first].cpu().numpy()
+            folded = fold(to_float32(block, scale, self._device), self.metadata.dim)[numbers - first].cpu().numpy()
             if not np.isfinite(folded).all():
                 bad = numbers[np.flatnonzero(~np.isfinite(folded).all(axis=1))[0]]
                 raise not_finite(self.rows, int(bad))
@@ -277,7 +283,7 @@ class VectorIndex:
         """Measure recall in both directions, and settle what a search needs to reach the target."""
         assert self._ann is not None
         progress("measure recall", 0, 2)
-        known = held_out(self.rows, seed=self.card.seed, device=self._device, threads=self._threads)
+        known = held_out(self.rows, seed=self.metadata.seed, device=self._device, threads=self._threads)
         if known is None:
             return
         settled = []
@@ -287,25 +293,27 @@ class VectorIndex:
                     partial(self._candidates, largest=largest),
                     known,
                     largest=largest,
-                    target=self.card.target_recall,
+                    target=self.metadata.target_recall,
                     lists=self._ann.lists,
-                    rows=self.card.live,
+                    rows=self.metadata.live,
                 )
             )
             progress("measure recall", done, 2)
-        self.card = replace(self.card, proponents=settled[0], opponents=settled[1])
+        self.metadata = replace(self.metadata, proponents=settled[0], opponents=settled[1])
 
     def _published(self) -> "VectorIndex":
-        """Write FAISS's file under a new name, then the card that names it, and delete what no card names any more."""
+        """Write FAISS's file under a new name, then the metadata that names it; delete files that it does not name."""
         folder = self.rows.path
         folder.mkdir(exist_ok=True)
         if self._ann is not None:
             name = f"{ANN}.{secrets.token_hex(4)}.faiss"
             size, sha256 = self._ann.save(folder / name)
-            self.card = replace(self.card, file=name, file_bytes=size, file_sha256=sha256, faiss=faiss_version())
-        self.card.write(folder)
+            self.metadata = replace(
+                self.metadata, file=name, file_bytes=size, file_sha256=sha256, faiss=faiss_version()
+            )
+        self.metadata.write(folder)
         for old in folder.glob(f"{ANN}.*.faiss"):
-            if old.name != self.card.file:
+            if old.name != self.metadata.file:
                 with suppress(OSError):
                     old.unlink()
         return self
@@ -318,15 +326,17 @@ def _lengths(queries: np.ndarray) -> np.ndarray:
 
 
 def _load(
-    rows: Rows, card: Card, *, gpu: bool = False, to_add: bool = False, threads: int | None = None
+    rows: Rows, metadata: IndexMetadata, *, gpu: bool = False, to_add: bool = False, threads: int | None = None
 ) -> AnnIndex | None:
-    """FAISS's index, None where the card names none. FileNotFoundError where its file is missing."""
-    if not card.file:
+    """FAISS's index, None where the metadata names none. FileNotFoundError where its file is missing."""
+    if not metadata.file:
         return None
-    _device(card.factory, gpu)
-    path = rows.path / card.file
-    if path.stat().st_size != card.file_bytes:  # touching a map past its file's end kills the process
-        raise card.damaged(rows.path, f"it should have {card.file_bytes:,} bytes and has {path.stat().st_size:,}")
+    _device(metadata.factory, gpu)
+    path = rows.path / metadata.file
+    if path.stat().st_size != metadata.file_bytes:  # touching a map past its file's end kills the process
+        raise metadata.damaged(
+            rows.path, f"it should have {metadata.file_bytes:,} bytes and has {path.stat().st_size:,}"
+        )
     return AnnIndex.load(path, gpu=gpu, to_add=to_add, threads=threads)
 
 
@@ -357,18 +367,18 @@ def _check_room(rows: Rows, needed: int) -> None:
         if needed > there:
             raise ResourceError(
                 f"This index would take {needed / 2**30:,.1f} GiB, and there are {there / 2**30:,.1f} GiB of {what}.",
-                hint=f"Use --factory {COMPACT}, or a smaller --dim.",
+                hint=f"Use --factory {DEFAULT_FACTORY}, or a smaller --dim.",
             )
 
 
 def _training_rows(rows: Rows, count: int, dim: int, seed: int) -> Float32[np.ndarray, "n dim"]:
     """Folds of `count` live rows drawn by `seed`, or of all, or of as many as fit into 1 GiB."""
-    live = np.flatnonzero(rows.alive)
+    live = np.flatnonzero(rows.live_mask)
     count = min(count, len(live), _TRAIN_BYTES // (4 * dim))
     drawn = np.sort(np.random.default_rng([seed, 0]).choice(live, count, replace=False))
     folded = np.empty((count, dim), np.float32)
     for place, numbers, scale in rows.each(drawn):
-        folded[place] = fold(as_tensor(numbers).float(), dim).numpy() * scale
+        folded[place] = fold(torch.from_numpy(numbers).float(), dim).numpy() * scale
     return folded
 
 

@@ -7,7 +7,7 @@ store     the folder as a whole                    check     reads every byte, a
 """
 
 from rapidindex.store.check import Problem, check
-from rapidindex.store.container import USER_BLOCK, as_tensor, damaged, index_of
+from rapidindex.store.container import USER_BLOCK, damaged, index_of
 from rapidindex.store.folder import ANN, MOMENT, read_json, write_json
 from rapidindex.store.rows import Rows
 from rapidindex.store.shards import ROW_TYPE, decode_rows, encode_rows, row_bytes
@@ -22,7 +22,6 @@ __all__ = [
     "Problem",
     "Rows",
     "Store",
-    "as_tensor",
     "check",
     "damaged",
     "decode_rows",

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from rapidindex.errors import DamagedIndex, NewerFormat, StoreError
 
@@ -123,11 +121,13 @@ def verify(path: Path) -> Layout:
 
 
 def map_arrays(layout: Layout) -> dict[str, np.ndarray]:
-    """The arrays of a file as read-only views of one memory map, which holds a file descriptor as long as they live."""
+    """Map the arrays of a file: views of one private memory map, whose changes never reach the file."""
     with reading(layout.path):
         if os.stat(layout.path).st_size != layout.size:  # touching pages past a file's end kills the process
             raise damaged(layout.path, f"it does not have {layout.size} bytes any more")
-        whole = np.memmap(layout.path, mode="r")
+        whole = np.memmap(
+            layout.path, mode="c"
+        )  # private: torch takes it without a copy, and no write reaches the file
     return {name: _view(whole, extent) for name, extent in layout.extents.items()}
 
 
@@ -161,17 +161,3 @@ def _parse(path: Path, block: bytes) -> Layout:
 
 def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content) + "\n").encode()
-
-
-def as_tensor(array: np.ndarray) -> Tensor:
-    """A read-only array as a tensor over the same memory, which nobody may write to."""
-    return torch.from_numpy(np.asarray(_Mapped(array)))
-
-
-class _Mapped:
-    """The same memory under a flag that lets torch share it: torch warns of read-only arrays, and we only read."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        address, _ = array.__array_interface__["data"]
-        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
-        self.array = array  # keeps the mapping open

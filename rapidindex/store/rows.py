@@ -31,7 +31,7 @@ class Rows:
     example   int64 [n], the example that a row is of: 0 to m - 1
     position  int32 [n], the response token that a row is of; -1 in sentence rows
     token     int32 [n], its token id; -1 in sentence rows
-    alive     bool [n], False in the rows of removed examples
+    live_mask bool [n], False in the rows of removed examples
     rejected  {"id", "line", "reason"} of each example whose gradient was not finite
     done_ids  ids of all examples stored or rejected: a resumed build need not compute them
     """
@@ -57,7 +57,7 @@ class Rows:
         self.rejected = [record for file in files for record in file.rejected]
         self.done_ids = frozenset(self.ids) | {record["id"] for record in self.rejected}
         self._number_rows()
-        self.alive = np.array([id not in removed for id in self.ids], dtype=bool)[self.example]
+        self.live_mask = np.array([id not in removed for id in self.ids], dtype=bool)[self.example]
 
     def __len__(self) -> int:
         """n: all stored rows, removed examples included."""
@@ -71,7 +71,7 @@ class Rows:
     def blocks(self, max_rows: int | None = None) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """All rows in order as (number of the first, numbers [b, K], scale float32 [b]): a row is their product.
 
-        The arrays are read-only views of the files, not copies; by default a block takes at most 64 MiB.
+        The arrays are views of the files, not copies; by default a block takes at most 64 MiB.
         """
         step = max_rows or max(1, _BLOCK_BYTES // self.row_bytes)
         for file, first_row in enumerate(self._first_row[:-1]):
@@ -94,7 +94,7 @@ class Rows:
     def each(self, row_numbers: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray, np.float32]]:
         """(i, numbers [K], scale) of the i-th of these row numbers, file by file: a row is their product.
 
-        The arrays are read-only views of the files, not copies. IndexError where a number is not 0 to n - 1.
+        The arrays are views of the files, not copies. IndexError where a number is not 0 to n - 1.
         """
         for file, here, inside in self._by_file(self._checked(row_numbers)):
             arrays = self._arrays(file)

@@ -124,14 +124,14 @@ class Store:
         )
 
     def second_moment(self) -> np.ndarray | None:
-        """v, float32 [sum of the layers' sizes], a read-only view of its file; None where the index has none."""
+        """v, float32 [sum of the layers' sizes], a view of its file; None where the index has none."""
         said = self.manifest["second_moment"]
         if said is None:
             return None
         return self._moment(said)["v"]
 
     def eigenvectors(self) -> np.ndarray | None:
-        """Those along which v was taken, float32 [n], a read-only view of its file; None where the index has none."""
+        """Those along which v was taken, float32 [n], a view of its file; None where the index has none."""
         said = self.manifest["second_moment"]
         return None if said is None else self._moment(said).get("eigenvectors")
 

@@ -40,7 +40,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Chip:
+class Segment:
     """A piece of a text that takes one colour: a token, or tokens that share characters."""
 
     before: str
@@ -71,7 +71,7 @@ class Chip:
         return "↵" if "\n" in self.after else "␣" if self.after else "∅"
 
 
-def cut(text: str, tokens: Sequence[Token], scores: Sequence[float]) -> tuple[list[Chip], str]:
+def cut(text: str, tokens: Sequence[Token], scores: Sequence[float]) -> tuple[list[Segment], str]:
     """The chips of a text in its order, and the text after the last.
 
     Their parts add up to `text`, special tokens aside. Tokens that share a character, or split what is seen as one,
@@ -86,7 +86,7 @@ def cut(text: str, tokens: Sequence[Token], scores: Sequence[float]) -> tuple[li
         shown = inner.strip() if end > start else tokens[members[0]].text
         lead = inner[: len(inner) - len(inner.lstrip())] if shown else ""
         after = inner[len(lead) + len(shown) :] if end > start else ""
-        made.append(Chip(text[at:start] + lead, shown, after, tuple(shares[i] for i in members), start == end))
+        made.append(Segment(text[at:start] + lead, shown, after, tuple(shares[i] for i in members), start == end))
         at = end
     return made, text[at:]
 

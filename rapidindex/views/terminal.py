@@ -14,8 +14,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from rapidindex.results import Asked, Match, Result, ScoreSummary, Token
-from rapidindex.views import heatmap
+from rapidindex.results import Match, QueryInfo, Result, ScoreSummary, Token
+from rapidindex.views import heatmap, wording
 from rapidindex.views.sanitize import line
 
 _META_WIDTH = 16
@@ -44,9 +44,9 @@ def result(found: Result) -> RenderableType:
         parts.append(_matches(found))
     if found.summary and sum(found.summary.histogram):
         parts.append(Histogram(found.summary, found.matches))
-    if said := heatmap.rescored(found):
+    if said := wording.rescored(found):
         parts.append(Text(said, style="dim"))
-    if said := heatmap.verdict(found):
+    if said := wording.verdict(found):
         parts.append(Text(said, style="bold"))
     return Group(*parts, Text(_footer(found), style="dim"))
 
@@ -63,7 +63,7 @@ def fields(title: str, values: dict[str, Any]) -> RenderableType:
     return table
 
 
-def _asked(asked: Asked) -> Text:
+def _asked(asked: QueryInfo) -> Text:
     selected = set(asked.selection)
     text = Text.assemble(("Prompt  ", "dim"), line(asked.prompt), "\n", ("Answer  ", "dim"))
     if len(selected) == len(asked.tokens):
@@ -75,7 +75,7 @@ def _asked(asked: Asked) -> Text:
     return text.append(f"\nAbout   {line(words)}", "dim")
 
 
-def _runs(asked: Asked) -> list[tuple[tuple[int, int], bool]]:
+def _runs(asked: QueryInfo) -> list[tuple[tuple[int, int], bool]]:
     """The answer cut where selected characters begin and end; white space before a word is not marked."""
     marked = [False] * len(asked.answer)
     for position in asked.selection:
@@ -104,7 +104,7 @@ def _matches(found: Result) -> Table:
 
 
 def _example(match: Match) -> Text:
-    token = f"{line(heatmap.found_token(match))} in " if match.position is not None else ""
+    token = f"{line(wording.found_token(match))} in " if match.position is not None else ""
     return Text.assemble(token, (line(_cut(match.prompt, 80)), "bold"), (" → ", "dim"), line(_cut(match.response, 120)))
 
 
@@ -122,7 +122,7 @@ def _footer(found: Result) -> str:
     if found.summary and found.summary.std > 0 and found.matches:
         best = (found.matches[0].score - found.summary.mean) / found.summary.std
         spread = f"; the first lies {abs(best):.1f} standard deviations {'above' if best > 0 else 'below'} the mean"
-    return f"{how} over {found.index.n:,} {heatmap.things(found)} in {total:.2f} s{spread}"
+    return f"{how} over {found.index.n:,} {wording.things(found)} in {total:.2f} s{spread}"
 
 
 def _recall(recall: float | None) -> str:
@@ -152,7 +152,7 @@ class Histogram:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         summary = self.summary
-        low, high = heatmap.signed(summary.min), heatmap.signed(summary.max)
+        low, high = wording.signed(summary.min), wording.signed(summary.max)
         counts = _merged(summary.histogram, min(_COLUMNS, max(1, options.max_width - len(low) - len(high) - 2)))
         tallest = max(counts, default=0)
         bars = "".join(_bar(count, tallest) for count in counts)
@@ -178,13 +178,13 @@ def _column(score: float, summary: ScoreSummary, columns: int) -> int:
     return min(columns - 1, max(0, int(part * columns)))
 
 
-def _card(match: Match, asked: Asked, full: float, of_answer: float) -> RenderableType:
-    exact = "" if match.exact_score is None else f"   exact {heatmap.signed(match.exact_score)}"
+def _card(match: Match, asked: QueryInfo, full: float, of_answer: float) -> RenderableType:
+    exact = "" if match.exact_score is None else f"   exact {wording.signed(match.exact_score)}"
     head = Text.assemble(
-        (f"{match.rank}.", "bold"), f"  score {heatmap.signed(match.score)}{exact}   percentile {match.percentile:.1f}"
+        (f"{match.rank}.", "bold"), f"  score {wording.signed(match.score)}{exact}   percentile {match.percentile:.1f}"
     )
     if match.position is not None:
-        head.append(f"   token {line(heatmap.found_token(match))}", "bold")
+        head.append(f"   token {line(wording.found_token(match))}", "bold")
     for name, value in match.meta.items():
         shown = "" if value is None else str(value)
         head.append(f"   {line(_cut(str(name), 30))} ", "dim").append(line(_cut(shown, 60)))
@@ -214,7 +214,7 @@ class _Legend:
             (" makes the answer likelier ", _style(heatmap.STEPS)),
             "  ",
             ("less likely", _style(-heatmap.STEPS)),
-            (f"  full colour is {heatmap.signed(self.full)[1:]}", "dim"),
+            (f"  full colour is {wording.signed(self.full)[1:]}", "dim"),
         )
 
 
@@ -257,7 +257,7 @@ class _Heat:
 
     def _list(self) -> Text:
         shares = heatmap.strongest(self.tokens, self.scores, _LISTED)
-        words = (f"{heatmap.signed(share.score)}\u00a0{line(heatmap.word(share.text))}" for share in shares)
+        words = (f"{wording.signed(share.score)}\u00a0{line(wording.word(share.text))}" for share in shares)
         return Text.assemble(("Strongest ", "dim"), "  ".join(words))
 
 

@@ -13,7 +13,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from rapidindex.results import Result
-from rapidindex.views import heatmap
+from rapidindex.views import heatmap, wording
 from rapidindex.views.html import parts
 from rapidindex.views.sanitize import paragraph
 
@@ -63,7 +63,7 @@ def _common(results: list[Result]) -> dict[str, object]:
         "pieces": parts.answer(results[0].query),
         "results": [parts.shown(result, full, of_answer) for result in results],
         "full": full,
-        "things": heatmap.things(results[0]),
+        "things": wording.things(results[0]),
         "steps": heatmap.STEPS,
         "style": _style(),
     }
@@ -78,7 +78,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"signed": heatmap.signed, "word": heatmap.word, "safe_text": lambda value: paragraph(str(value))}
+    made.filters |= {"signed": wording.signed, "word": wording.word, "safe_text": lambda value: paragraph(str(value))}
     return made
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rapidindex.results import Asked, Match, Result, Token
-from rapidindex.views import heatmap
+from rapidindex.results import Match, QueryInfo, Result, Token
+from rapidindex.views import heatmap, wording
 from rapidindex.views.sanitize import paragraph
 
 WIDTH, HEIGHT, MARKS = 600, 120, 14
@@ -48,10 +48,10 @@ class Histogram:
 def shown(result: Result, full: float, of_answer: float) -> Shown:
     """A result for the page; `full` and `of_answer` are the shares that take full colour, of responses and answers."""
     matches = [_match(match, result.query, full, of_answer) for match in result.matches]
-    return Shown(result, result.direction.capitalize(), matches, heatmap.verdict(result), heatmap.rescored(result))
+    return Shown(result, result.direction.capitalize(), matches, wording.verdict(result), wording.rescored(result))
 
 
-def answer(asked: Asked) -> list[tuple[str, bool]]:
+def answer(asked: QueryInfo) -> list[tuple[str, bool]]:
     """The answer in pieces, and whether each is marked: what is asked about, if not all is, without its white space."""
     pieces, rest = heatmap.cut(asked.answer, asked.tokens, [0.0] * len(asked.tokens))
     chosen = set(asked.selection)
@@ -64,7 +64,7 @@ def answer(asked: Asked) -> list[tuple[str, bool]]:
     return [(paragraph(text), wanted) for text, wanted in [*made, (rest, False)] if text]
 
 
-def chip(piece: heatmap.Chip, full: float, *, found: bool = False) -> Markup:
+def chip(piece: heatmap.Segment, full: float, *, found: bool = False) -> Markup:
     """A chip as HTML: its characters in a coloured span, and the white space about them outside.
 
     `found` outlines it: it is what a search of tokens found.
@@ -78,13 +78,13 @@ def chip(piece: heatmap.Chip, full: float, *, found: bool = False) -> Markup:
     )
 
 
-def said(piece: heatmap.Chip) -> str:
+def said(piece: heatmap.Segment) -> str:
     """A chip in words: text, signed share and position, of each token where it has several."""
     quoted = f"“{piece.label}”"
     if len(piece.shares) == 1:
-        return f"{quoted} {heatmap.signed(piece.score)}, token {piece.shares[0].position}"
-    each = "; ".join(f"token {share.position} {heatmap.signed(share.score)}" for share in piece.shares)
-    return f"{quoted} {heatmap.signed(piece.score)} in all: {each}"
+        return f"{quoted} {wording.signed(piece.score)}, token {piece.shares[0].position}"
+    each = "; ".join(f"token {share.position} {wording.signed(share.score)}" for share in piece.shares)
+    return f"{quoted} {wording.signed(piece.score)} in all: {each}"
 
 
 def histogram(results: list[Result]) -> Histogram | None:
@@ -102,24 +102,24 @@ def histogram(results: list[Result]) -> Histogram | None:
     bars = [(round(i * wide, 1), HEIGHT - tall, round(wide * 0.9, 1), tall) for i, tall in enumerate(heights) if tall]
     marks = [(x(match.score), row, result.direction) for row, result in enumerate(results) for match in result.matches]
     spans = [
-        f"the {len(r.matches)} {r.direction} shown score {heatmap.signed(min(m.score for m in r.matches))} "
-        f"to {heatmap.signed(max(m.score for m in r.matches))}"
+        f"the {len(r.matches)} {r.direction} shown score {wording.signed(min(m.score for m in r.matches))} "
+        f"to {wording.signed(max(m.score for m in r.matches))}"
         for r in results
         if r.matches
     ]
     label = (
-        f"Histogram of {summary.n:,} scores from {heatmap.signed(summary.min)} to {heatmap.signed(summary.max)}, "
-        f"mean {heatmap.signed(summary.mean)}, standard deviation {summary.std:.3g}; {'; '.join(spans)}."
+        f"Histogram of {summary.n:,} scores from {wording.signed(summary.min)} to {wording.signed(summary.max)}, "
+        f"mean {wording.signed(summary.mean)}, standard deviation {summary.std:.3g}; {'; '.join(spans)}."
     )
     zero = x(0.0) if summary.min < 0 < summary.max else None
     return Histogram(summary.n, summary.min, summary.max, zero, bars, marks, len(results), label)
 
 
-def _match(match: Match, asked: Asked, full: float, of_answer: float) -> dict[str, Any]:
+def _match(match: Match, asked: QueryInfo, full: float, of_answer: float) -> dict[str, Any]:
     return {
         "match": match,
         "meta": {str(name): "" if value is None else value for name, value in match.meta.items()},
-        "token": paragraph(heatmap.found_token(match)),
+        "token": paragraph(wording.found_token(match)),
         "response": _heat(match.response, match.tokens, match.token_scores, full, match.position),
         "answer": _heat(asked.answer, asked.tokens, match.answer_scores, of_answer, None),
     }
