@@ -12,7 +12,7 @@ from rapidindex.store.folder import ANN, MOMENT, read_json, write_json
 from rapidindex.store.rows import Rows
 from rapidindex.store.shards import ROW_TYPE, decode_rows, encode_rows, row_bytes
 from rapidindex.store.store import Store
-from rapidindex.store.writing import encode_json, part_name, sync_folder, writing
+from rapidindex.store.writing import encode_json, part_name, sync_folder, write_errors
 
 __all__ = [
     "ANN",
@@ -33,5 +33,5 @@ __all__ = [
     "row_bytes",
     "sync_folder",
     "write_json",
-    "writing",
+    "write_errors",
 ]

@@ -41,7 +41,7 @@ def check(path: str | Path, *, repair: bool = False) -> list[Problem]:
     folder cannot be written to, and ResourceError where there is no room.
     """
     path = Path(path)
-    with container.reading(path):
+    with container.read_errors(path):
         found = (path / folder.MANIFEST).exists()
     if not found and not folder.is_index(path):
         manifest.load(path)  # says that this is no index
@@ -81,7 +81,7 @@ class _Audit:
         for file in self.damaged:
             self._move_aside(file)
         for part in folder.parts(self.path):
-            with writing.writing(part, 0):
+            with writing.write_errors(part, 0):
                 part.unlink(missing_ok=True)
         folder.write_json(self.path / folder.MANIFEST, self.content)
         if self.removed is not None:
@@ -241,7 +241,7 @@ class _Audit:
             return
         aside = self.path / folder.DAMAGED
         name = f"{file.parent.name}-{file.name}" if file.parent != self.path else file.name
-        with writing.writing(file, 0):
+        with writing.write_errors(file, 0):
             aside.mkdir(exist_ok=True)
             taken = set(os.listdir(aside))
             free = next(

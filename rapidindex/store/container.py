@@ -83,7 +83,7 @@ def damaged(path: Path, what: str) -> DamagedIndex:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def read_errors(path: Path) -> Iterator[None]:
     """Turn the failure to read `path` into our errors: DamagedIndex, or StoreError where it may not be read."""
     try:
         yield
@@ -101,7 +101,7 @@ def read_layout(path: Path) -> Layout:
     Raises DamagedIndex where the file is missing, truncated, or its first part was changed, NewerFormat where a newer
     version wrote it, and StoreError where it may not be read.
     """
-    with reading(path), open(path, "rb") as file:
+    with read_errors(path), open(path, "rb") as file:
         block, size = file.read(USER_BLOCK), os.fstat(file.fileno()).st_size
     layout = _parse(path, block)
     if layout.size != size:
@@ -112,7 +112,7 @@ def read_layout(path: Path) -> Layout:
 def verify(path: Path) -> Layout:
     """The table of contents of `path`, after reading the whole file against it. Raises as `read_layout` does."""
     layout = read_layout(path)
-    with reading(path), open(path, "rb") as file:
+    with read_errors(path), open(path, "rb") as file:
         file.seek(USER_BLOCK)
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != layout.sha256:
@@ -122,7 +122,7 @@ def verify(path: Path) -> Layout:
 
 def map_arrays(layout: Layout) -> dict[str, np.ndarray]:
     """Map the arrays of a file: views of one private memory map, whose changes never reach the file."""
-    with reading(layout.path):
+    with read_errors(layout.path):
         if os.stat(layout.path).st_size != layout.size:  # touching pages past a file's end kills the process
             raise damaged(layout.path, f"it does not have {layout.size} bytes any more")
         whole = np.memmap(

@@ -24,8 +24,8 @@ from typing import Any
 
 from rapidindex.config import LEVELS
 from rapidindex.errors import IndexBusy, NewerFormat, NotAnIndex, StoreError
-from rapidindex.store.container import damaged, read_layout, reading
-from rapidindex.store.writing import part_name, sync_folder, writing
+from rapidindex.store.container import damaged, read_errors, read_layout
+from rapidindex.store.writing import part_name, sync_folder, write_errors
 
 FORMAT = 2
 """What is written. Format 1 is read, too: its rows are float16, and its manifest does not say so."""
@@ -60,7 +60,7 @@ def parts(path: Path) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[str]:
-    with reading(folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    with read_errors(folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return os.listdir(folder)
     return []
 
@@ -74,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
     A change to any byte raises DamagedIndex, a newer format NewerFormat, no file FileNotFoundError.
     """
     text = None
-    with reading(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    with read_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         text = path.read_bytes()
     if text is None:
         raise FileNotFoundError(path)
@@ -102,7 +102,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises ResourceError and StoreError as `sealing.write` does.
     """
     text, part = _render(content), part_name(path)
-    with writing(path, len(text)):
+    with write_errors(path, len(text)):
         try:
             with open(part, "xb") as file:
                 file.write(text)
@@ -152,7 +152,7 @@ def writer(path: Path) -> str | None:
 
 
 def _try_lock(lock: Path) -> int | None:
-    with writing(lock, 64):
+    with write_errors(lock, 64):
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -205,7 +205,7 @@ def make_ready(path: Path) -> None:
             f"There is an index at {path} already.",
             hint="Add --overwrite to replace it; without it, the options that it was built with go on with it.",
         )
-    with writing(path, 0):
+    with write_errors(path, 0):
         if path.is_symlink() or path.exists():
             if not path.is_dir():
                 raise StoreError(f"{path} is a file, not a folder.", hint="Choose another name for the index.")
@@ -227,7 +227,7 @@ def destroy(path: Path) -> None:
     if not is_index(path):
         raise NotAnIndex(f"There is no index at {path}.", hint="Nothing was deleted.")
     _own_files(path)
-    with exclusive(path), writing(path, 0):
+    with exclusive(path), write_errors(path, 0):
         files, folders = _own_files(path)
         last = [path / MANIFEST, path / LOCK]  # they say that it is an index: a killed deletion can be finished
         for file in files:

@@ -105,7 +105,7 @@ def check_sizes(path: Path, manifest: Manifest) -> None:
     if manifest["second_moment"]:
         listed[path / folder.MOMENT] = manifest["second_moment"]["bytes"]
     for file, expected in listed.items():
-        with container.reading(file):
+        with container.read_errors(file):
             found = os.stat(file).st_size
         if found != expected:
             raise damaged(file, f"it should have {expected} bytes and has {found}")

@@ -154,7 +154,7 @@ class Rows:
         shards.check_content(K=self.K, layers=self.layers, **content)
         name = folder.shard_name(number)
         if not self.path.is_dir():
-            with writing.writing(self.path, 0):
+            with writing.write_errors(self.path, 0):
                 self.path.mkdir(exist_ok=True)
                 writing.sync_folder(self.path.parent)
         shards.write_shard(self.path / name, level=self.level, row_type=self.row_type, index=self._index, **content)

@@ -245,7 +245,7 @@ class Store:
     def _recover(self) -> None:
         """Tidy up after a killed build."""
         for part in folder.parts(self.path):
-            with writing.writing(part, 0):
+            with writing.write_errors(part, 0):
                 part.unlink(missing_ok=True)
         for level in self.levels:
             unlisted = set(folder.shard_names(self.path / level)) - set(self._plan(level)["shards"])

@@ -66,7 +66,7 @@ def write(path: Path, columns: dict[str, Column], attributes: Mapping[str, str |
     """
     pieces, extents = _plan(columns, attributes)
     part = part_name(path)
-    with writing(path, pieces.size):
+    with write_errors(path, pieces.size):
         try:
             with open(part, "xb+", buffering=0) as file:
                 _reserve(file.fileno(), pieces.size)
@@ -92,7 +92,7 @@ def part_name(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def writing(path: Path, needed: int) -> Iterator[None]:
+def write_errors(path: Path, needed: int) -> Iterator[None]:
     """Turn the operating system's refusals to write `path` (`needed` bytes) into our errors."""
     try:
         yield
