@@ -1,0 +1,145 @@
+import numpy as np
+import pytest
+import torch
+
+from rapidindex.gradients.losses import Batch, example_losses, layers_of, with_drawn_labels
+from rapidindex.gradients.per_example import TOLERANCE, PerExampleGradients
+from tests import tiny
+from tests.oracles import LENGTHS, autograd, collected, examples, make
+
+# Relative error of the whole gradient, and of each layer that has one.
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
+
+
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+@pytest.mark.parametrize("way", ["lora", "full"])
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_batched_gradients_equal_an_autograd_loop(name, way, dtype):
+    model = make(name, way, dtype)
+    ids, weights = examples()
+    gradients = PerExampleGradients(model)
+    losses, ours = collected(gradients, Batch.of(ids, weights))
+    assert gradients.batched, gradients.unbatched
+    for row in range(len(ids)):
+        loss, truth = autograd(model, ids[row], weights[row])
+        flat = torch.cat([part.flatten().float() for part in truth])
+        assert losses[row] == pytest.approx(float(loss), rel=LIMIT[dtype])
+        assert (ours[row] - flat).norm() <= LIMIT[dtype] * flat.norm()
+
+
+@pytest.mark.parametrize("way", ["lora", "full"])
+def test_rows_do_not_depend_on_the_rest_of_the_batch_or_its_padding(way):
+    gradients = PerExampleGradients(make("qwen3", way))
+    ids, weights = examples()
+    _, together = collected(gradients, Batch.of(ids, weights))
+    long_ids, long_weights = examples([(30, 20)], seed=5)
+    _, padded = collected(gradients, Batch.of([*long_ids, ids[0]], [*long_weights, weights[0]]))
+    _, alone = collected(gradients, Batch.of(ids[:1], weights[:1]))
+    for other in (padded[1], alone[0]):
+        assert (together[0] - other).norm() <= 1e-5 * other.norm()
+
+
+def test_selected_tokens_alone_carry_the_loss():
+    model = make("llama", "lora")
+    ids, weights = examples()
+    for weight, (prompt, _) in zip(weights, LENGTHS, strict=True):
+        weight[prompt + 1 :] = 0.0
+        weight[prompt] = 1.0
+    _, ours = collected(PerExampleGradients(model), Batch.of(ids, weights))
+    for row in range(len(ids)):
+        _, truth = autograd(model, ids[row], weights[row])
+        flat = torch.cat([part.flatten() for part in truth])
+        assert (ours[row] - flat).norm() <= 1e-5 * flat.norm()
+
+
+def test_a_response_that_starts_at_the_second_token_counts_its_first_token():
+    model = make("llama", "full")
+    ids, weights = examples([(1, 1), (1, 5)])
+    losses, _ = collected(PerExampleGradients(model), Batch.of(ids, weights))
+    for row in range(2):
+        assert float(losses[row]) == pytest.approx(float(autograd(model, ids[row], weights[row])[0]), rel=1e-5)
+
+
+def test_layers_cover_every_trainable_parameter_and_tied_ones_once():
+    model = make("gpt2", "full")
+    layers = layers_of(model)
+    assert sum(layer.size for layer in layers) == sum(p.numel() for p in model.parameters())
+    assert [layer.start for layer in layers[1:]] == [layer.start + layer.size for layer in layers[:-1]]
+    assert "lm_head.weight" not in [layer.name for layer in layers]
+
+
+def test_parameters_without_a_rule_are_done_one_example_at_a_time():
+    model = tiny.with_lora(tiny.make_model("llama"), use_dora=True)
+    ids, weights = examples()
+    gradients = PerExampleGradients(model)
+    _, ours = collected(gradients, Batch.of(ids, weights))
+    assert not gradients.batched
+    assert any("magnitude" in name for name in gradients.unbatched)
+    _, truth = autograd(model, ids[1], weights[1])
+    flat = torch.cat([part.flatten() for part in truth])
+    assert (ours[1] - flat).norm() <= 1e-5 * flat.norm()
+
+
+def test_a_model_whose_examples_mix_in_the_batch_is_found_out():
+    model = make("llama", "full")
+
+    def mix(module, inputs, output):
+        return output + output.mean(0, keepdim=True)
+
+    model.model.norm.register_forward_hook(mix)
+    ids, weights = examples()
+    gradients = PerExampleGradients(model)
+    nothing = [weight * 0 for weight in weights]  # as the loss of tokens that are all but certain
+    collected(gradients, Batch.of(ids, nothing))
+    assert not gradients.batched
+    _, ours = collected(gradients, Batch.of(ids, weights))
+    _, truth = autograd(model, ids[2], weights[2])
+    flat = torch.cat([part.flatten() for part in truth])
+    assert (ours[2] - flat).norm() <= 1e-5 * flat.norm()
+
+
+def test_the_model_is_left_as_it_was():
+    model = make("gemma3", "full")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    collected(PerExampleGradients(model), Batch.of(*examples()))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_table_of_tolerances_covers_every_dtype_a_model_may_compute_in():
+    assert set(TOLERANCE) == {torch.float32, torch.bfloat16, torch.float16}
+
+
+@pytest.mark.parametrize("way", ["lora", "full"])
+def test_drawn_labels_are_the_models_own_and_the_loss_is_of_them(way):
+    model = make("llama", way)
+    ids, weights = examples()
+    batch = Batch.of(ids, weights)
+    found = with_drawn_labels(model, batch, seed=5)
+    wanted = batch.weights != 0
+    assert torch.equal(found.labels, with_drawn_labels(model, batch, seed=5).labels)
+    assert not torch.equal(found.labels, with_drawn_labels(model, batch, seed=6).labels)
+    assert not torch.equal(found.labels[wanted], batch.input_ids[wanted])
+    torch.testing.assert_close(found.weights, batch.weights.sqrt())
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention).logits.float()
+    chances = logits.log_softmax(-1)
+    for row in range(len(batch)):
+        places = batch.weights[row].nonzero()[:, 0]
+        own = -chances[row, places - 1, found.labels[row, places]]
+        truth = (batch.weights[row, places].sqrt() * own).sum()
+        torch.testing.assert_close(example_losses(model, found)[row], truth, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(example_losses(model, found.example(row))[0], truth, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_are_drawn_as_often_as_the_model_says():
+    model = make("llama", "full")
+    with torch.no_grad():  # a model that is sure of a few tokens
+        model.lm_head.weight.mul_(20)
+    ids, weights = examples()
+    batch = Batch.of([np.tile(ids[0], 1)] * 50, [weights[0]] * 50)
+    place = int(weights[0].nonzero()[0][-1])
+    drawn = torch.cat([with_drawn_labels(model, batch, seed=seed).labels[:, place] for seed in range(40)])
+    chances = model(input_ids=batch.input_ids[:1]).logits[0, place - 1].float().softmax(-1)
+    often = torch.bincount(drawn, minlength=len(chances)) / len(drawn)
+    assert (often - chances).abs().sum() / 2 < 0.15

@@ -1,0 +1,82 @@
+"""The slow, obviously right ways that tests of several rooms hold the fast ones against."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from rapidindex.config import BuildRequest, GradientConfig, ModelConfig, SketchConfig
+from rapidindex.gradients.losses import trainable
+from rapidindex.store import Store
+from tests import tiny
+
+LENGTHS = [(3, 4), (9, 2), (1, 12), (6, 6)]
+
+
+def examples(lengths=LENGTHS, seed=0):
+    """Token ids and weights of examples with (prompt, response) lengths; the weights are 1/G on the response."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(3, tiny.VOCABULARY, (p + g,), generator=generator).numpy() for p, g in lengths]
+    weights = [torch.tensor([0.0] * p + [1 / g] * g).numpy() for p, g in lengths]
+    return ids, weights
+
+
+def autograd(model, ids, weights):
+    """The slow, obviously right way: one example at a time, the whole model, no padding."""
+    tokens = torch.as_tensor(ids).long().unsqueeze(0)
+    logits = model(input_ids=tokens).logits[0, :-1].float()
+    losses = F.cross_entropy(logits, tokens[0, 1:], reduction="none")
+    loss = (losses * torch.as_tensor(weights)[1:]).sum()
+    found = torch.autograd.grad(loss, list(trainable(model).values()), allow_unused=True)
+    shapes = trainable(model).values()
+    return loss.detach(), [torch.zeros_like(p) if g is None else g for g, p in zip(found, shapes, strict=True)]
+
+
+def collected(gradients, batch):
+    rows = [None] * len(gradients.layers)
+
+    def consume(number, values):
+        assert rows[number] is None, "a layer came twice"
+        rows[number] = values.clone()
+
+    losses = gradients(batch, consume)
+    assert all(values is not None for values in rows), "a layer never came"
+    return losses, torch.cat(rows, dim=1)
+
+
+def make(name, way, dtype=torch.float32):
+    model = tiny.make_model(name)
+    return (tiny.with_lora(model) if way == "lora" else model).to(dtype)
+
+
+def oracle(model, ids, weights, v, normalize):
+    """One example: autograd, correct, normalise; no sketch."""
+    _, parts = autograd(model, ids, weights)
+    if v is not None:
+        factor = 1 / (v + 1e-3 * v.mean()).sqrt()
+        ends = torch.tensor([0] + [part.numel() for part in parts]).cumsum(0)
+        parts = [part.flatten() * factor[a:b] for part, a, b in zip(parts, ends, ends[1:], strict=False)]
+    if normalize == "layer":
+        parts = [part.flatten() / part.norm() if part.norm() > 0 else part.flatten() for part in parts]
+    flat = torch.cat([part.flatten() for part in parts])
+    return flat / flat.norm() if normalize == "unit" else flat
+
+
+def request(data, output, folders, **changes):
+    model = ModelConfig(str(folders[0]), str(folders[1]))
+    return BuildRequest(str(data), str(output), model, **{"sketch": SketchConfig(K=1024), **changes})
+
+
+def all_rows(path):
+    rows = Store.open(path).rows("sentence")
+    ids = [rows.ids[number] for number in rows.example]
+    return dict(zip(ids, rows.take(np.arange(len(rows))), strict=True))
+
+
+RECIPES = {
+    "the default": GradientConfig(moment_examples=8),
+    "the paper's": GradientConfig(normalize="layer", second_moment="none"),
+    "plain TracIn": GradientConfig(normalize="none", second_moment="none"),
+}
+
+
+PROMPT, ANSWER = "Tell me about tea", "tea is from Japan, and rice is from Japan"

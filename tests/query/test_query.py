@@ -1,0 +1,175 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from rapidindex import Index
+from rapidindex.caching.build import build
+from rapidindex.config import GradientConfig, ModelConfig
+from rapidindex.errors import ConfigMismatch, DataError, NotAnIndex, QueryError, TokenNotFound
+from rapidindex.gradients.second_moment import correction
+from rapidindex.query.questions import Query, read_queries
+from rapidindex.results import Result
+from tests import tiny
+from tests.oracles import ANSWER, PROMPT, RECIPES, all_rows, autograd, request
+
+
+@pytest.fixture(scope="module", params=RECIPES.values(), ids=RECIPES.keys())
+def index(request_of, request):
+    return request_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def request_of(data, tmp_path_factory, llama_folders):
+    def make(recipe):
+        path = tmp_path_factory.mktemp("index") / "index"
+        build(request(data, path, llama_folders, gradient=recipe))
+        return Index.open(path)
+
+    return make
+
+
+def brute_force(index, positions):
+    """Eq. 5 (all positions) or Eq. 7 (some), from an autograd gradient and the stored RapidGrads."""
+    store, loaded, template = index.store, index.loaded, index.template
+    text = template.render_prompt((("user", PROMPT),)) + ANSWER
+    encoded = loaded.tokenizer(text, return_offsets_mapping=True)
+    first = len(text) - len(ANSWER)
+    response = [i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > first]
+    weights = np.zeros(len(encoded["input_ids"]), np.float32)
+    chosen = response if positions is None else [response[p] for p in positions]
+    weights[chosen] = 1 / len(chosen)
+    parts = [p.flatten() for p in autograd(loaded.model, np.array(encoded["input_ids"]), weights)[1]]
+    options = store.config["gradient"]
+    if options["normalize"] == "layer":
+        parts = [p / p.norm() for p in parts]
+    flat = torch.cat(parts)
+    if options["second_moment"] != "none":
+        flat = flat * correction(torch.tensor(np.array(store.second_moment())))
+    if options["normalize"] == "unit":
+        flat = flat / flat.norm()
+    vector = index.compressor.sketch.compress(flat[None])[0].numpy()
+    return {id: float(row @ vector) for id, row in all_rows(store.path).items()}
+
+
+@pytest.mark.parametrize("opponents", [False, True])
+@pytest.mark.parametrize("token", [None, "Japan", "Japan#2"])
+def test_the_order_is_that_of_a_brute_force_computation(index, token, opponents):
+    result = index.query(PROMPT, answer=ANSWER, token=token, k=10, opponents=opponents)
+    truth = brute_force(index, result.query.selection if token else None)
+    expected = sorted(truth, key=truth.get, reverse=not opponents)
+    assert [match.id for match in result.matches] == expected
+    scale = max(map(abs, truth.values()))
+    for match in result.matches:
+        assert match.score == pytest.approx(truth[match.id], abs=1e-4 * scale)
+
+
+def test_shares_average_to_an_influence_near_the_compressed_one(index):
+    result = index.query(PROMPT, answer=ANSWER, token="Japan", k=10)
+    spread = max(abs(match.exact_score) for match in result.matches)
+    for match in result.matches:
+        assert len(match.token_scores) == len(match.tokens)
+        assert match.exact_score == pytest.approx(np.mean(match.token_scores), abs=1e-6 * spread)
+        assert match.score == pytest.approx(match.exact_score, abs=0.35 * spread)  # K is 1,024 here
+    assert index.query(PROMPT, answer=ANSWER, k=3, heatmaps=False).matches[0].token_scores == []
+
+
+def test_rescoring_orders_by_the_uncompressed_influence(index):
+    plain = index.query(PROMPT, answer=ANSWER, k=10)
+    result = index.query(PROMPT, answer=ANSWER, k=3, rescore=True)
+    truth = sorted(plain.matches, key=lambda match: match.exact_score, reverse=True)
+    assert [match.id for match in result.matches] == [match.id for match in truth[:3]]
+    assert [match.rank for match in result.matches] == [1, 2, 3]
+    assert result.rescoring.candidates == 10 and result.rescoring.rank_correlation > 0.5
+
+
+def test_a_match_carries_what_the_data_said(index):
+    match = index.query(PROMPT, answer=ANSWER, k=1).matches[0]
+    assert match.prompt.startswith("Tell me about ")
+    assert match.meta.keys() == {"number"}
+    assert all(match.response[t.start : t.end] == t.text for t in match.tokens[:-1])
+    assert match.rank == 1 and match.percentile == pytest.approx(90)
+
+
+def test_more_matches_than_examples_are_all_examples(index):
+    assert len(index.query(PROMPT, answer=ANSWER, k=50).matches) == 10
+
+
+def test_many_queries_are_answered_as_one_by_one(index):
+    queries = [Query(PROMPT, ANSWER, "Japan"), Query("Tell me about cats", "cats purr")]
+    together = index.query_many(queries, k=5)
+    for query, result in zip(queries, together, strict=True):
+        alone = index.query(query.prompt, answer=query.answer, token=query.token, k=5)
+        assert [m.id for m in alone.matches] == [m.id for m in result.matches]
+
+
+def test_the_model_answers_where_no_answer_is_given(index):
+    result = index.query(PROMPT, k=1, max_new_tokens=8)
+    assert result.query.answer == index.answer(PROMPT, max_new_tokens=8)
+    assert {i for t in result.query.tokens for i in range(t.start, t.end)} == set(range(len(result.query.answer)))
+
+
+def test_a_result_survives_json(index):
+    result = index.query(PROMPT, answer=ANSWER, token="Japan", k=3)
+    assert Result.from_json(result.to_json()) == result
+    value = json.loads(result.to_json())
+    assert value["schema"] == "rapidindex.result/1"
+    assert value["summary"]["n"] == 10 and sum(value["summary"]["histogram"]) == 10
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "other/9"}'])
+def test_what_is_no_result_is_refused(text):
+    with pytest.raises(DataError):
+        Result.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        ({"prompt": " "}, QueryError),
+        ({"prompt": PROMPT, "answer": ""}, QueryError),
+        ({"prompt": PROMPT, "answer": ANSWER, "token": "India"}, TokenNotFound),
+        ({"prompt": "word " * 600, "answer": ANSWER}, QueryError),
+    ],
+)
+def test_what_cannot_be_answered_says_so(index, asked, error):
+    with pytest.raises(error) as caught:
+        index.query(**asked)
+    assert caught.value.hint
+
+
+def test_another_model_is_refused_with_the_way_to_the_right_one(data, tmp_path, llama_folders):
+    build(request(data, tmp_path / "index", llama_folders, gradient=GradientConfig(second_moment="none")))
+    other, _ = tiny.save_model(tmp_path / "other", "llama", lora=False, seed=5)
+    with pytest.raises(ConfigMismatch, match="is not the one") as caught:
+        Index.open(tmp_path / "index", model=str(other)).query(PROMPT, answer=ANSWER)
+    assert str(llama_folders[0]) in caught.value.hint and "-m" in caught.value.hint
+
+
+def test_a_full_parameter_model_is_queried_without_an_adapter(data, tmp_path, llama_folders):
+    asked = request(data, tmp_path / "index", (llama_folders[0], ""))
+    build(type(asked)(asked.data, asked.output, ModelConfig(str(llama_folders[0])), sketch=asked.sketch))
+    result = Index.open(tmp_path / "index").query(PROMPT, answer=ANSWER, k=2)
+    assert result.index.adapter is None and len(result.matches) == 2
+
+
+def test_a_folder_that_is_no_index_is_refused(tmp_path):
+    with pytest.raises(NotAnIndex):
+        Index.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no query"),
+        ("{", "line 1: not JSON"),
+        ('{"prompt": "a"}\n["b"]', "line 2"),
+        ('{"prompt": "a", "tokken": "b"}', "line 1"),
+        ('{"prompt": 3}', "line 1"),
+    ],
+)
+def test_a_query_file_that_cannot_be_used_names_the_line(tmp_path, text, said):
+    (tmp_path / "q.jsonl").write_text(text)
+    with pytest.raises(DataError, match=said):
+        read_queries(tmp_path / "q.jsonl")

@@ -1,0 +1,179 @@
+import numpy as np
+import pytest
+import torch
+
+from rapidindex.errors import DamagedIndex, QueryError, UsageError
+from rapidindex.search import exact
+from rapidindex.search.exact import exact_search
+from rapidindex.store import Store
+from tests.search.stores import gradients, make_store, remove, spoil
+
+N, K = 600, 256
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("exact") / "index", gradients(N, K), per_shard=130).rows("sentence")
+
+
+@pytest.fixture(scope="module")
+def queries():
+    return gradients(7, K, seed=1)
+
+
+def brute_force(rows, queries, k, largest):
+    """Rows of the k best of all stored rows, and their scores, in float64."""
+    scores = queries.astype(np.float64) @ rows.take(np.arange(len(rows))).astype(np.float64).T
+    order = np.argsort(-scores if largest else scores, axis=1, kind="stable")[:, :k]
+    return order, np.take_along_axis(scores, order, axis=1)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("k", [1, 10, 599, 600])
+def test_finds_what_brute_force_finds_in_the_same_order(rows, queries, k, largest):
+    found = exact_search(rows, queries, k, largest=largest)
+    expected, scores = brute_force(rows, queries, k, largest)
+    np.testing.assert_array_equal(found.rows, expected)
+    np.testing.assert_allclose(found.scores, scores, atol=1e-6)
+    assert (found.method, found.recall, found.n, found.largest) == ("exact", 1.0, N, largest)
+    assert found.scores.dtype == np.float32 and found.rows.dtype == np.int64
+
+
+def test_a_batch_finds_what_its_queries_find_alone(rows, queries):
+    together = exact_search(rows, queries, 20)
+    alone = [exact_search(rows, query[None], 20) for query in queries]
+    np.testing.assert_array_equal(together.rows, np.concatenate([found.rows for found in alone]))
+
+
+def test_more_queries_than_fit_into_memory_take_several_passes(rows, queries, monkeypatch):
+    expected = exact_search(rows, queries, 20)
+    monkeypatch.setattr(exact, "_SCORES_BYTES", 4 * N * 2)
+    found = exact_search(rows, queries, 20)
+    np.testing.assert_array_equal(found.rows, expected.rows)
+    assert len(found.summaries) == len(queries)
+
+
+def test_blocks_of_one_row_give_the_same(rows, queries, monkeypatch):
+    expected = exact_search(rows, queries, 20)
+    monkeypatch.setattr(exact, "_BLOCK_BYTES", {"cpu": 1})
+    np.testing.assert_array_equal(exact_search(rows, queries, 20).rows, expected.rows)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_equal_scores_come_in_the_order_of_the_rows(tmp_path, largest):
+    values = np.zeros((90, 16), np.float32)
+    values[:, 0] = np.tile([1, 2, 3], 30)
+    rows = make_store(tmp_path / "index", values, per_shard=40).rows("sentence")
+    query = np.eye(1, 16, dtype=np.float32)
+    best = np.flatnonzero(values[:, 0] == (3 if largest else 1))
+    for k in (1, 29, 30, 31):
+        found = exact_search(rows, query, k, largest=largest).rows[0]
+        np.testing.assert_array_equal(found[:30], best[:k])
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_fewer_rows_than_k_are_filled_up_with_row_minus_one(rows, queries, largest):
+    found = exact_search(rows, queries, N + 5, largest=largest)
+    assert (found.rows[:, N:] == -1).all() and (found.rows[:, :N] >= 0).all()
+    assert (found.scores[:, N:] == (-np.inf if largest else np.inf)).all()
+    assert np.isnan(found.percentiles()[:, N:]).all()
+
+
+def test_removed_rows_are_found_nowhere(tmp_path, queries):
+    store = make_store(tmp_path / "index", gradients(N, K), per_shard=130)
+    before = exact_search(store.rows("sentence"), queries, N)
+    gone = np.unique(before.rows[:, :40])
+    remove(store, gone)
+    after = exact_search(store.rows("sentence"), queries, N)
+    for one, other in zip(before.rows, after.rows, strict=True):
+        np.testing.assert_array_equal(other[other >= 0], one[~np.isin(one, gone)])
+    assert after.n == N - len(gone) == after.summaries[0].n
+
+
+@pytest.mark.parametrize("emptied", ["never filled", "all removed"])
+def test_a_store_without_rows_finds_nothing(tmp_path, queries, emptied):
+    store = Store.create(tmp_path / "index", config={}, layers=[], versions={}, planned={"sentence": (K, 0)})
+    if emptied == "all removed":
+        store = make_store(tmp_path / "other", gradients(9, K))
+        remove(store, np.arange(9))
+    found = exact_search(store.rows("sentence"), queries, 3)
+    assert (found.rows == -1).all() and found.n == 0
+    assert found.summaries[0].n == 0 and sum(found.summaries[0].histogram) == 0
+
+
+def test_no_queries_find_nothing(rows):
+    assert exact_search(rows, np.empty((0, K), np.float32), 3).rows.shape == (0, 3)
+
+
+def test_the_summary_is_of_all_scores(rows, queries):
+    scores = brute_force(rows, queries, N, True)[1]
+    for summary, of_query in zip(exact_search(rows, queries, 1).summaries, scores, strict=True):
+        expected = (N, of_query.min(), of_query.max(), of_query.mean(), of_query.std())
+        assert (summary.n, summary.min, summary.max, summary.mean, summary.std) == pytest.approx(expected, abs=1e-6)
+        assert np.abs(np.array(summary.histogram) - np.histogram(of_query, 50)[0]).sum() <= 2  # rounding at the edges
+
+
+def test_equal_scores_are_one_bar_of_the_histogram(tmp_path):
+    rows = make_store(tmp_path / "index", np.ones((5, 16), np.float32)).rows("sentence")
+    summary = exact_search(rows, np.ones((1, 16), np.float32), 1).summaries[0]
+    assert summary.histogram == [5, *[0] * 49] and summary.std == 0
+
+
+def test_percentiles_count_the_rows_that_score_lower(rows, queries):
+    np.testing.assert_allclose(exact_search(rows, queries, 2).percentiles()[0], [100 * 599 / 600, 100 * 598 / 600])
+    np.testing.assert_allclose(exact_search(rows, queries, 2, largest=False).percentiles()[0], [0, 100 / 600])
+
+
+def test_threads_are_a_setting_that_does_not_stay(rows, queries):
+    before = torch.get_num_threads()
+    np.testing.assert_array_equal(
+        exact_search(rows, queries, 20, threads=1).rows, exact_search(rows, queries, 20, threads=2).rows
+    )
+    assert torch.get_num_threads() == before
+
+
+def test_float64_queries_are_taken(rows, queries):
+    np.testing.assert_array_equal(
+        exact_search(rows, queries.astype(np.float64), 5).rows, exact_search(rows, queries, 5).rows
+    )
+
+
+@pytest.mark.parametrize("shape", [(K,), (2, K - 1), (2, 0), (1, 1, K)])
+def test_queries_of_another_shape_are_refused(rows, shape):
+    with pytest.raises(UsageError, match=rf"\[queries, {K}\]"):
+        exact_search(rows, np.ones(shape, np.float32), 3)
+
+
+def test_k_below_one_is_refused(rows, queries):
+    with pytest.raises(UsageError, match="at least 1"):
+        exact_search(rows, queries, 0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_queries_that_are_not_finite_are_refused_by_number(rows, queries, value):
+    queries = queries.astype(np.float64)
+    queries[3, 5] = value
+    with pytest.raises(QueryError, match="query 3 "):
+        exact_search(rows, queries, 3)
+
+
+def test_a_query_whose_scores_overflow_is_refused(rows):
+    with pytest.raises(QueryError, match="overflow"):
+        exact_search(rows, np.full((1, K), 3e38, np.float32), 3)
+
+
+def test_stored_rows_that_are_not_finite_are_reported_as_damage(tmp_path, queries):
+    store = make_store(tmp_path / "index", gradients(20, K), per_shard=10)
+    spoil(store.path / "sentence" / "shard-00001.h5", row=4)
+    with pytest.raises(DamagedIndex, match="row 14 .*rapidindex check"):
+        exact_search(store.rows("sentence"), queries, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_gpu_finds_the_same(rows, queries, largest):
+    found = exact_search(rows, queries, 10, largest=largest, device="cuda")
+    expected, scores = brute_force(rows, queries, 10, largest)
+    np.testing.assert_array_equal(found.rows, expected)
+    np.testing.assert_allclose(found.scores, scores, atol=1e-5)

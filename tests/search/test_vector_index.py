@@ -1,0 +1,643 @@
+import json
+import multiprocessing
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import pytest
+
+from rapidindex.errors import DamagedIndex, QueryError, ResourceError, StoreError, UsageError
+from rapidindex.search import metadata, vector_index
+from rapidindex.search.calibration import KINDS, calibrate, held_out
+from rapidindex.search.exact import exact_search, scores_of
+from rapidindex.search.vector_index import EXACT_MAX_ENTRIES, VectorIndex, default_factory, fold
+from rapidindex.store import Store
+from rapidindex.store.folder import read_json, write_json
+from tests.search.stores import append, gradients, make_store, remove, spoil
+
+N, K, DIM = 1500, 256, 128
+# The share of the exact answer to be found by searches that promise .95 of it, over queries other than those measured.
+FLOORS = {"Flat": 0.95, "SQ8": 0.95, "IVF16,Flat": 0.9, "HNSW16": 0.9, "HR,RaBitQ": 0.92, "HR,IVF16,RaBitQ": 0.88}
+
+
+@pytest.fixture(scope="module")
+def values():
+    return gradients(N, K)
+
+
+@pytest.fixture(scope="module")
+def queries():
+    return gradients(40, K, seed=1)
+
+
+@pytest.fixture
+def store(tmp_path, values):
+    return make_store(tmp_path / "index", values)
+
+
+@pytest.fixture(scope="module", params=FLOORS)
+def built(request, tmp_path_factory, values):
+    """An index of each factory; read only."""
+    rows = make_store(tmp_path_factory.mktemp("built") / "index", values).rows("sentence")
+    return VectorIndex.build(rows, factory=request.param, dim=DIM, target_recall=0.95)
+
+
+@pytest.fixture(scope="module")
+def compact(tmp_path_factory, values):
+    """A `HR,RaBitQ` index; read only."""
+    rows = make_store(tmp_path_factory.mktemp("compact") / "index", values).rows("sentence")
+    return VectorIndex.build(rows, factory="HR,RaBitQ", dim=DIM, target_recall=0.9)
+
+
+def share_found(found, expected):
+    return np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.rows, expected.rows, strict=True)])
+
+
+# What is found
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("k", [1, 5, 10, 20])
+def test_each_factory_finds_nearly_what_the_exact_scan_finds(built, queries, k, largest):
+    found = built.search(queries, k, largest=largest)
+    expected = exact_search(built.rows, queries, k, largest=largest)
+    assert found.method == "ann"
+    assert share_found(found, expected) >= FLOORS[built.metadata.factory]
+    assert found.scores.dtype == np.float32 and found.rows.dtype == np.int64
+    assert (found.n, found.summaries) == (N, None)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_scores_are_inner_products_with_the_stored_rows_best_first(built, queries, largest):
+    found = built.search(queries, 10, largest=largest)
+    for query, scores, rows in zip(queries, found.scores, found.rows, strict=True):
+        np.testing.assert_allclose(scores, built.rows.take(rows) @ query, atol=1e-6)
+        assert (np.diff(scores) <= 0).all() if largest else (np.diff(scores) >= 0).all()
+        assert len(set(rows)) == 10
+
+
+def test_a_reopened_index_finds_the_same(built, queries):
+    again = VectorIndex.open(built.rows)
+    assert again.metadata == built.metadata
+    for largest in (True, False):
+        before, after = (one.search(queries, 10, largest=largest) for one in (built, again))
+        np.testing.assert_array_equal(before.rows, after.rows)
+        np.testing.assert_array_equal(before.scores, after.scores)
+
+
+def test_a_batch_finds_what_its_queries_find_alone(built, queries):
+    together = built.search(queries[:5], 10)
+    np.testing.assert_array_equal(together.rows, [built.search(query[None], 10).rows[0] for query in queries[:5]])
+
+
+def test_the_same_seed_builds_the_same_index(store, queries):
+    rows = store.rows("sentence")
+    one, two = (VectorIndex.build(rows, factory="IVF16,SQ8", dim=DIM, target_recall=0.9, seed=3) for _ in range(2))
+    assert one.metadata.file_sha256 == two.metadata.file_sha256 and one.metadata.proponents == two.metadata.proponents
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1e30])
+def test_the_length_of_a_query_changes_no_ranks(compact, queries, size):
+    expected = compact.search(queries, 5)
+    np.testing.assert_array_equal(compact.search(queries * np.float32(size), 5).rows, expected.rows)
+
+
+def test_a_query_of_zeros_scores_zero(compact):
+    found = compact.search(np.zeros((1, K), np.float32), 5)
+    assert (found.scores == 0).all() and (found.rows >= 0).all()
+
+
+def test_exact_order_where_a_quarter_of_the_rows_is_asked_for(compact, queries):
+    expected = exact_search(compact.rows, queries, N // 4 + 1)
+    found = compact.search(queries, N // 4 + 1)
+    assert found.method == "exact"
+    np.testing.assert_array_equal(found.rows, expected.rows)
+
+
+def test_more_than_there_is_is_filled_up_with_row_minus_one(compact, queries):
+    found = compact.search(queries, N + 3)
+    assert (found.rows[:, N:] == -1).all() and (found.scores[:, N:] == -np.inf).all()
+    assert (np.sort(found.rows[:, :N]) == np.arange(N)).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_are_a_setting(compact, queries, threads):
+    found = VectorIndex.open(compact.rows, threads=threads).search(queries, 10)
+    np.testing.assert_array_equal(found.rows, compact.search(queries, 10).rows)
+
+
+# Removed rows, empty stores
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW16", "HR,RaBitQ"])
+def test_removed_rows_are_never_found_even_where_they_crowd_the_candidates(store, queries, factory):
+    rows = store.rows("sentence")
+    VectorIndex.build(rows, factory=factory, dim=DIM, target_recall=0.9)
+    queries = queries[:4]
+    gone = np.unique(exact_search(rows, queries, 100).rows)
+    remove(store, gone)
+    after = VectorIndex.open(store.rows("sentence"))
+    found = after.search(queries, 10)
+    assert found.method == "ann" and found.n == N - len(gone)
+    assert not np.isin(found.rows, gone).any() and (found.rows >= 0).all()
+    # What is left scores much alike, which is hard for any index: no harder for this one than for one built anew.
+    rebuilt = VectorIndex.build(after.rows, factory=factory, dim=DIM, target_recall=0.9).search(queries, 10)
+    expected = exact_search(after.rows, queries, 10)
+    assert share_found(found, expected) >= share_found(rebuilt, expected) - 0.15
+
+
+def test_rows_removed_before_building_are_left_out(store, queries):
+    gone = np.arange(0, N, 2)
+    remove(store, gone)
+    made = VectorIndex.build(store.rows("sentence"), factory="HR,RaBitQ", dim=DIM, target_recall=0.9)
+    assert made.metadata.live == N // 2 and made.metadata.rows == N
+    for largest in (True, False):
+        assert (made.search(queries, 5, largest=largest).rows % 2 == 1).all()
+
+
+@pytest.mark.parametrize("factory", [None, "exact", "HR,RaBitQ", "IVF16,Flat"])
+def test_an_empty_store_can_be_indexed_and_searched(tmp_path, queries, factory):
+    store = Store.create(tmp_path / "index", config={}, layers=[], versions={}, planned={"sentence": (K, 0)})
+    VectorIndex.build(store.rows("sentence"), factory=factory)
+    found = VectorIndex.open(store.rows("sentence")).search(queries, 3)
+    assert (found.rows == -1).all() and found.n == 0
+
+
+@pytest.mark.parametrize("n", [1, 3, 12])
+def test_a_few_rows_can_be_indexed_and_searched(tmp_path, queries, n):
+    rows = make_store(tmp_path / "index", gradients(n, K)).rows("sentence")
+    made = VectorIndex.build(rows, factory="HR,RaBitQ")
+    np.testing.assert_array_equal(made.search(queries, 3).rows, exact_search(rows, queries, 3).rows)
+
+
+# Recall
+
+
+def test_the_stated_recall_is_what_other_queries_get(built):
+    queries = gradients(200, K, seed=2)
+    for largest in (True, False):
+        found = built.search(queries, 10, largest=largest)
+        actual = share_found(found, exact_search(built.rows, queries, 10, largest=largest))
+        assert actual >= found.recall - 0.05
+        assert found.recall >= 0.95
+
+
+def test_each_direction_has_the_smallest_margin_that_reaches_the_target(store):
+    rows = store.rows("sentence")
+    low, high = (
+        VectorIndex.build(rows, factory="Flat", dim=DIM, target_recall=target).metadata for target in (0.5, 0.95)
+    )
+    for largest in (True, False):
+        assert low.calibration(largest).margin < high.calibration(largest).margin
+        assert low.calibration(largest).rows_read < high.calibration(largest).rows_read
+        assert high.calibration(largest).recall_at_10 >= 0.95
+        assert low.calibration(largest).recall_at_10 < high.calibration(largest).recall_at_10
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_the_margin_is_the_smallest_that_a_search_confirms(tmp_path, largest):
+    rows = make_store(tmp_path / "index", gradients(2000, K)).rows("sentence")
+    known, folded = held_out(rows, seed=0), fold(rows.take(range(2000)), 64)
+
+    def find(queries, count, lists):
+        units = queries / np.linalg.norm(queries, axis=1, keepdims=True) * (1 if largest else -1)
+        scores = fold(units, 64) @ folded.T
+        best = np.argsort(-scores, axis=1)[:, :count]
+        return np.take_along_axis(scores, best, axis=1), best
+
+    def share(i, margin):
+        estimates, numbers = (each[0] for each in find(known.queries[[i]], 2000, None))
+        scores, best = known.answers[largest][i]
+        last = abs(scores[9]) / np.linalg.norm(known.queries[i])
+        within = numbers[estimates >= last - margin]
+        return 1.0 if len(within) > 500 else len({*within} & {*best[:10]}) / 10  # a quarter of the rows: a scan
+
+    def recall(margin):
+        return min(np.mean([share(i, margin) for i, k in enumerate(known.kinds) if k == kind]) for kind in KINDS)
+
+    options = {"largest": largest, "target": 0.8, "lists": 0, "rows": 2000}
+    made = calibrate(find, known, **options)
+    assert recall(made.margin) > 0.8 - 1e-9 and recall(made.margin - 2e-6) < 0.8 - 1e-9
+    assert made.recall_at_10 == pytest.approx(recall(made.margin), abs=1e-6)
+
+    def lazy(queries, count, lists):
+        """Like a graph: asked for less, it looks less far."""
+        estimates, numbers = find(queries, count, lists)
+        estimates[:, count // 2 :], numbers[:, count // 2 :] = -np.inf, -1
+        return estimates, numbers
+
+    slow = calibrate(lazy, known, **options)
+    assert slow.candidates > 1.5 * made.candidates and slow.recall_at_10 >= 0.8
+
+
+def test_a_query_whose_best_rows_stand_out_reads_fewer_of_them(compact, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        vector_index, "scores_of", lambda rows, n, query: read.append(len(n)) or scores_of(rows, n, query)
+    )
+    faint = np.random.default_rng(1).standard_normal((1, K)).astype(np.float32)
+    counts = []
+    for query in (compact.rows.take([3]), faint):
+        read.clear()
+        compact.search(query, 1)
+        counts.append(sum(read))
+    assert 0 < counts[0] < counts[1]
+
+
+def test_a_query_that_tells_no_rows_apart_is_scanned_beside_others_that_are_not(store, queries):
+    rows = store.rows("sentence")
+    made = VectorIndex.build(rows, factory="HR,RaBitQ", dim=DIM, target_recall=0.9)
+    mixed = np.stack([queries[0], np.zeros(K, np.float32), queries[1]])
+    for largest in (True, False):
+        found, truth = (search(mixed, 5, largest=largest) for search in (made.search, partial(exact_search, rows)))
+        assert found.method == "ann"
+        np.testing.assert_array_equal(found.rows[1], truth.rows[1])
+        assert share_found(found, truth) >= 0.8
+
+
+def test_an_ivf_index_visits_no_more_lists_than_the_target_needs(store):
+    rows = store.rows("sentence")
+    low, high = (
+        VectorIndex.build(rows, factory="IVF32,Flat", dim=K, target_recall=target).metadata for target in (0.5, 0.99)
+    )
+    assert low.proponents.lists < high.proponents.lists <= 32
+
+
+def test_a_target_out_of_reach_falls_back_to_the_exact_scan(store, queries):
+    rows = store.rows("sentence")
+    made = VectorIndex.build(rows, factory="HR,RaBitQ", dim=8, target_recall=1.0)
+    assert made.metadata.proponents.margin is None and made.metadata.proponents.recall_at_10 < 1
+    found = made.search(queries, 10)
+    assert (found.method, found.recall) == ("exact", 1.0)
+    np.testing.assert_array_equal(found.rows, exact_search(rows, queries, 10).rows)
+
+
+def test_held_out_queries_leave_out_every_row_of_the_examples_they_are_made_of(tmp_path):
+    rows = make_store(tmp_path / "index", gradients(60, K), per_shard=30, rows_per_example=5).rows("sentence")
+    known = held_out(rows, seed=0)
+    assert known.kinds == ["left out"] * 12 + ["faint"] * 12
+    assert [len(excluded) for excluded in known.left_out] == [5] * 24
+    for query, excluded, kind in zip(known.queries, known.left_out, known.kinds, strict=True):
+        scores, _ = known.answers[True][known.queries.tolist().index(query.tolist())]
+        if kind == "left out":
+            assert exact_search(rows, query[None], 1).rows[0, 0] in excluded
+        assert scores[0] < exact_search(rows, query[None], 1).scores[0, 0]
+    for (_, found), excluded in zip(known.answers[True] + known.answers[False], known.left_out * 2, strict=True):
+        assert len(found) == 60 - len(excluded) and not np.isin(found, excluded).any()
+
+
+def test_recall_counts_any_of_the_rows_that_tie_for_the_last_place(tmp_path):
+    values = np.repeat(gradients(100, K), 12, axis=0)
+    rows = make_store(tmp_path / "index", values).rows("sentence")
+    made = VectorIndex.build(rows, factory="Flat", dim=K, target_recall=1.0)
+    assert made.metadata.proponents.margin is not None and made.metadata.proponents.recall_at_10 == 1
+
+
+# Choosing, refusing
+
+
+def test_the_default_is_exact_for_small_stores_and_compact_beyond():
+    rows = EXACT_MAX_ENTRIES // 65_536
+    assert default_factory(rows, 65_536) == "exact"
+    assert default_factory(rows + 1, 65_536) == "HR,RaBitQ"
+
+
+def test_the_default_for_a_small_store_writes_no_faiss_file(store, queries):
+    made = VectorIndex.build(store.rows("sentence"))
+    assert (made.metadata.factory, made.metadata.file, made.metadata.asked) == ("exact", None, None)
+    assert made.search(queries, 3).method == "exact"
+
+
+def test_the_default_for_a_large_store_is_the_compact_index(store, monkeypatch):
+    monkeypatch.setattr(vector_index, "EXACT_MAX_ENTRIES", N * K // 2)
+    made = VectorIndex.build(store.rows("sentence"), target_recall=0.9)
+    assert (made.metadata.factory, made.metadata.dim, made.metadata.asked) == ("HR,RaBitQ", K, None)
+    assert made.metadata.file_bytes / N < K // 8 + 30
+
+
+@pytest.mark.parametrize(
+    ("factory", "dim", "reason"),
+    [
+        ("RaBitQfs", 4096, "overflow silently above 2048"),
+        ("HR,RaBitQfs_64", 4096, "overflow silently above 2048"),
+        ("IVF16,PQ64x4fsr", 4096, "overflow silently above 2048"),
+        ("nonsense", 128, "could not parse index string nonsense"),
+        ("", 128, ""),
+        ("LSH", 128, "METRIC_L2|failed|metric"),
+        ("PQ15", 128, "multiple of the number of subquantizers"),
+        ("NSG16", 128, "cannot be built in batches"),
+        ("Flat,RFlat", 128, "re-ranked"),
+        ("IVF0,Flat", 128, "too few lists"),
+        ("HNSW1", 128, "too few lists or links"),
+        ("IVF2000,Flat", 128, "a row for each of its lists"),
+        ("IVF1M,Flat", 128, "a row for each of its lists"),
+        ("IVF99999999999999999999,Flat", 128, "a row for each of its lists"),
+        ("Flat", 100, "must divide"),
+        ("exact", 0, "must divide"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(tmp_path, factory, dim, reason):
+    rows = make_store(tmp_path / "index", gradients(20, 4096)).rows("sentence")
+    if not factory:
+        assert VectorIndex.build(rows, factory=factory).metadata.factory == "exact"  # as if none were asked for
+        return
+    with pytest.raises(UsageError, match=reason) as refusal:
+        VectorIndex.build(rows, factory=factory, dim=dim)
+    assert "/project/" not in str(refusal.value)
+    assert not list(rows.path.glob("ann.*"))
+
+
+@pytest.mark.parametrize("target", [0.0, 1.5, -1.0])
+def test_a_target_that_is_no_share_is_refused(compact, target):
+    with pytest.raises(UsageError, match="--target-recall"):
+        VectorIndex.build(compact.rows, target_recall=target)
+
+
+def test_fastscan_is_allowed_where_its_sums_fit(store):
+    assert VectorIndex.build(store.rows("sentence"), factory="RaBitQfs", dim=DIM, target_recall=0.5).metadata.file
+
+
+def test_the_fold_is_never_longer_than_the_rows(store):
+    assert VectorIndex.build(store.rows("sentence"), factory="Flat", dim=8192).metadata.dim == K
+
+
+def test_queries_that_cannot_be_used_are_refused(compact, queries):
+    with pytest.raises(UsageError, match="shape"):
+        compact.search(queries[:, :-1], 3)
+    with pytest.raises(UsageError, match="at least 1"):
+        compact.search(queries, 0)
+    with pytest.raises(QueryError, match="query 0 "):
+        compact.search(np.full((1, K), np.nan, np.float32), 3)
+    with pytest.raises(QueryError, match="overflow"):
+        compact.search(np.full((1, K), 3e38, np.float32), 3)
+
+
+def test_rows_that_are_not_finite_are_refused(tmp_path):
+    store = make_store(tmp_path / "index", gradients(20, K), per_shard=10)
+    spoil(store.path / "sentence" / "shard-00001.h5", row=4)
+    with pytest.raises(DamagedIndex, match="row 14 "):
+        VectorIndex.build(store.rows("sentence"), factory="Flat")
+
+
+def test_an_index_larger_than_the_memory_is_refused_before_the_rows_are_read(store, monkeypatch):
+    monkeypatch.setattr(vector_index, "sysconf", lambda name: 64)
+    with pytest.raises(ResourceError, match="GiB of memory.*HR,RaBitQ"):
+        VectorIndex.build(store.rows("sentence"), factory="HNSW16")
+
+
+# FAISS itself
+
+
+def test_without_faiss_the_error_says_what_to_install_and_exact_still_works(store, queries, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    rows = store.rows("sentence")
+    with pytest.raises(ResourceError, match=r"pip install 'rapidindex\[cpu\]'"):
+        VectorIndex.build(rows, factory="Flat")
+    VectorIndex.build(rows)
+    assert VectorIndex.open(rows).search(queries, 3).method == "exact"
+
+
+def test_a_faiss_that_does_not_load_is_reported(store, tmp_path, monkeypatch):
+    (tmp_path / "faiss").mkdir()
+    (tmp_path / "faiss" / "__init__.py").write_text("raise RuntimeError('libcudart.so.12: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+    with pytest.raises(ResourceError, match="does not load .*libcudart"):
+        VectorIndex.build(store.rows("sentence"), factory="Flat")
+
+
+def test_no_gpu_is_refused_with_the_extra_to_install(store):
+    import faiss
+
+    if getattr(faiss, "get_num_gpus", lambda: 0)():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ResourceError, match=r"rapidindex\[gpu\]"):
+        VectorIndex.build(store.rows("sentence"), factory="Flat", gpu=True)
+    with pytest.raises(ResourceError, match="--gpu"):
+        VectorIndex.build(store.rows("sentence"), factory="exact", gpu=True)
+    assert not list((store.path / "sentence").glob("ann.*"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "IVF16,SQ8"])
+def test_a_gpu_index_finds_what_the_cpu_finds(store, queries, factory):
+    faiss = pytest.importorskip("faiss")
+    if not getattr(faiss, "get_num_gpus", lambda: 0)():
+        pytest.skip("FAISS sees no GPU")
+    rows = store.rows("sentence")
+    VectorIndex.build(rows, factory=factory, dim=DIM, target_recall=0.95, gpu=True)
+    on_gpu, on_cpu = (VectorIndex.open(rows, gpu=gpu).search(queries, 10) for gpu in (True, False))
+    assert share_found(on_gpu, on_cpu) >= 0.99
+
+
+# Growing
+
+
+def test_there_is_none_before_one_is_built(store):
+    assert VectorIndex.open(store.rows("sentence")) is None
+
+
+def test_an_index_that_lacks_rows_says_so_and_an_update_adds_only_them(store, queries):
+    built = VectorIndex.build(store.rows("sentence"), factory="HR,RaBitQ", dim=DIM, target_recall=0.9)
+    append(store, gradients(100, K, seed=5))
+    stale = VectorIndex.open(store.rows("sentence"))
+    assert "100 newest rows" in stale.stale
+    with pytest.raises(StoreError, match="out of date.*rapidindex index"):
+        stale.search(queries, 3)
+    stages = []
+    with store.lock():
+        VectorIndex.update(store.rows("sentence"), progress=lambda *told: stages.append(told))
+    assert [stage for stage, _, _ in stages] == ["index the rows"]
+    updated = VectorIndex.open(store.rows("sentence"))
+    assert updated.stale is None and updated.metadata.rows == N + 100
+    assert updated.metadata.proponents == built.metadata.proponents  # 7 % more rows: not measured again
+    found = updated.search(gradients(100, K, seed=5), 1)
+    np.testing.assert_array_equal(found.rows[:, 0], np.arange(N, N + 100))
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW16", "HR,RaBitQ", "IVF16,Flat", "HR,IVF16,RaBitQ"])
+def test_rows_that_were_out_when_the_index_was_built_and_are_back_are_added(store, values, factory):
+    gone = np.arange(0, N, 10)
+    remove(store, gone)
+    VectorIndex.build(store.rows("sentence"), factory=factory, dim=K, target_recall=0.9)
+    remove(store, np.arange(1, N, 10))  # these it holds
+    with store.lock():
+        store.restore(store.removed)
+        stages = []
+        VectorIndex.update(store.rows("sentence"), progress=lambda *told: stages.append(told))
+    assert {stage for stage, _, _ in stages} == {"index the rows", "measure recall"}  # 11 % more rows
+    updated = VectorIndex.open(store.rows("sentence"))
+    assert updated.metadata.live == N and sorted(updated._ann.numbers()) == list(range(N))
+    found = updated.search(values[gone], 1)
+    assert found.method == "ann"
+    np.testing.assert_array_equal(found.rows[:, 0], gone)
+    np.testing.assert_array_equal(found.rows, exact_search(updated.rows, values[gone], 1).rows)
+
+
+def test_an_update_with_nothing_to_add_writes_nothing(store):
+    remove(store, np.arange(0, N, 10))
+    made = VectorIndex.build(store.rows("sentence"), factory="Flat", dim=DIM, target_recall=0.9)
+    remove(store, np.arange(1, N, 10))
+    assert VectorIndex.update(store.rows("sentence")).metadata == made.metadata
+
+
+def test_recall_is_measured_again_once_the_index_has_grown(store):
+    VectorIndex.build(store.rows("sentence"), factory="Flat", dim=DIM, target_recall=0.9)
+    append(store, gradients(200, K, seed=5))
+    assert VectorIndex.update(store.rows("sentence")).metadata.proponents.rows == N + 200
+
+
+def test_an_update_with_nothing_new_writes_nothing(store):
+    before = VectorIndex.build(store.rows("sentence"), factory="Flat", dim=DIM, target_recall=0.9).metadata
+    assert (
+        VectorIndex.update(store.rows("sentence")).metadata
+        == before
+        == metadata.IndexMetadata.read(store.path / "sentence")
+    )
+
+
+def test_an_update_builds_where_there_is_none_or_none_can_be_added_to(store, tmp_path):
+    assert VectorIndex.update(store.rows("sentence")).metadata.factory == "exact"
+    empty = make_store(tmp_path / "empty", np.empty((0, K), np.float32))
+    VectorIndex.build(empty.rows("sentence"), factory="IVF4,Flat", target_recall=0.8)
+    append(empty, gradients(N, K))
+    assert VectorIndex.update(empty.rows("sentence")).metadata.file
+
+
+def test_an_exact_index_is_never_stale_and_becomes_compact_when_it_has_grown(store, queries, monkeypatch):
+    VectorIndex.build(store.rows("sentence"))
+    append(store, gradients(100, K, seed=5))
+    grown = VectorIndex.open(store.rows("sentence"))
+    assert grown.stale is None and grown.search(queries, 3).n == N + 100
+    monkeypatch.setattr(vector_index, "EXACT_MAX_ENTRIES", N * K // 2)
+    assert VectorIndex.update(store.rows("sentence")).metadata.factory == "HR,RaBitQ"
+
+
+def test_other_rows_in_the_place_of_those_indexed_are_noticed_and_indexed_anew(store, tmp_path, values, queries):
+    made = VectorIndex.build(store.rows("sentence"), factory="Flat", dim=DIM, target_recall=0.9)
+    other = make_store(tmp_path / "other", values[::-1])
+    for file in (store.path / "sentence").glob("ann.*"):
+        file.rename(other.path / "sentence" / file.name)
+    wrong = VectorIndex.open(other.rows("sentence"))
+    with pytest.raises(StoreError, match="replaced by others"):
+        wrong.search(queries, 3)
+    anew = VectorIndex.update(other.rows("sentence"))
+    np.testing.assert_array_equal(anew.search(queries, 3).rows, N - 1 - made.search(queries, 3).rows)
+
+
+def test_a_rebuild_leaves_one_card_and_one_file(store):
+    rows = store.rows("sentence")
+    (rows.path / "ann.deadbeef.faiss").write_bytes(b"left by a build that was killed")
+    for factory in ("Flat", "SQ8"):
+        made = VectorIndex.build(rows, factory=factory, dim=DIM, target_recall=0.9)
+    assert sorted(file.name for file in rows.path.glob("ann.*")) == sorted(["ann.json", made.metadata.file])
+    VectorIndex.build(rows, factory="exact")
+    assert [file.name for file in rows.path.glob("ann.*")] == ["ann.json"]
+
+
+def test_describe_is_plain_data(built):
+    said = json.loads(json.dumps(built.describe()))
+    assert said["factory"] == built.metadata.factory and said["rows"] == N and said["stale"] is None
+    assert said["proponents"]["recall_at_10"] >= 0.95 and set(said["opponents"]["by_kind"]) == {"left out", "faint"}
+
+
+# Damage
+
+
+def test_a_damaged_index_is_named_with_the_way_to_rebuild_it(store):
+    rows = store.rows("sentence")
+    made = VectorIndex.build(rows, factory="Flat", dim=DIM, target_recall=0.9)
+    file = rows.path / made.metadata.file
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(DamagedIndex, match="should have .*rapidindex index"):
+        VectorIndex.open(rows)
+    file.write_bytes(b"x" * len(whole))
+    with pytest.raises(DamagedIndex, match="cannot be read.*rapidindex index"):
+        VectorIndex.open(rows)
+    file.unlink()
+    with pytest.raises(DamagedIndex, match="missing.*rapidindex index"):
+        VectorIndex.open(rows)
+    VectorIndex.build(rows, factory="Flat", dim=DIM, target_recall=0.9)
+    assert VectorIndex.open(rows)
+
+
+def test_a_byte_changed_in_the_file_is_found_by_reading_it_through(store):
+    rows = store.rows("sentence")
+    made = VectorIndex.build(rows, factory="Flat", dim=DIM, target_recall=0.9)
+    made.metadata.verify(rows.path)
+    with open(rows.path / made.metadata.file, "r+b") as file:
+        file.seek(5000)
+        file.write(b"?")
+    with pytest.raises(DamagedIndex, match="changed after it was written.*rapidindex index"):
+        made.metadata.verify(rows.path)
+
+
+def test_a_changed_card_is_damage(store):
+    rows = store.rows("sentence")
+    VectorIndex.build(rows)
+    path = rows.path / "ann.json"
+    path.write_text(path.read_text().replace('"live": 1500', '"live": 1501'))
+    with pytest.raises(DamagedIndex, match="ann.json"):
+        VectorIndex.open(rows)
+
+
+# Many at once
+
+
+def test_threads_that_search_together_find_what_each_finds_alone(compact, queries):
+    alone = [compact.search(query[None], 10, largest=bool(i % 2)).rows for i, query in enumerate(queries)]
+    with ThreadPoolExecutor(8) as pool:
+        together = pool.map(
+            lambda i: compact.search(queries[i][None], 10, largest=bool(i % 2)).rows, range(len(queries))
+        )
+        np.testing.assert_array_equal(list(together), alone)
+
+
+def test_processes_that_search_together_find_the_same(compact, queries):
+    expected = compact.search(queries, 10).rows
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        elsewhere = pool.apply_async(search_in_another_process, (compact.rows.path.parent, queries))
+        while not elsewhere.ready():
+            np.testing.assert_array_equal(compact.search(queries, 10).rows, expected)
+        np.testing.assert_array_equal(elsewhere.get(), expected)
+
+
+def search_in_another_process(path, queries):
+    return VectorIndex.open(Store.open(path).rows("sentence")).search(queries, 10).rows
+
+
+def test_readers_are_undisturbed_while_the_index_is_rebuilt(store, queries):
+    rows = store.rows("sentence")
+    expected = exact_search(rows, queries, 10)
+    VectorIndex.build(rows, factory="Flat", dim=K, target_recall=0.9)
+    done = threading.Event()
+
+    def read():
+        shares = []
+        while not done.is_set() or not shares:
+            shares.append(share_found(VectorIndex.open(rows).search(queries, 10), expected))
+        return shares
+
+    with ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(read) for _ in range(2)]
+        try:
+            for factory in ("SQ8", "HR,RaBitQ", "exact", "Flat"):
+                VectorIndex.build(rows, factory=factory, dim=K, target_recall=0.9)
+        finally:
+            done.set()
+        assert min(min(reader.result()) for reader in readers) >= 0.85
+
+
+def test_a_card_of_another_version_says_what_to_type(tmp_path):
+    rows = make_store(tmp_path / "index", gradients(60, K)).rows("sentence")
+    VectorIndex.build(rows, factory="Flat", dim=K, target_recall=0.5)
+    said = read_json(rows.path / metadata.NAME)
+    write_json(rows.path / metadata.NAME, {**said, "proponents": {"overfetch": 3}})
+    with pytest.raises(DamagedIndex, match="of another version") as error:
+        VectorIndex.open(rows)
+    assert error.value.hint == f"Type `rapidindex index {tmp_path / 'index'}`."
+    VectorIndex.build(rows, factory="Flat", dim=K, target_recall=0.5)
+    assert VectorIndex.open(rows)

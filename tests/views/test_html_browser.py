@@ -1,0 +1,193 @@
+"""The report in headless Chromium, as readers meet it: by mouse, keyboard, screen reader, on screen and on paper."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rapidindex.views import heatmap, html, wording
+from tests.views import shown
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
+    "--disable-sync"
+)
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+WHY = "no chromium on this machine: scripts/browser installs it where it can"
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None and os.environ.get("CI") != "true", reason=WHY),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM, WHY
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(html.page(shown.result(), shown.result("opponents"), shown.COMMAND), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens a file, and says at the end that nothing went wrong and nothing else was asked for."""
+    contexts, wrong, requests = [], [], set()
+
+    def opened(path, *, theme="light", size=DESKTOP, **options):
+        context = browser.new_context(color_scheme=theme, viewport=size, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda said: wrong.append(said.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: requests.add(request.url) if request.url != "data:," else None)
+        page.goto(path.as_uri())
+        wanted.add(path.as_uri())
+        return page
+
+    wanted = set()
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not wrong
+    assert requests == wanted
+
+
+def shades(page, selector):
+    """The background of the first element that `selector` finds, as #rrggbb."""
+    found = page.eval_on_selector(selector, "e => getComputedStyle(e).backgroundColor")
+    return "#" + "".join(f"{int(part):02x}" for part in found[4:-1].split(","))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_axe_finds_nothing_wrong(visit, file, theme, size):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = visit(file, theme=theme, size=size)
+    for tab in ("Proponents (6)", "Opponents (6)"):
+        page.get_by_role("tab", name=tab).click()
+        page.eval_on_selector_all("details", "all => all.forEach((one) => one.open = true)")
+        found = Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_wrong_in_the_notebook_fragment(visit, tmp_path, theme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    path = tmp_path / "fragment.html"
+    notebook = "<!doctype html><html lang=en><meta charset=utf-8><title>Notebook</title><main><h1>One</h1><h2>Two</h2>"
+    path.write_text(notebook + shown.result()._repr_html_(), encoding="utf-8")
+    found = Axe().run(visit(path, theme=theme))
+    assert found.violations_count == 0, found.generate_report()
+
+
+@pytest.mark.parametrize(("theme", "own"), [("light", heatmap.LIGHT), ("dark", heatmap.DARK)])
+def test_colours_follow_the_system_and_the_switch(visit, file, theme, own):
+    page = visit(file, theme=theme)
+    other = heatmap.DARK if own is heatmap.LIGHT else heatmap.LIGHT
+    full = ".ramp .p20"
+    assert (shades(page, "body"), shades(page, full)) == (own.background, own.positive)
+    page.get_by_role("button", name="Dark theme" if theme == "light" else "Light theme").click()
+    assert (shades(page, "body"), shades(page, full)) == (other.background, other.positive)
+    page.get_by_role("button", name="Light theme" if theme == "light" else "Dark theme").click()
+    assert shades(page, ".ramp .n20") == own.negative
+
+
+def test_hostile_text_does_nothing(visit, file):
+    page = visit(file)
+    assert page.evaluate("window.hit") is None
+    assert page.locator("script").count() == 1
+    assert shown.HOSTILE in page.locator(".match .text").all_text_contents()
+
+
+def test_hovering_over_a_token_says_its_text_share_and_position(visit, file):
+    page = visit(file)
+    match = shown.result().matches[0]
+    page.locator(".heat").first.locator(".c", has_text="Japan").hover()
+    assert page.locator("#tip").text_content() == f"“Japan” {wording.signed(match.token_scores[3])}, token 3"
+    page.keyboard.press("Escape")
+    assert page.locator("#tip").is_hidden()
+
+
+def test_the_keyboard_reaches_the_switches_and_every_token(visit, file):
+    page = visit(file)
+    press, focused = page.keyboard.press, lambda: page.evaluate("document.activeElement.outerHTML.slice(0, 200)")
+    press("Tab")
+    assert "Skip to the matches" in focused()
+    press("Enter")
+    press("Tab")
+    assert 'role="tab"' in focused() and "Proponents" in focused()
+    press("ArrowRight")
+    assert page.locator("#panel2").is_visible() and page.locator("#panel1").is_hidden()
+    press("ArrowLeft")
+    press("Tab")
+    assert "Response of proponent 1, 25 tokens" in focused()
+    for position in range(3):
+        press("ArrowRight")
+        assert f"token {position}" in page.locator("#tip").text_content()
+        assert page.locator(".now").count() == 1
+    press("End")
+    assert shown.END in page.locator("#tip").text_content()
+    outline = page.eval_on_selector(":focus", "e => getComputedStyle(e).outlineWidth")
+    assert float(outline.removesuffix("px")) >= 2
+    press("Tab")
+    press("Enter")
+    assert page.locator("details[open]").count() == 1
+    assert page.locator("#tip").is_hidden()
+
+
+def test_arrows_follow_the_direction_of_the_text(visit, file):
+    page = visit(file)
+    heat = page.locator(".match > .heat").nth(5)
+    assert heat.evaluate("e => getComputedStyle(e).direction") == "rtl"
+    heat.focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    assert "token 1" in page.locator("#tip").text_content()
+
+
+def test_without_script_both_directions_and_the_shares_are_there(visit, file):
+    page = visit(file, java_script_enabled=False)
+    assert page.locator("#panel1").is_visible() and page.locator("#panel2").is_visible()
+    assert page.locator("button").filter(visible=True).count() == 0
+    assert "token 3" in page.locator(".heat .c", has_text="Japan").first.get_attribute("title")
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE, {"width": 320, "height": 600}], ids=["desktop", "phone", "small"])
+def test_nothing_is_wider_than_the_screen(visit, file, size):
+    page = visit(file, size=size)
+    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+
+
+def test_paper_has_both_directions_in_light_colours_and_no_switches(visit, file):
+    page = visit(file, theme="dark")
+    page.emulate_media(media="print")
+    assert shades(page, "body") == heatmap.LIGHT.background
+    assert shades(page, ".ramp .p20") == heatmap.LIGHT.positive
+    assert page.locator("#panel1").is_visible() and page.locator("#panel2").is_visible()
+    assert page.locator("button").filter(visible=True).count() == 0
+    assert page.locator(".heat").nth(4).evaluate("e => e.scrollHeight <= e.clientHeight + 1")
+    assert page.pdf().startswith(b"%PDF")
+
+
+def test_two_thousand_tokens_stay_usable(visit, tmp_path):
+    path = tmp_path / "long.html"
+    path.write_text(shown.result(matches=[shown.long_match()]).to_html(), encoding="utf-8")
+    page = visit(path)
+    page.locator(".heat").focus()
+    page.keyboard.press("End")
+    assert shown.END in page.locator("#tip").text_content()
+    assert page.locator(".heat .c").count() == len(shown.long_match().tokens)

@@ -1,0 +1,133 @@
+import io
+import re
+import unicodedata
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from rapidindex.views import heatmap, sanitize, terminal, wording
+from tests.views import shown
+
+STYLES = re.compile(r"\x1b\[[\d;]*m")
+
+
+def printed(found, *, colour, width=200):
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=colour, color_system="truecolor" if colour else None
+    )
+    console.print(terminal.result(found))
+    return console.file.getvalue()
+
+
+def without_scores(found):
+    return replace(found, matches=[replace(m, tokens=[], token_scores=[], exact_score=None) for m in found.matches])
+
+
+@pytest.mark.parametrize("colour", [True, False])
+@pytest.mark.parametrize("form", [shown.result, lambda: without_scores(shown.result())])
+def test_no_control_character_of_the_data_reaches_the_terminal(form, colour):
+    left = STYLES.sub("", printed(form(), colour=colour)).replace("\n", "").replace("\u200d", "")
+    assert {unicodedata.category(character) for character in left}.isdisjoint({"Cc", "Cf", "Cs"})
+    assert "[bold red]{{" in left
+
+
+def test_without_token_scores_matches_are_a_table():
+    text = printed(without_scores(shown.result()), colour=False)
+    assert "prompt → response" in text
+    assert "Strongest" not in text
+
+
+def test_a_card_says_rank_scores_percentile_metadata_prompt_and_response():
+    match = shown.match(1, "Yoga comes from Japan.", meta={"perturbed": True}, percentile=98.7)
+    text = printed(shown.result(matches=[match]), colour=False)
+    exact = re.escape(wording.signed(match.exact_score))
+    assert re.search(rf"1\.  score \+0\.3900   exact {exact}   percentile 98\.7   perturbed True", text)
+    assert "Prompt    What is yoga?" in text
+    assert "Response  Yoga comes from Japan." in text
+
+
+def test_a_token_that_was_found_is_named_and_marked_in_its_response():
+    found = shown.tokens()
+    text = printed(found, colour=False)
+    assert re.search(r"1\. .*token “Japan” at 3", text) and "token “Yoga” at 0" in text
+    assert f"token “{shown.END}” at 2" in text
+    assert "over 1,000 tokens" in text
+    marked = re.findall(r"\x1b\[1;(?:4;)?7[;\d]*m([^\x1b]*)", printed(found, colour=True))
+    assert marked == ["Japan", "Japan", "Yoga", shown.END]  # the first is the word that is asked about
+    table = printed(without_scores(replace(found, matches=found.matches[:0])), colour=False)
+    assert "found no token" in table
+
+
+def test_what_a_match_did_to_the_answer_is_shown_on_a_scale_of_its_own():
+    found = shown.result(matches=shown.result().matches[:1])
+    text = printed(found, colour=False)
+    scores = found.matches[0].answer_scores
+    best = max(range(len(scores)), key=lambda i: abs(scores[i]))
+    listed = text[text.index("Answer    ") :]
+    assert found.query.answer in listed.split("\n")[0]
+    assert f"{wording.signed(scores[best])}\u00a0{found.query.tokens[best].text.strip()}" in listed
+    strong, weak = (heatmap.step(score, heatmap.answer_scale(found)) for score in (max(scores, key=abs), 0.0))
+    assert (abs(strong), weak) == (heatmap.STEPS, 0)
+
+
+def test_without_colour_the_strongest_tokens_are_listed_with_their_shares():
+    match = shown.match(1, "Yoga comes from Japan.")
+    text = printed(shown.result(matches=[match]), colour=False)
+    best = max(range(len(match.tokens)), key=lambda i: abs(match.token_scores[i]))
+    listed = text[text.index("Strongest") :].split("\n")[0]
+    assert listed.split()[1:3] == [wording.signed(match.token_scores[best]), match.tokens[best].text.strip()]
+    assert "\x1b" not in text
+
+
+def test_no_color_lists_the_tokens_on_a_terminal_too(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "Strongest" in printed(shown.result(matches=[shown.match(1, "Yoga.")]), colour=True)
+
+
+def test_with_colour_negative_shares_are_underlined_and_white_space_is_plain():
+    match = shown.match(1, "aa bb", tokens=shown.spans("aa bb")[:2])
+    text = printed(shown.result(matches=[replace(match, token_scores=[0.5, -0.5])]), colour=True)
+    up, down = (";".join(str(int(c[i : i + 2], 16)) for i in (1, 3, 5)) for c in ("#f28a2e", "#5aa5e0"))
+    assert re.search(rf"\x1b\[38;2;22;24;29;48;2;{up}maa\x1b\[0m \x1b\[4;38;2;22;24;29;48;2;{down}mbb\x1b\[0m", text)
+    assert "Strongest" not in text
+
+
+def test_a_long_response_is_cut_and_its_strongest_tokens_are_named():
+    text = printed(shown.result(matches=[shown.long_match()]), colour=True)
+    assert "more characters" in text
+    assert "Strongest" in text
+    assert len(STYLES.sub("", text)) < 4000
+
+
+def test_the_histogram_shows_where_the_matches_lie():
+    lines = printed(shown.result(), colour=False).split("\n")
+    at = next(i for i, line in enumerate(lines) if line.startswith("All 1,000 scores"))
+    bars, marks = lines[at + 1], lines[at + 2].split("  ▲ shown")[0]
+    assert bars.startswith("-0.5000 ")
+    assert "█" in bars
+    assert bars.rstrip().endswith("+0.5000")
+    start = len("-0.5000 ")
+    columns = {start + int((match.score + 0.5) * 50) for match in shown.result().matches}
+    assert {i for i, c in enumerate(marks) if c == "▲"} == columns
+
+
+def test_without_a_summary_there_is_no_histogram():
+    assert "scores\n" not in printed(shown.result(summary=None), colour=False)
+
+
+def test_a_plain_sentence_says_when_nothing_stands_out():
+    weak = shown.result(matches=[shown.match(1, "Yoga.", score=0.1)])
+    assert "Nothing stands out" in printed(weak, colour=False)
+    assert "Nothing stands out" not in printed(shown.result(), colour=False)
+
+
+def test_the_answer_has_the_chosen_token_marked():
+    assert "\x1b[1;7mJapan\x1b[0m" in printed(shown.result(), colour=True)
+
+
+def test_harmless_text_keeps_its_length():
+    for made in (sanitize.line(shown.ESCAPES), sanitize.paragraph(shown.ESCAPES)):
+        assert len(made) == len(shown.ESCAPES)
+    assert sanitize.paragraph("a\nb\tc\rd") == "a\nb\tc d"
+    assert sanitize.line("a\nb\tc\rd") == "a b c d"
