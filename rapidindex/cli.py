@@ -13,6 +13,18 @@ from typing import Annotated, Any
 
 import typer
 
+from rapidindex.config import (
+    BuildConfig,
+    BuildRequest,
+    EncodingConfig,
+    GradientConfig,
+    ModelConfig,
+    QueryOptions,
+    SketchConfig,
+    TokenConfig,
+    check_level,
+    levels_of,
+)
 from rapidindex.errors import RapidIndexError, UsageError
 from rapidindex.views.tables import build_lines, estimate_lines, finetune_lines, info_lines
 
@@ -100,8 +112,8 @@ def finetune(
     batch_size: Annotated[int, typer.Option(help="Examples in a batch.")] = 8,
     accumulation: Annotated[int, typer.Option(help="Batches in a step.")] = 1,
     quantize: Quantize = None,
-    template: TemplateName = "alpaca",
-    max_length: MaxLength = 512,
+    template: TemplateName = EncodingConfig.template,
+    max_length: MaxLength = EncodingConfig.max_length,
     seed: Annotated[int, typer.Option(help="Draws the adapter's start and the order of the examples.")] = 0,
     early: Annotated[
         float | None,
@@ -113,8 +125,8 @@ def finetune(
     save_optimizer: Annotated[
         bool, typer.Option("--save-optimizer", help="Keep Adam's state, for build --second-moment.")
     ] = False,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+    dtype: Dtype = ModelConfig.dtype,
+    device: Device = ModelConfig.device,
     limit: Limit = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -155,36 +167,40 @@ def build(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The index folder.", show_default=False)],
     adapter: Adapter = None,
-    K: Annotated[int, typer.Option("-K", help="Length of a RapidGrad, a power of two.")] = 65_536,
-    shuffles: Annotated[int, typer.Option(help="Row and column shuffles (the paper's λ).")] = 20,
+    K: Annotated[int, typer.Option("-K", help="Length of a RapidGrad, a power of two.")] = SketchConfig.K,
+    shuffles: Annotated[int, typer.Option(help="Row and column shuffles (the paper's λ).")] = SketchConfig.shuffles,
     quantize: Quantize = None,
-    template: TemplateName = "alpaca",
-    max_length: MaxLength = 512,
-    normalize: Annotated[str, typer.Option(help="unit, layer (the paper's) or none (TracIn).")] = "unit",
+    template: TemplateName = EncodingConfig.template,
+    max_length: MaxLength = EncodingConfig.max_length,
+    normalize: Annotated[
+        str, typer.Option(help="unit, layer (the paper's) or none (TracIn).")
+    ] = GradientConfig.normalize,
     second_moment: Annotated[
         str,
         typer.Option(
             help="Divide gradients by its root: estimate; kronecker (along each layer's eigenvectors: finds more, "
             "takes more room); none; or a training checkpoint's path."
         ),
-    ] = "estimate",
-    moment_examples: Annotated[int, typer.Option(help="Examples that estimate and kronecker take.")] = 64,
+    ] = GradientConfig.second_moment,
+    moment_examples: Annotated[
+        int, typer.Option(help="Examples that estimate and kronecker take.")
+    ] = GradientConfig.moment_examples,
     level: Annotated[str, typer.Option(help="Rows for whole examples (sentence), for tokens (token), or both.")] = (
         "sentence"
     ),
     tokens: Annotated[
         str, typer.Option(help="Which tokens: all, content (no punctuation, no stop words), the first N, or content,N.")
-    ] = "all",
-    token_K: Annotated[int, typer.Option("--token-K", help="Length of a token's RapidGrad.")] = 4096,
+    ] = TokenConfig.tokens,
+    token_K: Annotated[int, typer.Option("--token-K", help="Length of a token's RapidGrad.")] = TokenConfig.K,
     token_examples: Annotated[
         list[str] | None, typer.Option(help="Tokens of this id alone, or of a file with an id a line; may be repeated.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws shuffles, signs and the estimate's examples.")] = 0,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    batch_tokens: BatchTokens = 1024,
-    workers: Workers = 1,
-    shard_seconds: ShardSeconds = 120.0,
+    seed: Annotated[int, typer.Option(help="Draws shuffles, signs and the estimate's examples.")] = SketchConfig.seed,
+    dtype: Dtype = ModelConfig.dtype,
+    device: Device = ModelConfig.device,
+    batch_tokens: BatchTokens = BuildConfig.batch_tokens,
+    workers: Workers = BuildConfig.workers,
+    shard_seconds: ShardSeconds = BuildConfig.shard_seconds,
     limit: Limit = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it will take, in time, disk and memory; write nothing.")
@@ -194,40 +210,36 @@ def build(
     quiet: Quiet = False,
 ) -> None:
     """Cache the gradient of every training example, and index them. Given again, it goes on where it stopped."""
-    from rapidindex import config
     from rapidindex.caching.build import build as run
-    from rapidindex.config import BuildRequest
     from rapidindex.data.examples import listed_ids
     from rapidindex.progress import Bars
 
-    levels, token = config.levels_of(level), config.TokenConfig(token_K, tokens)
-    if "token" not in levels and (token != config.TokenConfig() or token_examples):
+    levels, token = levels_of(level), TokenConfig(token_K, tokens)
+    if "token" not in levels and (token != TokenConfig() or token_examples):
         raise UsageError(
             "--tokens, --token-K and --token-examples are about tokens.", hint="Add --level token, or both."
         )
     request = BuildRequest(
         data=str(data),
         output=str(output),
-        model=config.ModelConfig(model, adapter, quantize, dtype, device),
-        encoding=config.EncodingConfig(template, max_length),
-        gradient=config.GradientConfig(normalize, second_moment, moment_examples, seed),
-        sketch=config.SketchConfig(K, shuffles, seed),
-        work=config.BuildConfig(batch_tokens, workers, shard_seconds),
+        model=ModelConfig(model, adapter, quantize, dtype, device),
+        encoding=EncodingConfig(template, max_length),
+        gradient=GradientConfig(normalize, second_moment, moment_examples, seed),
+        sketch=SketchConfig(K, shuffles, seed),
+        work=BuildConfig(batch_tokens, workers, shard_seconds),
         limit=limit,
         levels=levels,
         token=token,
         token_examples=None if token_examples is None else frozenset(listed_ids(token_examples, "--token-examples")),
     )
-    if dry_run:
-        from rapidindex.caching.estimate import estimate
-
-        with Bars(quiet=quiet) as bars:
-            found = estimate(request, overwrite=overwrite, progress=bars)
-        _print(found, as_json, estimate_lines(found))
-        return
     with Bars(quiet=quiet) as bars:
-        summary = run(request, overwrite=overwrite, progress=bars)
-    _print(summary, as_json, build_lines(summary))
+        if not dry_run:
+            summary = run(request, overwrite=overwrite, progress=bars)
+        else:
+            from rapidindex.caching.estimate import estimate
+
+            summary = estimate(request, overwrite=overwrite, progress=bars)
+    _print(summary, as_json, estimate_lines(summary) if dry_run else build_lines(summary))
 
 
 @app.command()
@@ -236,10 +248,10 @@ def add(
     data: DataPath,
     model: MovedModel = None,
     adapter: MovedAdapter = None,
-    device: Device = "auto",
-    batch_tokens: BatchTokens = 1024,
-    workers: Workers = 1,
-    shard_seconds: ShardSeconds = 120.0,
+    device: Device = ModelConfig.device,
+    batch_tokens: BatchTokens = BuildConfig.batch_tokens,
+    workers: Workers = BuildConfig.workers,
+    shard_seconds: ShardSeconds = BuildConfig.shard_seconds,
     limit: Limit = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -251,7 +263,6 @@ def add(
     back.
     """
     from rapidindex.caching.update import add as run
-    from rapidindex.config import BuildConfig
     from rapidindex.progress import Bars
 
     work = BuildConfig(batch_tokens, workers, shard_seconds)
@@ -299,7 +310,6 @@ def index(
     quiet: Quiet = False,
 ) -> None:
     """Rebuild the search index from the stored RapidGrads."""
-    from rapidindex.config import check_level
     from rapidindex.progress import Bars
     from rapidindex.search.vector_index import VectorIndex
     from rapidindex.store import Store
@@ -323,7 +333,7 @@ def query(
         str | None, typer.Option(help="Ask about WORD of the answer, every time it occurs, or the n-th: WORD#n.")
     ] = None,
     span: Annotated[str | None, typer.Option(help="Ask about the answer's tokens FIRST:LAST, counted from 0.")] = None,
-    k: Annotated[int, typer.Option("-k", help="How many examples.")] = 10,
+    k: Annotated[int, typer.Option("-k", help="How many examples.")] = QueryOptions.k,
     opponents: Annotated[
         bool, typer.Option("--opponents", help="The examples that speak against the answer instead.")
     ] = False,
@@ -349,8 +359,10 @@ def query(
     ] = None,
     model: MovedModel = None,
     adapter: MovedAdapter = None,
-    device: Device = "auto",
-    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer that the model gives.")] = 64,
+    device: Device = ModelConfig.device,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Length of an answer that the model gives.")
+    ] = QueryOptions.max_new_tokens,
     as_json: Json = False,
     as_jsonl: Annotated[bool, typer.Option("--jsonl", help="Print JSON, one result a line.")] = False,
     quiet: Quiet = False,
@@ -366,23 +378,28 @@ def query(
         )
     if queries is not None and (answer or token or span):
         raise UsageError("--answer, --token and --span stand in the lines of --queries.", hint="Leave them out here.")
-    if k < 1:
-        raise UsageError(f"-k must be at least 1, not {k}.", hint="Leave it out for 10 examples.")
     if html is not None and (queries is not None or not html.parent.is_dir()):
-        said = "--html takes one query, not --queries" if queries else f"The folder {html.parent} does not exist"
-        raise UsageError(f"{said}.", hint="Give a PROMPT and a file in a folder that is there.")
-    opened = Index.open(path, model=model, adapter=adapter, device=device)
+        fault = "--html takes one query, not --queries" if queries else f"The folder {html.parent} does not exist"
+        raise UsageError(f"{fault}.", hint="Give a PROMPT and a file in a folder that is there.")
+    options = QueryOptions(
+        k=k,
+        opponents=opponents,
+        exact=exact,
+        heatmaps=heatmaps,
+        answer_scores=answer_scores or html is not None,
+        rescore=rescore,
+        level=level,
+        max_new_tokens=max_new_tokens,
+    )
+    index = Index.open(path, model=model, adapter=adapter, device=device)
     prompt = sys.stdin.read().strip() if prompt == "-" else prompt
     asked = read_queries(queries) if queries else [Query(prompt, answer, token, span)]
     if not quiet:
         print("Loading the model …", file=sys.stderr, flush=True)
-    how = {"k": k, "exact": exact, "heatmaps": heatmaps, "rescore": rescore, "level": level}
-    how |= {"answer_scores": answer_scores or html is not None, "max_new_tokens": max_new_tokens}
-    results = opened.query_many(asked, opponents=opponents, **how)
+    encoded = index.encode(asked, options)
+    results = index.query(encoded, options=options)
     if html is not None:
-        other = opened.query_many([replace(asked[0], answer=results[0].query.answer)], opponents=not opponents, **how)[
-            0
-        ]
+        other = index.query(encoded[0], options=replace(options, opponents=not opponents))
         first, second = (other, results[0]) if opponents else (results[0], other)
         html.write_text(first.to_html(opponents=second, command=shlex.join(["rapidindex", *sys.argv[1:]])), "utf-8")
     if as_jsonl or (as_json and queries is not None):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rapidindex.errors import UsageError
@@ -168,25 +169,69 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What `rapidindex build` was asked for."""
+    """The data, the model and the options of a build."""
 
-    data: str
+    data: Any
+    """A path of a data file or saved `datasets` folder, a `datasets.Dataset`, a list of dicts, or a pandas frame."""
     output: str
-    model: ModelConfig
+    """The index folder."""
+    model: Any
+    """A ModelConfig, the path of a model, or a loaded `PreTrainedModel` or `PeftModel`."""
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
     gradient: GradientConfig = field(default_factory=GradientConfig)
     sketch: SketchConfig = field(default_factory=SketchConfig)
     work: BuildConfig = field(default_factory=BuildConfig)
     limit: int | None = None
+    """Take the first so many usable examples; None for all."""
     levels: tuple[str, ...] = ("sentence",)
     """Whole examples (`sentence`), response tokens (`token`), or both."""
     token: TokenConfig = field(default_factory=TokenConfig)
     token_examples: frozenset[str] | None = None
-    """Ids of the examples whose tokens are meant; None for all."""
+    """Ids of the examples whose tokens get rows; None for all examples."""
+    tokenizer: Any = None
+    """The tokenizer of a loaded `model`; None where `model` is a path."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", str(self.output))
+        if isinstance(self.model, str | Path):
+            object.__setattr__(self, "model", ModelConfig(str(self.model)))
+        if not isinstance(self.model, ModelConfig) and self.work.workers > 1:
+            raise UsageError(
+                "--workers needs a model on disk: each process loads its own.",
+                hint="Save the model, and give its path.",
+            )
 
     def K(self, level: str) -> int:
-        """Length of a row of that level."""
+        """Return the length of a row of that level."""
         return self.token.K if level == "token" else self.sketch.K
+
+
+@dataclass(frozen=True)
+class QueryOptions:
+    """What a query returns, and how it searches."""
+
+    k: int = 10
+    """Matches."""
+    opponents: bool = False
+    """Return the most negative influences instead of the most positive."""
+    exact: bool = False
+    """Scan every stored row, and use no FAISS index."""
+    heatmaps: bool = True
+    """Compute each response token's share of a match's influence, and the uncompressed influence."""
+    answer_scores: bool = False
+    """Compute each match's influence on every token of the answer (Eq. 7)."""
+    rescore: bool = False
+    """Order four times `k` candidates by their uncompressed influence."""
+    level: str | None = None
+    """`sentence` for whole examples, `token` for single response tokens; None for the index's first level."""
+    max_new_tokens: int = 64
+    """Tokens of an answer that the model gives, at most."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UsageError(f"-k must be at least 1, not {self.k}.", hint="Leave it out for 10 examples.")
+        check_level(self.level)
+        _at_least("--max-new-tokens", self.max_new_tokens, 1)
 
 
 METHODS = ("lora", "qlora", "full")

@@ -1,35 +1,134 @@
-"""What an index was built from, and how two recipes differ."""
+"""What an index was built from: typed, read from and written to the manifest, and compared with another recipe.
 
-from collections.abc import Iterator
+A recipe holds everything that changes a row: model, adapter, tokenizer, template, data, and every option of the
+gradient and of the sketch. Two indexes with equal recipes hold equal rows, wherever their files lie.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rapidindex.errors import ConfigMismatch
+from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig, TokenConfig
+from rapidindex.errors import ConfigMismatch, DamagedIndex
 
-_GO_ON = "Give the same options to go on with it, another -o, or --overwrite to build it anew."
+_HINT = "Give the same options to go on with it, another -o, or --overwrite to build it anew."
+_NOT_COMPARED = ("path", "added", "tokens_of")
 
 
-def check_identity(built: dict[str, Any], asked: dict[str, Any], path: Path, *, hint: str = _GO_ON) -> None:
-    """Raise ConfigMismatch, naming the fields, where an index was built from something else. Paths may differ.
+@dataclass(frozen=True)
+class Source:
+    """A model, an adapter or a data set: where it was, and what it holds."""
 
-    Data that was added to the index later is none of its build's.
-    """
-    before, now = dict(_fields(built)), dict(_fields(asked))
-    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if not differing:
-        return
-    told = "; ".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} asked for" for name in differing)
-    if differing == ["data.fingerprint"]:
-        told = (
-            f"the data file has changed, is another one, or another --limit was given (it was {built['data']['path']})"
-        )
-        hint = f"Add its new rows with: rapidindex add {path} {asked['data']['path']}, or build anew with --overwrite."
-    raise ConfigMismatch(f"The index {path} was built differently: {told}.", hint=hint)
+    path: str | None
+    fingerprint: str
+    """16 hexadecimal digits over the content; empty where there is none."""
+    examples: int | None = None
+    """Examples that added data brought; None for the data of the build."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that changes a row of an index."""
+
+    model: Source
+    adapter: Source
+    tokenizer: str
+    """The tokenizer's fingerprint."""
+    quantize: str | None
+    dtype: str
+    encoding: EncodingConfig
+    template: str
+    """The template's fingerprint."""
+    gradient: GradientConfig
+    sketch: SketchConfig
+    data: Source
+    added: tuple[Source, ...] = ()
+    """Data added after the build."""
+    token: TokenConfig | None = None
+    """Which tokens have rows; None for an index without token rows."""
+    tokens_of: str | None = None
+    """`all` examples have token rows, or those `listed` by the user."""
+
+    @classmethod
+    def from_manifest(cls, config: Mapping[str, Any]) -> "Recipe":
+        """Read the manifest's `config`. DamagedIndex where it lacks a field or holds one of another kind."""
+        try:
+            encoding = dict(config["encoding"])
+            template = encoding.pop("fingerprint")
+            return cls(
+                model=Source(**config["model"]),
+                adapter=Source(**config["adapter"]),
+                tokenizer=config["tokenizer"]["fingerprint"],
+                quantize=config["quantize"],
+                dtype=config["dtype"],
+                encoding=EncodingConfig(**encoding),
+                template=template,
+                gradient=GradientConfig(**config["gradient"]),
+                sketch=SketchConfig(**config["sketch"]),
+                data=Source(**config["data"]),
+                added=tuple(Source(**source) for source in config.get("added", ())),
+                token=TokenConfig(**config["token"]) if config.get("token") else None,
+                tokens_of=config.get("tokens_of"),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedIndex(
+                f"The manifest does not say how the index was built ({type(error).__name__}: {error}).",
+                hint="Type `rapidindex check INDEX`.",
+            ) from error
+
+    def to_manifest(self) -> dict[str, Any]:
+        """Return the manifest's `config`, as `from_manifest` reads it."""
+        config = {
+            "model": _place(self.model),
+            "adapter": _place(self.adapter),
+            "tokenizer": {"fingerprint": self.tokenizer},
+            "quantize": self.quantize,
+            "dtype": self.dtype,
+            "encoding": {**asdict(self.encoding), "fingerprint": self.template},
+            "gradient": asdict(self.gradient),
+            "sketch": asdict(self.sketch),
+            "data": _place(self.data),
+        }
+        if self.added:
+            config["added"] = [asdict(source) for source in self.added]
+        if self.token is not None:
+            config |= {"token": asdict(self.token), "tokens_of": self.tokens_of}
+        return config
+
+    def differences(self, other: "Recipe") -> list[tuple[str, Any, Any]]:
+        """Name each field that differs from `other`'s, with both values. Paths and added data may differ."""
+        mine, theirs = dict(_fields(self.to_manifest())), dict(_fields(other.to_manifest()))
+        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        return [(name, mine.get(name), theirs.get(name)) for name in names]
+
+    def check(self, request: "Recipe", index: Path, *, hint: str = _HINT) -> None:
+        """Raise ConfigMismatch, naming the fields, where this recipe of `index` is not the one in `request`."""
+        differences = self.differences(request)
+        if not differences:
+            return
+        listed = "; ".join(f"{name}: {built!r} there, {wanted!r} asked for" for name, built, wanted in differences)
+        if [name for name, *_ in differences] == ["data.fingerprint"]:
+            listed = (
+                f"the data file has changed, is another one, or another --limit was given (it was {self.data.path})"
+            )
+            hint = f"Add its new rows with: rapidindex add {index} {request.data.path}, or build anew with --overwrite."
+        raise ConfigMismatch(f"The index {index} was built differently: {listed}.", hint=hint)
+
+    def model_config(
+        self, *, model: str | None = None, adapter: str | None = None, device: str = "auto"
+    ) -> ModelConfig:
+        """Return the options that load the index's model, from new places where these are given."""
+        return ModelConfig(model or self.model.path, adapter or self.adapter.path, self.quantize, self.dtype, device)
+
+
+def _place(source: Source) -> dict[str, Any]:
+    return {"path": source.path, "fingerprint": source.fingerprint}
 
 
 def _fields(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _fields(value, f"{prefix}{name}.")
-        elif name not in ("path", "added", "tokens_of"):
+        elif name not in _NOT_COMPARED:
             yield f"{prefix}{name}", value

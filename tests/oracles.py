@@ -1,8 +1,12 @@
 """The slow, obviously right ways that tests of several rooms hold the fast ones against."""
 
+import weakref
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rapidindex.config import BuildRequest, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.gradients.losses import trainable
@@ -80,3 +84,35 @@ RECIPES = {
 
 
 PROMPT, ANSWER = "Tell me about tea", "tea is from Japan, and rice is from Japan"
+
+
+class LiveTensorMeter(TorchDispatchMode):
+    """While open, counts the bytes of the live tensors made within (`now`), and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}  # a view is nothing new
+        for storage in _storages(made):
+            if storage._cdata not in given | self._known:
+                self._count(storage)
+        return made
+
+    def _count(self, storage):
+        size = storage.nbytes()
+        self._known.add(storage._cdata)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, storage._cdata, size).atexit = False
+
+    def _freed(self, number, size):
+        self._known.discard(number)
+        self.now -= size
+
+
+def _storages(tree):
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -1,7 +1,7 @@
-"""Examples, or single tokens of them, in batches of like length.
+"""Examples, or single tokens of their responses, in batches of like length.
 
-The gradient of a response token's own loss is that of the example cut after it, with no other token in the loss (models
-are causal), so tokens take the same way as examples.
+Models are causal: the gradient of a token's own loss is that of the example cut after the token, with no other token in
+the loss. So tokens are cached as examples are.
 """
 
 from collections.abc import Sequence
@@ -15,30 +15,30 @@ from rapidindex.data.templates import Encoding
 from rapidindex.gradients.losses import Batch
 
 _UNIT_BATCHES = 8
-"""Batches of tokens whose rows are stored together: what a killed build can lose beside the shard under way."""
+"""Batches of token rows that are stored together: a killed build can lose them beside the shard under way."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An example, or one token of its response, on its way to a row."""
+    """An example, or one token of its response, that becomes a row."""
 
     example: Example
     encoding: Encoding
     source: str = ""
-    """The data file, where it is not the one that the index was built from."""
+    """The data that was added to the index and holds the example; empty for the data of the build."""
     position: int = -1
-    """The response token whose own loss is meant (Eq. 6); -1 for the mean over all of them (Eq. 5)."""
+    """The response token whose loss counts (Eq. 6); -1 for the mean over all of them (Eq. 5)."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of prompt and response that the loss depends on."""
+        """Number of tokens of prompt and response that the loss depends on."""
         if self.position < 0:
             return len(self.encoding.input_ids)
         return int(np.flatnonzero(self.encoding.response_mask)[self.position]) + 1
 
     @property
     def token(self) -> int:
-        """The id of the token that is meant; -1 for an example."""
+        """The id of the response token; -1 for an example."""
         return -1 if self.position < 0 else int(self.encoding.input_ids[self.tokens - 1])
 
 
@@ -47,7 +47,7 @@ Unit = list[list[Item]]
 
 
 def plan_batches(items: Sequence[Item], batch_tokens: int) -> list[list[Item]]:
-    """Batches of like length, longest first, of at most `batch_tokens` padded tokens (or one item)."""
+    """Batch items of like length, longest first, `batch_tokens` padded tokens (or one item) a batch at most."""
     batches: list[list[Item]] = []
     for item in sorted(items, key=lambda item: (-item.tokens, item.example.id, item.position)):
         if batches and batches[-1][0].tokens * (len(batches[-1]) + 1) <= batch_tokens:
@@ -58,7 +58,7 @@ def plan_batches(items: Sequence[Item], batch_tokens: int) -> list[list[Item]]:
 
 
 def plan_units(items: Sequence[Item], batch_tokens: int) -> list[Unit]:
-    """All work, longest first: for examples a batch each; for tokens examples of like length, several batches each."""
+    """Divide the work into units, longest first: one batch of examples, or the tokens of examples of like length."""
     if all(item.position < 0 for item in items):
         return [[batch] for batch in plan_batches(items, batch_tokens)]
     examples: dict[str, list[Item]] = {}
@@ -77,19 +77,18 @@ def plan_units(items: Sequence[Item], batch_tokens: int) -> list[Unit]:
 
 
 def padded_tokens(batch: Sequence[Item]) -> int:
-    """Tokens of a batch with its padding: what its work grows with."""
+    """Return the tokens of a batch with its padding, to which its work is proportional."""
     return len(batch) * max(item.tokens for item in batch)
 
 
 def as_batch(items: Sequence[Item], device: torch.device | str) -> Batch:
-    """Items with their losses: the mean over an example's response tokens, or one token's own."""
-    cut = [item.tokens for item in items]
-    ids = [item.encoding.input_ids[:end] for item, end in zip(items, cut, strict=True)]
-    return Batch.of(ids, [_weights(item, end) for item, end in zip(items, cut, strict=True)], device)
+    """Pad items to a batch whose losses are the mean over an example's response tokens, or one token's own."""
+    ids = [item.encoding.input_ids[: item.tokens] for item in items]
+    return Batch.of(ids, [_weights(item) for item in items], device)
 
 
-def _weights(item: Item, end: int) -> np.ndarray:
+def _weights(item: Item) -> np.ndarray:
     if item.position < 0:
         mask = item.encoding.response_mask
         return mask / mask.sum()
-    return np.arange(end) == end - 1
+    return np.arange(item.tokens) == item.tokens - 1

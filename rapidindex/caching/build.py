@@ -1,56 +1,55 @@
-"""The caching stage: every training example of a file to a RapidGrad in the store, resumable and extensible.
+"""The caching stage: the RapidGrad of every training example, stored; resumable and extensible.
 
-The same command again goes on where it stopped; one with other options is refused (`jobs.py`). What one process
-computes is in `caching.py`, several of them in `workers.py`, what a build will take in `room.py` and `estimate.py`.
+The same command again goes on where it stopped; one with another recipe is refused. `shard_writer.py` is the work of
+one process, `workers.py` that of several, `estimate.py` predicts what a build takes.
 """
 
 import itertools
 import time
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rapidindex.caching.batches import Item, padded_tokens
-from rapidindex.caching.estimate import (
-    check_resources,
-    combine,
-    estimate_resources,
-    free_resources,
-    measure_activations,
-)
-from rapidindex.caching.job import Job, Plan, existing, left, places, prepare
+from rapidindex.caching.estimate import check_resources, free_resources, resources_of
+from rapidindex.caching.job import Job, LevelPlan, check_recipe, plan_levels, prepare, read_existing
 from rapidindex.caching.moment import ensure_second_moment
-from rapidindex.caching.shard_writer import STAGES, ShardWriter, cache, load_compressor, load_factors
+from rapidindex.caching.shard_writer import STAGES, ShardWriter, cache
 from rapidindex.caching.workers import Shared, cache_with_workers
 from rapidindex.config import BuildRequest
+from rapidindex.gradients.rapidgrad import Compressor
+from rapidindex.gradients.second_moment import preconditioner_of
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.progress import Progress, silent
+from rapidindex.recipe import Recipe
 from rapidindex.search.vector_index import VectorIndex
-from rapidindex.store import Store
+from rapidindex.store import Rows, Store
 
 
 @dataclass(frozen=True)
 class BuildSummary:
-    """What a build did."""
+    """What a build did, and what the index holds now."""
 
     index: str
     examples: int
-    """In the index now."""
+    """Examples in the index."""
     computed: int
-    """Of these, by this run."""
+    """Examples that this run computed."""
     tokens: int | None
-    """Response tokens with a row of their own in the index now; None where none were asked for."""
+    """Response tokens with a row of their own; None for a run without token rows."""
     without_tokens: list[str]
-    """Files of data that were added, and whose examples have rows here but their tokens none."""
+    """Data files that were added, and whose examples have no token rows."""
     rejected: int
-    """With a gradient that is not finite: listed by `rapidindex info`."""
+    """Examples whose gradient is not finite: `rapidindex info` lists them."""
     skipped: int
-    """Rows of the data file that cannot be used: listed by `rapidindex info`."""
+    """Rows of the data that cannot be used: `rapidindex info` lists them."""
     truncated: list[int]
-    """Lines of the data file whose example was cut to --max-length."""
+    """Lines of the data whose example was cut to --max-length."""
     layers: int
     gradient_size: int
     batched: bool
@@ -61,123 +60,116 @@ class BuildSummary:
 
 
 def build(request: BuildRequest, *, overwrite: bool = False, progress: Progress = silent) -> BuildSummary:
-    """Cache every example of `request.data` that the index does not hold yet; return what was done.
+    """Cache every example of `request.data` that the index lacks.
 
     Raises DataError, ModelError, StoreError or ResourceError before the work starts where it could not end well.
     """
     started = time.perf_counter()
-    path = Path(request.output)
-    if not overwrite and (path / "manifest.json").exists():
-        with Store.open(path).lock():
-            pass  # damaged, busy or read-only: better said now than after the model is loaded
-    job = prepare(request, progress)
-    store = None if overwrite else existing(job)
-    check_fits(job, {level: left(job, level, store) for level in request.levels})
-    store = store or _create(job, overwrite=overwrite)
+    store = None if overwrite else read_existing(request)
+    with store.lock() if store else nullcontext():  # damaged, busy or read-only is said before the model is loaded
+        job = prepare(request, progress)
+        if store:
+            check_recipe(job, store)
+        plans = plan_levels(job, store)
+        check_resources(resources_of(job, plans, store), free_resources(job), request.output)
+        store = store or _create(job, plans, overwrite=overwrite)
+        return cache_levels(store, job, plans, started, progress)
+
+
+def cache_levels(
+    store: Store, job: Job, plans: list[LevelPlan], started: float, progress: Progress, restored: int = 0
+) -> BuildSummary:
+    """Do the work of `plans`, and bring the search indexes of `store` up to date.
+
+    `started` is the run's start on the clock of `time.perf_counter`; `restored` counts examples put back before.
+    """
     with store.lock():
-        widen_levels(store, job)
-        return cache_levels(store, job, started, progress)
+        _extend_levels(store, job, plans)
+        before = {plan.level: store.rows(plan.level).done_ids for plan in plans}
+        batched = [cache_level(store, job, plan, progress) for plan in plans if plan.examples]
+        for level in store.levels:
+            VectorIndex.update(store.rows(level), progress=progress)
+        return _summary(store, job, before, all(batched) if batched else job.gradients.batched, started, restored)
 
 
-def widen_levels(store: Store, job: Job) -> None:
-    """Make room in the locked `store` for the levels asked for, and for what they are to hold more than before."""
-    told = _tokens_told(job.request, store.config.get("tokens_of"))
-    if {name: store.config.get(name) for name in told} != told:
-        store.update_config(told)  # first: rows of tokens are never without what says which
-    for level in job.request.levels:
-        known = store.rows(level).done_ids if level in store.levels else frozenset()
-        before = store.planned(level) if level in store.levels else -1
-        planned = len(known) + len(left(job, level, store))
-        if planned > before:
-            store.set_planned(level, planned, K=job.request.K(level))
+def cache_level(store: Store, job: Job, plan: LevelPlan, progress: Progress) -> bool:
+    """Compute the rows of `plan` into the locked `store`, by one process or several.
 
-
-def _tokens_told(request: BuildRequest, before: str | None = None) -> dict[str, Any]:
-    """What an index keeps of which tokens it holds, and whether those of all examples or of listed ones."""
-    if "token" not in request.levels:
-        return {}
-    all_of_them = request.token_examples is None or before == "all"
-    return {"token": asdict(request.token), "tokens_of": "all" if all_of_them else "listed"}
-
-
-def cache_levels(store: Store, job: Job, started: float, progress: Progress, restored: int = 0) -> BuildSummary:
-    """Compute what the locked `store` lacks, and bring its search indexes up to date; what was done since `started`."""
-    before = {level: store.rows(level).done_ids for level in job.request.levels}
-    batched = job.gradients.batched
-    for level in job.request.levels:
-        todo = left(job, level, store)
-        if todo:
-            batched = fill(store, job, job.plan(level, todo), progress) and batched
-    for level in store.levels:
-        VectorIndex.update(store.rows(level), progress=progress)
-    return _summary(store, job, before, batched, started, restored)
-
-
-def check_fits(job: Job, todo: dict[str, list[Item]]) -> None:
-    """ResourceError, with the numbers, where disk or memory cannot hold what caching `todo`, by level, takes."""
-    plans = [job.plan(level, examples) for level, examples in todo.items() if examples]
-    if plans:
-        activations = measure_activations(job.gradients)
-        room = combine([estimate_resources(job, plan, len(places(job, plan)), activations) for plan in plans])
-        check_resources(room, free_resources(job), job.request.output)
-
-
-def fill(store: Store, job: Job, plan: Plan, progress: Progress) -> bool:
-    """Compute the rows of `plan` into the locked `store`, by one process or several; whether it was done in batches.
-
-    Several processes release the job's model. Raises as `build` does; `check_fits` comes first.
+    Return whether gradients were computed in batches. Several processes release the job's model.
     """
     ensure_second_moment(job, store, progress)
-    where = places(job, plan)
-    if len(where) > 1:
-        return _fill_with_workers(store, job, plan, where, progress)
+    if len(plan.devices) > 1:
+        return _cache_with_workers(store, job, plan, progress)
     rows, total, done = store.rows(plan.level), plan.tokens, 0
 
-    def cached(batch: list[Item]) -> None:
+    def report(batch: list[Item]) -> None:
         nonlocal done
         done += padded_tokens(batch)
         progress(STAGES[plan.level], done, total)
 
-    def finished(name: str) -> None:
-        store.record_shard(plan.level, name)
-
     progress(STAGES[plan.level], 0, total)
-    job.hold_model()
-    compressor = load_compressor(store, job.loaded, job.gradients, K=plan.K)
-    writer = ShardWriter(rows, job.request.work, itertools.count(rows.next_number()), finished, capacity=plan.rows)
-    cache(plan.units, compressor, writer, cached)
+    moment = {"v": store.second_moment(), "vectors": store.eigenvectors()}
+    compressor = Compressor.of(job.recipe, job.gradients, **moment, K=plan.K)
+    numbers = itertools.count(rows.next_number())
+    writer = ShardWriter(
+        rows, job.request.work, numbers, lambda name: store.record_shard(plan.level, name), capacity=plan.rows
+    )
+    cache(plan.units, compressor, writer, report)
     return job.gradients.batched
 
 
-def _fill_with_workers(store: Store, job: Job, plan: Plan, where: list[str], progress: Progress) -> bool:
+def _cache_with_workers(store: Store, job: Job, plan: LevelPlan, progress: Progress) -> bool:
     progress("map", 0, 1)
-    job.release_model()
-    slots = Shared.copy(Sketch(job.size, replace(job.request.sketch, K=plan.K)).slots(0, job.size))
-    factors = load_factors(store)
-    shared_factors = None if factors is None else Shared.copy(factors)
-    del factors
-    progress("map", 1, 1)
+    job.model.release()
+    shared: list[Shared] = []
     try:
-        request = job.request
-        return cache_with_workers(plan, store, request.model, where, request.work, slots, shared_factors, progress)
+        shared.append(Shared.copy(Sketch(job.size, replace(job.request.sketch, K=plan.K)).slots(0, job.size)))
+        v = store.second_moment()
+        if v is not None:
+            kind = preconditioner_of(job.recipe.gradient.second_moment)
+            shared.append(Shared.copy(kind.factors_of(torch.tensor(v), job.layers)))
+        progress("map", 1, 1)
+        return cache_with_workers(plan, store, job.model.config, job.request.work, shared, progress)
     finally:
-        slots.close()
-        if shared_factors is not None:
-            shared_factors.close()
+        for tensor in shared:
+            tensor.close()
+
+
+def _create(job: Job, plans: list[LevelPlan], *, overwrite: bool) -> Store:
+    path = Path(job.request.output)
+    if overwrite and path.exists():
+        Store.destroy(path)
+    layers = [{"name": layer.name, "size": layer.size} for layer in job.layers]
+    versions = {name: version(name) for name in ("rapidindex", "torch", "transformers", "peft", "numpy")}
+    planned = {plan.level: (plan.K, plan.planned) for plan in plans}
+    config = job.recipe.to_manifest()
+    return Store.create(path, config=config, layers=layers, versions=versions, skipped=job.skipped, planned=planned)
+
+
+def _extend_levels(store: Store, job: Job, plans: list[LevelPlan]) -> None:
+    """Add the levels of `plans` to the locked `store`, and the examples that they are to hold."""
+    built = Recipe.from_manifest(store.config)
+    if job.recipe.token is not None:
+        of = "all" if "all" in (built.tokens_of, job.recipe.tokens_of) else "listed"
+        wanted = replace(built, token=job.recipe.token, tokens_of=of)
+        if wanted != built:
+            store.update_config(wanted.to_manifest())  # first: token rows are never without their options
+    for plan in plans:
+        if plan.level not in store.levels or plan.planned > store.planned(plan.level):
+            store.set_planned(plan.level, plan.planned, K=plan.K)
 
 
 def _summary(
     store: Store, job: Job, before: dict[str, frozenset[str]], batched: bool, started: float, restored: int
 ) -> BuildSummary:
-    """What was done since `started` (of `time.perf_counter`), when the levels held `before`."""
     rows = {level: store.rows(level) for level in before}
-    main = rows[next(iter(rows))]
+    main = next(iter(rows.values()))
     return BuildSummary(
         index=str(store.path),
         examples=len(np.unique(main.example[main.live_mask])),
         computed=len({id for level in rows for id in rows[level].done_ids - before[level]}),
         tokens=int(rows["token"].live_mask.sum()) if "token" in rows else None,
-        without_tokens=_without_tokens(store, job),
+        without_tokens=_without_tokens(store, job, rows),
         rejected=len({record["id"] for level in rows for record in rows[level].rejected}),
         skipped=len(job.skipped),
         truncated=[item.example.line for item in job.items if item.encoding.truncated],
@@ -189,20 +181,10 @@ def _summary(
     )
 
 
-def _without_tokens(store: Store, job: Job) -> list[str]:
-    if "token" not in job.request.levels or "sentence" not in store.levels or job.request.token_examples is not None:
+def _without_tokens(store: Store, job: Job, rows: dict[str, Rows]) -> list[str]:
+    if "token" not in rows or "sentence" not in store.levels or job.request.token_examples is not None:
         return []
     here = {item.example.id for item in job.items}
-    lacking = set(store.rows("sentence").ids) - store.rows("token").done_ids - store.removed - here
-    return [source["path"] for source in store.config.get("added", [])] if lacking else []
-
-
-def _create(job: Job, *, overwrite: bool) -> Store:
-    path = Path(job.request.output)
-    if overwrite and path.exists():
-        Store.destroy(path)
-    layers = [{"name": layer.name, "size": layer.size} for layer in job.layers]
-    versions = {name: version(name) for name in ("rapidindex", "torch", "transformers", "peft", "numpy")}
-    config = {**job.identity, **_tokens_told(job.request)}
-    planned = {level: (job.request.K(level), len(job.wanted(level))) for level in job.request.levels}
-    return Store.create(path, config=config, layers=layers, versions=versions, skipped=job.skipped, planned=planned)
+    lacking = set(store.rows("sentence").ids) - rows["token"].done_ids - store.removed - here
+    added: list[dict[str, Any]] = store.config.get("added", [])
+    return [source["path"] for source in added] if lacking else []

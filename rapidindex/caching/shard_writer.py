@@ -1,10 +1,6 @@
-"""From examples, or their tokens, to shards: batches of like length, their RapidGrads, and rows for the next shard.
+"""One process's share of a build: RapidGrads of its units of work, written to shards.
 
-The gradient of a response token's own loss is that of the example cut after it, with no other token in the loss (models
-are causal), so tokens take the same way as examples.
-
-What one process does of a build, whether it is the only one or one of several workers. Knows nothing of options or of
-what an index is identified by.
+Knows nothing of options and recipes; whether it is the only process or one of several makes no difference to it.
 """
 
 import signal
@@ -12,120 +8,85 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rapidindex.caching.batches import Item, Unit, as_batch, padded_tokens
-from rapidindex.config import BuildConfig, SketchConfig
-from rapidindex.errors import ResourceError, StoreError
-from rapidindex.gradients.eigenbases import Eigenbases, entries
-from rapidindex.gradients.losses import Layer
-from rapidindex.gradients.per_example import PerExampleGradients
-from rapidindex.gradients.rapidgrad import Compressor, RapidGrads, joined
-from rapidindex.gradients.second_moment import KRONECKER, correction, kronecker_correction
-from rapidindex.gradients.sketch import Sketch
-from rapidindex.model.model import LoadedModel
-from rapidindex.store import MOMENT, Rows, Store, damaged
+from rapidindex.config import BuildConfig
+from rapidindex.errors import ResourceError
+from rapidindex.gradients.rapidgrad import Compressor, RapidGrads, concatenate
+from rapidindex.store import Rows
 
 STAGES = {"sentence": "cache", "token": "cache tokens"}
-"""What the work on each level is called while it is under way."""
-
-
-def load_factors(store: Store) -> Tensor | None:
-    """The correction's factor of each gradient entry, float32 [|v|]; None for an index without a correction.
-
-    StoreError where the second moment is missing.
-    """
-    if store.config["gradient"]["second_moment"] == "none":
-        return None
-    moment = store.second_moment()
-    if moment is None:
-        raise StoreError(
-            f"{store.path} has no second moment yet: its build did not get far.",
-            hint="Go on with it by giving its rapidindex build command again.",
-        )
-    v = torch.tensor(np.asarray(moment))
-    if store.config["gradient"]["second_moment"] == KRONECKER:
-        return kronecker_correction(v, [layer["size"] for layer in store.layers])
-    return correction(v)
-
-
-def _load_eigenbases(store: Store, layers: Sequence[Layer], device: torch.device) -> Eigenbases | None:
-    """The eigenbases along which the index corrects, mapped where they are used on a CPU; None for most indexes."""
-    if store.config["gradient"]["second_moment"] != KRONECKER:
-        return None
-    vectors = store.eigenvectors()
-    if vectors is None or len(vectors) != entries(layers):
-        raise damaged(store.path / MOMENT, "it does not hold the eigenvectors of this model's layers")
-    return Eigenbases(layers, torch.from_numpy(vectors).to(device))
-
-
-def load_compressor(
-    store: Store,
-    loaded: LoadedModel,
-    gradients: PerExampleGradients | None = None,
-    *,
-    K: int | None = None,
-    slots: Tensor | None = None,
-    factors: Tensor | None = None,
-) -> Compressor:
-    """What turns examples and queries into the RapidGrads of this index. StoreError if its second moment is missing.
-
-    `K` is the length of a row, by default that of an example's. `slots` (int32 [|v|]) and `factors` (float32 [|v|]) are
-    given where they are at hand, as they are to workers.
-    """
-    gradients = gradients or PerExampleGradients(loaded.model)
-    factors = load_factors(store) if factors is None else factors
-    size = sum(layer.size for layer in gradients.layers)
-    return Compressor(
-        gradients,
-        Sketch(size, replace(SketchConfig(**store.config["sketch"]), **({"K": K} if K else {})), slots),
-        normalize=store.config["gradient"]["normalize"],
-        correction=None if factors is None else factors.to(loaded.device),
-        eigenbases=_load_eigenbases(store, gradients.layers, loaded.device),
-    )
+"""The name of each level's work, for the progress."""
+_ALLOCATION_FAILED = "can't allocate memory"  # in the RuntimeError of torch's allocator for CPUs
 
 
 def cache(
-    units: Iterable[Unit],
-    compressor: Compressor,
-    writer: "ShardWriter",
-    cached: Callable[[list[Item]], None],
+    units: Iterable[Unit], compressor: Compressor, writer: "ShardWriter", report: Callable[[list[Item]], None]
 ) -> None:
-    """Compute the RapidGrads of `units` and hand them to `writer`, telling `cached` of each batch that is done.
+    """Compute the RapidGrads of `units`, hand them to `writer`, and `report` each batch.
 
-    However it ends, by an interrupt say, the units that were done are written first. ResourceError where the memory
-    does not suffice.
+    A batch that does not fit into memory is halved, and so are later ones of its size: rows do not depend on batches.
+    However the work ends, the finished units are written. ResourceError where a single example does not fit.
     """
-    device = next(compressor.gradients.model.parameters()).device
+    compute = _BatchCompressor(compressor)
     try:
         for unit in units:
-            found = []
+            rapidgrads = []
             for batch in unit:
-                found.append(compressor(as_batch(batch, device)))
+                rapidgrads.append(compute(batch))
                 if batch is unit[-1]:
-                    writer.add([item for one in unit for item in one], joined(found))
+                    writer.add([item for batch in unit for item in batch], concatenate(rapidgrads))
                     if writer.full:
                         writer.write()
-                cached(batch)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ResourceError(
-            f"The memory of {device} does not suffice for a batch of {padded_tokens(batch)} tokens.",
-            hint="Type the same command with a smaller --batch-tokens: it goes on where it stopped.",
-        ) from error
+                report(batch)
     finally:
         writer.write()
 
 
-class ShardWriter:
-    """Rows on their way into the next shard.
+class _BatchCompressor:
+    """Compresses batches, in parts where a whole one does not fit into memory."""
 
-    `numbers` gives each shard its number, `finished` is told the name of each one that was written, and `capacity` is
-    the number of rows that are still to come, if it is known.
+    def __init__(self, compressor: Compressor) -> None:
+        self.compressor = compressor
+        self.device = next(compressor.gradients.model.parameters()).device
+        self.most_tokens = 2**63
+
+    def __call__(self, items: list[Item]) -> RapidGrads:
+        if len(items) == 1 or padded_tokens(items) <= self.most_tokens:
+            rapidgrads = self._try(items)
+            if rapidgrads is not None:
+                return rapidgrads
+            self.most_tokens = padded_tokens(items) - 1
+        middle = len(items) // 2
+        return concatenate([self(items[:middle]), self(items[middle:])])
+
+    def _try(self, items: list[Item]) -> RapidGrads | None:
+        """Return None where the batch does not fit. ResourceError where it is a single item."""
+        try:
+            return self.compressor(as_batch(items, self.device))
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            full = isinstance(error, MemoryError | torch.OutOfMemoryError) or _ALLOCATION_FAILED in str(error)
+            if not full:
+                raise
+            if len(items) == 1:
+                raise ResourceError(
+                    f"The memory of {self.device} does not suffice for one example of {items[0].tokens} tokens.",
+                    hint="Build with a smaller --max-length or -K, an adapter, or a larger machine.",
+                ) from error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+
+class ShardWriter:
+    """Collects rows, and writes them to shards.
+
+    `numbers` yields the numbers of the shards, `finished` is called with the name of each shard that was written, and
+    `capacity` is the number of rows to come, if it is known.
     """
 
     def __init__(
@@ -149,9 +110,11 @@ class ShardWriter:
         self._rejected: list[dict[str, Any]] = []
         self._started = time.monotonic()
 
-    def add(self, items: Sequence[Item], found: RapidGrads) -> None:
-        """Take a unit, all rows of its examples; an example with a gradient that is not finite is rejected."""
-        rows, norms, losses = (tensor.cpu().numpy() for tensor in (found.rows, found.norms, found.losses))
+    def add(self, items: Sequence[Item], rapidgrads: RapidGrads) -> None:
+        """Add a unit: all rows of its examples. An example with a gradient that is not finite is rejected."""
+        rows, norms, losses = (
+            tensor.cpu().numpy() for tensor in (rapidgrads.rows, rapidgrads.norms, rapidgrads.losses)
+        )
         finite = np.isfinite(norms).all(1) & np.isfinite(rows).all(1)
         examples: dict[str, list[int]] = {}
         for number, item in enumerate(items):
@@ -167,7 +130,7 @@ class ShardWriter:
             for number in mine
         ]
         with uninterrupted():  # an interrupt leaves no half unit
-            self._room_for(len(kept))[:] = rows[kept]
+            self._next_rows(len(kept))[:] = rows[kept]
             self._taken += len(kept)
             self._norms.append(norms[kept])
             self._places += places
@@ -175,8 +138,8 @@ class ShardWriter:
             for number in (mine[int(np.argmin(finite[mine]))] for mine in bad):
                 self._rejected.append(_rejection(items[number], float(losses[number])))
 
-    def _room_for(self, more: int) -> np.ndarray:
-        """The next rows of the buffer, which grows where a unit is larger than what was left of it."""
+    def _next_rows(self, more: int) -> np.ndarray:
+        """Return the next rows of the buffer, which grows where a unit is larger than the rest of it."""
         last = self._taken + more
         if last > len(self._rows):
             self._rows = np.concatenate([self._rows[: self._taken], np.empty((last, self._rows.shape[1]), "f4")])
@@ -184,12 +147,12 @@ class ShardWriter:
 
     @property
     def full(self) -> bool:
-        """Whether it is time to write: there is enough of rows, or of work."""
+        """Whether the rows or the seconds of a shard are reached."""
         enough = self.store_rows.row_bytes * self._taken >= self.work.shard_bytes
         return enough or time.monotonic() - self._started > self.work.shard_seconds
 
     def write(self) -> None:
-        """Write what there is, if anything, and begin anew. Interrupts wait until it is done."""
+        """Write the collected rows, if there are any. Interrupts wait until they are written."""
         if not (self._examples or self._rejected):
             return
         places = np.array(self._places, np.int32).reshape(-1, 3)
@@ -212,7 +175,7 @@ class ShardWriter:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait until the block has ended (in the main thread: they reach no other one)."""
+    """Let SIGINT and SIGTERM wait until the block has ended. Only the main thread receives them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

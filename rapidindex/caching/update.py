@@ -1,7 +1,8 @@
 """Adding data to an index, and taking examples out of it.
 
-An index keeps the options, and the second moment, that it was built with, so added rows are as if they had been there
-from the start: exactly so with --second-moment none, and otherwise up to that moment being the first data's own.
+An index keeps the recipe and the second moment that it was built with. Building from A and adding B gives the rows of
+building from A and B: exactly with --second-moment none, and otherwise but for the second moment, which stays that of
+A.
 """
 
 import json
@@ -11,21 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rapidindex.caching.build import BuildSummary, cache_levels, check_fits, widen_levels
-from rapidindex.caching.job import Job, left, prepare
-from rapidindex.config import (
-    BuildConfig,
-    BuildRequest,
-    EncodingConfig,
-    GradientConfig,
-    ModelConfig,
-    SketchConfig,
-    TokenConfig,
-)
+from rapidindex.caching.build import BuildSummary, cache_levels
+from rapidindex.caching.estimate import check_resources, free_resources, resources_of
+from rapidindex.caching.job import Job, LevelPlan, plan_levels, prepare
+from rapidindex.config import BuildConfig, BuildRequest, TokenConfig
 from rapidindex.data.examples import listed_ids
 from rapidindex.errors import StoreError, UsageError
 from rapidindex.progress import Progress, silent
-from rapidindex.recipe import check_identity
+from rapidindex.recipe import Recipe, Source
 from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Store
 
@@ -36,100 +30,80 @@ class RemoveSummary:
 
     index: str
     removed: int
-    """By this run."""
+    """Examples that this run took out."""
     examples: int
-    """Left in the index."""
+    """Examples left in the index."""
 
 
 def add(
     path: str | Path,
-    data: str,
+    data: Any,
     *,
-    model: str | None = None,
+    model: Any = None,
     adapter: str | None = None,
+    tokenizer: Any = None,
     device: str = "auto",
     work: BuildConfig | None = None,
     limit: int | None = None,
     progress: Progress = silent,
 ) -> BuildSummary:
-    """Cache the examples of `data` that the index at `path` lacks, as it was built; those removed before are back.
+    """Cache the examples of `data` that the index at `path` lacks, by the index's own recipe.
 
-    `model` and `adapter` say where they lie now, if not where they were. Raises as `build` does, and StoreError where
-    the index is not finished yet.
+    `data` is what `BuildRequest.data` may be. `model` and `adapter` are new places of the index's model, or `model` is
+    a loaded model with its `tokenizer`. Examples that were removed, and are in the data, come back. Raises as `build`
+    does, and StoreError where the index is not finished yet.
     """
     started = time.perf_counter()
     with Store.open(path).lock() as store:
-        request = _request(store, data, ModelLocation(model, adapter, device), work or BuildConfig(), limit)
-        job = prepare(request, progress)
+        recipe = Recipe.from_manifest(store.config)
+        if model is None or isinstance(model, str | Path):
+            model = recipe.model_config(model=model and str(model), adapter=adapter, device=device)
+        request = BuildRequest(
+            data=data,
+            output=str(store.path),
+            model=model,
+            encoding=recipe.encoding,
+            gradient=recipe.gradient,
+            sketch=recipe.sketch,
+            work=work or BuildConfig(),
+            limit=limit,
+            levels=_whole_levels(store, recipe),
+            token=recipe.token or TokenConfig(),
+            tokenizer=tokenizer,
+        )
+        job = prepare(request, progress, added=True)
         hint = "Say with -m and -a where the model and the adapter of the index lie now."
-        built, asked = ({**config, "data": None, "token": None} for config in (store.config, job.identity))
-        check_identity(built, asked, Path(path), hint=hint)
-        job.items = [replace(item, source=data) for item in job.items]
-        job.meet(store)
-        check_fits(job, {level: left(job, level, store) for level in request.levels})
-        _note_source(store, job)
+        recipe.check(replace(job.recipe, data=recipe.data, token=recipe.token), Path(path), hint=hint)
+        plans = plan_levels(job, store)
+        check_resources(resources_of(job, plans, store), free_resources(job), request.output)
+        _note_source(store, recipe, job, plans)
         restored = store.restore(store.removed & {item.example.id for item in job.items})
-        widen_levels(store, job)
-        return cache_levels(store, job, started, progress, restored)
+        return cache_levels(store, job, plans, started, progress, restored)
 
 
 def remove(
     path: str | Path, *, ids: Sequence[str] = (), where: Sequence[str] = (), progress: Progress = silent
 ) -> RemoveSummary:
-    """Take examples out of the index at `path`: those of `ids` (ids, or files with one a line), or those whose columns
-    have the values of all of `where` (`COLUMN=VALUE`).
+    """Take examples out of the index at `path`.
 
-    StoreError where nothing is meant by them, naming what is unknown; nothing is removed then.
+    They are those of `ids` (ids, or files with one a line), or those whose columns have the values of all of `where`
+    (`COLUMN=VALUE`). StoreError where no example fits, or an id is unknown; nothing is removed then.
     """
     if bool(ids) == bool(where):
         raise UsageError(
             "Give either --ids or --where.", hint="For example: rapidindex remove INDEX --where source=web"
         )
     with Store.open(path).lock() as store:
-        found = _meant(store, where) if where else listed_ids(ids)
-        removed = store.remove(found)
+        removed = store.remove(_matching(store, where) if where else listed_ids(ids))
         for level in store.levels:
             VectorIndex.update(store.rows(level), progress=progress)
-        left_over = {id for level in store.levels for id in store.rows(level).ids} - store.removed
-    return RemoveSummary(str(path), removed, len(left_over))
+        remaining = {id for level in store.levels for id in store.rows(level).ids} - store.removed
+    return RemoveSummary(str(path), removed, len(remaining))
 
 
-@dataclass(frozen=True)
-class ModelLocation:
-    """Where a model and an adapter lie now, None for where they were, and where to compute."""
-
-    model: str | None
-    adapter: str | None
-    device: str
-
-
-def _request(store: Store, data: str, place: ModelLocation, work: BuildConfig, limit: int | None) -> BuildRequest:
-    """What would build the index at `store` from other data."""
-    config = store.config
-    encoding = {name: value for name, value in config["encoding"].items() if name != "fingerprint"}
-    return BuildRequest(
-        data=data,
-        output=str(store.path),
-        model=ModelConfig(
-            place.model or config["model"]["path"],
-            place.adapter or config["adapter"]["path"],
-            config["quantize"],
-            config["dtype"],
-            place.device,
-        ),
-        encoding=EncodingConfig(**encoding),
-        gradient=GradientConfig(**config["gradient"]),
-        sketch=SketchConfig(**config["sketch"]),
-        work=work,
-        limit=limit,
-        levels=_whole_levels(store),
-        token=TokenConfig(**config.get("token", {})),
-    )
-
-
-def _whole_levels(store: Store) -> tuple[str, ...]:
-    """The levels that hold all examples: not the tokens of listed ones."""
-    levels = tuple(level for level in store.levels if level != "token" or store.config["tokens_of"] == "all")
+def _whole_levels(store: Store, recipe: Recipe) -> tuple[str, ...]:
+    """Return the levels that hold all examples: not the tokens of listed ones."""
+    levels = tuple(level for level in store.levels if level != "token" or recipe.tokens_of == "all")
     if not levels:
         raise StoreError(
             f"{store.path} holds the tokens of listed examples only: nothing can be added to it.",
@@ -138,47 +112,46 @@ def _whole_levels(store: Store) -> tuple[str, ...]:
     return levels
 
 
-def _note_source(store: Store, job: Job) -> None:
+def _note_source(store: Store, recipe: Recipe, job: Job, plans: list[LevelPlan]) -> None:
     """List the data among the index's sources, unless it is one of them. StoreError where another is not finished."""
-    config, found = store.config, job.identity["data"]
-    sources = [config["data"], *config.get("added", [])]
-    if any(source["fingerprint"] == found["fingerprint"] for source in sources):
+    data = job.recipe.data
+    sources = (recipe.data, *recipe.added)
+    if any(source.fingerprint == data.fingerprint for source in sources):
         return
-    levels = job.request.levels
-    if not all(map(store.complete, levels)):
-        last = sources[-1]["path"]
-        command = f"rapidindex add {store.path} {last}" if len(sources) > 1 else "its rapidindex build command"
+    if not all(map(store.complete, job.request.levels)):
+        last = sources[-1].path
+        command = f"rapidindex add {store.path} {last}" if recipe.added else "its rapidindex build command"
         raise StoreError(
             f"{store.path} does not hold all of {last} yet.", hint=f"Finish that first: give {command} again."
         )
-    added = {**found, "examples": len(left(job, levels[0], store))}
-    skipped = [{**row, "source": found["path"]} for row in job.skipped]
-    store.update_config({"added": [*sources[1:], added]}, skipped=[*store.skipped, *skipped])
+    added = Source(data.path, data.fingerprint, len(plans[0].examples))
+    skipped = [{**row, "source": data.path} for row in job.skipped]
+    config = replace(recipe, added=(*recipe.added, added)).to_manifest()
+    store.update_config(config, skipped=[*store.skipped, *skipped])
 
 
-def _meant(store: Store, where: Sequence[str]) -> set[str]:
-    """Ids of the live examples whose columns have these values."""
+def _matching(store: Store, where: Sequence[str]) -> set[str]:
+    """Return the ids of the live examples whose columns have these values."""
     wanted = dict(_condition(text) for text in where)
     columns: dict[str, set[str]] = {}
-    found = set()
+    ids = set()
     for id, meta in _columns(store):
         for name, value in meta.items():
             columns.setdefault(name, set()).add(_as_text(value))
         if all(name in meta and _as_text(meta[name]) == value for name, value in wanted.items()):
-            found.add(id)
-    if found:
-        return found
+            ids.add(id)
+    if ids:
+        return ids
     for name in wanted:
         if name not in columns:
             known = ", ".join(sorted(columns)) or "none"
             raise StoreError(f"No example has a column {name!r}.", hint=f"Columns: {known}.")
-    some = {name: ", ".join(sorted(columns[name])[:5]) for name in wanted}
-    told = "; ".join(f"{name}: {values}" for name, values in some.items())
-    raise StoreError(f"No example has {' and '.join(where)}.", hint=f"Values there, among others: {told}.")
+    values = "; ".join(f"{name}: {', '.join(sorted(columns[name])[:5])}" for name in wanted)
+    raise StoreError(f"No example has {' and '.join(where)}.", hint=f"Values there, among others: {values}.")
 
 
 def _columns(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each live example's id and columns, whatever level it is in."""
+    """Yield the id and the columns of each live example, whatever level it is on."""
     seen = set(store.removed)
     for level in store.levels:
         rows = store.rows(level)
@@ -196,5 +169,5 @@ def _condition(text: str) -> tuple[str, str]:
 
 
 def _as_text(value: Any) -> str:
-    """A column's value as it is typed: `true`, `7`, `null`, or the text itself."""
+    """Return a column's value as it is typed: `true`, `7`, `null`, or the text itself."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

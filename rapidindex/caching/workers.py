@@ -1,10 +1,11 @@
-"""Several processes that compute one build: the parent hands out work, each worker writes shards of its own.
+"""Several processes compute one build: the parent hands out units of work, and each worker writes shards of its own.
 
     parent ──units, longest first──> worker: a model of its own, rows, shards of its own numbers
            <──"cached", "next", "shard NAME"──                                                  ──> INDEX/<level>/
-       └── the map of slots and the correction's factors: memory that all of them map, held once
+       └── the sketch's map and the correction's factors: memory that all processes map
 
-A worker has one pipe and no lock in common with others, so one that is killed harms nobody. It ends with its parent.
+A worker shares one pipe with its parent, and no lock with other workers: a killed one harms nobody. It ends with its
+parent.
 """
 
 import itertools
@@ -28,19 +29,22 @@ import torch
 from torch import Tensor
 
 from rapidindex.caching.batches import Unit, padded_tokens
-from rapidindex.caching.job import Plan
-from rapidindex.caching.shard_writer import STAGES, ShardWriter, cache, load_compressor, uninterrupted
+from rapidindex.caching.job import LevelPlan
+from rapidindex.caching.shard_writer import STAGES, ShardWriter, cache, uninterrupted
 from rapidindex.config import BuildConfig, ModelConfig
 from rapidindex.errors import RapidIndexError, ResourceError
+from rapidindex.gradients.per_example import PerExampleGradients
+from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.model.model import load
 from rapidindex.progress import Progress
+from rapidindex.recipe import Recipe
 from rapidindex.store import Store
 
 _SECONDS_TO_STOP = 2.0
-"""How long interrupted workers have for writing what they finished; a build must end in under 3 s."""
+"""Seconds for interrupted workers to write what they finished; a build must end within 3 s."""
 _SECONDS_AFTER_FAILURE = 30.0
 _AHEAD = 2
-"""Units that a worker holds: the one it computes, and the next."""
+"""Units that a worker holds: the one that it computes, and the next."""
 
 
 class Shared:
@@ -52,7 +56,7 @@ class Shared:
 
     @classmethod
     def copy(cls, tensor: Tensor) -> "Shared":
-        """Shared memory that holds what `tensor` does. ResourceError where there is not enough."""
+        """Copy `tensor` into shared memory. ResourceError where there is not enough."""
         size = tensor.numel() * tensor.element_size()
         try:
             descriptor = _anonymous_file()
@@ -64,7 +68,7 @@ class Shared:
         return shared
 
     def close(self) -> None:
-        """Give back the descriptor; the memory goes with the last process that maps it."""
+        """Close the descriptor; the memory is freed with the last process that maps it."""
         os.close(self._descriptor)
 
     def __reduce__(self) -> tuple:
@@ -72,7 +76,7 @@ class Shared:
 
 
 def _anonymous_file() -> int:
-    """The descriptor of a file without a name, in memory where the system can (/dev/shm is small in containers)."""
+    """Open a file without a name, in memory where the system can (/dev/shm is small in containers)."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("rapidindex")
     with tempfile.TemporaryFile() as file:
@@ -85,7 +89,7 @@ def _attach(descriptor: Any, length: int, dtype: torch.dtype) -> Shared:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a worker needs to begin."""
+    """What a worker process starts with."""
 
     number: int
     workers: int
@@ -96,60 +100,54 @@ class WorkerSpec:
     threads: int
     first_shard: int
     """It numbers its shards from `first_shard + number` on, in steps of `workers`: no two ever clash."""
-    slots: Shared
-    factors: Shared | None
+    shared: list[Shared]
+    """The map of slots, int32 [|v|], and the correction's factors, float32 [|v|], where there is one."""
 
 
 def cache_with_workers(
-    plan: Plan,
-    store: Store,
-    model: ModelConfig,
-    places: Sequence[str],
-    work: BuildConfig,
-    slots: Shared,
-    factors: Shared | None,
-    progress: Progress,
+    plan: LevelPlan, store: Store, model: ModelConfig, work: BuildConfig, shared: list[Shared], progress: Progress
 ) -> bool:
-    """Compute `plan` in one process for each of `places` (devices); the locked `store` lists their shards.
+    """Compute `plan` in one process for each of its devices; the locked `store` lists their shards.
 
-    Returns whether all of them could compute in batches. However it ends, no process is left, and what they finished is
-    kept. ResourceError, naming the signal, where a worker was killed; what a worker raised where it failed.
+    `shared` is the map of slots, and the correction's factors where there is one. Return whether all workers computed
+    in batches. However the work ends, no process is left, and finished units are kept. ResourceError, naming the
+    signal, where a worker was killed; a worker's own error where it failed.
     """
-    first_shard, count, path = store.rows(plan.level).next_number(), len(places), str(store.path)
+    first_shard, count, path = store.rows(plan.level).next_number(), len(plan.devices), str(store.path)
     threads = max(1, torch.get_num_threads() // count)
-    duties = [
-        WorkerSpec(n, count, path, plan.level, replace(model, device=place), work, threads, first_shard, slots, factors)
-        for n, place in enumerate(places)
+    specs = [
+        WorkerSpec(n, count, path, plan.level, replace(model, device=device), work, threads, first_shard, shared)
+        for n, device in enumerate(plan.devices)
     ]
-    crew = WorkerPool(plan, store, progress)
+    pool = WorkerPool(plan, store, progress)
     try:
         with uninterrupted():
-            crew.start(duties)
-        crew.serve()
+            pool.start(specs)
+        pool.serve()
     except KeyboardInterrupt:
-        crew.stop(_SECONDS_TO_STOP)
+        pool.stop(_SECONDS_TO_STOP)
         raise
     except Exception:
-        crew.stop(_SECONDS_AFTER_FAILURE)
+        pool.stop(_SECONDS_AFTER_FAILURE)
         raise
     finally:
-        crew.kill()
-    return crew.batched
+        pool.kill()
+    return pool.batched
 
 
 class _Worker:
     """The parent's side of a worker."""
 
-    def __init__(self, duty: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         context = multiprocessing.get_context("spawn")
-        self.number, self.ready = duty.number, False
+        self.number, self.ready = spec.number, False
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(duty, theirs), daemon=True)
+        self.process = context.Process(target=_work, args=(spec, theirs), daemon=True)
         self.process.start()
         theirs.close()
 
     def death(self) -> ResourceError:
-        """The error of a worker that ended before its work did."""
+        """Return the error of a worker that ended before its work did."""
         self.process.join(5)
         code = self.process.exitcode
         how = f"ended with exit code {code}"
@@ -163,20 +161,20 @@ class _Worker:
 
 
 class WorkerPool:
-    """The workers of a build, and what is left for them to do."""
+    """The workers of a build, and the units that are left."""
 
-    def __init__(self, plan: Plan, store: Store, progress: Progress) -> None:
-        self.left = deque(plan.units)
+    def __init__(self, plan: LevelPlan, store: Store, progress: Progress) -> None:
+        self.units = deque(plan.units)
         self.store, self.level, self.progress = store, plan.level, progress
         self.done, self.total = 0, plan.tokens
         self.batched = True
         self.workers: dict[connection.Connection, _Worker] = {}
 
-    def start(self, duties: Sequence[WorkerSpec]) -> None:
-        """Start a process for each of `duties`."""
-        with _unheard_by_children():
-            for duty in duties:
-                worker = _Worker(duty)
+    def start(self, specs: Sequence[WorkerSpec]) -> None:
+        """Start a process for each of `specs`."""
+        with _signals_blocked_in_children():
+            for spec in specs:
+                worker = _Worker(spec)
                 self.workers[worker.pipe] = worker
 
     def serve(self) -> None:
@@ -186,13 +184,13 @@ class WorkerPool:
         while working:
             for pipe in connection.wait(list(working)):
                 with uninterrupted():  # half a message would spoil the next one
-                    if not self._hear(working[pipe]):
+                    if not self._receive(working[pipe]):
                         del working[pipe]
         for worker in self.workers.values():
             worker.process.join()
 
-    def _hear(self, worker: _Worker) -> bool:
-        """Take a message, and act on it; whether there will be more."""
+    def _receive(self, worker: _Worker) -> bool:
+        """Receive a message and act on it. Return whether more will come."""
         try:
             kind, value = worker.pipe.recv()
         except (EOFError, OSError):
@@ -217,12 +215,12 @@ class WorkerPool:
         return kind != "end"
 
     def _give(self, worker: _Worker) -> None:
-        """The next unit, or None where there is no more."""
-        with suppress(OSError):  # it has died, which is found out when it is listened to
-            worker.pipe.send(_slim(self.left.popleft()) if self.left else None)
+        """Send the next unit, or None where there is no more."""
+        with suppress(OSError):  # a dead worker is found when its pipe is read
+            worker.pipe.send(_without_texts(self.units.popleft()) if self.units else None)
 
     def stop(self, seconds: float) -> None:
-        """Let the workers write what they finished, and list it. Shards not listed in time are when the next begins."""
+        """Let the workers write what they finished, and list it. The next build lists shards that come too late."""
         deadline = time.monotonic() + seconds
         for worker in self.workers.values():
             worker.process.terminate() if worker.ready else worker.process.kill()
@@ -247,16 +245,16 @@ class WorkerPool:
             pipe.close()
 
 
-def _slim(unit: Unit) -> Unit:
-    """Without the responses' tokens as text, which no gradient needs."""
+def _without_texts(unit: Unit) -> Unit:
+    """Drop the responses' tokens as text, which no gradient needs."""
     kept = {id(item.encoding): item.encoding for batch in unit for item in batch}
     slim = {key: replace(encoding, tokens=[]) for key, encoding in kept.items()}
     return [[replace(item, encoding=slim[id(item.encoding)]) for item in batch] for batch in unit]
 
 
 @contextmanager
-def _unheard_by_children() -> Iterator[None]:
-    """Processes that begin in the block never hear Ctrl-C, which a terminal sends to all of them.
+def _signals_blocked_in_children() -> Iterator[None]:
+    """Keep Ctrl-C, which a terminal sends to all processes, from those that start in the block.
 
     SIGTERM waits until they are ready for it.
     """
@@ -272,35 +270,35 @@ def _unheard_by_children() -> Iterator[None]:
 
 
 class _Stopped(BaseException):
-    """The parent wants the worker to end."""
+    """The parent has asked the worker to end."""
 
 
-def _work(duty: WorkerSpec, pipe: connection.Connection) -> None:
-    """The whole life of a worker."""
+def _work(spec: WorkerSpec, pipe: connection.Connection) -> None:
+    """Run a worker from its start to its end."""
     units: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, units), daemon=True).start()
     try:
         _accept_termination()
-        batched = _compute(duty, pipe, units)
-        _tell(pipe, "end", batched)
+        batched = _compute(spec, pipe, units)
+        _send(pipe, "end", batched)
     except _Stopped:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTERM)  # whoever did not ask for it learns how the worker ended
     except RapidIndexError as error:
-        _tell(pipe, "error", error)
+        _send(pipe, "error", error)
     except BaseException:
-        _tell(pipe, "failed", traceback.format_exc())
+        _send(pipe, "failed", traceback.format_exc())
     finally:
         os._exit(0)  # nothing is left to tidy up, and an interrupted build has to end soon
 
 
-def _tell(pipe: connection.Connection, kind: str, value: Any) -> None:
+def _send(pipe: connection.Connection, kind: str, value: Any) -> None:
     with uninterrupted(), suppress(OSError):  # without a parent, `_listen` ends the process
         pipe.send((kind, value))
 
 
 def _listen(pipe: connection.Connection, units: queue.SimpleQueue) -> None:
-    """Take what the parent sends at once, so that it never waits; and end with it."""
+    """Receive at once, so that the parent never waits, and end with the parent."""
     try:
         while True:
             units.put(pipe.recv())
@@ -309,7 +307,7 @@ def _listen(pipe: connection.Connection, units: queue.SimpleQueue) -> None:
 
 
 def _accept_termination() -> None:
-    """Let the first SIGTERM raise _Stopped, and ignore more of them, so that what is finished can be written."""
+    """Let the first SIGTERM raise _Stopped, and ignore later ones, so that finished units can be written."""
 
     def stop(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -319,20 +317,22 @@ def _accept_termination() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
 
 
-def _compute(duty: WorkerSpec, pipe: connection.Connection, units: queue.SimpleQueue) -> bool:
-    torch.set_num_threads(duty.threads)
-    store, loaded = Store.open(duty.index), load(duty.model)
-    rows, factors = store.rows(duty.level), duty.factors and duty.factors.tensor
-    compressor = load_compressor(store, loaded, K=rows.K, slots=duty.slots.tensor, factors=factors)
-    numbers = itertools.count(duty.first_shard + duty.number, duty.workers)
-    writer = ShardWriter(rows, duty.work, numbers, lambda name: _tell(pipe, "shard", name))
-    _tell(pipe, "ready", None)
-    cache(_taken(units, pipe), compressor, writer, lambda batch: _tell(pipe, "cached", padded_tokens(batch)))
-    return compressor.gradients.batched
+def _compute(spec: WorkerSpec, pipe: connection.Connection, units: queue.SimpleQueue) -> bool:
+    torch.set_num_threads(spec.threads)
+    store, loaded = Store.open(spec.index), load(spec.model)
+    rows = store.rows(spec.level)
+    shared = dict(zip(("slots", "factors"), (array.tensor for array in spec.shared), strict=False))
+    recipe, gradients = Recipe.from_manifest(store.config), PerExampleGradients(loaded.model)
+    compressor = Compressor.of(recipe, gradients, vectors=store.eigenvectors(), K=rows.K, **shared)
+    numbers = itertools.count(spec.first_shard + spec.number, spec.workers)
+    writer = ShardWriter(rows, spec.work, numbers, lambda name: _send(pipe, "shard", name))
+    _send(pipe, "ready", None)
+    cache(_received(units, pipe), compressor, writer, lambda batch: _send(pipe, "cached", padded_tokens(batch)))
+    return gradients.batched
 
 
-def _taken(units: queue.SimpleQueue, pipe: connection.Connection) -> Iterator[Unit]:
-    """The units as they come, asking for another as each is done."""
+def _received(units: queue.SimpleQueue, pipe: connection.Connection) -> Iterator[Unit]:
+    """Yield the units as they come, and ask for another after each."""
     while (unit := units.get()) is not None:
         yield unit
-        _tell(pipe, "next", None)
+        _send(pipe, "next", None)

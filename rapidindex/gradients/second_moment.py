@@ -1,35 +1,134 @@
-"""The second-moment correction: each gradient entry divided by (v + 1e-3 · mean(v))^½ before it is normalised.
+"""Second-moment corrections, applied to per-example gradients before they are normalised.
 
-v is the mean squared gradient over a sample of training examples at the same checkpoint, or Adam's or Adafactor's
-bias-corrected second moment from a training checkpoint (TrackStar's optimizer correction, arXiv 2410.17413). With
-`kronecker` entries are those along each layer's eigenvectors, and a tenth of the layer's mean is added instead.
+Each entry is divided by (v + 1e-3 · mean(v))^½. v is the mean squared gradient over a sample of training examples at
+the same checkpoint, or Adam's or Adafactor's bias-corrected second moment from a training checkpoint (TrackStar's
+optimizer correction, arXiv 2410.17413). `kronecker` divides along each layer's eigenvectors, and adds a tenth of the
+layer's mean instead. A preconditioner applies the correction; `preconditioner_of` names its class.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rapidindex.errors import ModelError
-from rapidindex.gradients.eigenbases import Eigenbases
-from rapidindex.gradients.losses import Batch, Layer, trainable
+from rapidindex.errors import DamagedIndex, ModelError
+from rapidindex.gradients.eigenbases import Eigenbases, estimate_eigenbases, vector_entries
+from rapidindex.gradients.losses import Batch, Layer, trainable, with_drawn_labels
 from rapidindex.gradients.per_example import PerExampleGradients
 
 DAMPING = 1e-3
-KRONECKER, KRONECKER_DAMPING = "kronecker", 0.1
+KRONECKER_DAMPING = 0.1
 _CHUNK = 2**20  # entries summed in double precision at a time
+
+Track = Callable[[Sequence[Batch], str], Iterable[Batch]]
+"""Yields the batches of a pass over the sample, and reports the progress of the pass, which is named."""
+
+
+class Preconditioner:
+    """The identity, and what the others share: they correct the gradients of one layer at a time."""
+
+    sample_passes = 0
+    """Passes over the sample that `estimate` makes."""
+
+    def __init__(self, layers: Sequence[Layer], factors: Tensor | None = None, vectors: Tensor | None = None) -> None:
+        self.layers, self.factors = layers, factors
+
+    @staticmethod
+    def vector_entries(layers: Sequence[Layer]) -> int:
+        """Count the entries of the eigenvectors that are stored beside v."""
+        return 0
+
+    @staticmethod
+    def factors_of(v: Float[Tensor, " size"], layers: Sequence[Layer]) -> Float[Tensor, " size"] | None:
+        """Return the factor of each gradient entry, float32 [|v|]; None for the identity."""
+        return None
+
+    @classmethod
+    def estimate(
+        cls, gradients: PerExampleGradients, sample: Sequence[Batch], seed: int, track: Track
+    ) -> tuple[Float[Tensor, " size"], Float[Tensor, " entries"] | None]:
+        """Return v and the eigenvectors along which it was taken, None for the axes. ModelError if v has no value."""
+        return estimate_second_moment(gradients, track(sample, "second moment")), None
+
+    def apply(self, number: int, gradients: Float[Tensor, "examples n"]) -> None:
+        """Correct the gradients of layer `number` in place."""
+
+
+class Diagonal(Preconditioner):
+    """Multiplies each entry by (v + 1e-3 · mean(v))^-½."""
+
+    sample_passes = 1
+
+    @staticmethod
+    def factors_of(v: Float[Tensor, " size"], layers: Sequence[Layer]) -> Float[Tensor, " size"]:
+        """Return (v + 1e-3 · mean(v))^-½, float32 [|v|]."""
+        return correction(v)
+
+    def apply(self, number: int, gradients: Float[Tensor, "examples n"]) -> None:
+        """Correct the gradients of layer `number` in place."""
+        gradients.mul_(self._factors(number))
+
+    def _factors(self, number: int) -> Tensor:
+        layer = self.layers[number]
+        return self.factors[layer.start : layer.start + layer.size]
+
+
+class Eigenbasis(Diagonal):
+    """Multiplies the entries along each layer's eigenvectors by (v + 0.1 · the layer's mean of v)^-½."""
+
+    sample_passes = 2
+
+    def __init__(self, layers: Sequence[Layer], factors: Tensor, vectors: Tensor | None) -> None:
+        super().__init__(layers, factors)
+        if vectors is None or len(vectors) != vector_entries(layers):
+            raise DamagedIndex(
+                "The index does not hold the eigenvectors of this model's layers.",
+                hint="Type `rapidindex check INDEX`.",
+            )
+        self.bases = Eigenbases(layers, vectors)
+
+    vector_entries = staticmethod(vector_entries)
+
+    @staticmethod
+    def factors_of(v: Float[Tensor, " size"], layers: Sequence[Layer]) -> Float[Tensor, " size"]:
+        """Return (v + 0.1 · the layer's mean of v)^-½, float32 [|v|], along the eigenvectors."""
+        return kronecker_correction(v, [layer.size for layer in layers])
+
+    @classmethod
+    def estimate(
+        cls, gradients: PerExampleGradients, sample: Sequence[Batch], seed: int, track: Track
+    ) -> tuple[Float[Tensor, " size"], Float[Tensor, " entries"]]:
+        """Return v and the eigenvectors from the loss of tokens that the model draws, by `seed`.
+
+        With the data's own tokens the correction would take out of the gradients what the sample itself taught.
+        """
+        numbered = enumerate(track(sample, "draw tokens"))
+        batches = [with_drawn_labels(gradients.model, batch, 2**20 * seed + number) for number, batch in numbered]
+        vectors = estimate_eigenbases(gradients, track(batches, "eigenvectors"))
+        bases = Eigenbases(gradients.layers, vectors.to(batches[0].input_ids.device))
+        return estimate_second_moment(gradients, track(batches, "second moment"), bases), vectors
+
+    def apply(self, number: int, gradients: Float[Tensor, "examples n"]) -> None:
+        """Correct the gradients of layer `number` in place."""
+        rotated = self.bases.to_eigenbasis(number, gradients) * self._factors(number)
+        gradients.copy_(self.bases.from_eigenbasis(number, rotated))
+
+
+def preconditioner_of(second_moment: str) -> type[Preconditioner]:
+    """Return the class for a value of `GradientConfig.second_moment`."""
+    return {"none": Preconditioner, "kronecker": Eigenbasis}.get(second_moment, Diagonal)
 
 
 def correction(second_moment: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
-    """The factor (v + 1e-3 · mean(v))^-½ of each gradient entry; 1 everywhere if v is zero everywhere."""
+    """Return the factor (v + 1e-3 · mean(v))^-½ of each gradient entry; 1 everywhere where v is zero everywhere."""
     mean = sum(part.double().sum().item() for part in second_moment.split(_CHUNK)) / len(second_moment)
     return (second_moment + DAMPING * mean).rsqrt_() if mean > 0 else torch.ones_like(second_moment)
 
 
 def kronecker_correction(second_moment: Float[Tensor, " size"], sizes: Sequence[int]) -> Float[Tensor, " size"]:
-    """The factor (v + 0.1 · mean(v))^-½ of each entry along its layer's eigenvectors; the mean is the layer's own."""
+    """Return the factor (v + 0.1 · mean(v))^-½ of each entry along its layer's eigenvectors, with the layer's mean."""
     parts = []
     for v in second_moment.split(list(sizes)):
         mean = float(v.double().mean())
@@ -40,9 +139,9 @@ def kronecker_correction(second_moment: Float[Tensor, " size"], sizes: Sequence[
 def estimate_second_moment(
     gradients: PerExampleGradients, batches: Iterable[Batch], eigenbases: Eigenbases | None = None
 ) -> Float[Tensor, " size"]:
-    """The mean squared gradient over the examples of `batches`, along `eigenbases` where they are given.
+    """Return the mean squared gradient over the examples of `batches`, along `eigenbases` where they are given.
 
-    Examples whose gradient is not finite are left out.
+    A batch with a gradient that is not finite is left out. ModelError where no batch is left.
     """
     layers = gradients.layers
     total = torch.zeros(layers[-1].start + layers[-1].size)
@@ -70,9 +169,9 @@ def estimate_second_moment(
 
 
 def read_second_moment(path: str | Path, model: nn.Module, layers: list[Layer]) -> Float[Tensor, " size"]:
-    """Adam's or Adafactor's bias-corrected second moment from a Trainer checkpoint folder or its `optimizer.pt`.
+    """Read Adam's or Adafactor's bias-corrected second moment from a Trainer checkpoint folder or its `optimizer.pt`.
 
-    Raises ModelError if the file is missing, or is not the state of an optimizer of this model's trainable parameters.
+    ModelError where the file is missing, or is not the state of an optimizer of this model's trainable parameters.
     """
     file = Path(path) / "optimizer.pt" if Path(path).is_dir() else Path(path)
     hint = "Give the folder of a training checkpoint that holds optimizer.pt, `estimate`, `kronecker` or `none`."
@@ -91,14 +190,15 @@ def read_second_moment(path: str | Path, model: nn.Module, layers: list[Layer]) 
             f"{file} holds the state of {len(numbers)} parameters; the model has {len(names)} trainable ones.",
             hint="Take the checkpoint of the same fine-tuning run, or `estimate`.",
         )
-    found = {
-        name: (state.get(number), group) for number, name, group in zip(numbers, names, _each(groups), strict=True)
+    states = {
+        name: (state.get(number), group)
+        for number, name, group in zip(numbers, names, _group_of_each(groups), strict=True)
     }
-    return torch.cat([_second_moment(layer.name, *found[layer.name], parameters[layer.name]) for layer in layers])
+    return torch.cat([_second_moment(layer.name, *states[layer.name], parameters[layer.name]) for layer in layers])
 
 
 def _names_by_group(model: nn.Module, parameters: dict[str, nn.Parameter], groups: int) -> list[str]:
-    """Trainable names in the optimizer's order: Trainer puts those without weight decay into a second group."""
+    """Return the trainable names in the optimizer's order: Trainer's second group has no weight decay."""
     if groups == 1:
         return list(parameters)
     from transformers import Trainer
@@ -107,7 +207,8 @@ def _names_by_group(model: nn.Module, parameters: dict[str, nn.Parameter], group
     return [n for n in parameters if n in decayed] + [n for n in parameters if n not in decayed]
 
 
-def _each(groups: list[dict]) -> Iterable[dict]:
+def _group_of_each(groups: list[dict]) -> Iterable[dict]:
+    """Yield the group of each parameter."""
     return (group for group in groups for _ in group["params"])
 
 

@@ -1,4 +1,8 @@
-"""A question as the model reads it, and its RapidGrad."""
+"""A query as the model reads it: its answer, its tokens, and the RapidGrad of the loss of those asked about.
+
+A query's gradient is computed as a training example's is, with the loss of the selected tokens alone (Eq. 5 for the
+whole answer, Eq. 7 for some of it).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rapidindex.data.templates import Encoding
+from rapidindex.data.examples import Example
+from rapidindex.data.templates import Encoding, Template
+from rapidindex.data.tokens import select
+from rapidindex.errors import QueryError
 from rapidindex.gradients.losses import Batch
-from rapidindex.gradients.rapidgrad import RapidGrads
+from rapidindex.gradients.rapidgrad import Compressor, RapidGrads
+from rapidindex.model.model import LoadedModel, generate
+from rapidindex.query.questions import Query
 from rapidindex.results import QueryInfo
 
 
@@ -16,19 +25,57 @@ from rapidindex.results import QueryInfo
 class EncodedQuery:
     """A query as the model reads it."""
 
-    asked: QueryInfo
+    info: QueryInfo
     encoding: Encoding
     rapidgrads: RapidGrads
-    """Of the loss of the selected tokens: one row."""
+    """One row: the RapidGrad of the loss of the selected tokens."""
+    seconds: float = 0.0
+    """Seconds that the answer and the gradient took."""
 
 
-def rows_of(posed: Sequence[EncodedQuery]) -> np.ndarray:
-    """The RapidGrads of several queries: float32 [queries, K]."""
-    return torch.cat([query.rapidgrads.rows for query in posed]).cpu().numpy()
+def encode_query(
+    query: Query, loaded: LoadedModel, template: Template, compressor: Compressor, max_new_tokens: int
+) -> EncodedQuery:
+    """Answer the query where it has no answer, select its tokens, and compute its RapidGrad.
+
+    QueryError for an empty prompt or answer, a text longer than the template's limit, or a gradient that is not finite;
+    TokenNotFound where the token is not in the answer.
+    """
+    if not query.text.strip():
+        raise QueryError("The prompt is empty.", hint="Give the prompt that the model was asked.")
+    answer = query.answer
+    if answer is None:
+        answer = generate_answer(query, loaded, template, max_new_tokens)
+        if not answer.strip():
+            raise QueryError("The model's own answer to this prompt is empty.", hint="Give one with --answer.")
+    if not answer.strip():
+        raise QueryError("The answer is empty.", hint="Give its text with --answer, or leave --answer out.")
+    encoding = template.encode(Example("", query.text, answer, {}, 0, query.turns), end=False)
+    if encoding.truncated:
+        raise QueryError(
+            f"Prompt and answer have more than the {template.max_length} tokens of --max-length.",
+            hint="Shorten them, or build the index with a larger --max-length.",
+        )
+    selection = select(encoding.tokens, answer, token=query.token, span=query.span)
+    rapidgrads = compressor(selected_batch(encoding, selection, loaded.device))
+    if not rapidgrads.rows.isfinite().all():
+        raise QueryError(f"The gradient of the answer {answer!r} is not finite.", hint="Use --dtype float32.")
+    return EncodedQuery(QueryInfo(query.text, answer, encoding.tokens, selection), encoding, rapidgrads)
 
 
-def as_batch(encoding: Encoding, selection: Sequence[int], device: torch.device) -> Batch:
-    """One text whose loss is the mean over the selected tokens of its response."""
+def generate_answer(query: Query, loaded: LoadedModel, template: Template, max_new_tokens: int) -> str:
+    """Return the model's greedy answer."""
+    prompt, special = template.render_prompt(query.turns), template.add_special_tokens
+    return generate(loaded, prompt, add_special_tokens=special, max_new_tokens=max_new_tokens)
+
+
+def stack_rows(queries: Sequence[EncodedQuery]) -> np.ndarray:
+    """Return the RapidGrads of the queries, float32 [queries, K]."""
+    return torch.cat([query.rapidgrads.rows for query in queries]).cpu().numpy()
+
+
+def selected_batch(encoding: Encoding, selection: Sequence[int], device: torch.device) -> Batch:
+    """Return a batch of one text whose loss is the mean over the selected tokens of its response."""
     weights = np.zeros(len(encoding.input_ids), np.float32)
     weights[np.flatnonzero(encoding.response_mask)[list(selection)]] = 1 / len(selection)
     return Batch.of([encoding.input_ids], [weights], device)

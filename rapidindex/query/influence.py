@@ -1,47 +1,107 @@
-"""Heat-maps and uncompressed influence of the rows that a search found."""
+"""Heat-maps and uncompressed influence of the rows that a search found (Eq. 6 to 8), and the order that they give."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from jaxtyping import Float32
 
 from rapidindex.data.templates import Encoding
+from rapidindex.gradients.losses import Batch
+from rapidindex.gradients.rapidgrad import Compressor
+from rapidindex.gradients.token_scores import TokenScores, shares
+from rapidindex.query.encode import EncodedQuery, selected_batch
 from rapidindex.results import Match, Rescoring
 
 RESCORED = 4
-"""Candidates for each match asked for, of which `rescore` computes the uncompressed influence."""
-
+"""Candidates for each match, of which `rescore` computes the uncompressed influence."""
 HEATMAP_TOKENS = 1024
 """Padded tokens of candidates whose heat-maps are computed together."""
+
+Norms = Callable[[Sequence[int]], Float32[np.ndarray, "rows layers"]]
+"""Reads the stored norms of each layer in these rows."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row that a search found, and what is said of it."""
+    """A stored row that a search found."""
 
     row: int
     encoding: Encoding
+    """The row's example."""
     match: Match
 
 
-def rescored(found: list[Candidate], k: int, *, largest: bool) -> tuple[list[Candidate], Rescoring]:
-    """The k candidates of the largest (or smallest) uncompressed influence, and how far the order has moved."""
-    exact = np.array([one.match.exact_score for one in found])
-    order = np.argsort(-exact if largest else exact, kind="stable")
+class Influence:
+    """Computes uncompressed influences with one model and recipe."""
+
+    def __init__(self, compressor: Compressor) -> None:
+        self.compressor = compressor
+        self.scorer = TokenScores(compressor.gradients.model)
+        self.device = next(compressor.gradients.model.parameters()).device
+
+    def with_heatmaps(self, candidates: Sequence[Candidate], query: EncodedQuery, norms: Norms) -> list[Candidate]:
+        """Add every token's share and the uncompressed influence to the candidates' matches.
+
+        An example's influence is the mean of the shares. A token's is its own share, and the shares of the other tokens
+        are in the same unit: that of the norms of this token.
+        """
+        direction = self.compressor.direction(selected_batch(query.encoding, query.info.selection, self.device))
+        scored: list[Candidate] = []
+        for group in _groups(candidates):
+            masks = [candidate.encoding.response_mask.astype(np.float32) for candidate in group]
+            batch = Batch.of([candidate.encoding.input_ids for candidate in group], masks, self.device)
+            lengths = torch.from_numpy(norms([candidate.row for candidate in group])).to(self.device)
+            token_scores = shares(self.scorer, self.compressor, direction, batch, lengths)
+            scored += [_scored(*pair) for pair in zip(group, token_scores, strict=True)]
+        return scored
+
+    def with_answer_scores(self, candidate: Candidate, query: EncodedQuery) -> Candidate:
+        """Add the influence on each token of the answer (Eq. 7 for every j) to the candidate's match.
+
+        Influence is symmetric: this is the heat-map of the query along the direction of the training example.
+        """
+        position = candidate.match.position
+        selection = range(len(candidate.match.tokens)) if position is None else [position]
+        direction = self.compressor.direction(selected_batch(candidate.encoding, selection, self.device))
+        mask = query.encoding.response_mask.astype(np.float32)
+        whole = Batch.of([query.encoding.input_ids], [mask], self.device)
+        scores = shares(self.scorer, self.compressor, direction, whole, query.rapidgrads.norms)[0]
+        return replace(candidate, match=replace(candidate.match, answer_scores=scores.tolist()))
+
+
+def rescore(candidates: Sequence[Candidate], k: int, *, largest: bool) -> tuple[list[Candidate], Rescoring]:
+    """Return the k candidates of the largest (or smallest) uncompressed influence, and how far the order has moved."""
+    influence = np.array([candidate.match.exact_score for candidate in candidates])
+    order = np.argsort(-influence if largest else influence, kind="stable")
     n = len(order)
     moves = np.abs(np.argsort(order) - np.arange(n))
     spearman = 1 - 6 * float((moves.astype(float) ** 2).sum()) / (n * (n**2 - 1)) if n > 1 else None
-    kept = [replace(found[i], match=replace(found[i].match, rank=rank)) for rank, i in enumerate(order[:k], 1)]
-    return kept, Rescoring(n, spearman, int(moves.max(initial=0)))
+    best = [candidates[number] for number in order[:k]]
+    ranked = [replace(one, match=replace(one.match, rank=rank)) for rank, one in enumerate(best, 1)]
+    return ranked, Rescoring(n, spearman, int(moves.max(initial=0)))
 
 
-def groups(found: list[Candidate]) -> list[list[Candidate]]:
-    """Candidates in their order, in batches of about so many padded tokens."""
-    groups: list[list[Candidate]] = []
-    for one in found:
-        longest = max((len(other.encoding.input_ids) for other in groups[-1]), default=0) if groups else 0
-        longest = max(longest, len(one.encoding.input_ids))
-        if groups and longest * (len(groups[-1]) + 1) <= HEATMAP_TOKENS:
-            groups[-1].append(one)
-        else:
-            groups.append([one])
-    return groups
+def _scored(candidate: Candidate, token_scores: torch.Tensor) -> Candidate:
+    position = candidate.match.position
+    influence = token_scores.mean() if position is None else token_scores[position]
+    match = replace(candidate.match, token_scores=token_scores.tolist(), exact_score=float(influence))
+    return replace(candidate, match=match)
+
+
+def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
+    """Yield the candidates in their order, in batches of about HEATMAP_TOKENS; one for one where they are tokens.
+
+    Tokens of one example differ in their norms, and so in the unit of their heat-maps.
+    """
+    group: list[Candidate] = []
+    longest = 0
+    for candidate in candidates:
+        longest = max(longest, len(candidate.encoding.input_ids))
+        if group and (candidate.match.position is not None or longest * (len(group) + 1) > HEATMAP_TOKENS):
+            yield group
+            group, longest = [], len(candidate.encoding.input_ids)
+        group.append(candidate)
+    if group:
+        yield group

@@ -7,15 +7,11 @@ import pytest
 import torch
 
 from bench.crash import write_data
-from rapidindex.caching import estimate as estimating
-from rapidindex.caching.batches import as_batch
 from rapidindex.caching.build import build
-from rapidindex.caching.estimate import LiveTensorMeter, estimate, estimate_resources, measure_activations
-from rapidindex.caching.job import prepare
+from rapidindex.caching.estimate import FreeResources, ResourceEstimate, check_resources, estimate
+from rapidindex.caching.estimate import _PeakMemory as PeakMemory
 from rapidindex.config import BuildConfig, BuildRequest, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.errors import ResourceError
-from rapidindex.gradients.rapidgrad import Compressor
-from rapidindex.gradients.sketch import Sketch
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +38,7 @@ def test_the_bytes_on_disk_are_predicted_within_two_per_cent(asked, second_momen
 def test_parts_add_up_and_an_index_that_is_there_needs_only_the_rest(asked):
     whole = estimate(asked)
     assert whole.examples == 60 and whole.total_seconds == pytest.approx(sum(whole.seconds.values()))
-    parts = {"model", "map of slots", "correction", "activations", "logits", "per-example gradients", "rows buffer"}
-    assert parts <= set(whole.memory)
+    assert {"longest batch, model and libraries", "rows buffer"} == set(whole.memory)
 
     def stop(stage, done, total):
         if stage == "cache" and done:
@@ -59,28 +54,29 @@ def test_parts_add_up_and_an_index_that_is_there_needs_only_the_rest(asked):
 
 
 @pytest.mark.parametrize("way", ["lora", "full"])
-def test_the_memory_of_the_largest_batch_is_told_before_it_is_computed(asked, way):
+def test_the_memory_of_a_build_is_the_measured_peak_of_its_longest_batch(asked, way):
     model = asked.model if way == "lora" else replace(asked.model, adapter=None)
-    job = prepare(replace(asked, model=model, work=BuildConfig(batch_tokens=2048)))
-    plan = job.plan("sentence", job.items)
-    told = estimate_resources(job, plan, 1, measure_activations(job.gradients)).memory
-    parts = ("activations", "logits", "per-example gradients", "RapidGrads of a batch")
-    sketch = Sketch(job.size, job.request.sketch)
-    sketch = Sketch(job.size, job.request.sketch, sketch.slots(0, job.size))
-    compressor = Compressor(job.gradients, sketch, normalize="unit", correction=torch.ones(job.size))
-    with LiveTensorMeter() as alive:
-        for batch in plan.batches:
-            compressor(as_batch(batch, "cpu"))
-    assert sum(told[part] for part in parts) == pytest.approx(alive.peak, rel=0.15)
+    asked = replace(asked, model=model, sketch=SketchConfig(K=2**20), work=BuildConfig(batch_tokens=4096))
+    predicted = estimate(asked)
+    assert sum(predicted.memory.values()) == predicted.total_memory
+    with PeakMemory(torch.device("cpu")) as peak:
+        build(asked)
+    rows = predicted.memory["rows buffer"]
+    assert peak.memory - rows == pytest.approx(predicted.memory["longest batch, model and libraries"], rel=0.2)
 
 
-def test_a_batch_that_does_not_fit_is_refused_with_the_numbers_before_anything_is_written(asked, monkeypatch):
-    monkeypatch.setattr(estimating, "_left_in_container", lambda: 2**20)
-    for attempt in (build, estimate):
-        with pytest.raises(ResourceError, match=r"MiB of memory \(.*activations [0-9.]+.*\); 1.0 are free") as refusal:
-            attempt(replace(asked, work=BuildConfig(batch_tokens=4096)))
-        assert "--batch-tokens" in refusal.value.hint
-    assert not Path(asked.output).exists()
+def test_what_is_more_than_what_is_free_is_refused_with_the_numbers():
+    needed = ResourceEstimate({"rows": 3 * 2**20}, {"map of slots": 2**20, "correction": 2**21}, {"model": 2**30})
+    enough = FreeResources(2**30, 2**30, 2**31)
+    check_resources(needed, enough, "index")
+    for name, sizes in (
+        ("disk", r"3.0 MiB of disk space \(rows 3.0\); 1.0 are free"),
+        ("memory", r"3.0 MiB of memory \(correction 2.0, map of slots 1.0\); 1.0 are free"),
+        ("device", r"1,024 MiB of GPU memory \(model 1,024\); 1.0 are free"),
+    ):
+        with pytest.raises(ResourceError, match=sizes) as refusal:
+            check_resources(needed, replace(enough, **{name: 2**20}), "index")
+        assert "-K" in refusal.value.hint
 
 
 def test_more_workers_than_memory_are_refused_with_the_numbers_before_anything_is_written(asked):

@@ -11,11 +11,21 @@ from rapidindex.caching.build import build
 from rapidindex.caching.estimate import estimate
 from rapidindex.caching.job import prepare
 from rapidindex.caching.update import add, remove
-from rapidindex.config import BuildConfig, BuildRequest, GradientConfig, ModelConfig, SketchConfig, TokenConfig
+from rapidindex.config import (
+    BuildConfig,
+    BuildRequest,
+    GradientConfig,
+    ModelConfig,
+    QueryOptions,
+    SketchConfig,
+    TokenConfig,
+)
 from rapidindex.data.tokens import chosen
 from rapidindex.errors import ConfigMismatch, StoreError, UsageError
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.model.model import load
+from rapidindex.query.encode import stack_rows
+from rapidindex.query.questions import Query
 from rapidindex.results import Result, Token
 from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Store, check
@@ -123,7 +133,7 @@ def test_a_search_of_tokens_finds_the_largest_products_and_says_which_tokens_the
     index = Index.open(tmp_path / "index")
     result = index.query(PROMPT, answer=ANSWER, token="Japan", k=5, level="token")
     stored = token_rows(tmp_path / "index")[0]
-    vector = index.vectors([replace_query(result)], level="token")[0]
+    vector = stack_rows(index.encode([replace_query(result)], QueryOptions(level="token")))[0]
     truth = {key: float(row @ vector) for key, row in stored.items()}
     best = sorted(truth, key=truth.get, reverse=True)[:5]
     assert [(match.id, match.position) for match in result.matches] == best
@@ -136,8 +146,6 @@ def test_a_search_of_tokens_finds_the_largest_products_and_says_which_tokens_the
 
 
 def replace_query(result):
-    from rapidindex.query.questions import Query
-
     return Query(result.query.prompt, result.query.answer, token="Japan")
 
 

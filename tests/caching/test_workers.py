@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from rapidindex.caching.build import build
-from rapidindex.caching.job import devices
+from rapidindex.caching.job import worker_devices
 from rapidindex.caching.workers import Shared
-from rapidindex.config import BuildConfig, BuildRequest, GradientConfig, SketchConfig
+from rapidindex.config import BuildConfig, BuildRequest, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.store import Store, check
 from tests.oracles import all_rows
 
@@ -47,5 +47,5 @@ def test_shared_memory_holds_what_was_copied_and_is_one_memory():
 
 
 def test_a_gpu_that_was_asked_for_has_all_workers():
-    assert devices(torch.device("cpu"), "auto", 2) == ["cpu", "cpu"]
-    assert devices(torch.device("cuda:1"), "cuda:1", 2) == ["cuda:1", "cuda:1"]
+    assert worker_devices(torch.device("cpu"), ModelConfig("m"), 2) == ["cpu", "cpu"]
+    assert worker_devices(torch.device("cuda:1"), ModelConfig("m", device="cuda:1"), 2) == ["cuda:1", "cuda:1"]

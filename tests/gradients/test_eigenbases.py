@@ -12,11 +12,11 @@ from rapidindex.caching.update import add
 from rapidindex.config import BuildConfig, GradientConfig, SketchConfig
 from rapidindex.errors import DamagedIndex
 from rapidindex.gradients import eigenbases
-from rapidindex.gradients.eigenbases import Eigenbases, entries, estimate_eigenbases
+from rapidindex.gradients.eigenbases import Eigenbases, estimate_eigenbases, vector_entries
 from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
-from rapidindex.gradients.second_moment import estimate_second_moment, kronecker_correction
+from rapidindex.gradients.second_moment import Eigenbasis, estimate_second_moment
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.gradients.token_scores import TokenScores, shares
 from rapidindex.store import Store, check
@@ -45,7 +45,7 @@ def pairs(layers, vectors):
         shape = layer.shape if len(layer.shape) == 2 else (layer.size, 1)
         sides = []
         for side in shape:
-            kept = len(layer.shape) == 2 and 1 < side <= eigenbases.LONGEST
+            kept = len(layer.shape) == 2 and 1 < side <= eigenbases.LONGEST_SIDE
             sides.append(vectors[first : first + side**2].view(side, side) if kept else torch.eye(side))
             first += side**2 * kept
         yield sides
@@ -98,8 +98,7 @@ def test_rapidgrads_are_the_compressed_oracle_and_heat_maps_average_to_it(way, n
         gradients,
         Sketch(sum(layer.size for layer in layers), SketchConfig(K=1024)),
         normalize=normalize,
-        correction=kronecker_correction(v, [layer.size for layer in layers]),
-        eigenbases=Eigenbases(layers, vectors),
+        preconditioner=Eigenbasis(layers, Eigenbasis.factors_of(v, layers), vectors),
     )
     everything = Batch.of(ids, weights)
     whole = [oracle(model, i, w, layers, vectors, v, normalize) for i, w in zip(ids, weights, strict=True)]
@@ -117,9 +116,9 @@ def test_a_side_that_is_too_long_and_what_is_no_matrix_keep_their_axes(monkeypat
     assert any(len(layer.shape) == 1 for layer in layers)
     longest = max(max(layer.shape) for layer in layers)
     squares = [side**2 for layer in layers if len(layer.shape) == 2 for side in layer.shape]
-    assert entries(layers) == sum(squares)
-    monkeypatch.setattr(eigenbases, "LONGEST", longest - 1)
-    assert entries(layers) == sum(square for square in squares if square < longest**2)
+    assert vector_entries(layers) == sum(squares)
+    monkeypatch.setattr(eigenbases, "LONGEST_SIDE", longest - 1)
+    assert vector_entries(layers) == sum(square for square in squares if square < longest**2)
     model = make("llama", "full")
     ids, weights = examples()
     gradients, vectors, _ = fitted(model, ids, weights)

@@ -6,7 +6,7 @@ from rapidindex.errors import ModelError
 from rapidindex.gradients.losses import Batch, trainable
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
-from rapidindex.gradients.second_moment import correction, estimate_second_moment, read_second_moment
+from rapidindex.gradients.second_moment import Diagonal, correction, estimate_second_moment, read_second_moment
 from rapidindex.gradients.sketch import Sketch
 from tests import tiny
 from tests.oracles import autograd, examples, make, oracle
@@ -21,7 +21,12 @@ def test_rapidgrads_are_the_compressed_oracle(way, normalize, corrected):
     gradients = PerExampleGradients(model)
     v = estimate_second_moment(gradients, [Batch.of(ids, weights)]) if corrected else None
     sketch = Sketch(sum(layer.size for layer in gradients.layers), SketchConfig(K=1024))
-    compressor = Compressor(gradients, sketch, normalize=normalize, correction=correction(v) if corrected else None)
+    compressor = Compressor(
+        gradients,
+        sketch,
+        normalize=normalize,
+        preconditioner=Diagonal(gradients.layers, correction(v)) if corrected else None,
+    )
     ours = compressor(Batch.of(ids, weights)).rows
     truth = sketch.compress(torch.stack([oracle(model, i, w, v, normalize) for i, w in zip(ids, weights, strict=True)]))
     assert ((ours - truth).norm(dim=1) <= 2e-5 * truth.norm(dim=1)).all()

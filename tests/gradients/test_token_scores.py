@@ -5,7 +5,7 @@ from rapidindex.config import ModelConfig, SketchConfig
 from rapidindex.gradients.losses import Batch, trainable
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
-from rapidindex.gradients.second_moment import correction, estimate_second_moment
+from rapidindex.gradients.second_moment import Diagonal, correction, estimate_second_moment
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.gradients.token_scores import TokenScores, shares
 from rapidindex.model.model import load
@@ -49,7 +49,12 @@ def test_shares_average_to_the_uncompressed_influence(way, normalize, corrected)
     gradients = PerExampleGradients(model)
     v = estimate_second_moment(gradients, [Batch.of(ids, weights)]) if corrected else None
     sketch = Sketch(sum(layer.size for layer in gradients.layers), SketchConfig(K=256))
-    compressor = Compressor(gradients, sketch, normalize=normalize, correction=correction(v) if corrected else None)
+    compressor = Compressor(
+        gradients,
+        sketch,
+        normalize=normalize,
+        preconditioner=Diagonal(gradients.layers, correction(v)) if corrected else None,
+    )
     query = Batch.of(ids[:1], weights[:1])
     everything = Batch.of(ids, weights)
     stored = compressor(everything).norms

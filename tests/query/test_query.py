@@ -49,7 +49,7 @@ def brute_force(index, positions):
         flat = flat * correction(torch.tensor(np.array(store.second_moment())))
     if options["normalize"] == "unit":
         flat = flat / flat.norm()
-    vector = index.compressor.sketch.compress(flat[None])[0].numpy()
+    vector = index.compressor_of("sentence").sketch.compress(flat[None])[0].numpy()
     return {id: float(row @ vector) for id, row in all_rows(store.path).items()}
 
 
@@ -98,7 +98,7 @@ def test_more_matches_than_examples_are_all_examples(index):
 
 def test_many_queries_are_answered_as_one_by_one(index):
     queries = [Query(PROMPT, ANSWER, "Japan"), Query("Tell me about cats", "cats purr")]
-    together = index.query_many(queries, k=5)
+    together = index.query(queries, k=5)
     for query, result in zip(queries, together, strict=True):
         alone = index.query(query.prompt, answer=query.answer, token=query.token, k=5)
         assert [m.id for m in alone.matches] == [m.id for m in result.matches]
