@@ -1,22 +1,56 @@
 """Which training examples, and which words in them, made the language model say that?
 
-from rapidindex import Index
-index = Index.open("my-index")
+from rapidindex import BuildRequest, Index, build
+
+build(BuildRequest(data=dataset, output="my-index", model=trainer.model, tokenizer=tokenizer))
+index = Index.open("my-index", model=trainer.model, tokenizer=tokenizer)
 result = index.query("What are the origins of yoga?", token="Japan", k=10)
 """
 
+from importlib import import_module
 from typing import Any
 
-from rapidindex.errors import RapidIndexError
-from rapidindex.results import Match, Result
+_HOME = {
+    "build": "caching.build",
+    "add": "caching.update",
+    "remove": "caching.update",
+    "finetune": "model.finetune",
+    "check": "store",
+    "Index": "query.index",
+    "Query": "query.questions",
+    "QueryOptions": "config",
+    "Result": "results",
+    "Match": "results",
+    "BuildRequest": "config",
+    "ModelConfig": "config",
+    "FinetuneConfig": "config",
+    "RapidIndexError": "errors",
+}
+"""The module of each public name: modules are imported when a name is first used, because torch takes seconds."""
 
-__all__ = ["Index", "Match", "Query", "RapidIndexError", "Result"]
+__all__ = [
+    "BuildRequest",
+    "FinetuneConfig",
+    "Index",
+    "Match",
+    "ModelConfig",
+    "Query",
+    "QueryOptions",
+    "RapidIndexError",
+    "Result",
+    "add",
+    "build",
+    "check",
+    "finetune",
+    "remove",
+]
 
 
 def __getattr__(name: str) -> Any:
-    # Index needs torch, which takes seconds to import: the command line's --help must not.
-    if name in ("Index", "Query"):
-        from rapidindex.query import index
+    if name not in _HOME:
+        raise AttributeError(f"module 'rapidindex' has no attribute {name!r}")
+    return getattr(import_module(f"rapidindex.{_HOME[name]}"), name)
 
-        return getattr(index, name)
-    raise AttributeError(f"module 'rapidindex' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

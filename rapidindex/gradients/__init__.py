@@ -1,1 +1,10 @@
-"""Per-example gradients and RapidGrads. Arrays in, arrays out: knows no store and no data files."""
+"""Per-example gradients and RapidGrads: arrays in, arrays out. Knows no store and no data files.
+
+losses         example and token losses, and the layers of the flattened gradient
+per_example    the gradients of a padded batch, one layer at a time, from hooks
+second_moment  the corrections: preconditioners, and the second moments that they take
+eigenbases     each layer's Kronecker eigenbasis
+sketch         Algorithm 1: a gradient compressed to K entries
+rapidgrad      a batch to its RapidGrads: corrected, normalised, compressed
+token_scores   heat-maps: each response token's share of an influence
+"""

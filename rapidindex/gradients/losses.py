@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Layer:
-    """One trainable parameter tensor and its place in the flattened gradient."""
+    """A trainable parameter tensor and its place in the flattened gradient."""
 
     name: str
     start: int
     size: int
     shape: tuple[int, ...] = ()
-    """Of the parameter; its gradient is flattened row by row."""
+    """The parameter's shape; its gradient is flattened row by row."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class Batch:
     input_ids: Int64[Tensor, "examples T"]
     attention: Int64[Tensor, "examples T"]
     weights: Float[Tensor, "examples T"]
-    """The weight of each token's own cross-entropy in its example's loss; 0 for the prompt and the padding."""
+    """Weight of each token's cross-entropy in its example's loss; 0 for the prompt and the padding."""
     labels: Int64[Tensor, "examples T"] | None = None
-    """The tokens that the loss is of, where they are not those of `input_ids`."""
+    """The tokens whose cross-entropy counts, where they are not those of `input_ids`."""
 
     @classmethod
     def of(
         cls, ids: Sequence[np.ndarray], weights: Sequence[np.ndarray], device: torch.device | str = "cpu"
     ) -> "Batch":
-        """Pad token ids (int [T_b]) and loss weights (float [T_b]) of several examples."""
+        """Pad the token ids (int [T_b]) and loss weights (float [T_b]) of several examples."""
         length = max(map(len, ids))
         input_ids = torch.zeros(len(ids), length, dtype=torch.int64)
         attention = torch.zeros_like(input_ids)
@@ -56,19 +56,19 @@ class Batch:
         return len(self.input_ids)
 
     def example(self, row: int) -> "Batch":
-        """One example alone, without its padding."""
+        """Return one example alone, without its padding."""
         length = int(self.attention[row].sum())
         parts = (self.input_ids, self.attention, self.weights, self.labels)
         return Batch(*(None if part is None else part[row : row + 1, :length] for part in parts))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that count, by name; a tied one once."""
+    """Return the trainable parameters by name; tied ones stand once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
-    """The layers in the order of the flattened gradient."""
+    """Return the layers in the order of the flattened gradient."""
     layers, start = [], 0
     for name, parameter in trainable(model).items():
         layers.append(Layer(name, start, parameter.numel(), tuple(parameter.shape)))
@@ -77,7 +77,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
 
 
 def positions_used(weights: Float[Tensor, "examples T"]) -> Int64[Tensor, "examples G"]:
-    """For each example the positions whose next token has a weight, filled up with position 0 to a common G."""
+    """Return, for each example, the positions whose next token has a weight, filled up with 0 to a common G."""
     wanted: Bool[Tensor, "examples T"] = weights[:, 1:] != 0
     most = max(1, int(wanted.sum(1).max()))
     order = torch.argsort(wanted.to(torch.int8), dim=1, descending=True, stable=True)[:, :most]
@@ -85,20 +85,20 @@ def positions_used(weights: Float[Tensor, "examples T"]) -> Int64[Tensor, "examp
 
 
 def example_losses(model: nn.Module, batch: Batch, positions: Tensor | None = None) -> Float[Tensor, " examples"]:
-    """The loss of each example; `positions` [examples, G] are those at which the logits were computed, if not all."""
+    """Return the loss of each example, float32; `positions` [examples, G] are those of the logits, if not all."""
     weights, entropies = token_losses(model, batch, positions)
     return torch.where(weights != 0, weights * entropies, 0.0).sum(1)
 
 
 def token_losses(model: nn.Module, batch: Batch, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weight and the cross-entropy of the token after each position, float32 [examples, G] both."""
+    """Return the weight and the cross-entropy of the token after each position, both float32 [examples, G]."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention, use_cache=False).logits
     if positions is None:
         positions = torch.arange(batch.input_ids.shape[1] - 1, device=logits.device).expand(len(batch), -1)
         logits = logits[:, :-1]
     labels = (batch.input_ids if batch.labels is None else batch.labels).gather(1, positions + 1)
     weights = batch.weights.gather(1, positions + 1)
-    # A filled-up position repeats position 0: it counts only where it stands first, and is wanted.
+    # A filler repeats position 0, which counts only where it stands first and has a weight.
     repeated = (positions == 0) & (torch.arange(positions.shape[1], device=positions.device) > 0)
     weights = weights.masked_fill(repeated, 0.0)
     entropies = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(weights)
@@ -107,9 +107,9 @@ def token_losses(model: nn.Module, batch: Batch, positions: Tensor | None) -> tu
 
 @torch.no_grad()
 def with_drawn_labels(model: nn.Module, batch: Batch, seed: int) -> Batch:
-    """The batch with its loss taken of tokens that are drawn, by `seed`, from the model's own predictions.
+    """Replace the tokens of the loss by tokens drawn from the model's own predictions, by `seed`.
 
-    The mean product of such gradients is the Fisher matrix. The weights are their square roots: drawn tokens are
+    The mean product of such gradients is the Fisher matrix. Each weight becomes its square root: drawn tokens are
     independent, so that each then counts in a product as it does in the loss.
     """
     positions = positions_used(batch.weights)
@@ -124,7 +124,7 @@ def with_drawn_labels(model: nn.Module, batch: Batch, seed: int) -> Batch:
 
 
 def weighted_token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The tokens that have a weight, as a mask bool [examples, G], and their cross-entropies, float32 [examples, G].
+    """Return a mask of the tokens that have a weight, bool [examples, G], and their cross-entropies, float32 likewise.
 
     An example's tokens stand first in its row, in their order; G is the largest number of them.
     """
@@ -139,7 +139,7 @@ def weighted_token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tenso
 
 @contextmanager
 def only_logits_at(model: nn.Module, positions: Tensor) -> Iterator[bool]:
-    """Let the output layer see the hidden states at `positions` [examples, G] alone: the rest of its work is unused."""
+    """Pass the output layer the hidden states at `positions` [examples, G] alone. Yield whether the model has one."""
     head = model.get_output_embeddings()
     if head is None:
         yield False

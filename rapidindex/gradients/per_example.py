@@ -1,12 +1,9 @@
 """Per-example gradients of a padded batch, one layer at a time, from hooks (a layer is one trainable parameter tensor).
 
-For a linear layer the gradient of example b is Σ_t δ_bt ⊗ x_bt: one batched product over the inputs x that the layer
-saw and the gradients δ of its outputs. Embeddings and norms have rules of their own. A model with a trainable parameter
-for which there is no rule, or whose batched gradients fail the comparison with autograd that `PerExampleGradients`
-makes on its first batch, is done one example at a time: slower, and right for any model.
-
-The loss of an example is Σ_t weight_t · cross-entropy_t, every token predicted from the ones before it; with the
-weights 1/G on its G response tokens it is the paper's L(s) (below Eq. 1). Knows nothing of sketches or files.
+The gradient of a linear layer for example b is Σ_t δ_bt ⊗ x_bt: one batched product of the layer's inputs x and the
+gradients δ of its outputs. Embeddings and norms have rules of their own. `PerExampleGradients` compares its first batch
+with autograd. Where the comparison fails, or a trainable parameter has no rule, gradients are computed one example at a
+time: slower, and right for any model. Knows nothing of sketches or files.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,20 +19,21 @@ from transformers.pytorch_utils import Conv1D
 from rapidindex.gradients.losses import Batch, example_losses, layers_of, only_logits_at, positions_used, trainable
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Relative error at which a batched gradient no longer counts as autograd's (a wrong rule is off by about 1)."""
+"""Relative error from which a batched gradient counts as wrong (a wrong rule is off by about 1)."""
 
 _SUMS = 4096
-"""Numbers of a layer's gradient by which it is compared: the length of an error is then known within a few per cent."""
+"""Numbers that stand for a layer's gradient in the comparison: they give an error's length within a few per cent."""
 
 
 Consume = Callable[[int, Tensor], None]
-"""Takes a layer's number and its gradients, float [examples, size]; may change them in place."""
+"""Receives a layer's number and its gradients, float [examples, size]; may change them in place."""
 
 
 class PerExampleGradients:
-    """Computes the gradients of batches of one model.
+    """Computes per-example gradients of one model.
 
-    `batched` tells which way they are computed; `unbatched` names the parameters that made it False.
+    `batched` is False where they are computed one example at a time; `unbatched` then names the parameters that have no
+    rule, or a wrong one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -53,7 +51,10 @@ class PerExampleGradients:
         self._checked = False
 
     def __call__(self, batch: Batch, consume: Consume) -> Float[Tensor, " examples"]:
-        """Hand every layer's gradients, float [examples, size], to `consume` once; return the losses, float32."""
+        """Pass every layer's gradients, float [examples, size], to `consume` once.
+
+        Return the losses, float32 [examples].
+        """
         if self.batched and not self._checked and len(batch) > 1:
             self._check(batch)
         if self.batched and self._checked:
@@ -62,7 +63,7 @@ class PerExampleGradients:
 
     @contextmanager
     def forward(self, batch: Batch, consume: Consume) -> Iterator[tuple[Tensor, "_Recorder"]]:
-        """The losses, float32 [examples], with all that the batched backward pass needs alive within the block."""
+        """Yield the losses, float32 [examples], and keep what the batched backward pass needs within the block."""
         positions = positions_used(batch.weights)
         narrowed = only_logits_at(self.model, positions)
         with torch.enable_grad(), _Recorder(self, len(batch), consume) as recorder, narrowed as is_narrow:
@@ -75,16 +76,16 @@ class PerExampleGradients:
         return losses.detach()
 
     def _single(self, batch: Batch, consume: Consume) -> Tensor:
-        """One example by autograd, whose gradients are handed on as soon as they are complete."""
-        left = dict(enumerate(self.layers))
+        """Compute one example by autograd, and pass each layer's gradient on as soon as it is complete."""
+        missing = dict(enumerate(self.layers))
 
-        def hand_on(parameter: nn.Parameter, number: int) -> None:
+        def pass_on(parameter: nn.Parameter, number: int) -> None:
             gradient, parameter.grad = parameter.grad, None
-            del left[number]
+            del missing[number]
             consume(number, gradient.float().reshape(1, -1))
 
         handles = [
-            parameter.register_post_accumulate_grad_hook(partial(hand_on, number=number))
+            parameter.register_post_accumulate_grad_hook(partial(pass_on, number=number))
             for number, parameter in enumerate(self._parameters)
         ]
         try:
@@ -94,24 +95,24 @@ class PerExampleGradients:
         finally:
             for handle in handles:
                 handle.remove()
-        for number, layer in left.items():
+        for number, layer in missing.items():
             consume(number, torch.zeros(1, layer.size, device=losses.device))
         return losses.detach()
 
     def _one_by_one(self, batch: Batch, consume: Consume) -> Tensor:
-        found: list[list[Tensor]] = [[] for _ in self.layers]
+        collected: list[list[Tensor]] = [[] for _ in self.layers]
         losses = [
-            self._single(batch.example(row), lambda number, gradient: found[number].append(gradient))
+            self._single(batch.example(row), lambda number, gradient: collected[number].append(gradient))
             for row in range(len(batch))
         ]
-        for number, gradients in enumerate(found):
+        for number, gradients in enumerate(collected):
             consume(number, torch.cat(gradients))
         return torch.cat(losses)
 
     def _check(self, batch: Batch) -> None:
         """Compare the batched gradients of the shortest and the longest example with autograd's, layer by layer.
 
-        All of their tokens count: one that is all but certain has a gradient that is mostly rounding.
+        The loss is of all tokens: the gradient of a single token that is all but certain is mostly rounding.
         """
         lengths = batch.attention.sum(1)
         rows = [int(lengths.argmin()), int(lengths.argmax())]
@@ -141,9 +142,9 @@ class PerExampleGradients:
 
 
 def _digest(gradients: Float[Tensor, "examples size"]) -> Float[Tensor, "examples sums"]:
-    """Few signed sums of the entries, of nearly the entries' length, so that all layers' can be held at once.
+    """Return a few signed sums of the entries, of nearly the same length, so that all layers fit into memory.
 
-    The entries are changed in place.
+    Changes the entries in place.
     """
     examples, size = gradients.shape
     if size <= _SUMS:
@@ -159,7 +160,7 @@ class _NoRule(Exception):
 
 
 class _Recorder:
-    """While open, hooks on the modules hand each layer's gradients on as soon as they are complete."""
+    """While open, hooks on the modules pass each layer's gradients on as soon as they are complete."""
 
     def __init__(self, owner: PerExampleGradients, examples: int, consume: Consume) -> None:
         self.owner, self.examples, self.consume = owner, examples, consume
@@ -171,13 +172,13 @@ class _Recorder:
 
     def __enter__(self) -> "_Recorder":
         for parameter in self.owner._parameters:
-            # Autograd then spends nothing on the batch's summed gradients, which nobody wants.
+            # Autograd then spends nothing on the batch's summed gradients, which are not used.
             parameter.requires_grad_(False)
         embeddings = {module for module in self.owner._rules if isinstance(module, nn.Embedding)}
         for module in embeddings | {self.owner.model.get_input_embeddings()}:
-            self.handles.append(module.register_forward_hook(self._open))
+            self.handles.append(module.register_forward_hook(self._start_graph))
         for module in self.owner._rules:
-            self.handles.append(module.register_forward_hook(self._saw))
+            self.handles.append(module.register_forward_hook(self._record_call))
         return self
 
     def __exit__(self, *exception) -> None:
@@ -186,19 +187,19 @@ class _Recorder:
         for parameter in self.owner._parameters:
             parameter.requires_grad_(True)
 
-    def _open(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-        """Let the graph begin at an embedding's output, one copy an example (positions are often looked up once)."""
+    def _start_graph(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+        """Start the graph at an embedding's output, a copy for each example (positions are often looked up once)."""
         return None if self.replaying else output.expand(self.examples, *output.shape[1:]).detach().requires_grad_()
 
     def flush(self) -> None:
-        """Hand on the layers whose gradient is zero, or lacks calls that the loss does not depend on."""
+        """Pass on the layers whose gradient is zero, or waits for calls that the loss does not depend on."""
         for number, layer in enumerate(self.owner.layers):
             if self.calls[number] >= 0:
                 whole = self.partial[number]
                 device = self.owner._parameters[number].device
                 self._emit(number, torch.zeros(self.examples, layer.size, device=device) if whole is None else whole)
 
-    def _saw(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def _record_call(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         if self.replaying:
             return
         rule = self.owner._rules[module]
@@ -209,14 +210,14 @@ class _Recorder:
         for parameter in rule:
             self.calls[self.numbers[id(parameter)]] += 1
         x = inputs[0].detach().expand(self.examples, *inputs[0].shape[1:])
-        output.register_hook(lambda delta: self._came_back(module, x, delta))
+        output.register_hook(lambda delta: self._receive(module, x, delta))
 
-    def _came_back(self, module: nn.Module, x: Tensor, delta: Tensor) -> None:
+    def _receive(self, module: nn.Module, x: Tensor, delta: Tensor) -> None:
         with torch.no_grad():
             for parameter, name in self.owner._rules[module].items():
                 number = self.numbers[id(parameter)]
                 partial = self.partial[number]
-                if type(module) is nn.Embedding:  # large and all but empty: its rows are added where they belong
+                if type(module) is nn.Embedding:  # large and nearly empty: only its rows are added
                     self.partial[number] = _embedding(module, x, delta.detach(), partial)
                 else:
                     gradient = self._gradient(module, name, x, delta.detach()).reshape(self.examples, -1).float()
@@ -241,7 +242,7 @@ class _Recorder:
 
 
 def _rules_of(model: nn.Module) -> dict[nn.Module, dict[nn.Parameter, str]]:
-    """The modules whose own trainable parameters have a batched rule, and those parameters' names there."""
+    """Return the modules whose own trainable parameters have a batched rule, with the parameters' names in them."""
     rules = {}
     for module in model.modules():
         own = {p: name for name, p in module.named_parameters(recurse=False) if p.requires_grad}
@@ -263,7 +264,7 @@ def _linear(module: nn.Module, name: str, x: Tensor, delta: Tensor) -> Tensor:
 
 
 def _embedding(module: nn.Embedding, ids: Tensor, delta: Tensor, partial: Tensor | None) -> Tensor:
-    """The gradients [examples, size], added to `partial` where a tied layer has made that already."""
+    """Return the gradients [examples, size], added to `partial`, which a tied layer may have made already."""
     weight = module.weight
     gradient = torch.zeros(len(ids), weight.numel(), device=delta.device) if partial is None else partial
     kept = delta.float() if module.padding_idx is None else delta.float() * (ids != module.padding_idx).unsqueeze(-1)
@@ -273,7 +274,7 @@ def _embedding(module: nn.Embedding, ids: Tensor, delta: Tensor, partial: Tensor
 
 
 def _replay(module: nn.Module, name: str, x: Tensor, delta: Tensor) -> Tensor:
-    """The gradient of one example from the module run once more: for norms and scaled embeddings, which are cheap."""
+    """Run the module once more for the gradient of one example: norms and scaled embeddings are cheap."""
     with torch.enable_grad():
         parameter = getattr(module, name).detach().requires_grad_()
         output = torch.func.functional_call(module, {name: parameter}, (x,))

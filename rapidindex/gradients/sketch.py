@@ -1,6 +1,6 @@
-"""RapidGrad: a gradient of |v| entries compressed to K, as in the paper's section 3.2 and Algorithm 1.
+"""RapidGrad: the compression of a gradient of |v| entries to K (section 3.2, Algorithm 1).
 
-A RapidGrad is a pure function of (seed, |v|, K, λ): nothing but these is ever stored. Knows nothing of models or files.
+The compression is a pure function of (seed, |v|, K, λ): only these are stored. Knows nothing of models or files.
 
 All λ row and column shuffles together are one permutation of positions. `Sketch.slots` follows each position through
 them to the place where it ends, whose bin (place // (padded / K)) and Rademacher sign make a *slot*: the bin itself
@@ -17,16 +17,16 @@ from torch import Tensor
 from rapidindex.config import SketchConfig
 
 FOLDABLE_K = 65_536
-"""Every K up to this one shares one padded length, so that RapidGrads fold from it to any smaller K."""
+"""Every K up to this one pads gradients to one length, so that RapidGrads fold to any smaller K."""
 LARGEST_DIVISOR = 2**20
-"""Rows or columns that one shuffle moves, at most: the largest permutation that is ever held in memory."""
+"""Rows or columns that one shuffle moves, at most: the largest permutation in memory."""
 _CHUNK = 2**18
 
 
 class Sketch:
-    """The compression of gradients of `size` entries (|v|) to `config.K`.
+    """Compresses gradients of `size` entries (|v|) to `config.K`.
 
-    `slots` is the whole map where it was computed before, in memory shared by several processes, say.
+    `slots` is the whole map, where it was computed before (in memory that several processes share).
     """
 
     def __init__(self, size: int, config: SketchConfig, slots: Int32[Tensor, " size"] | None = None) -> None:
@@ -54,21 +54,21 @@ class Sketch:
 
     @cached_property
     def negative(self) -> np.ndarray:
-        """One bit a place, packed in uint8 with the lowest bit first: set where the place's Rademacher sign is -1."""
+        """The Rademacher signs: one bit a place, packed in uint8 with the lowest bit first; set for -1."""
         words = self._stream(1).random_raw(-(-self.padded // 64))
         return words.astype("<u8").view(np.uint8)
 
     def slots(self, start: int, stop: int, device: torch.device | str = "cpu") -> Int32[Tensor, " n"]:
-        """The slot of each gradient position from `start` up to `stop`."""
+        """Return the slot of each gradient position from `start` up to `stop`."""
         chunks = [self._slots(a, min(a + _CHUNK, stop), device) for a in range(start, stop, _CHUNK)]
         return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int32, device=device)
 
     def empty(self, examples: int, device: torch.device | str = "cpu") -> Float[Tensor, "examples slots"]:
-        """Zeros for `add` to sum into: float32 [examples, 2K]."""
+        """Return zeros that `add` sums into: float32 [examples, 2K]."""
         return torch.zeros(examples, 2 * self.config.K, device=device)
 
     def add(self, sums: Float[Tensor, "examples slots"], start: int, values: Float[Tensor, "examples n"]) -> None:
-        """Add gradient entries `start` to `start + n` of each example to `sums`; the map of slots is kept."""
+        """Add the gradient entries `start` to `start + n` of each example to `sums`, and keep their part of the map."""
         key = (start, values.shape[1], values.device)
         if key not in self._slots_of:
             stop = start + values.shape[1]
@@ -78,12 +78,12 @@ class Sketch:
         sums.index_add_(1, self._slots_of[key].long(), values.to(sums.dtype))
 
     def finish(self, sums: Float[Tensor, "examples slots"]) -> Float[Tensor, "examples K"]:
-        """The RapidGrads from the slots: what was added with sign +1 less what was added with -1."""
+        """Return the RapidGrads: the sums of sign +1 less those of sign -1."""
         K = self.config.K
         return sums[:, :K] - sums[:, K:]
 
     def compress(self, gradients: Float[Tensor, "examples size"]) -> Float[Tensor, "examples K"]:
-        """The RapidGrads of whole gradients."""
+        """Return the RapidGrads of whole gradients."""
         sums = self.empty(len(gradients), gradients.device)
         self.add(sums, 0, gradients)
         return self.finish(sums)
@@ -101,7 +101,7 @@ class Sketch:
         return (place // (self.padded // self.config.K) + self.config.K * is_negative.long()).to(torch.int32)
 
     def _on(self, device: torch.device) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """The shuffles and the signs as tensors on a device."""
+        """Return the shuffles and the signs as tensors on a device."""
         if device not in self._tensors:
             tables = [(torch.from_numpy(rows), torch.from_numpy(columns)) for rows, columns in self.shuffles]
             moved = [(rows.to(device), columns.to(device)) for rows, columns in tables]
@@ -114,6 +114,6 @@ class Sketch:
 
 
 def _draw_order(stream: np.random.Philox, divisors: np.ndarray) -> np.ndarray:
-    """A random order of a random number of rows, as int64."""
+    """Draw an order of a random number of rows, int64."""
     count = divisors[int(stream.random_raw()) % len(divisors)]
     return np.argsort(stream.random_raw(int(count)), kind="stable")

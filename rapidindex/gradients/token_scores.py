@@ -1,4 +1,4 @@
-"""Heat-maps: each response token's share in an example's influence, from one directional derivative.
+"""Heat-maps: each response token's share of an example's influence, from one directional derivative.
 
 With the norms of an example fixed, its influence is linear in its gradient: the score is ⟨u, ∇L(s)⟩ for a direction u
 made from the query's gradient. The derivative of the example's token losses along u gives every token's share (Eq. 6
@@ -21,18 +21,18 @@ from rapidindex.gradients.losses import Batch, trainable, weighted_token_losses
 from rapidindex.gradients.rapidgrad import Compressor
 
 STEPS = (1e-2, 1e-3, 1e-4)
-"""Steps of a central difference, in units of the parameters' own length, among which the best is taken."""
+"""Steps of a central difference, in lengths of the parameters; the best one is taken."""
 
 
 LARGEST_ERROR = 0.02
-"""Relative error, against backpropagation, from which a way is not used."""
+"""Relative error against backpropagation up to which a method is used."""
 
 
 class TokenScores:
-    """Derivatives of token losses of one model along directions in its trainable parameters.
+    """Differentiates the token losses of one model along directions in its trainable parameters.
 
     `method` is chosen by the first example: the first of `forward-mode`, `central difference` and `backward per token`
-    that agrees with backpropagation there. (A custom operation may drop a forward derivative without a word.)
+    that agrees with backpropagation there. (A custom operation may drop a forward derivative silently.)
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,9 +41,9 @@ class TokenScores:
         self._step = STEPS[0]
 
     def __call__(self, batch: Batch, direction: Float[Tensor, " size"]) -> list[Float[Tensor, " tokens"]]:
-        """For each example the derivative of each of its weighted tokens' losses along `direction`, float32.
+        """Return, for each example, the derivative of each weighted token's loss along `direction`, float32 [tokens].
 
-        `direction` is flattened as gradients are: layer after layer.
+        `direction` is float32 [|v|], flattened as gradients are: layer after layer.
         """
         if not direction.any():
             return [torch.zeros(int(n), device=direction.device) for n in (batch.weights[:, 1:] != 0).sum(1)]
@@ -97,15 +97,15 @@ class TokenScores:
             _, entropies = weighted_token_losses(self.model, batch)
             parameters = list(trainable(self.model).values())
             parts = direction.split([parameter.numel() for parameter in parameters])
-            found = []
+            derivatives = []
             for loss in entropies[0]:
                 gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
                 pairs = [(g, part) for g, part in zip(gradients, parts, strict=True) if g is not None]
-                found.append(sum(torch.dot(g.flatten().float(), part) for g, part in pairs))
-        return torch.stack(found).detach()
+                derivatives.append(sum(torch.dot(g.flatten().float(), part) for g, part in pairs))
+        return torch.stack(derivatives).detach()
 
     def _moved(self, tangents: dict[str, Tensor], by: float, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The token losses while the parameters are moved along `tangents`; they come back to the bit."""
+        """Compute the token losses with the parameters moved along `tangents`, then restore them to the bit."""
         parameters = trainable(self.model)
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         try:
@@ -141,21 +141,24 @@ def shares(
     batch: Batch,
     norms: Float[Tensor, "examples layers"],
 ) -> list[Float[Tensor, " tokens"]]:
-    """The share of each response token in the influence of each example on a query: the mean is the influence.
+    """Return each response token's share of each example's influence on a query: their mean is the influence.
 
-    `direction` is the query's (`Compressor.direction`), `norms` the lengths of the examples' layers, as stored.
+    `direction` is the query's (`Compressor.direction`), `norms` the stored lengths of the examples' layers.
     """
     if compressor.normalize == "layer":  # every example has a direction of its own
         alone = [(batch.example(row), compressor.divided(direction, norms[row])) for row in range(len(batch))]
         return [scorer(example, own)[0] for example, own in alone]
-    found = scorer(batch, direction)
+    token_scores = scorer(batch, direction)
     if compressor.normalize == "none":
-        return found
-    return [scores / length if length > 0 else scores for scores, length in zip(found, norms.norm(dim=1), strict=True)]
+        return token_scores
+    return [
+        scores / length if length > 0 else scores
+        for scores, length in zip(token_scores, norms.norm(dim=1), strict=True)
+    ]
 
 
 class _Losses(nn.Module):
-    """The token losses as a module, so that they can be computed with other parameters."""
+    """The token losses as a module, which `functional_call` computes with other parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,1 +1,8 @@
-"""The retrieval stage: a question becomes ranked training examples and heat-maps."""
+"""The retrieval stage: a question becomes ranked training examples and heat-maps.
+
+questions   what a caller may ask, and files of questions
+encode      a question as the model reads it, and its RapidGrad
+influence   heat-maps and uncompressed influence of what a search found
+evaluation  precision and average precision of rankings, beside BM25
+index       open an index, ask it, say what it holds
+"""

@@ -1,7 +1,7 @@
 """An index on disk and its model: open it, ask it, and say what it holds."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.model.model import LoadedModel, load
 from rapidindex.query.encode import EncodedQuery, encode_query, generate_answer, stack_rows
+from rapidindex.query.evaluation import BM25, Evaluation, average_precision, precision_at
 from rapidindex.query.influence import RESCORED, Candidate, Influence, rescore
 from rapidindex.query.questions import Query, as_query, is_conversation
 from rapidindex.recipe import Recipe
@@ -118,6 +119,29 @@ class Index:
     def answer(self, prompt: Any, *, max_new_tokens: int = QueryOptions.max_new_tokens) -> str:
         """Return the model's greedy answer to a prompt or conversation."""
         return generate_answer(as_query(prompt), self.loaded, self.template, max_new_tokens)
+
+    def evaluate(
+        self, queries: Sequence[Any], relevant: Callable[[Match], bool], *, options: QueryOptions | None = None
+    ) -> Evaluation:
+        """Return precision at k and average precision over `queries`, beside BM25's over the same examples.
+
+        `relevant` says of a match whether it should have been found: `lambda match: match.meta["perturbed"]`. BM25 is
+        asked for the selected words, or the whole answer where all of it is selected.
+        """
+        options = replace(options or QueryOptions(), heatmaps=False)
+        encoded = self.encode(queries, options)
+        examples = self._all_examples(self._level(options))
+        wanted = {match.id for match in examples if relevant(match)}
+        bm25 = BM25([f"{match.prompt}\n{match.response}" for match in examples])
+        rankings = [[match.id for match in result.matches] for result in self._answer(encoded, options)]
+        texts = [" ".join(query.info.tokens[i].text.strip() for i in query.info.selection) for query in encoded]
+        baseline = [[examples[number].id for number in bm25.ranking(text, options.k)] for text in texts]
+        figures = [
+            float(np.mean([measure(ranking, wanted, options.k) for ranking in ranked]))
+            for ranked in (rankings, baseline)
+            for measure in (precision_at, average_precision)
+        ]
+        return Evaluation(len(encoded), options.k, *figures)
 
     def info(self) -> dict[str, Any]:
         """Return what the index holds and how it was built, as plain data. Loads no model and opens no FAISS."""
@@ -258,6 +282,12 @@ class Index:
             position=None if position < 0 else position,
         )
         return Candidate(row, encoding, match)
+
+    def _all_examples(self, level: str) -> list[Match]:
+        """Return the live examples of a level as matches without scores."""
+        rows = self.rows_of(level)
+        examples = (example_of(rows.record(int(number))) for number in np.unique(rows.example[rows.live_mask]))
+        return [Match(0, 0.0, None, 0.0, one.id, one.prompt, one.response, one.meta) for one in examples]
 
     def _index_info(self, level: str, n: int) -> IndexInfo:
         recipe = self.recipe
