@@ -69,6 +69,12 @@ def generate_answer(query: Query, loaded: LoadedModel, template: Template, max_n
     return generate(loaded, prompt, add_special_tokens=special, max_new_tokens=max_new_tokens)
 
 
+def selected_text(info: QueryInfo) -> str:
+    """Return the answer with spaces in the place of the characters that are not asked about."""
+    spans = [(info.tokens[i].start, info.tokens[i].end) for i in info.selection]
+    return "".join(c if any(a <= at < b for a, b in spans) else " " for at, c in enumerate(info.answer))
+
+
 def stack_rows(queries: Sequence[EncodedQuery]) -> np.ndarray:
     """Return the RapidGrads of the queries, float32 [queries, K]."""
     return torch.cat([query.rapidgrads.rows for query in queries]).cpu().numpy()

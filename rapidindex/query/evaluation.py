@@ -34,7 +34,7 @@ def precision_at(ranking: Sequence[str], relevant: set[str], k: int) -> float:
 
 
 def average_precision(ranking: Sequence[str], relevant: set[str], k: int) -> float:
-    """Return the mean precision at the ranks of the relevant ids among the first k, of at most k that could be there."""
+    """Return the mean of the precision at each relevant id among the first k, out of those that could be there."""
     hits = np.array([id in relevant for id in ranking[:k]], float)
     ranks = np.arange(1, len(hits) + 1)
     return float((hits * hits.cumsum() / ranks).sum() / min(k, len(relevant))) if relevant else 0.0

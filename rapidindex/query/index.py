@@ -16,7 +16,7 @@ from rapidindex.errors import ConfigMismatch, StoreError
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.model.model import LoadedModel, load
-from rapidindex.query.encode import EncodedQuery, encode_query, generate_answer, stack_rows
+from rapidindex.query.encode import EncodedQuery, encode_query, generate_answer, selected_text, stack_rows
 from rapidindex.query.evaluation import BM25, Evaluation, average_precision, precision_at
 from rapidindex.query.influence import RESCORED, Candidate, Influence, rescore
 from rapidindex.query.questions import Query, as_query, is_conversation
@@ -134,8 +134,8 @@ class Index:
         wanted = {match.id for match in examples if relevant(match)}
         bm25 = BM25([f"{match.prompt}\n{match.response}" for match in examples])
         rankings = [[match.id for match in result.matches] for result in self._answer(encoded, options)]
-        texts = [" ".join(query.info.tokens[i].text.strip() for i in query.info.selection) for query in encoded]
-        baseline = [[examples[number].id for number in bm25.ranking(text, options.k)] for text in texts]
+        words = [selected_text(query.info) for query in encoded]
+        baseline = [[examples[number].id for number in bm25.ranking(text, options.k)] for text in words]
         figures = [
             float(np.mean([measure(ranking, wanted, options.k) for ranking in ranked]))
             for ranked in (rankings, baseline)

@@ -104,6 +104,28 @@ def test_many_queries_are_answered_as_one_by_one(index):
         assert [m.id for m in alone.matches] == [m.id for m in result.matches]
 
 
+def test_one_encoding_serves_both_directions(index):
+    encoded = index.encode([{"prompt": PROMPT, "answer": ANSWER, "token": "Japan"}])
+    for opponents in (False, True):
+        alone = index.query(PROMPT, answer=ANSWER, token="Japan", k=3, opponents=opponents)
+        assert [m.id for m in index.query(encoded[0], k=3, opponents=opponents).matches] == [
+            m.id for m in alone.matches
+        ]
+    assert index.query([], k=3) == []
+
+
+def test_an_index_has_a_length_and_a_short_repr(index):
+    assert len(index) == 10 and len(repr(index)) < 400 and "10 examples" in repr(index)
+    with pytest.raises(TypeError):
+        index.query(PROMPT, answer=ANSWER, opponent=True)
+
+
+def test_a_conversation_is_asked_about_like_its_text_where_the_template_is_plain_text(index):
+    turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": ANSWER}]
+    alone = index.query(PROMPT, answer=ANSWER, k=3)
+    assert [m.score for m in index.query(turns, k=3).matches] == [m.score for m in alone.matches]
+
+
 def test_the_model_answers_where_no_answer_is_given(index):
     result = index.query(PROMPT, k=1, max_new_tokens=8)
     assert result.query.answer == index.answer(PROMPT, max_new_tokens=8)
