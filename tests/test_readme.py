@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
+from tests import tiny
 from tests.test_architecture import PACKAGE
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -34,8 +36,34 @@ def test_the_readme_names_every_command():
     assert set(listed) == set(COMMANDS)
 
 
-def test_the_tree_names_every_module():
+def test_the_tree_names_every_file_and_room():
     tree = README.split("## The tree")[1].split("## The file format")[0]
-    there = {path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
-    there |= {path.name for path in PACKAGE.iterdir() if path.is_dir() and not path.name.startswith("__")}
-    assert there <= set(re.findall(r"\w+", tree))
+    names = {path.name for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
+    names |= {f"{path.name}/" for path in PACKAGE.iterdir() if path.is_dir() and not path.name.startswith("__")}
+    assert names <= set(re.findall(r"[\w.]+/?", tree))
+    assert all((PACKAGE / file).is_file() for file in re.findall(r"`(\w+/\w+\.py)`", tree))
+
+
+def test_every_room_lists_its_files():
+    for room in (path for path in PACKAGE.iterdir() if path.is_dir() and not path.name.startswith("__")):
+        listed = set(re.findall(r"\w+", (room / "__init__.py").read_text().split('"""')[1]))
+        files = {path.stem for path in room.glob("*.py") if path.stem != "__init__"}
+        assert files <= listed, f"{room.name} does not list {files - listed}"
+
+
+def test_the_python_lines_run_from_a_finished_trainer_to_an_answer(tmp_path, monkeypatch):
+    [lines] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny.make_tokenizer()
+    model = tiny.with_lora(tiny.make_model("llama"))
+    rows = [tokenizer(f"{word} is nice") | {"labels": tokenizer(f"{word} is nice")["input_ids"]} for word in tiny.WORDS]
+    arguments = transformers.TrainingArguments(
+        "trained", max_steps=1, per_device_train_batch_size=1, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    data = [{"prompt": f"What is {word}?", "response": f"{word} comes from Japan."} for word in tiny.WORDS]
+    names = {"trainer": trainer, "tokenizer": tokenizer, "data": data}
+    exec(lines, names)
+    assert len(names["result"].matches) == 5 and len(names["frame"]) == 5
+    assert names["figures"].queries == 1
