@@ -125,7 +125,7 @@ def finetune(
     from rapidindex.config import FinetuneConfig
     from rapidindex.data.examples import read_examples
     from rapidindex.model.finetune import finetune as run
-    from rapidindex.progress import Bars, steps
+    from rapidindex.progress import Bars
 
     options = FinetuneConfig(
         method=method,
@@ -145,7 +145,7 @@ def finetune(
     loaded = config.ModelConfig(model, None, quantize, dtype, device)
     dataset = read_examples(data, limit=limit)
     with Bars(quiet=quiet) as bars:
-        summary = run(dataset, encoding, loaded, options, output, overwrite=overwrite, progress=steps(bars))
+        summary = run(dataset, encoding, loaded, options, output, overwrite=overwrite, progress=bars)
     _print(summary, as_json, finetune_lines(summary, len(dataset.skipped), str(data), model, template))
 
 

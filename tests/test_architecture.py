@@ -103,7 +103,6 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-@pytest.mark.xfail(reason="the rooms are not tidied yet")
 def test_every_import_goes_one_way():
     assert not faults(package())
 

@@ -18,7 +18,7 @@ from rapidindex.errors import ModelError
 from rapidindex.model.finetune import finetune
 from rapidindex.model.loading import quiet
 from rapidindex.model.model import load
-from rapidindex.progress import Progress, steps
+from rapidindex.progress import Progress
 from rapidindex.query.index import Index
 from rapidindex.results import Result
 from rapidindex.views import terminal
@@ -51,7 +51,7 @@ def run(
     say(f"\n$ rapidindex finetune {data} -m {model} --template {TEMPLATE} --epochs {EPOCHS} -o {adapter}")
     dataset, base, encoding = read_examples(data), ModelConfig(str(model)), EncodingConfig(TEMPLATE)
     options = FinetuneConfig(epochs=EPOCHS)
-    tuned = finetune(dataset, encoding, base, options, adapter, overwrite=overwrite, progress=steps(progress))
+    tuned = finetune(dataset, encoding, base, options, adapter, overwrite=overwrite, progress=progress)
     say(f"Loss {' → '.join(f'{loss:.2f}' for loss in tuned.epoch_losses)} over {tuned.examples} examples")
 
     say(f"\n$ rapidindex build {data} -m {model} -a {adapter} --template {TEMPLATE} -o {index}")

@@ -7,7 +7,6 @@ from its last checkpoint when it is started again with the same settings.
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,11 @@ from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig, finge
 from rapidindex.data.examples import Dataset
 from rapidindex.errors import ConfigMismatch, ModelError, UsageError
 from rapidindex.model.files import find_model, model_fingerprint
+from rapidindex.progress import Progress, silent
 
 RECORD = "rapidindex-finetune.json"
 """In OUTPUT: the settings and the summary. In OUTPUT.part: the settings."""
 _NO_MATTER = ("checkpoint_seconds",)
-
-
-@dataclass(frozen=True)
-class FinetuneProgress:
-    """One training step done."""
-
-    step: int
-    """From 1 to `total`."""
-    total: int
-    loss: float
-    """Mean over the response tokens of the step's examples, in nats."""
-    seconds: float
-    """Since this call began to train."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +55,11 @@ def finetune(
     output: str | Path,
     *,
     overwrite: bool = False,
-    progress: Callable[[FinetuneProgress], None] | None = None,
+    progress: Progress = silent,
 ) -> FinetuneSummary:
     """Train on `dataset` and write an adapter (or a whole model) with its tokenizer to the folder `output`.
 
+    `progress` gets ("fine-tune", step, steps, "loss 1.23") after each step.
     UsageError for options that exclude each other, ConfigMismatch where `output` or an interrupted run holds other
     settings, DataError if no response is left within `max_length`, ModelError for a model that cannot be trained or a
     loss that is not a number, ResourceError for too little memory or disk.

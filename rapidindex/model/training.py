@@ -8,10 +8,10 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +20,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from rapidindex.config import EncodingConfig, ModelConfig
+from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig
 from rapidindex.data.examples import Dataset
 from rapidindex.data.templates import Template
 from rapidindex.errors import DataError, ModelError, ResourceError
 from rapidindex.model.files import find_model
 from rapidindex.model.loading import as_our_errors, check_vocabulary, load_base, load_tokenizer, quiet, train_everything
 from rapidindex.model.model import resolve_device
-
-if TYPE_CHECKING:
-    from rapidindex.config import FinetuneConfig
-    from rapidindex.model.finetune import FinetuneProgress
+from rapidindex.progress import Progress
 
 _IGNORED = -100
 _CHECKPOINTS = "checkpoints"
@@ -41,9 +38,9 @@ def train(
     dataset: Dataset,
     encoding: EncodingConfig,
     model_config: ModelConfig,
-    options: "FinetuneConfig",
+    options: FinetuneConfig,
     work: Path,
-    progress: "Callable[[FinetuneProgress], None] | None",
+    progress: Progress,
 ) -> dict[str, Any]:
     """Train, from the last checkpoint in `work` if there is one; the result lies in `work/finished`.
 
@@ -114,7 +111,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _trainable(base: nn.Module, model_config: ModelConfig, options: "FinetuneConfig") -> nn.Module:
+def _trainable(base: nn.Module, model_config: ModelConfig, options: FinetuneConfig) -> nn.Module:
     if options.method == "full":
         train_everything(base, model_config)
         return base
@@ -212,7 +209,7 @@ class _Trainer(transformers.Trainer):
 class _Watch(transformers.TrainerCallback):
     """Reports each step, and asks for a checkpoint when the last one is old."""
 
-    def __init__(self, progress: "Callable[[FinetuneProgress], None] | None", seconds: float) -> None:
+    def __init__(self, progress: Progress, seconds: float) -> None:
         self.progress, self.seconds = progress, seconds
         self.started = self.saved = time.monotonic()
 
@@ -224,11 +221,8 @@ class _Watch(transformers.TrainerCallback):
         self.saved = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **rest: Any) -> None:
-        if self.progress and logs and "loss" in logs:
-            from rapidindex.model.finetune import FinetuneProgress
-
-            seconds = time.monotonic() - self.started
-            self.progress(FinetuneProgress(state.global_step, state.max_steps, logs["loss"], seconds))
+        if logs and "loss" in logs:
+            self.progress("fine-tune", state.global_step, state.max_steps, f"loss {logs['loss']:.2f}")
 
 
 class _KeepEarly(transformers.TrainerCallback):
@@ -246,14 +240,14 @@ class _KeepEarly(transformers.TrainerCallback):
             part.rename(self.folder)
 
 
-def _steps(rows: int, options: "FinetuneConfig") -> int:
+def _steps(rows: int, options: FinetuneConfig) -> int:
     return options.epochs * math.ceil(math.ceil(rows / options.batch_size) / options.accumulation)
 
 
 def _trainer(
     model: nn.Module,
     rows: list[dict[str, Any]],
-    options: "FinetuneConfig",
+    options: FinetuneConfig,
     folder: Path,
     device: torch.device,
     callbacks: list[transformers.TrainerCallback],
@@ -311,7 +305,7 @@ def _last_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _check_disk(work: Path, model: nn.Module, options: "FinetuneConfig") -> None:
+def _check_disk(work: Path, model: nn.Module, options: FinetuneConfig) -> None:
     """ResourceError unless two checkpoints (weights and Adam's two moments) and the result fit beside `work`."""
     size = sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
     needed, free = size * (7 + 2 * options.save_optimizer + 2 * bool(options.early)), shutil.disk_usage(work).free
@@ -322,7 +316,7 @@ def _check_disk(work: Path, model: nn.Module, options: "FinetuneConfig") -> None
         )
 
 
-def _save(trainer: _Trainer, tokenizer: Any, options: "FinetuneConfig", folder: Path) -> None:
+def _save(trainer: _Trainer, tokenizer: Any, options: FinetuneConfig, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     _write(trainer.model.eval(), tokenizer, folder)
     if options.save_optimizer:

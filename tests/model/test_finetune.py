@@ -19,7 +19,8 @@ from rapidindex.data.templates import Template
 from rapidindex.errors import ConfigMismatch, DataError, ModelError, UsageError
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.second_moment import read_second_moment
-from rapidindex.model.finetune import FinetuneProgress, FinetuneSummary, finetune
+from rapidindex.model import training
+from rapidindex.model.finetune import FinetuneSummary, finetune
 from rapidindex.model.model import generate, load
 from rapidindex.model.training import collate, target_modules
 from tests import tiny
@@ -58,8 +59,8 @@ class StopAt:
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def __call__(self, event: FinetuneProgress) -> None:
-        if event.step == self.step:
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        if done == self.step:
             raise KeyboardInterrupt
 
 
@@ -70,12 +71,13 @@ def assert_learns(summary: FinetuneSummary) -> None:
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_lora_lowers_the_loss_and_its_adapter_loads_back(tmp_path, tiny_folders, dataset, name):
-    base, events = tiny_folders[name][0], []
-    summary = finetune(dataset, PLAIN, on_cpu(base), QUICK, tmp_path / "adapter", progress=events.append)
+    base, reports = tiny_folders[name][0], []
+    progress = lambda *report: reports.append(report)  # noqa: E731
+    summary = finetune(dataset, PLAIN, on_cpu(base), QUICK, tmp_path / "adapter", progress=progress)
     assert_learns(summary)
-    assert [event.step for event in events] == list(range(1, 10)) and {event.total for event in events} == {9}
-    assert np.mean([event.loss for event in events[:3]]) == pytest.approx(summary.epoch_losses[0])
-    assert 0 < events[0].seconds < events[-1].seconds
+    assert [report[:3] for report in reports] == [("fine-tune", step, 9) for step in range(1, 10)]
+    losses = [float(report[3].removeprefix("loss ")) for report in reports]
+    assert np.mean(losses[:3]) == pytest.approx(summary.epoch_losses[0], abs=0.006)
     loaded = load(on_cpu(base, tmp_path / "adapter"))
     assert sum(value.numel() for value in loaded.trainable.values()) == summary.trainable_parameters
     assert all(value.any() for key, value in loaded.trainable.items() if "lora_B" in key)
@@ -100,11 +102,10 @@ def loss_of(loaded, dataset: Dataset) -> float:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_the_loss_is_the_mean_over_the_response_tokens_and_nothing_else(tmp_path, tiny_folders, dataset, name):
-    base, events = tiny_folders[name][0], []
-    options = replace(QUICK, batch_size=5, epochs=1)
-    finetune(dataset, PLAIN, on_cpu(base), options, tmp_path / "adapter", progress=events.append)
-    # LoRA begins at zero, so the first step's loss is the base's own.
-    assert events[0].loss == pytest.approx(loss_of(load(on_cpu(base)), dataset), rel=1e-5)
+    base, options = tiny_folders[name][0], replace(QUICK, batch_size=5, epochs=1)
+    summary = finetune(dataset, PLAIN, on_cpu(base), options, tmp_path / "adapter")
+    # LoRA begins at zero, so the only step's loss is the base's own.
+    assert summary.epoch_losses == [pytest.approx(loss_of(load(on_cpu(base)), dataset), rel=1e-5)]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -182,7 +183,7 @@ def press(*given: object) -> None:
 def test_a_run_killed_before_it_is_published_still_has_its_early_model(tmp_path, llama_folders, dataset, monkeypatch):
     config, output = on_cpu(llama_folders[0]), tmp_path / "adapter"
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("rapidindex.finetune._publish", press)
+        patched.setattr("rapidindex.model.finetune._publish", press)
         finetune(dataset, PLAIN, config, QUICK, output)
     assert (tmp_path / "adapter.part" / "finished" / "early").is_dir()
     assert finetune(dataset, PLAIN, config, QUICK, output).resumed_at == 8
@@ -392,7 +393,7 @@ def test_training_is_silent_and_leaves_the_random_generators_alone(tmp_path, lla
 
 def test_a_fresh_process_that_trains_says_nothing(tmp_path, llama_folders, dataset):
     code = (
-        "from rapidindex.finetune import *; from rapidindex.examples import read_examples\n"
+        "from rapidindex.model.finetune import *; from rapidindex.data.examples import read_examples\n"
         f"finetune(read_examples({dataset.path!r}), EncodingConfig('plain', 64), "
         f"ModelConfig({str(llama_folders[0])!r}, device='cpu'), FinetuneConfig(epochs=1), {str(tmp_path / 'out')!r})"
     )
@@ -405,10 +406,16 @@ def test_the_chat_template_can_be_trained_on(tmp_path, llama_folders, dataset):
     assert load(on_cpu(llama_folders[0], tmp_path / "adapter")).tokenizer.chat_template == tiny.CHAT_TEMPLATE
 
 
-def test_each_epoch_sees_every_example_in_an_order_of_its_own(tmp_path, llama_folders, dataset):
-    events = []
-    options = replace(QUICK, batch_size=1, learning_rate=1e-12)  # nothing moves, so a loss tells its example
-    finetune(dataset, PLAIN, on_cpu(llama_folders[0]), options, tmp_path / "adapter", progress=events.append)
-    orders = [[round(event.loss, 4) for event in events[start : start + 5]] for start in (0, 5, 10)]
-    assert len(set(orders[0])) == 5 and sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
-    assert orders[0] != orders[1] or orders[1] != orders[2]
+def test_each_epoch_sees_every_example_in_an_order_of_its_own(tmp_path, llama_folders, dataset, monkeypatch):
+    orders = []
+    collate_as_before = training.collate
+
+    def collate(rows):
+        orders.append(tuple(rows[0]["input_ids"]))
+        return collate_as_before(rows)
+
+    monkeypatch.setattr(training, "collate", collate)
+    finetune(dataset, PLAIN, on_cpu(llama_folders[0]), replace(QUICK, batch_size=1), tmp_path / "adapter")
+    first, second, third = (orders[start : start + 5] for start in (0, 5, 10))
+    assert len(orders) == 15 and len(set(first)) == 5 and sorted(first) == sorted(second) == sorted(third)
+    assert first != second or second != third
