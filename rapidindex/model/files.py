@@ -17,6 +17,10 @@ _MIB = 2**20
 _SLICES = 16
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+FINETUNE_RECORD = "rapidindex-finetune.json"
+"""The file in a folder of `finetune` that says with what settings it was written, and, once finished, has a summary."""
+CHECKPOINTS = "checkpoints"
+"""The folder inside it that holds Trainer's checkpoints until then."""
 _NOT_CONTENT = {
     "_name_or_path",
     "_attn_implementation",
@@ -49,6 +53,7 @@ def find_model(model: str) -> ModelFiles:
     """
     path = Path(model).expanduser()
     if path.is_dir():
+        _check_finished(path)
         return _in_folder(path)
     if path.is_file():
         if path.suffix.lower() == ".gguf":
@@ -145,6 +150,7 @@ def find_adapter(adapter: str) -> Path:
         )
     if not folder.is_dir():
         raise ModelError(f"{adapter} is a file.", hint=f"Give its folder: --adapter {folder.parent}")
+    _check_finished(folder)
     if not (folder / "adapter_config.json").is_file():
         raise _no_adapter(folder)
     if not any((folder / name).is_file() for name in _ADAPTER_WEIGHTS):
@@ -166,6 +172,15 @@ def _no_adapter(folder: Path) -> ModelError:
         f"{folder} is no adapter: it has no adapter_config.json.",
         hint="Give --adapter the folder that PEFT's save_pretrained wrote.",
     )
+
+
+def _check_finished(folder: Path) -> None:
+    record = folder / FINETUNE_RECORD
+    if record.is_file() and not read_json(record).get("summary"):
+        raise ModelError(
+            f"Fine-tuning of {folder} is not finished.",
+            hint=f"Type its command again, `rapidindex finetune … -o {folder}`: it goes on from the last checkpoint.",
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:

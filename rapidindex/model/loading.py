@@ -27,7 +27,7 @@ _LOUD = ("accelerate", "bitsandbytes", "huggingface_hub", "peft")
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Within, transformers, peft and their like draw no bars and log errors only; what was set before comes back after.
 
     What matters among the warnings so hidden (weights missing from a file) is checked where it can occur.
@@ -56,7 +56,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def as_our_errors(config: ModelConfig) -> Iterator[None]:
+def translate_errors(config: ModelConfig) -> Iterator[None]:
     """Turn whatever the loaders raise into one of ours: their kinds of error are many and change with each release."""
     try:
         yield

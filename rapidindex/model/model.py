@@ -17,12 +17,12 @@ from rapidindex.errors import ModelError, ResourceError, UsageError
 from rapidindex.model.files import adapter_fingerprint, find_adapter, find_model, model_fingerprint
 from rapidindex.model.loading import (
     add_adapter,
-    as_our_errors,
     check_vocabulary,
     load_base,
     load_tokenizer,
-    quiet,
+    quiet_libraries,
     train_everything,
+    translate_errors,
 )
 
 
@@ -57,7 +57,7 @@ def load(config: ModelConfig, *, attn_implementation: str | None = None) -> Load
         )
     adapter = find_adapter(config.adapter) if config.adapter else None
     files = find_model(config.model)
-    with quiet(), as_our_errors(config):
+    with quiet_libraries(), translate_errors(config):
         tokenizer = load_tokenizer(files, adapter)
         model = load_base(files, config, device, attn_implementation)
         check_vocabulary(model, tokenizer)
@@ -97,7 +97,7 @@ def generate(
     if room < 1:
         return ""
     prompt = torch.tensor([ids], device=loaded.device)
-    with quiet(), torch.no_grad(), _evaluating(loaded.model):
+    with quiet_libraries(), torch.no_grad(), _evaluating(loaded.model):
         output = loaded.model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
