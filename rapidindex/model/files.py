@@ -16,6 +16,7 @@ from rapidindex.errors import ModelError
 _MIB = 2**20
 _SLICES = 16
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_CONFIG_AND_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 FINETUNE_RECORD = "rapidindex-finetune.json"
 """The file in a folder of `finetune` that says with what settings it was written, and, once finished, has a summary."""
@@ -89,12 +90,13 @@ def _in_folder(folder: Path) -> ModelFiles:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether the folder holds a model's weights, every shard of its index included."""
-    for index in folder.glob("*.index.json"):
-        shards = set(read_json(index).get("weight_map", {}).values())
-        if any(not (folder / shard).is_file() for shard in shards):
-            return False
-    return any(file.is_file() for pattern in _WEIGHTS for file in folder.glob(pattern))
+    """Return whether the folder holds a model's weights, every shard that an index file names included."""
+    for pattern in _WEIGHTS:
+        indexes = folder.glob(f"{pattern}.index.json")
+        shards = [shard for index in indexes for shard in read_json(index).get("weight_map", {}).values()]
+        if any(folder.glob(pattern)) and all((folder / shard).is_file() for shard in shards):
+            return True
+    return False
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -119,26 +121,18 @@ def _snapshot(name: str) -> Path:
             hint=f"Download it where there is a network (`hf download {name}`), or give its folder: -m FOLDER",
         )
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_wanted(name)))
+        for weights in ("*.safetensors", "*.bin"):  # the same weights are often there in both formats
+            patterns = [weights, *_CONFIG_AND_TOKENIZER]
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*"))
+            if has_weights(folder):
+                break
+        return folder
     except Exception as error:  # the hub's client has a dozen kinds: no network, no such model, no permission, no space
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
             f"{looked}, and the download failed ({type(error).__name__}: {reason}).",
             hint="Give its folder (-m FOLDER), or set HF_HUB_OFFLINE=1 to use only what the cache holds.",
         ) from error
-
-
-def _wanted(name: str) -> list[str]:
-    """Patterns of the files to download: not the same weights twice, and none of a repository's subfolders."""
-    import huggingface_hub
-
-    files = huggingface_hub.HfApi().list_repo_files(name)
-    here = [file for file in files if "/" not in file]
-    safe = any(file.endswith(".safetensors") for file in here)
-    unwanted = (
-        (".bin", ".pth", ".pt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot") if safe else (".h5", ".msgpack", ".ot")
-    )
-    return [file for file in here if not file.endswith(unwanted)]
 
 
 def find_adapter(adapter: str) -> Path:
