@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -96,12 +97,17 @@ def load_tokenizer(files: ModelFiles, adapter: Path | None) -> PreTrainedTokeniz
         raise ModelError(
             f"{files.folder} holds no tokenizer.", hint="Copy tokenizer.json and tokenizer_config.json into it."
         )
+    check_fast(tokenizer)
+    return tokenizer
+
+
+def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError for a tokenizer that cannot map its tokens to characters."""
     if not tokenizer.is_fast:
         raise ModelError(
-            f"The tokenizer in {places[0]} is not a fast one, so tokens cannot be mapped to characters.",
+            f"The tokenizer of {tokenizer.name_or_path} is not a fast one, so tokens cannot be mapped to characters.",
             hint="Give the model a tokenizer.json.",
         )
-    return tokenizer
 
 
 def load_base(
@@ -118,9 +124,14 @@ def load_base(
             _from_gguf(files, replace(config, quantize=None), torch.device("cpu"), {}).save_pretrained(folder)
             model = _from_folder(Path(folder), config, device, options)
     model.name_or_path = model.config.name_or_path = config.model  # what an adapter saved from it names as its base
-    for part in {id(part): part for part in (model.config, model.config.get_text_config())}.values():
-        part.use_cache = False
+    disable_cache(model)
     return model
+
+
+def disable_cache(model: PreTrainedModel) -> None:
+    """Turn off the cache of keys and values, which training and gradients have no use for."""
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = False
 
 
 def _from_folder(folder: Path, config: ModelConfig, device: torch.device, options: dict[str, Any]) -> PreTrainedModel:
@@ -160,8 +171,7 @@ def _from_pretrained(
             hint="Download or save the model again.",
         )
     model.__dict__.pop("hf_device_map", None)  # one device: without it peft and accelerate leave the modules unwrapped
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        _keep_differentiable(model)
+    keep_differentiable(model)
     return model
 
 
@@ -174,18 +184,25 @@ def _quantization(config: ModelConfig) -> transformers.BitsAndBytesConfig:
     return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
-def _keep_differentiable(model: PreTrainedModel) -> None:
+def quantization_of(model: PreTrainedModel) -> str | None:
+    """Return the name in `--quantize` of how bitsandbytes holds the model, or None."""
+    kinds = {"4bit": "is_loaded_in_4bit", "8bit": "is_loaded_in_8bit"}
+    return next((kind for kind, flag in kinds.items() if getattr(model, flag, False)), None)
+
+
+def keep_differentiable(model: PreTrainedModel) -> None:
     """Keep bitsandbytes 0.50 from repacking 4-bit weights for CPUs with AVX-512 BF16.
 
-    It does so in the first forward pass in eval mode, to bfloat16 products without a backward pass: gradients would be
-    lost in silence. Its 8-bit product also logs a line a layer for inputs that are not float16; that is its design.
+    It does so in the first forward pass in eval mode, for bfloat16 products that have no backward pass: gradients would
+    silently be lost. Its 8-bit product also logs one line per layer for inputs that are not float16, by design.
     """
-    import bitsandbytes
+    if quantization_of(model):
+        import bitsandbytes
 
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        for module in model.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def add_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -193,11 +210,7 @@ def add_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     import peft
 
     settings = peft.PeftConfig.from_pretrained(str(folder))
-    if settings.is_prompt_learning:
-        raise ModelError(
-            f"{folder} is a {settings.peft_type.value} adapter: its virtual tokens belong to no response.",
-            hint="Give an adapter that changes the model's weights, such as LoRA.",
-        )
+    check_adapter(settings, str(folder))
     made_for = settings.base_model_name_or_path or "another model"
     hint = f"The adapter names {made_for} as its base: give it with -m." if made_for != model.name_or_path else ""
     try:
@@ -214,6 +227,33 @@ def add_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         odd = f"it lacks {missing[0]}" if missing else f"the model has no place for {extra[0]}"
         raise ModelError(f"The adapter {folder} does not fit {model.name_or_path}: {odd}.", hint=hint)
     return adapted
+
+
+def is_adapted(model: torch.nn.Module) -> bool:
+    """Return whether `model` is a peft.PeftModel, without the slow import of peft where nobody has imported it."""
+    return "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
+
+
+def check_adapter(settings: Any, name: str) -> None:
+    """Raise ModelError for a kind of adapter that changes no weights (`settings`: its peft.PeftConfig)."""
+    if settings.is_prompt_learning:
+        raise ModelError(
+            f"{name} is a {settings.peft_type.value} adapter: its virtual tokens belong to no response.",
+            hint="Give an adapter that changes the model's weights, such as LoRA.",
+        )
+
+
+def train_adapter(model: Any) -> None:
+    """Let the active adapter of a peft.PeftModel, and nothing else, require a gradient.
+
+    Raises ModelError where it is merged into the base.
+    """
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise ModelError(
+            "The adapter is merged into the base, so it has no gradient.", hint="Call model.unmerge_adapter() first."
+        )
+    model.set_adapter(model.active_adapter)
+    model.base_model._mark_only_adapters_as_trainable(model.base_model.model)  # no public way frees biases as well
 
 
 def train_everything(model: PreTrainedModel, config: ModelConfig) -> None:

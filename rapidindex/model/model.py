@@ -5,25 +5,38 @@ Knows nothing of examples or gradients. Where the files lie is `files.py`, how t
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rapidindex.config import ModelConfig, fingerprint
-from rapidindex.errors import ModelError, ResourceError, UsageError
+from rapidindex.config import DTYPES, ModelConfig
+from rapidindex.errors import ModelError, RapidIndexError, ResourceError, UsageError
 from rapidindex.model.files import adapter_fingerprint, find_adapter, find_model, model_fingerprint
+from rapidindex.model.fingerprints import WEIGHTS, tokenizer_fingerprint, weights_fingerprints
 from rapidindex.model.loading import (
     add_adapter,
+    check_adapter,
+    check_fast,
     check_vocabulary,
+    disable_cache,
+    is_adapted,
+    keep_differentiable,
     load_base,
     load_tokenizer,
+    quantization_of,
     quiet_libraries,
+    train_adapter,
     train_everything,
     translate_errors,
 )
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass
@@ -33,14 +46,53 @@ class LoadedModel:
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     config: ModelConfig
+    """The options with which `load` gives the same model, as far as they are known."""
     fingerprints: dict[str, str]
-    """16 hexadecimal digits each for `model`, `adapter` (empty without one) and `tokenizer`; paths do not enter."""
+    """Of `model`, `adapter` (empty without one) and `tokenizer`: 16 hexadecimal digits over files, or, for a model that
+    `adopt` took from memory, `weights:` and 16 digits. Where the files lie does not matter."""
     device: torch.device
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The trainable parameters by name, in the model's order; tied ones stand once."""
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def fingerprint_of(self, part: str, like: str) -> str:
+        """Return the fingerprint of `model`, `adapter` or `tokenizer` in the kind of `like`: of files or of weights.
+
+        Raises ModelError where `like` is of files and this model was taken from memory, unless the files that its
+        `config` names hold the same weights.
+        """
+        own = self.fingerprints[part]
+        if not own or not like or own.startswith(WEIGHTS) == like.startswith(WEIGHTS):
+            return own
+        if like.startswith(WEIGHTS):
+            return self._weights[part]
+        if part not in self._files:
+            raise ModelError(
+                f"The {part} was given as an object, and the index was built from files: whether they are the same"
+                f" cannot be told, because {getattr(self.config, part) or 'no known folder'} holds other weights.",
+                hint="Open the index with the paths of model and adapter.",
+            )
+        return self._files[part]
+
+    @cached_property
+    def _weights(self) -> dict[str, str]:
+        return weights_fingerprints(self.model)
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        """The fingerprints of the files that `config` names, for those parts that hold the same weights as this model.
+
+        The model is loaded a second time for that, into the computer's memory unless it is quantized.
+        """
+        device = self.config.device if self.config.quantize else "cpu"
+        try:
+            saved = load(replace(self.config, device=device)) if self.config.model else None
+        except RapidIndexError:  # the files are gone, or were never there
+            saved = None
+        weights = weights_fingerprints(saved.model) if saved else {}
+        return {part: saved.fingerprints[part] for part, value in weights.items() if value == self._weights[part]}
 
 
 def load(config: ModelConfig, *, attn_implementation: str | None = None) -> LoadedModel:
@@ -69,12 +121,54 @@ def load(config: ModelConfig, *, attn_implementation: str | None = None) -> Load
     fingerprints = {
         "model": model_fingerprint(files),
         "adapter": adapter_fingerprint(adapter) if adapter else "",
-        "tokenizer": _tokenizer_fingerprint(tokenizer),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
     }
     loaded = LoadedModel(model, tokenizer, config, fingerprints, device)
     if not loaded.trainable:
         raise ModelError(f"Nothing is trainable in {config.adapter or config.model}.", hint="Give a LoRA adapter.")
     return loaded
+
+
+def adopt(
+    model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase, *, adapter: str | Path | None = None
+) -> LoadedModel:
+    """Take a model from memory, and leave it in place as `load` leaves its own: see `LoadedModel`.
+
+    The active adapter of a PeftModel becomes trainable, or every parameter of another model. `adapter` is the folder in
+    which that adapter is saved, if it is. Raises ModelError for a model or tokenizer that `load` would refuse.
+    """
+    base = model.get_base_model() if is_adapted(model) else model
+    _check_causal(base)
+    check_fast(tokenizer)
+    check_vocabulary(base, tokenizer)
+    dtype, device = str(base.dtype).removeprefix("torch."), next(model.parameters()).device
+    saved = str(adapter) if adapter else None
+    config = ModelConfig(base.name_or_path, saved, quantization_of(base), dtype, str(device))
+    if model is base:
+        train_everything(base, config)
+    else:
+        check_adapter(model.active_peft_config, "The model's adapter")
+        train_adapter(model)
+    keep_differentiable(base)
+    disable_cache(base)
+    fingerprints = {**weights_fingerprints(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    return LoadedModel(model.eval(), tokenizer, config, fingerprints, device)
+
+
+def _check_causal(base: torch.nn.Module) -> None:
+    """Raise ModelError unless `base` is a causal language model of transformers on one device, in a dtype of ours."""
+    if not isinstance(base, PreTrainedModel) or not base.can_generate() or base.config.is_encoder_decoder:
+        raise ModelError(
+            f"A {type(base).__name__} is no causal language model of transformers.",
+            hint="Give what AutoModelForCausalLM makes, or a peft.PeftModel over it.",
+        )
+    devices = {str(value.device) for value in base.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise ModelError(
+            f"The model lies on {', '.join(sorted(devices))}.", hint="Load it onto one device, without device_map."
+        )
+    if str(base.dtype).removeprefix("torch.") not in DTYPES:
+        raise ModelError(f"The model computes in {base.dtype}.", hint=f"Convert it to one of: {', '.join(DTYPES)}.")
 
 
 def generate(
@@ -127,13 +221,6 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ResourceError("--device mps: this machine has no Metal device.", hint="Use --device auto.")
     return device
-
-
-def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    state = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}
-    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-    return fingerprint({"backend": state, "special": special, "chat": tokenizer.chat_template})
 
 
 def _end_tokens(loaded: LoadedModel) -> list[int]:
