@@ -1,7 +1,7 @@
-"""Loading as transformers, peft and bitsandbytes do it, without their noise and with our errors.
+"""Load models with transformers, peft and bitsandbytes, but without their noise and with our errors.
 
-A GGUF file becomes an ordinary model, a quantized base one whose backward pass works on every device, and an adapter
-that lacks a tensor or brings one too many is refused (peft would go on with random values, or leave it out).
+A GGUF file becomes an ordinary model, and a quantized base one whose backward pass works on every device. An adapter
+that lacks a tensor or has one too many is refused: peft would use random values, or ignore the tensor.
 """
 
 import contextlib
@@ -24,41 +24,41 @@ from rapidindex.config import ModelConfig
 from rapidindex.errors import ModelError, RapidIndexError, ResourceError
 from rapidindex.model.files import ModelFiles
 
-_LOUD = ("accelerate", "bitsandbytes", "huggingface_hub", "peft")
+_NOISY_LOGGERS = ("accelerate", "bitsandbytes", "huggingface_hub", "peft")
 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Within, transformers, peft and their like draw no bars and log errors only; what was set before comes back after.
+    """Let transformers, peft and their like draw no bars and log only errors; restore their settings afterwards.
 
-    What matters among the warnings so hidden (weights missing from a file) is checked where it can occur.
+    The one hidden warning that matters, about weights missing from a file, becomes an error where it can occur.
     """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 
     log = transformers.utils.logging
-    bars, hub_silent, level = log.is_progress_bar_enabled(), are_progress_bars_disabled(), log.get_verbosity()
-    loud = {name: logging.getLogger(name).level for name in _LOUD}
+    bars, hub_bars, level = log.is_progress_bar_enabled(), not are_progress_bars_disabled(), log.get_verbosity()
+    loggers = {logger: logger.level for logger in map(logging.getLogger, _NOISY_LOGGERS)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         log.disable_progress_bar()
         log.set_verbosity_error()
-        for name in loud:
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            for name, before in loud.items():
-                logging.getLogger(name).setLevel(before)
+            for logger, before in loggers.items():
+                logger.setLevel(before)
             log.set_verbosity(level)
             if bars:
                 log.enable_progress_bar()
-            if hub_silent:
+            if not hub_bars:
                 disable_progress_bars()
 
 
 @contextlib.contextmanager
 def translate_errors(config: ModelConfig) -> Iterator[None]:
-    """Turn whatever the loaders raise into one of ours: their kinds of error are many and change with each release."""
+    """Turn the loaders' errors, whose many types change with each release, into ModelError or ResourceError."""
     try:
         yield
     except RapidIndexError:
@@ -83,10 +83,13 @@ def _advice(text: str) -> str:
 
 
 def load_tokenizer(files: ModelFiles, adapter: Path | None) -> PreTrainedTokenizerBase:
-    """The adapter's own tokenizer where it brings one (training may have added tokens), else the base's."""
-    named = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    """Return the adapter's own tokenizer if it has one (training may have added tokens), otherwise the base's.
+
+    Raises ModelError where neither has one, and for one that cannot map its tokens to characters.
+    """
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     places = [
-        folder for folder in (adapter, files.folder) if folder and any((folder / name).is_file() for name in named)
+        folder for folder in (adapter, files.folder) if folder and any((folder / name).is_file() for name in names)
     ]
     if places:
         tokenizer = transformers.AutoTokenizer.from_pretrained(places[0])
@@ -113,7 +116,10 @@ def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
 def load_base(
     files: ModelFiles, config: ModelConfig, device: torch.device, attn_implementation: str | None
 ) -> PreTrainedModel:
-    """The base model on its device, from a folder or a GGUF file, quantized if `config` says so; no cache."""
+    """Return the base model on `device`, from a folder or a GGUF file, quantized if `config` says so, without cache.
+
+    `attn_implementation` is None for the architecture's own.
+    """
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if files.gguf is None:
         model = _from_folder(files.folder, config, device, options)
@@ -123,7 +129,7 @@ def load_base(
         with tempfile.TemporaryDirectory(prefix="rapidindex-") as folder:  # bitsandbytes quantizes while reading
             _from_gguf(files, replace(config, quantize=None), torch.device("cpu"), {}).save_pretrained(folder)
             model = _from_folder(Path(folder), config, device, options)
-    model.name_or_path = model.config.name_or_path = config.model  # what an adapter saved from it names as its base
+    model.name_or_path = model.config.name_or_path = config.model  # a saved adapter names it as its base
     disable_cache(model)
     return model
 
@@ -143,12 +149,12 @@ def _from_folder(folder: Path, config: ModelConfig, device: torch.device, option
 def _from_gguf(
     files: ModelFiles, config: ModelConfig, device: torch.device, options: dict[str, Any]
 ) -> PreTrainedModel:
-    """The model in a GGUF file with its weights unpacked: an ordinary model that peft accepts and that can be saved."""
+    """Return the model in a GGUF file with its weights unpacked, so that peft accepts it and it can be saved."""
     _need_gguf()
     options = {**options, "gguf_file": files.gguf}
-    if hasattr(transformers, "GgufConfig"):  # from 5.2x on weights may stay packed, which has no backward pass
+    if hasattr(transformers, "GgufConfig"):  # since 5.2x weights may stay packed, without a backward pass
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no switch
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be switched off
         model = _from_pretrained(files.folder, config, device, options)
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
@@ -170,7 +176,7 @@ def _from_pretrained(
             f"{config.model} has no weights for {len(missing)} of its tensors, such as {missing[0]}.",
             hint="Download or save the model again.",
         )
-    model.__dict__.pop("hf_device_map", None)  # one device: without it peft and accelerate leave the modules unwrapped
+    model.__dict__.pop("hf_device_map", None)  # so that peft and accelerate do not wrap the modules
     keep_differentiable(model)
     return model
 
@@ -206,13 +212,13 @@ def keep_differentiable(model: PreTrainedModel) -> None:
 
 
 def add_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """`model` under the adapter in `folder`; ModelError where adapter and base do not fit."""
+    """Return `model` under the adapter in `folder`; raise ModelError where the two do not fit."""
     import peft
 
     settings = peft.PeftConfig.from_pretrained(str(folder))
     check_adapter(settings, str(folder))
-    made_for = settings.base_model_name_or_path or "another model"
-    hint = f"The adapter names {made_for} as its base: give it with -m." if made_for != model.name_or_path else ""
+    its_base = settings.base_model_name_or_path or "another model"
+    hint = f"The adapter names {its_base} as its base: give it with -m." if its_base != model.name_or_path else ""
     try:
         adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
         result = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(str(folder), device="cpu"))
@@ -257,7 +263,7 @@ def train_adapter(model: Any) -> None:
 
 
 def train_everything(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Let every parameter require a gradient; ModelError where the folder holds quantized weights."""
+    """Let every parameter require a gradient; raise ModelError for a quantized model."""
     if getattr(model, "is_quantized", False):
         raise ModelError(
             f"{config.model} is quantized, so its weights cannot be trained, and there is no adapter.",
@@ -268,7 +274,10 @@ def train_everything(model: PreTrainedModel, config: ModelConfig) -> None:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ModelError where the tokenizer belongs to a model with more embeddings; an unused pad token past them is fine."""
+    """Raise ModelError where the tokenizer has more tokens than the model has embeddings.
+
+    Tokens added past the vocabulary, such as a pad token, do not count.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:
         raise ModelError(

@@ -1,7 +1,7 @@
-"""Base model, adapter and tokenizer, loaded as ordinary objects of transformers and peft; greedy generation.
+"""Load base model, adapter and tokenizer as ordinary objects of transformers and peft, or adopt them; generate.
 
-What is trainable is what influence is about: the adapter's parameters, or every parameter where there is no adapter.
-Knows nothing of examples or gradients. Where the files lie is `files.py`, how they are read `loading.py`.
+Influence is measured on the trainable parameters: the adapter's, or all of them where there is no adapter. Knows
+nothing of examples or gradients. `files.py` finds the files, and `loading.py` reads them.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class LoadedModel:
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The trainable parameters by name, in the model's order; tied ones stand once."""
+        """The trainable parameters by name, in the model's order; tied ones occur once."""
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
     def fingerprint_of(self, part: str, like: str) -> str:
@@ -96,10 +96,11 @@ class LoadedModel:
 
 
 def load(config: ModelConfig, *, attn_implementation: str | None = None) -> LoadedModel:
-    """Load base, adapter and tokenizer. `attn_implementation`: None for the architecture's own (mostly sdpa), `eager`.
+    """Load base, adapter and tokenizer.
 
-    UsageError for options that exclude each other, ResourceError for a missing device or too little memory, ModelError
-    for files that are missing, damaged or do not belong together.
+    `attn_implementation` is None for the architecture's own (mostly sdpa), or `eager`. Raises UsageError for options
+    that exclude each other, ResourceError for a missing device or too little memory, and ModelError for files that are
+    missing, damaged or do not belong together.
     """
     device = resolve_device(config.device)
     if config.quantize and not config.adapter:
@@ -174,28 +175,29 @@ def _check_causal(base: torch.nn.Module) -> None:
 def generate(
     loaded: LoadedModel, prompt_text: str, *, add_special_tokens: bool = True, max_new_tokens: int = 64
 ) -> str:
-    """The model's greedy answer to `prompt_text` as it stands, without special tokens. The model is left as it was.
+    """Return the model's greedy answer to `prompt_text`, to which no template is applied, without special tokens.
 
-    UsageError for an empty prompt, ModelError for one that fills the model's context.
+    The model's state does not change. Raises UsageError for an empty prompt, and ModelError for one that fills the
+    model's context.
     """
     ids = loaded.tokenizer(prompt_text, add_special_tokens=add_special_tokens)["input_ids"]
     if not ids:
         raise UsageError("The prompt has no tokens.")
-    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    if len(ids) >= longest:
-        raise ModelError(f"The prompt has {len(ids)} tokens; the model takes {longest}.", hint="Shorten the prompt.")
+    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    if len(ids) >= context:
+        raise ModelError(f"The prompt has {len(ids)} tokens; the model takes {context}.", hint="Shorten the prompt.")
     ends = _end_tokens(loaded)
-    # What the model's own generation_config may set otherwise is named here, so that the answer is the greedy one.
+    # The model's own generation_config may set other values.
     greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    room = min(max_new_tokens, longest - len(ids))
-    if room < 1:
+    new_tokens = min(max_new_tokens, context - len(ids))
+    if new_tokens < 1:
         return ""
     prompt = torch.tensor([ids], device=loaded.device)
     with quiet_libraries(), torch.no_grad(), _evaluating(loaded.model):
         output = loaded.model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=room,
+            max_new_tokens=new_tokens,
             min_new_tokens=0,
             eos_token_id=ends or None,
             pad_token_id=ends[0] if ends else 0,
@@ -206,7 +208,10 @@ def generate(
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a device that is there; ResourceError where it is not."""
+    """Return the device named `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Raises UsageError for another name, and ResourceError where this machine has no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -224,14 +229,15 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _end_tokens(loaded: LoadedModel) -> list[int]:
-    """Ids that end an answer: the tokenizer's and those of the model's generation_config."""
-    named = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
-    ids = named if isinstance(named, list) else [named]
+    """Return the ids that end an answer: the tokenizer's and those of the model's generation_config."""
+    configured = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
     return sorted({end for end in [loaded.tokenizer.eos_token_id, *ids] if end is not None})
 
 
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put the model into eval mode, and every module back into its own mode afterwards."""
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:

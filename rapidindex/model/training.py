@@ -31,6 +31,8 @@ from rapidindex.model.files import CHECKPOINTS, find_model
 from rapidindex.model.model import resolve_device
 from rapidindex.progress import Progress
 
+Row = dict[str, Tensor]
+"""int64 tensors of an example, or of a padded batch, as the model takes them."""
 _NO_LABEL = -100
 
 
@@ -47,8 +49,7 @@ def train(
     Returns the fields of `FinetuneSummary` that training decides. Raises the errors of `finetune`.
     """
     started = time.monotonic()
-    device = resolve_device(model_config.device)
-    files = find_model(model_config.model)
+    files, device = find_model(model_config.model), resolve_device(model_config.device)
     with loading.quiet_libraries(), loading.translate_errors(model_config):
         tokenizer = loading.load_tokenizer(files, None)
         base = loading.load_base(files, model_config, device, None)
@@ -58,7 +59,7 @@ def train(
         model = _make_trainable(base, model_config, options)
         _check_disk(output, model, options)
         checkpoint = _last_checkpoint(output / CHECKPOINTS)
-        trainer = _Trainer(model, tokenizer, rows, options, output, device, progress)
+        trainer = _Trainer(model, tokenizer, rows, options, output, progress)
         trainer.run(checkpoint)
         trainer.save_model(output)
         if options.save_optimizer:
@@ -76,7 +77,7 @@ def train(
     }
 
 
-def _encode(dataset: Dataset, template: Template) -> list[dict[str, Tensor]]:
+def _encode(dataset: Dataset, template: Template) -> list[Row]:
     """Return token ids and labels (-100 outside the response) of the examples that have a response token left."""
     rows = []
     for example in dataset.examples:
@@ -94,7 +95,7 @@ def _encode(dataset: Dataset, template: Template) -> list[dict[str, Tensor]]:
     return rows
 
 
-def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def collate(rows: list[Row]) -> Row:
     """Pad examples on the right to a batch: input_ids, attention_mask and labels, each int64 [examples, T].
 
     The padding is masked by position, never by its id: a pad token may be missing, or be the end token too.
@@ -179,10 +180,9 @@ class _Trainer(transformers.Trainer):
         self,
         model: nn.Module,
         tokenizer: Any,
-        rows: list[dict[str, Tensor]],
+        rows: list[Row],
         options: FinetuneConfig,
         output: Path,
-        device: torch.device,
         progress: Progress,
     ) -> None:
         arguments = transformers.TrainingArguments(
@@ -205,7 +205,7 @@ class _Trainer(transformers.Trainer):
             remove_unused_columns=False,
             label_names=["labels"],
             dataloader_pin_memory=False,
-            use_cpu=device.type == "cpu",
+            use_cpu=next(model.parameters()).device.type == "cpu",
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # the model is on one device; Trainer would copy it to every GPU

@@ -269,7 +269,7 @@ def test_missing_or_unusable_adapters_say_what_was_looked_for(tmp_path, llama_fo
     for path, message in [
         (tmp_path / "nowhere", "no adapter at"),
         (tmp_path / "empty", "no adapter_config.json"),
-        (tmp_path / "several", "several adapters: one, two.*--adapter .*two"),
+        (tmp_path / "several", "no adapter, but holds some: one, two.*--adapter .*two"),
         (base, "whole model, not an adapter"),
         (adapter / "adapter_config.json", "is a file"),
         (bare, "not saved completely"),
