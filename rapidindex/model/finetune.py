@@ -39,7 +39,7 @@ class FinetuneSummary:
     trainable_parameters: int
     """How many numbers were trained."""
     seconds: float
-    """Time of this call; the earlier calls of a resumed run do not count."""
+    """Training time of this call; the earlier calls of a resumed run do not count."""
     early_step: int | None = None
     """The step whose model is in OUTPUT/early; None without such a model."""
     resumed_at: int | None = None

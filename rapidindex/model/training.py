@@ -48,7 +48,6 @@ def train(
 
     Returns the fields of `FinetuneSummary` that training decides. Raises the errors of `finetune`.
     """
-    started = time.monotonic()
     files, device = find_model(model_config.model), resolve_device(model_config.device)
     with loading.quiet_libraries(), loading.translate_errors(model_config):
         tokenizer = loading.load_tokenizer(files, None)
@@ -60,6 +59,7 @@ def train(
         _check_disk(output, model, options)
         checkpoint = _last_checkpoint(output / CHECKPOINTS)
         trainer = _Trainer(model, tokenizer, rows, options, output, progress)
+        started = time.monotonic()
         trainer.run(checkpoint)
         trainer.save_model(output)
         if options.save_optimizer:

@@ -73,7 +73,10 @@ def assert_learns(summary: FinetuneSummary) -> None:
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_lora_lowers_the_loss_and_its_adapter_loads_back(tmp_path, tiny_folders, dataset, name):
     base, reports = tiny_folders[name][0], []
-    progress = lambda *report: reports.append(report)  # noqa: E731
+
+    def progress(*report):
+        reports.append(report)
+
     summary = finetune(dataset, PLAIN, on_cpu(base), QUICK, tmp_path / "adapter", progress=progress)
     assert_learns(summary)
     assert [report[:3] for report in reports] == [("fine-tune", step, 9) for step in range(1, 10)]
