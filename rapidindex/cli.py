@@ -17,6 +17,7 @@ from rapidindex.config import (
     BuildConfig,
     BuildRequest,
     EncodingConfig,
+    FinetuneConfig,
     GradientConfig,
     ModelConfig,
     QueryOptions,
@@ -98,32 +99,37 @@ def finetune(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the adapter, or the model.", show_default=False)
     ],
-    method: Annotated[str, typer.Option(help="lora, qlora (4-bit base) or full.")] = "lora",
-    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
-    alpha: Annotated[int | None, typer.Option(help="LoRA alpha.", show_default="2 · rank")] = None,
-    dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = 0.0,
+    method: Annotated[str, typer.Option(help="lora, qlora (4-bit base) or full.")] = FinetuneConfig.method,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA matrices.")] = FinetuneConfig.rank,
+    alpha: Annotated[
+        int | None, typer.Option(help="LoRA's alpha: its update is scaled by alpha / rank.", show_default="2 · rank")
+    ] = None,
+    dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = FinetuneConfig.dropout,
     target_modules: Annotated[
-        str | None, typer.Option(help="Linear layers to adapt, by comma.", show_default="attention projections")
+        str | None,
+        typer.Option(help="Linear modules to adapt, separated by commas.", show_default="attention projections"),
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 3,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = FinetuneConfig.epochs,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak of the cosine.", show_default="5e-4; full: 5e-5")
+        float | None, typer.Option(help="Peak of the learning rate.", show_default="5e-4; full: 5e-5")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples in a batch.")] = 8,
-    accumulation: Annotated[int, typer.Option(help="Batches in a step.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Examples in a batch.")] = FinetuneConfig.batch_size,
+    accumulation: Annotated[int, typer.Option(help="Batches in a step.")] = FinetuneConfig.accumulation,
     quantize: Quantize = None,
     template: TemplateName = EncodingConfig.template,
     max_length: MaxLength = EncodingConfig.max_length,
-    seed: Annotated[int, typer.Option(help="Draws the adapter's start and the order of the examples.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the adapter's start and of the order of the examples.")
+    ] = FinetuneConfig.seed,
     early: Annotated[
         float | None,
         typer.Option(
-            help="Keep the model after this share of the steps too, in OUTPUT/early: to index.",
+            help="Also save the model after this share of the steps, to OUTPUT/early.",
             show_default="0.1; full: 0",
         ),
     ] = None,
     save_optimizer: Annotated[
-        bool, typer.Option("--save-optimizer", help="Keep Adam's state, for build --second-moment.")
+        bool, typer.Option("--save-optimizer", help="Save Adam's state, for build --second-moment.")
     ] = False,
     dtype: Dtype = ModelConfig.dtype,
     device: Device = ModelConfig.device,
@@ -132,12 +138,10 @@ def finetune(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune a model on the data: LoRA, QLoRA or all parameters. Given again, it goes on where it stopped."""
-    from rapidindex import config
-    from rapidindex.config import FinetuneConfig
+    """Fine-tune a model on the data: LoRA, QLoRA or all parameters. The same command goes on after an interruption."""
     from rapidindex.data.examples import read_examples
     from rapidindex.model.finetune import finetune as run
-    from rapidindex.progress import Bars, steps
+    from rapidindex.progress import Bars
 
     options = FinetuneConfig(
         method=method,
@@ -153,11 +157,10 @@ def finetune(
         early=early,
         save_optimizer=save_optimizer,
     )
-    encoding = config.EncodingConfig(template, max_length)
-    loaded = config.ModelConfig(model, None, quantize, dtype, device)
+    encoding, base = EncodingConfig(template, max_length), ModelConfig(model, None, quantize, dtype, device)
     dataset = read_examples(data, limit=limit)
     with Bars(quiet=quiet) as bars:
-        summary = run(dataset, encoding, loaded, options, output, overwrite=overwrite, progress=steps(bars))
+        summary = run(dataset, encoding, base, options, output, overwrite=overwrite, progress=bars)
     _print(summary, as_json, finetune_lines(summary, len(dataset.skipped), str(data), model, template))
 
 

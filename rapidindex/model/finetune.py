@@ -1,43 +1,31 @@
-"""Fine-tuning: LoRA, QLoRA or every parameter, with the recipe of the paper's Table 8 where it fits our sizes.
+"""Fine-tune a model with LoRA, QLoRA or every parameter, after the paper's Table 8 where it fits our sizes.
 
-Knows options, folders and resuming; `training.py` does the training. Everything is written to OUTPUT.part, which takes
-the place of OUTPUT when the last step is done: what is in OUTPUT is always finished. A run that was interrupted goes on
-from its last checkpoint when it is started again with the same settings.
+Checks the options and the output folder; `training.py` trains. The folder holds everything from the first step on:
+
+rapidindex-finetune.json   the settings; written again as the very last file, with a summary, when training is finished
+checkpoints/               Trainer's own, until then: an interrupted run goes on from the last one
+early/                     the model after the first tenth of the steps
+*                          the adapter or model, with its tokenizer
 """
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig, fingerprint
 from rapidindex.data.examples import Dataset
-from rapidindex.errors import ConfigMismatch, ModelError, UsageError
-from rapidindex.model.files import find_model, model_fingerprint
+from rapidindex.errors import ConfigMismatch, UsageError
+from rapidindex.model.files import CHECKPOINTS, FINETUNE_RECORD, find_model, model_fingerprint, read_json
+from rapidindex.progress import Progress, silent
 
-RECORD = "rapidindex-finetune.json"
-"""In OUTPUT: the settings and the summary. In OUTPUT.part: the settings."""
-_NO_MATTER = ("checkpoint_seconds",)
-
-
-@dataclass(frozen=True)
-class FinetuneProgress:
-    """One training step done."""
-
-    step: int
-    """From 1 to `total`."""
-    total: int
-    loss: float
-    """Mean over the response tokens of the step's examples, in nats."""
-    seconds: float
-    """Since this call began to train."""
+_PART = f"{FINETUNE_RECORD}.part"
 
 
 @dataclass(frozen=True)
 class FinetuneSummary:
-    """What a fine-tuning run did."""
+    """The outcome of a fine-tuning run."""
 
     output: str
     method: str
@@ -49,15 +37,15 @@ class FinetuneSummary:
     epoch_losses: list[float]
     """Mean training loss of each epoch, in nats a response token."""
     trainable_parameters: int
-    """Numbers that were trained."""
+    """How many numbers were trained."""
     seconds: float
-    """This call's; a resumed run's earlier calls are not in it."""
+    """Training time of this call; the earlier calls of a resumed run do not count."""
     early_step: int | None = None
-    """The step whose model is in OUTPUT/early, if one is."""
+    """The step whose model is in OUTPUT/early; None without such a model."""
     resumed_at: int | None = None
-    """The step that this call went on from, if it did."""
+    """The step of the checkpoint from which this call went on; None if it began at the start."""
     already_there: bool = False
-    """True if OUTPUT was finished before, with the same settings, and nothing was done."""
+    """True if an earlier call finished OUTPUT with the same settings, and this one did nothing."""
 
 
 def finetune(
@@ -68,34 +56,37 @@ def finetune(
     output: str | Path,
     *,
     overwrite: bool = False,
-    progress: Callable[[FinetuneProgress], None] | None = None,
+    progress: Progress = silent,
 ) -> FinetuneSummary:
     """Train on `dataset` and write an adapter (or a whole model) with its tokenizer to the folder `output`.
 
-    UsageError for options that exclude each other, ConfigMismatch where `output` or an interrupted run holds other
-    settings, DataError if no response is left within `max_length`, ModelError for a model that cannot be trained or a
-    loss that is not a number, ResourceError for too little memory or disk.
-    """
-    model_config, options = _checked(model_config, options.complete())
-    output = Path(output).absolute()
-    work = output.with_name(output.name + ".part")
-    settings = _settings(dataset, encoding, model_config, options)
-    finished = _finished(output, settings, overwrite)
-    if finished:
-        return finished
-    _prepare(work, settings, overwrite)
-    from rapidindex.model.loading import quiet
+    A run that was killed goes on from its last checkpoint when it is called again with the same settings. `progress`
+    gets ("fine-tune", step, steps, "loss 1.23") after each step.
 
-    with quiet():  # importing Trainer imports bitsandbytes, which logs what it does not find
+    Raises UsageError for options that exclude each other, ConfigMismatch where `output` was made with other settings,
+    DataError if no response is left within `max_length`, ModelError for a model that cannot be trained or a loss that
+    is not a number, and ResourceError for too little memory or disk space.
+    """
+    model_config, options = _check(model_config, options.complete())
+    output = Path(output).absolute()
+    settings = _settings(dataset, encoding, model_config, options)
+    record = _open(output, settings, overwrite)
+    if record and record.get("summary"):
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+        return replace(FinetuneSummary(**record["summary"]), output=str(output), already_there=True)
+    from rapidindex.model.loading import quiet_libraries
+
+    with quiet_libraries():  # importing Trainer imports bitsandbytes, which logs what it does not find
         from rapidindex.model.training import train
-    result = train(dataset, encoding, model_config, options, work, progress)
-    summary = FinetuneSummary(output=str(output), method=options.method, **result)
-    _write_json(work / "finished" / RECORD, {"settings": settings, "summary": asdict(summary)})
-    _publish(work, output)
+    trained = train(dataset, encoding, model_config, options, output, progress)
+    summary = FinetuneSummary(output=str(output), method=options.method, **trained)
+    _write_record(output, {"settings": settings, "summary": asdict(summary)})
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return summary
 
 
-def _checked(model_config: ModelConfig, options: FinetuneConfig) -> tuple[ModelConfig, FinetuneConfig]:
+def _check(model_config: ModelConfig, options: FinetuneConfig) -> tuple[ModelConfig, FinetuneConfig]:
+    """Return both, `quantize` filled in for QLoRA; raise UsageError where they exclude each other."""
     if model_config.adapter:
         raise UsageError("finetune makes a new adapter; it takes none.", hint="Leave --adapter out.")
     if model_config.quantize and options.method != "qlora":
@@ -119,79 +110,57 @@ def _checked(model_config: ModelConfig, options: FinetuneConfig) -> tuple[ModelC
 def _settings(
     dataset: Dataset, encoding: EncodingConfig, model_config: ModelConfig, options: FinetuneConfig
 ) -> dict[str, Any]:
-    """What decides the trained weights, by content and not by place."""
+    """Return everything that decides the trained weights; data and model by their content, wherever they lie."""
+    training = asdict(options)
+    del training["checkpoint_seconds"]
     return {
         "data": fingerprint([example.id for example in dataset.examples]),
         "model": model_fingerprint(find_model(model_config.model)),
         "dtype": model_config.dtype,
         "quantize": model_config.quantize,
         **asdict(encoding),
-        **{key: value for key, value in asdict(options).items() if key not in _NO_MATTER},
+        **training,
     }
 
 
-def _finished(output: Path, settings: dict[str, Any], overwrite: bool) -> FinetuneSummary | None:
-    """The summary of a finished run with the same settings, or None if training is to begin."""
-    if not output.exists():
-        return None
-    record = _read_record(output)
-    if record is None:
-        if output.is_dir() and not any(output.iterdir()):
-            return None
+def _open(output: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """Return the record in `output` if it has these settings; otherwise begin a new one there and return None.
+
+    Raises ConfigMismatch where the record has other settings, unless `overwrite` is set, and UsageError where
+    `output` holds anything that finetune did not write.
+    """
+    record = read_json(output / FINETUNE_RECORD) if (output / FINETUNE_RECORD).is_file() else None
+    if record and not overwrite:
+        if record["settings"] == settings:
+            return record
+        state = "a model fine-tuned" if record.get("summary") else "an interrupted run"
+        raise ConfigMismatch(
+            f"{output} holds {state} with other settings: {_differences(record['settings'], settings)}.",
+            hint="Give those settings, choose another --output, or give --overwrite to start again.",
+        )
+    if record:
+        _clear(output)
+    elif output.exists() and (not output.is_dir() or any(path.name != _PART for path in output.iterdir())):
         raise UsageError(f"{output} exists, and finetune did not write it.", hint="Choose another --output.")
-    if overwrite:
-        return None
-    if record["settings"] != settings:
-        raise ConfigMismatch(
-            f"{output} holds a model fine-tuned with other settings: {_differences(record['settings'], settings)}.",
-            hint="Choose another --output, or give --overwrite.",
-        )
-    return replace(FinetuneSummary(**record["summary"]), output=str(output), already_there=True)
-
-
-def _prepare(work: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Make OUTPUT.part ready: a new folder, or that of an interrupted run with the same settings."""
-    record = _read_record(work) if work.exists() else None
-    if work.exists() and record is None and any(work.iterdir()):
-        raise UsageError(f"{work} exists, and finetune did not write it.", hint="Choose another --output.")
-    if record and record["settings"] != settings and not overwrite:
-        raise ConfigMismatch(
-            f"{work} holds an interrupted run with other settings: {_differences(record['settings'], settings)}.",
-            hint="Give the same options to go on with it, or --overwrite to start again.",
-        )
-    if record and overwrite:
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    _write_json(work / RECORD, {"settings": settings})
+    output.mkdir(parents=True, exist_ok=True)
+    _write_record(output, {"settings": settings})
+    return None
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Such as `epochs 3, now 5`."""
+    """Name the settings that differ, such as `epochs 3, now 5`."""
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return "; ".join(f"{key} {before.get(key)}, now {now.get(key)}" for key in keys)
 
 
-def _publish(work: Path, output: Path) -> None:
-    """Move OUTPUT.part/finished to OUTPUT, and remove what is left."""
-    if output.exists():
-        shutil.rmtree(work / "replaced", ignore_errors=True)
-        output.rename(work / "replaced")
-    (work / "finished").rename(output)
-    shutil.rmtree(work)
+def _clear(output: Path) -> None:
+    """Remove everything but the record, which first loses its settings: what is left then fits no run."""
+    _write_record(output, {"settings": {}})
+    for path in output.iterdir():
+        if path.name != FINETUNE_RECORD:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
-    file = folder / RECORD
-    if not file.is_file():
-        return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is damaged.", hint=f"Remove {folder} and start again.") from error
-    return record
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    part.replace(file)
+def _write_record(output: Path, record: dict[str, Any]) -> None:
+    (output / _PART).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (output / _PART).replace(output / FINETUNE_RECORD)

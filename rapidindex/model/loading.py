@@ -1,13 +1,14 @@
-"""Loading as transformers, peft and bitsandbytes do it, without their noise and with our errors.
+"""Load models with transformers, peft and bitsandbytes, but without their noise and with our errors.
 
-A GGUF file becomes an ordinary model, a quantized base one whose backward pass works on every device, and an adapter
-that lacks a tensor or brings one too many is refused (peft would go on with random values, or leave it out).
+A GGUF file becomes an ordinary model, and a quantized base one whose backward pass works on every device. An adapter
+that lacks a tensor or has one too many is refused: peft would use random values, or ignore the tensor.
 """
 
 import contextlib
 import importlib.util
 import io
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -23,41 +24,41 @@ from rapidindex.config import ModelConfig
 from rapidindex.errors import ModelError, RapidIndexError, ResourceError
 from rapidindex.model.files import ModelFiles
 
-_LOUD = ("accelerate", "bitsandbytes", "huggingface_hub", "peft")
+_NOISY_LOGGERS = ("accelerate", "bitsandbytes", "huggingface_hub", "peft")
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Within, transformers, peft and their like draw no bars and log errors only; what was set before comes back after.
+def quiet_libraries() -> Iterator[None]:
+    """Let transformers, peft and their like draw no bars and log only errors; restore their settings afterwards.
 
-    What matters among the warnings so hidden (weights missing from a file) is checked where it can occur.
+    The one hidden warning that matters, about weights missing from a file, becomes an error where it can occur.
     """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 
     log = transformers.utils.logging
-    bars, hub_silent, level = log.is_progress_bar_enabled(), are_progress_bars_disabled(), log.get_verbosity()
-    loud = {name: logging.getLogger(name).level for name in _LOUD}
+    bars, hub_bars, level = log.is_progress_bar_enabled(), not are_progress_bars_disabled(), log.get_verbosity()
+    loggers = {logger: logger.level for logger in map(logging.getLogger, _NOISY_LOGGERS)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         log.disable_progress_bar()
         log.set_verbosity_error()
-        for name in loud:
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            for name, before in loud.items():
-                logging.getLogger(name).setLevel(before)
+            for logger, before in loggers.items():
+                logger.setLevel(before)
             log.set_verbosity(level)
             if bars:
                 log.enable_progress_bar()
-            if hub_silent:
+            if not hub_bars:
                 disable_progress_bars()
 
 
 @contextlib.contextmanager
-def as_our_errors(config: ModelConfig) -> Iterator[None]:
-    """Turn whatever the loaders raise into one of ours: their kinds of error are many and change with each release."""
+def translate_errors(config: ModelConfig) -> Iterator[None]:
+    """Turn the loaders' errors, whose many types change with each release, into ModelError or ResourceError."""
     try:
         yield
     except RapidIndexError:
@@ -82,10 +83,13 @@ def _advice(text: str) -> str:
 
 
 def load_tokenizer(files: ModelFiles, adapter: Path | None) -> PreTrainedTokenizerBase:
-    """The adapter's own tokenizer where it brings one (training may have added tokens), else the base's."""
-    named = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    """Return the adapter's own tokenizer if it has one (training may have added tokens), otherwise the base's.
+
+    Raises ModelError where neither has one, and for one that cannot map its tokens to characters.
+    """
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     places = [
-        folder for folder in (adapter, files.folder) if folder and any((folder / name).is_file() for name in named)
+        folder for folder in (adapter, files.folder) if folder and any((folder / name).is_file() for name in names)
     ]
     if places:
         tokenizer = transformers.AutoTokenizer.from_pretrained(places[0])
@@ -96,18 +100,26 @@ def load_tokenizer(files: ModelFiles, adapter: Path | None) -> PreTrainedTokeniz
         raise ModelError(
             f"{files.folder} holds no tokenizer.", hint="Copy tokenizer.json and tokenizer_config.json into it."
         )
+    check_fast(tokenizer)
+    return tokenizer
+
+
+def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError for a tokenizer that cannot map its tokens to characters."""
     if not tokenizer.is_fast:
         raise ModelError(
-            f"The tokenizer in {places[0]} is not a fast one, so tokens cannot be mapped to characters.",
+            f"The tokenizer of {tokenizer.name_or_path} is not a fast one, so tokens cannot be mapped to characters.",
             hint="Give the model a tokenizer.json.",
         )
-    return tokenizer
 
 
 def load_base(
     files: ModelFiles, config: ModelConfig, device: torch.device, attn_implementation: str | None
 ) -> PreTrainedModel:
-    """The base model on its device, from a folder or a GGUF file, quantized if `config` says so; no cache."""
+    """Return the base model on `device`, from a folder or a GGUF file, quantized if `config` says so, without cache.
+
+    `attn_implementation` is None for the architecture's own.
+    """
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if files.gguf is None:
         model = _from_folder(files.folder, config, device, options)
@@ -117,10 +129,15 @@ def load_base(
         with tempfile.TemporaryDirectory(prefix="rapidindex-") as folder:  # bitsandbytes quantizes while reading
             _from_gguf(files, replace(config, quantize=None), torch.device("cpu"), {}).save_pretrained(folder)
             model = _from_folder(Path(folder), config, device, options)
-    model.name_or_path = model.config.name_or_path = config.model  # what an adapter saved from it names as its base
-    for part in {id(part): part for part in (model.config, model.config.get_text_config())}.values():
-        part.use_cache = False
+    model.name_or_path = model.config.name_or_path = config.model  # a saved adapter names it as its base
+    disable_cache(model)
     return model
+
+
+def disable_cache(model: PreTrainedModel) -> None:
+    """Turn off the cache of keys and values, which training and gradients have no use for."""
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = False
 
 
 def _from_folder(folder: Path, config: ModelConfig, device: torch.device, options: dict[str, Any]) -> PreTrainedModel:
@@ -132,12 +149,12 @@ def _from_folder(folder: Path, config: ModelConfig, device: torch.device, option
 def _from_gguf(
     files: ModelFiles, config: ModelConfig, device: torch.device, options: dict[str, Any]
 ) -> PreTrainedModel:
-    """The model in a GGUF file with its weights unpacked: an ordinary model that peft accepts and that can be saved."""
+    """Return the model in a GGUF file with its weights unpacked, so that peft accepts it and it can be saved."""
     _need_gguf()
     options = {**options, "gguf_file": files.gguf}
-    if hasattr(transformers, "GgufConfig"):  # from 5.2x on weights may stay packed, which has no backward pass
+    if hasattr(transformers, "GgufConfig"):  # since 5.2x weights may stay packed, without a backward pass
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no switch
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be switched off
         model = _from_pretrained(files.folder, config, device, options)
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
@@ -159,9 +176,8 @@ def _from_pretrained(
             f"{config.model} has no weights for {len(missing)} of its tensors, such as {missing[0]}.",
             hint="Download or save the model again.",
         )
-    model.__dict__.pop("hf_device_map", None)  # one device: without it peft and accelerate leave the modules unwrapped
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        _keep_differentiable(model)
+    model.__dict__.pop("hf_device_map", None)  # so that peft and accelerate do not wrap the modules
+    keep_differentiable(model)
     return model
 
 
@@ -174,32 +190,35 @@ def _quantization(config: ModelConfig) -> transformers.BitsAndBytesConfig:
     return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
-def _keep_differentiable(model: PreTrainedModel) -> None:
+def quantization_of(model: PreTrainedModel) -> str | None:
+    """Return the name in `--quantize` of how bitsandbytes holds the model, or None."""
+    kinds = {"4bit": "is_loaded_in_4bit", "8bit": "is_loaded_in_8bit"}
+    return next((kind for kind, flag in kinds.items() if getattr(model, flag, False)), None)
+
+
+def keep_differentiable(model: PreTrainedModel) -> None:
     """Keep bitsandbytes 0.50 from repacking 4-bit weights for CPUs with AVX-512 BF16.
 
-    It does so in the first forward pass in eval mode, to bfloat16 products without a backward pass: gradients would be
-    lost in silence. Its 8-bit product also logs a line a layer for inputs that are not float16; that is its design.
+    It does so in the first forward pass in eval mode, for bfloat16 products that have no backward pass: gradients would
+    silently be lost. Its 8-bit product also logs one line per layer for inputs that are not float16, by design.
     """
-    import bitsandbytes
+    if quantization_of(model):
+        import bitsandbytes
 
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        for module in model.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def add_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """`model` under the adapter in `folder`; ModelError where adapter and base do not fit."""
+    """Return `model` under the adapter in `folder`; raise ModelError where the two do not fit."""
     import peft
 
     settings = peft.PeftConfig.from_pretrained(str(folder))
-    if settings.is_prompt_learning:
-        raise ModelError(
-            f"{folder} is a {settings.peft_type.value} adapter: its virtual tokens belong to no response.",
-            hint="Give an adapter that changes the model's weights, such as LoRA.",
-        )
-    made_for = settings.base_model_name_or_path or "another model"
-    hint = f"The adapter names {made_for} as its base: give it with -m." if made_for != model.name_or_path else ""
+    check_adapter(settings, str(folder))
+    its_base = settings.base_model_name_or_path or "another model"
+    hint = f"The adapter names {its_base} as its base: give it with -m." if its_base != model.name_or_path else ""
     try:
         adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
         result = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(str(folder), device="cpu"))
@@ -216,8 +235,35 @@ def add_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return adapted
 
 
+def is_adapted(model: torch.nn.Module) -> bool:
+    """Return whether `model` is a peft.PeftModel, without the slow import of peft where nobody has imported it."""
+    return "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
+
+
+def check_adapter(settings: Any, name: str) -> None:
+    """Raise ModelError for a kind of adapter that changes no weights (`settings`: its peft.PeftConfig)."""
+    if settings.is_prompt_learning:
+        raise ModelError(
+            f"{name} is a {settings.peft_type.value} adapter: its virtual tokens belong to no response.",
+            hint="Give an adapter that changes the model's weights, such as LoRA.",
+        )
+
+
+def train_adapter(model: Any) -> None:
+    """Let the active adapter of a peft.PeftModel, and nothing else, require a gradient.
+
+    Raises ModelError where it is merged into the base.
+    """
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise ModelError(
+            "The adapter is merged into the base, so it has no gradient.", hint="Call model.unmerge_adapter() first."
+        )
+    model.set_adapter(model.active_adapter)
+    model.base_model._mark_only_adapters_as_trainable(model.base_model.model)  # no public way frees biases as well
+
+
 def train_everything(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Let every parameter require a gradient; ModelError where the folder holds quantized weights."""
+    """Let every parameter require a gradient; raise ModelError for a quantized model."""
     if getattr(model, "is_quantized", False):
         raise ModelError(
             f"{config.model} is quantized, so its weights cannot be trained, and there is no adapter.",
@@ -228,7 +274,10 @@ def train_everything(model: PreTrainedModel, config: ModelConfig) -> None:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ModelError where the tokenizer belongs to a model with more embeddings; an unused pad token past them is fine."""
+    """Raise ModelError where the tokenizer has more tokens than the model has embeddings.
+
+    Tokens added past the vocabulary, such as a pad token, do not count.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:
         raise ModelError(

@@ -1,29 +1,42 @@
-"""Base model, adapter and tokenizer, loaded as ordinary objects of transformers and peft; greedy generation.
+"""Load base model, adapter and tokenizer as ordinary objects of transformers and peft, or adopt them; generate.
 
-What is trainable is what influence is about: the adapter's parameters, or every parameter where there is no adapter.
-Knows nothing of examples or gradients. Where the files lie is `files.py`, how they are read `loading.py`.
+Influence is measured on the trainable parameters: the adapter's, or all of them where there is no adapter. Knows
+nothing of examples or gradients. `files.py` finds the files, and `loading.py` reads them.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rapidindex.config import ModelConfig, fingerprint
-from rapidindex.errors import ModelError, ResourceError, UsageError
+from rapidindex.config import DTYPES, ModelConfig
+from rapidindex.errors import ModelError, RapidIndexError, ResourceError, UsageError
 from rapidindex.model.files import adapter_fingerprint, find_adapter, find_model, model_fingerprint
+from rapidindex.model.fingerprints import WEIGHTS, tokenizer_fingerprint, weights_fingerprints
 from rapidindex.model.loading import (
     add_adapter,
-    as_our_errors,
+    check_adapter,
+    check_fast,
     check_vocabulary,
+    disable_cache,
+    is_adapted,
+    keep_differentiable,
     load_base,
     load_tokenizer,
-    quiet,
+    quantization_of,
+    quiet_libraries,
+    train_adapter,
     train_everything,
+    translate_errors,
 )
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass
@@ -33,21 +46,61 @@ class LoadedModel:
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     config: ModelConfig
+    """The options with which `load` gives the same model, as far as they are known."""
     fingerprints: dict[str, str]
-    """16 hexadecimal digits each for `model`, `adapter` (empty without one) and `tokenizer`; paths do not enter."""
+    """Of `model`, `adapter` (empty without one) and `tokenizer`: 16 hexadecimal digits over files, or, for a model that
+    `adopt` took from memory, `weights:` and 16 digits. Where the files lie does not matter."""
     device: torch.device
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The trainable parameters by name, in the model's order; tied ones stand once."""
+        """The trainable parameters by name, in the model's order; tied ones occur once."""
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def fingerprint_of(self, part: str, like: str) -> str:
+        """Return the fingerprint of `model`, `adapter` or `tokenizer` in the kind of `like`: of files or of weights.
+
+        Raises ModelError where `like` is of files and this model was taken from memory, unless the files that its
+        `config` names hold the same weights.
+        """
+        own = self.fingerprints[part]
+        if not own or not like or own.startswith(WEIGHTS) == like.startswith(WEIGHTS):
+            return own
+        if like.startswith(WEIGHTS):
+            return self._weights[part]
+        if part not in self._files:
+            raise ModelError(
+                f"The {part} was given as an object, and the index was built from files: whether they are the same"
+                f" cannot be told, because {getattr(self.config, part) or 'no known folder'} holds other weights.",
+                hint="Open the index with the paths of model and adapter.",
+            )
+        return self._files[part]
+
+    @cached_property
+    def _weights(self) -> dict[str, str]:
+        return weights_fingerprints(self.model)
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        """The fingerprints of the files that `config` names, for those parts that hold the same weights as this model.
+
+        The model is loaded a second time for that, into the computer's memory unless it is quantized.
+        """
+        device = self.config.device if self.config.quantize else "cpu"
+        try:
+            saved = load(replace(self.config, device=device)) if self.config.model else None
+        except RapidIndexError:  # the files are gone, or were never there
+            saved = None
+        weights = weights_fingerprints(saved.model) if saved else {}
+        return {part: saved.fingerprints[part] for part, value in weights.items() if value == self._weights[part]}
 
 
 def load(config: ModelConfig, *, attn_implementation: str | None = None) -> LoadedModel:
-    """Load base, adapter and tokenizer. `attn_implementation`: None for the architecture's own (mostly sdpa), `eager`.
+    """Load base, adapter and tokenizer.
 
-    UsageError for options that exclude each other, ResourceError for a missing device or too little memory, ModelError
-    for files that are missing, damaged or do not belong together.
+    `attn_implementation` is None for the architecture's own (mostly sdpa), or `eager`. Raises UsageError for options
+    that exclude each other, ResourceError for a missing device or too little memory, and ModelError for files that are
+    missing, damaged or do not belong together.
     """
     device = resolve_device(config.device)
     if config.quantize and not config.adapter:
@@ -57,7 +110,7 @@ def load(config: ModelConfig, *, attn_implementation: str | None = None) -> Load
         )
     adapter = find_adapter(config.adapter) if config.adapter else None
     files = find_model(config.model)
-    with quiet(), as_our_errors(config):
+    with quiet_libraries(), translate_errors(config):
         tokenizer = load_tokenizer(files, adapter)
         model = load_base(files, config, device, attn_implementation)
         check_vocabulary(model, tokenizer)
@@ -69,7 +122,7 @@ def load(config: ModelConfig, *, attn_implementation: str | None = None) -> Load
     fingerprints = {
         "model": model_fingerprint(files),
         "adapter": adapter_fingerprint(adapter) if adapter else "",
-        "tokenizer": _tokenizer_fingerprint(tokenizer),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
     }
     loaded = LoadedModel(model, tokenizer, config, fingerprints, device)
     if not loaded.trainable:
@@ -77,31 +130,74 @@ def load(config: ModelConfig, *, attn_implementation: str | None = None) -> Load
     return loaded
 
 
+def adopt(
+    model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase, *, adapter: str | Path | None = None
+) -> LoadedModel:
+    """Take a model from memory, and leave it in place as `load` leaves its own: see `LoadedModel`.
+
+    The active adapter of a PeftModel becomes trainable, or every parameter of another model. `adapter` is the folder in
+    which that adapter is saved, if it is. Raises ModelError for a model or tokenizer that `load` would refuse.
+    """
+    base = model.get_base_model() if is_adapted(model) else model
+    _check_causal(base)
+    check_fast(tokenizer)
+    check_vocabulary(base, tokenizer)
+    dtype, device = str(base.dtype).removeprefix("torch."), next(model.parameters()).device
+    saved = str(adapter) if adapter else None
+    config = ModelConfig(base.name_or_path, saved, quantization_of(base), dtype, str(device))
+    if model is base:
+        train_everything(base, config)
+    else:
+        check_adapter(model.active_peft_config, "The model's adapter")
+        train_adapter(model)
+    keep_differentiable(base)
+    disable_cache(base)
+    fingerprints = {**weights_fingerprints(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    return LoadedModel(model.eval(), tokenizer, config, fingerprints, device)
+
+
+def _check_causal(base: torch.nn.Module) -> None:
+    """Raise ModelError unless `base` is a causal language model of transformers on one device, in a dtype of ours."""
+    if not isinstance(base, PreTrainedModel) or not base.can_generate() or base.config.is_encoder_decoder:
+        raise ModelError(
+            f"A {type(base).__name__} is no causal language model of transformers.",
+            hint="Give what AutoModelForCausalLM makes, or a peft.PeftModel over it.",
+        )
+    devices = {str(value.device) for value in base.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise ModelError(
+            f"The model lies on {', '.join(sorted(devices))}.", hint="Load it onto one device, without device_map."
+        )
+    if str(base.dtype).removeprefix("torch.") not in DTYPES:
+        raise ModelError(f"The model computes in {base.dtype}.", hint=f"Convert it to one of: {', '.join(DTYPES)}.")
+
+
 def generate(
     loaded: LoadedModel, prompt_text: str, *, add_special_tokens: bool = True, max_new_tokens: int = 64
 ) -> str:
-    """The model's greedy answer to `prompt_text` as it stands, without special tokens. The model is left as it was.
+    """Return the model's greedy answer to `prompt_text`, to which no template is applied, without special tokens.
 
-    UsageError for an empty prompt, ModelError for one that fills the model's context.
+    The model's state does not change. Raises UsageError for an empty prompt, and ModelError for one that fills the
+    model's context.
     """
     ids = loaded.tokenizer(prompt_text, add_special_tokens=add_special_tokens)["input_ids"]
     if not ids:
         raise UsageError("The prompt has no tokens.")
-    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    if len(ids) >= longest:
-        raise ModelError(f"The prompt has {len(ids)} tokens; the model takes {longest}.", hint="Shorten the prompt.")
+    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    if len(ids) >= context:
+        raise ModelError(f"The prompt has {len(ids)} tokens; the model takes {context}.", hint="Shorten the prompt.")
     ends = _end_tokens(loaded)
-    # What the model's own generation_config may set otherwise is named here, so that the answer is the greedy one.
+    # The model's own generation_config may set other values.
     greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    room = min(max_new_tokens, longest - len(ids))
-    if room < 1:
+    new_tokens = min(max_new_tokens, context - len(ids))
+    if new_tokens < 1:
         return ""
     prompt = torch.tensor([ids], device=loaded.device)
-    with quiet(), torch.no_grad(), _evaluating(loaded.model):
+    with quiet_libraries(), torch.no_grad(), _evaluating(loaded.model):
         output = loaded.model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=room,
+            max_new_tokens=new_tokens,
             min_new_tokens=0,
             eos_token_id=ends or None,
             pad_token_id=ends[0] if ends else 0,
@@ -112,7 +208,10 @@ def generate(
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a device that is there; ResourceError where it is not."""
+    """Return the device named `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Raises UsageError for another name, and ResourceError where this machine has no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -129,22 +228,16 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    state = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}
-    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-    return fingerprint({"backend": state, "special": special, "chat": tokenizer.chat_template})
-
-
 def _end_tokens(loaded: LoadedModel) -> list[int]:
-    """Ids that end an answer: the tokenizer's and those of the model's generation_config."""
-    named = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
-    ids = named if isinstance(named, list) else [named]
+    """Return the ids that end an answer: the tokenizer's and those of the model's generation_config."""
+    configured = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
     return sorted({end for end in [loaded.tokenizer.eos_token_id, *ids] if end is not None})
 
 
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put the model into eval mode, and every module back into its own mode afterwards."""
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:

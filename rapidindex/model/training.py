@@ -1,96 +1,92 @@
-"""The training itself: transformers' Trainer over peft, silent, resumable, its loss on the response tokens only.
+"""Train with transformers' Trainer, over peft: silent, resumable, with a loss on the response tokens only.
 
-Knows nothing of OUTPUT: it works in the folder that `finetune.py` gives it, and leaves the result in its `finished`.
+Writes checkpoints, the early model and the finished one into the folder that `finetune.py` has made ready.
 """
 
-import json
 import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import peft
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import get_last_checkpoint
 
-from rapidindex.config import EncodingConfig, ModelConfig
+from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig
 from rapidindex.data.examples import Dataset
 from rapidindex.data.templates import Template
 from rapidindex.errors import DataError, ModelError, ResourceError
-from rapidindex.model.files import find_model
-from rapidindex.model.loading import as_our_errors, check_vocabulary, load_base, load_tokenizer, quiet, train_everything
+from rapidindex.model import loading
+from rapidindex.model.files import CHECKPOINTS, find_model
 from rapidindex.model.model import resolve_device
+from rapidindex.progress import Progress
 
-if TYPE_CHECKING:
-    from rapidindex.config import FinetuneConfig
-    from rapidindex.model.finetune import FinetuneProgress
-
-_IGNORED = -100
-_CHECKPOINTS = "checkpoints"
-_EARLY = "early"
+Row = dict[str, Tensor]
+"""int64 tensors of an example, or of a padded batch, as the model takes them."""
+_NO_LABEL = -100
 
 
 def train(
     dataset: Dataset,
     encoding: EncodingConfig,
     model_config: ModelConfig,
-    options: "FinetuneConfig",
-    work: Path,
-    progress: "Callable[[FinetuneProgress], None] | None",
+    options: FinetuneConfig,
+    output: Path,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Train, from the last checkpoint in `work` if there is one; the result lies in `work/finished`.
+    """Train, from the last checkpoint in `output` if there is one, and write the model there.
 
-    Returns what `FinetuneSummary` says of the training. Errors as for `finetune`.
+    Returns the fields of `FinetuneSummary` that training decides. Raises the errors of `finetune`.
     """
-    device = resolve_device(model_config.device)
-    files = find_model(model_config.model)
-    with quiet(), as_our_errors(model_config):
-        tokenizer = load_tokenizer(files, None)
-        base = load_base(files, model_config, device, None)
-        check_vocabulary(base, tokenizer)
-    rows = _encoded(dataset, Template(encoding.template, tokenizer, encoding.max_length))
-    with quiet(), _seeded(options.seed):
-        model = _trainable(base, model_config, options)
-        _check_disk(work, model, options)
-        checkpoint = _last_checkpoint(work / _CHECKPOINTS)
-        steps = _steps(len(rows), options)
-        early = max(1, round(options.early * steps)) if options.early else None
-        watch = _Watch(progress, options.checkpoint_seconds)
-        keep = _KeepEarly(early, tokenizer, work / _EARLY)
-        trainer = _trainer(model, rows, options, work / _CHECKPOINTS, device, [watch, keep])
-        _run(trainer, checkpoint, model_config)
-        _save(trainer, tokenizer, options, work / "finished")
-        if early:
-            # A copy: a run that is killed before `finished` is published saves anew, and needs it again.
-            shutil.copytree(work / _EARLY, work / "finished" / _EARLY)
+    files, device = find_model(model_config.model), resolve_device(model_config.device)
+    with loading.quiet_libraries(), loading.translate_errors(model_config):
+        tokenizer = loading.load_tokenizer(files, None)
+        base = loading.load_base(files, model_config, device, None)
+        loading.check_vocabulary(base, tokenizer)
+    rows = _encode(dataset, Template(encoding.template, tokenizer, encoding.max_length))
+    with loading.quiet_libraries(), _seeded(options.seed):
+        model = _make_trainable(base, model_config, options)
+        _check_disk(output, model, options)
+        checkpoint = _last_checkpoint(output / CHECKPOINTS)
+        trainer = _Trainer(model, tokenizer, rows, options, output, progress)
+        started = time.monotonic()
+        trainer.run(checkpoint)
+        trainer.save_model(output)
+        if options.save_optimizer:
+            torch.save(trainer.optimizer.state_dict(), output / "optimizer.pt")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "examples": len(rows),
         "skipped": len(dataset.examples) - len(rows),
         "steps": trainer.state.global_step,
-        "epoch_losses": _epoch_losses(trainer.state, options.epochs),
+        "epoch_losses": [float(np.mean(epoch)) for epoch in np.array_split(losses, options.epochs)],
         "trainable_parameters": sum(value.numel() for value in model.parameters() if value.requires_grad),
-        "seconds": time.monotonic() - watch.started,
-        "early_step": early,
-        "resumed_at": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
+        "seconds": time.monotonic() - started,
+        "early_step": trainer.early_step,
+        "resumed_at": int(checkpoint.rpartition("-")[2]) if checkpoint else None,
     }
 
 
-def _encoded(dataset: Dataset, template: Template) -> list[dict[str, Any]]:
-    """Token ids and labels (-100 outside the response) of the examples that have a response token left."""
+def _encode(dataset: Dataset, template: Template) -> list[Row]:
+    """Return token ids and labels (-100 outside the response) of the examples that have a response token left."""
     rows = []
     for example in dataset.examples:
         encoded = template.encode(example)
         # The first token is predicted from nothing, so it has no loss.
         if encoded.response_mask[1:].any():
-            labels = np.where(encoded.response_mask, encoded.input_ids, _IGNORED)
-            rows.append({"input_ids": encoded.input_ids.tolist(), "labels": labels.tolist()})
+            ids = torch.from_numpy(encoded.input_ids).long()
+            labels = ids.where(torch.from_numpy(encoded.response_mask), _NO_LABEL)
+            rows.append({"input_ids": ids, "labels": labels})
     if not rows:
         raise DataError(
             f"None of {len(dataset.examples)} examples has a response token within {template.max_length} tokens.",
@@ -99,61 +95,57 @@ def _encoded(dataset: Dataset, template: Template) -> list[dict[str, Any]]:
     return rows
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+def collate(rows: list[Row]) -> Row:
     """Pad examples on the right to a batch: input_ids, attention_mask and labels, each int64 [examples, T].
 
     The padding is masked by position, never by its id: a pad token may be missing, or be the end token too.
     """
-    length = max(len(row["input_ids"]) for row in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, _IGNORED)
-    for k, row in enumerate(rows):
-        end = len(row["input_ids"])
-        ids[k, :end], labels[k, :end] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
-        mask[k, :end] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=_NO_LABEL),
+    }
 
 
-def _trainable(base: nn.Module, model_config: ModelConfig, options: "FinetuneConfig") -> nn.Module:
+def _make_trainable(base: nn.Module, model_config: ModelConfig, options: FinetuneConfig) -> nn.Module:
     if options.method == "full":
-        train_everything(base, model_config)
+        loading.train_everything(base, model_config)
         return base
-    import peft
-
     targets = target_modules(base, options.target_modules)
-    linear = _linear_modules(base)
+    adapted = [module for name, module in _linear_modules(base).items() if _matches(name, targets)]
     settings = peft.LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
-        fan_in_fan_out=any(isinstance(linear[name], Conv1D) for name in linear if _matches(name, targets)),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in adapted),
     )
     return peft.get_peft_model(base, settings)
 
 
-def target_modules(base: nn.Module, wanted: str | None) -> list[str]:
-    """The names peft is given: `wanted`, comma-separated, or the linear modules inside attention blocks.
+def target_modules(base: nn.Module, names: str | None) -> list[str]:
+    """Return the module names for peft: `names` split at commas, or the linear modules inside attention blocks.
 
-    ModelError where a wanted name fits no linear module, or nothing looks like an attention block.
+    Raises ModelError where a name fits no linear module, or nothing looks like an attention block.
     """
     linear = _linear_modules(base)
-    last = sorted({name.rpartition(".")[2] for name in linear})
-    if wanted is not None:
-        names = [name.strip() for name in wanted.split(",") if name.strip()]
-        unknown = [name for name in names if not any(_matches(module, [name]) for module in linear)]
-        if unknown or not names:
+    last_names = sorted({name.rpartition(".")[2] for name in linear})
+    if names is not None:
+        targets = [name.strip() for name in names.split(",") if name.strip()]
+        unknown = [name for name in targets if not any(_matches(module, [name]) for module in linear)]
+        if unknown or not targets:
             raise ModelError(
-                f"The model has no linear module named {', '.join(unknown) or repr(wanted)}.",
-                hint=f"Its linear modules: {', '.join(last)}. Name some with --target-modules.",
+                f"The model has no linear module named {', '.join(unknown) or repr(names)}.",
+                hint=f"Its linear modules: {', '.join(last_names)}. Name some with --target-modules.",
             )
-        return names
+        return targets
     attention = [name for name in linear if "att" in name.rpartition(".")[0].rpartition(".")[2].lower()]
     if not attention:
         raise ModelError(
             "The model's attention projections were not found.",
-            hint=f"Name some: --target-modules {','.join(last[:2])}",
+            hint=f"Name some: --target-modules {','.join(last_names[:2])}",
         )
     others = {name.rpartition(".")[2] for name in linear if name not in attention}
     # GPT-2's attention and MLP both have a c_proj: such names are given with their block's.
@@ -168,189 +160,144 @@ def _matches(module: str, targets: list[str]) -> bool:
     return any(module == target or module.endswith("." + target) for target in targets)
 
 
-class _LengthSampler(torch.utils.data.Sampler[int]):
-    """An epoch's order, examples of like length together: a function of seed and epoch, so that resuming repeats it."""
+class _EpochSampler(LengthGroupedSampler):
+    """Group examples of like length, in an order that depends on seed and epoch only, so that resuming repeats it."""
 
-    def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
-        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+    seed = epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
+        self.generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return super().__iter__()
 
 
 class _Trainer(transformers.Trainer):
-    """Trainer with our order of examples, stopping at a loss that is not a number."""
+    """Trainer that repeats its order when it resumes, reports each step and stops at a loss that is not a number."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> _LengthSampler:
-        lengths = [len(row["input_ids"]) for row in self.train_dataset]
-        return _LengthSampler(
-            lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, self.args.seed
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        rows: list[Row],
+        options: FinetuneConfig,
+        output: Path,
+        progress: Progress,
+    ) -> None:
+        arguments = transformers.TrainingArguments(
+            output_dir=str(output / CHECKPOINTS),
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=options.batch_size,
+            gradient_accumulation_steps=options.accumulation,
+            learning_rate=options.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=options.warmup_ratio,
+            weight_decay=options.weight_decay,
+            optim="adamw_torch",
+            seed=options.seed,
+            save_strategy="no",  # `log` asks for checkpoints
+            save_total_limit=1,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+            report_to="none",
+            remove_unused_columns=False,
+            label_names=["labels"],
+            dataloader_pin_memory=False,
+            use_cpu=next(model.parameters()).device.type == "cpu",
         )
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """As Trainer does, but peft would ask the hub, at each checkpoint, how large the base's vocabulary is."""
-        _save_model(self.model, output_dir or self.args.output_dir)
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *rest: Any, **options: Any) -> Any:
-        loss = super().compute_loss(model, inputs, *rest, **options)
-        value = loss[0] if isinstance(loss, tuple) else loss
-        if not torch.isfinite(value.detach()):
-            raise ModelError(
-                f"The loss is not a number any more, in step {self.state.global_step + 1}.",
-                hint=f"Lower the learning rate (it is {self.args.learning_rate:g}) and give --overwrite.",
-            )
-        return loss
-
-
-class _Watch(transformers.TrainerCallback):
-    """Reports each step, and asks for a checkpoint when the last one is old."""
-
-    def __init__(self, progress: "Callable[[FinetuneProgress], None] | None", seconds: float) -> None:
-        self.progress, self.seconds = progress, seconds
-        self.started = self.saved = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        if time.monotonic() - self.saved >= self.seconds and state.global_step < state.max_steps:
-            control.should_save = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # the model is on one device; Trainer would copy it to every GPU
+        super().__init__(model, arguments, data_collator=collate, train_dataset=rows)
+        self.remove_callback(transformers.PrinterCallback)
+        self.tokenizer, self.options, self.early, self.progress = tokenizer, options, output / "early", progress
         self.saved = time.monotonic()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **rest: Any) -> None:
-        if self.progress and logs and "loss" in logs:
-            from rapidindex.model.finetune import FinetuneProgress
+    @property
+    def early_step(self) -> int | None:
+        """The step after which the early model is kept."""
+        return max(1, round(self.options.early * self.state.max_steps)) if self.options.early else None
 
-            seconds = time.monotonic() - self.started
-            self.progress(FinetuneProgress(state.global_step, state.max_steps, logs["loss"], seconds))
-
-
-class _KeepEarly(transformers.TrainerCallback):
-    """Writes the model as it is after one step, whole or not at all. A resumed run comes by that step, or has it."""
-
-    def __init__(self, step: int | None, tokenizer: Any, folder: Path) -> None:
-        self.step, self.tokenizer, self.folder = step, tokenizer, folder
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **rest: Any) -> None:
-        if state.global_step == self.step:
-            part = self.folder.with_name(f"{self.folder.name}.part")
-            for old in (part, self.folder):
-                shutil.rmtree(old, ignore_errors=True)
-            _write(model, self.tokenizer, part)
-            part.rename(self.folder)
-
-
-def _steps(rows: int, options: "FinetuneConfig") -> int:
-    return options.epochs * math.ceil(math.ceil(rows / options.batch_size) / options.accumulation)
-
-
-def _trainer(
-    model: nn.Module,
-    rows: list[dict[str, Any]],
-    options: "FinetuneConfig",
-    folder: Path,
-    device: torch.device,
-    callbacks: list[transformers.TrainerCallback],
-) -> _Trainer:
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulation,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(options.warmup_ratio * _steps(len(rows), options)),
-        weight_decay=options.weight_decay,
-        optim="adamw_torch",
-        seed=options.seed,
-        save_strategy="no",  # _Watch asks for checkpoints
-        save_total_limit=1,
-        logging_strategy="steps",
-        logging_steps=1,
-        disable_tqdm=True,
-        report_to="none",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=False,
-        use_cpu=device.type == "cpu",
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # the model is on one device; Trainer would copy it to every GPU
-    trainer = _Trainer(model, arguments, data_collator=collate, train_dataset=rows, callbacks=callbacks)
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
-
-
-def _run(trainer: _Trainer, checkpoint: Path | None, model_config: ModelConfig) -> None:
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        size = trainer.args.per_device_train_batch_size
-        raise ResourceError(
-            f"A batch of {size} examples does not fit into the memory of {model_config.device}.",
-            hint="Give a smaller --batch-size (with a larger --accumulation), or --max-length.",
-        ) from error
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The last complete checkpoint; Trainer writes trainer_state.json last. Those cut short are removed."""
-    complete = []
-    for checkpoint in folder.glob("checkpoint-*") if folder.is_dir() else []:
+    def run(self, checkpoint: str | None) -> None:
+        """Train to the last step; raise ResourceError where a batch does not fit into memory."""
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            self.train(resume_from_checkpoint=checkpoint)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ResourceError(
+                f"A batch of {self.options.batch_size} examples does not fit into the memory of {self.args.device}.",
+                hint="Give a smaller --batch-size (with a larger --accumulation), or --max-length.",
+            ) from error
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer calls this after each step, before it saves a checkpoint, and once more at the end."""
+        super().log(logs, start_time)
+        step, steps = self.state.global_step, self.state.max_steps
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise ModelError(
+                f"The loss is not a number any more, in step {step}.",
+                hint=f"Lower the learning rate (it is {self.options.learning_rate:g}) and give --overwrite.",
+            )
+        if step == self.early_step:
+            self._save_early()
+        self.progress("fine-tune", step, steps, f"loss {logs['loss']:.2f}")
+        self.control.should_save = step < steps and time.monotonic() - self.saved >= self.options.checkpoint_seconds
+
+    def _save_early(self) -> None:
+        """Write the folder of the early model whole or not at all."""
+        part = self.early.with_suffix(".part")
+        for leftover in (part, self.early):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.save_model(part)
+        part.rename(self.early)
+
+    def save_model(self, output_dir: Any = None, _internal_call: bool = False) -> None:
+        """Write the model and its tokenizer, ready to generate."""
+        # Left to itself, peft asks the hub each time how large the base's vocabulary is.
+        options = {"save_embedding_layers": False} if isinstance(self.model, peft.PeftModel) else {}
+        self.model.config.use_cache = True
+        self.model.save_pretrained(output_dir, **options)
+        self.model.config.use_cache = False
+        self.tokenizer.save_pretrained(output_dir)
+
+    def _save_checkpoint(self, *arguments: Any) -> None:
+        super()._save_checkpoint(*arguments)
+        self.saved = time.monotonic()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> _EpochSampler:
+        # Trainer's own "group_by_length" draws from the global generator: a resumed epoch would be another one.
+        sampler = _EpochSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, self.train_dataset)
+        sampler.seed = self.args.seed
+        return sampler
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """Return the last complete checkpoint, and remove later ones that were cut short."""
+    while folder.is_dir() and (checkpoint := get_last_checkpoint(folder)):
+        try:
+            transformers.TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")  # Trainer's last file
+            return checkpoint
         except (OSError, ValueError):
             shutil.rmtree(checkpoint)
-        else:
-            complete.append(checkpoint)
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None
 
 
-def _check_disk(work: Path, model: nn.Module, options: "FinetuneConfig") -> None:
-    """ResourceError unless two checkpoints (weights and Adam's two moments) and the result fit beside `work`."""
+def _check_disk(output: Path, model: nn.Module, options: FinetuneConfig) -> None:
+    """Raise ResourceError unless two checkpoints (weights and Adam's two moments) and the result fit into `output`."""
     size = sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
-    needed, free = size * (7 + 2 * options.save_optimizer + 2 * bool(options.early)), shutil.disk_usage(work).free
+    needed, free = size * (7 + 2 * options.save_optimizer + bool(options.early)), shutil.disk_usage(output).free
     if free < needed:
         raise ResourceError(
-            f"Training needs {needed / 2**30:.1f} GiB beside {work}, and {free / 2**30:.1f} GiB are free.",
+            f"Training needs {needed / 2**30:.1f} GiB in {output}, and {free / 2**30:.1f} GiB are free.",
             hint="Free some space, or choose another --output.",
         )
 
 
-def _save(trainer: _Trainer, tokenizer: Any, options: "FinetuneConfig", folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    _write(trainer.model.eval(), tokenizer, folder)
-    if options.save_optimizer:
-        torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
-
-
-def _write(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """The model and its tokenizer, for whoever loads them to generate or to take gradients."""
-    used, model.config.use_cache = model.config.use_cache, True  # off for training; a saved whole model wants it
-    _save_model(model, folder)
-    model.config.use_cache = used
-    tokenizer.save_pretrained(folder)
-
-
-def _save_model(model: nn.Module, folder: str | Path) -> None:
-    import peft
-
-    model.save_pretrained(folder, **({"save_embedding_layers": False} if isinstance(model, peft.PeftModel) else {}))
-
-
-def _epoch_losses(state: Any, epochs: int) -> list[float]:
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    return [float(np.mean(part)) for part in np.array_split(losses, epochs) if len(part)]
-
-
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Draw from `seed` within; Python's, NumPy's and torch's global generators come back as they were."""
+    """Seed the global generators of Python, NumPy and torch, and restore their states afterwards."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         transformers.set_seed(seed)

@@ -15,7 +15,7 @@ from rapidindex.data.templates import Template
 from rapidindex.errors import ConfigMismatch, StoreError
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
-from rapidindex.model.model import LoadedModel, load
+from rapidindex.model.model import LoadedModel, adopt, load
 from rapidindex.query.encode import EncodedQuery, encode_query, generate_answer, selected_text, stack_rows
 from rapidindex.query.evaluation import BM25, Evaluation, average_precision, precision_at
 from rapidindex.query.influence import RESCORED, Candidate, Influence, rescore
@@ -62,9 +62,7 @@ class Index:
         if model is None or isinstance(model, str | Path):
             places = {"model": model and str(model), "adapter": adapter and str(adapter)}
             return cls(store, recipe.model_config(**places, device=device))
-        from rapidindex.model.model import adopt
-
-        loaded = adopt(model, tokenizer)
+        loaded = adopt(model, tokenizer, adapter=adapter)
         return cls(store, loaded.config, loaded)
 
     def __len__(self) -> int:
@@ -323,7 +321,7 @@ def _checked(loaded: LoadedModel, recipe: Recipe, index: Path) -> LoadedModel:
         "tokenizer": (recipe.tokenizer, None, "-m"),
     }
     for part, (fingerprint, path, flag) in built.items():
-        if loaded.fingerprints[part] != fingerprint:
+        if loaded.fingerprint_of(part, fingerprint) != fingerprint:
             place = getattr(loaded.config, part, None) or loaded.config.model
             raise ConfigMismatch(
                 f"The {part} at {place} is not the one that {index} was built with.",

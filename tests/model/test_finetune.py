@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,8 @@ from rapidindex.data.templates import Template
 from rapidindex.errors import ConfigMismatch, DataError, ModelError, UsageError
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.second_moment import read_second_moment
-from rapidindex.model.finetune import FinetuneProgress, FinetuneSummary, finetune
+from rapidindex.model import training
+from rapidindex.model.finetune import FinetuneSummary, finetune
 from rapidindex.model.model import generate, load
 from rapidindex.model.training import collate, target_modules
 from tests import tiny
@@ -58,8 +60,8 @@ class StopAt:
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def __call__(self, event: FinetuneProgress) -> None:
-        if event.step == self.step:
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        if done == self.step:
             raise KeyboardInterrupt
 
 
@@ -70,12 +72,16 @@ def assert_learns(summary: FinetuneSummary) -> None:
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_lora_lowers_the_loss_and_its_adapter_loads_back(tmp_path, tiny_folders, dataset, name):
-    base, events = tiny_folders[name][0], []
-    summary = finetune(dataset, PLAIN, on_cpu(base), QUICK, tmp_path / "adapter", progress=events.append)
+    base, reports = tiny_folders[name][0], []
+
+    def progress(*report):
+        reports.append(report)
+
+    summary = finetune(dataset, PLAIN, on_cpu(base), QUICK, tmp_path / "adapter", progress=progress)
     assert_learns(summary)
-    assert [event.step for event in events] == list(range(1, 10)) and {event.total for event in events} == {9}
-    assert np.mean([event.loss for event in events[:3]]) == pytest.approx(summary.epoch_losses[0])
-    assert 0 < events[0].seconds < events[-1].seconds
+    assert [report[:3] for report in reports] == [("fine-tune", step, 9) for step in range(1, 10)]
+    losses = [float(report[3].removeprefix("loss ")) for report in reports]
+    assert np.mean(losses[:3]) == pytest.approx(summary.epoch_losses[0], abs=0.006)
     loaded = load(on_cpu(base, tmp_path / "adapter"))
     assert sum(value.numel() for value in loaded.trainable.values()) == summary.trainable_parameters
     assert all(value.any() for key, value in loaded.trainable.items() if "lora_B" in key)
@@ -100,11 +106,10 @@ def loss_of(loaded, dataset: Dataset) -> float:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_the_loss_is_the_mean_over_the_response_tokens_and_nothing_else(tmp_path, tiny_folders, dataset, name):
-    base, events = tiny_folders[name][0], []
-    options = replace(QUICK, batch_size=5, epochs=1)
-    finetune(dataset, PLAIN, on_cpu(base), options, tmp_path / "adapter", progress=events.append)
-    # LoRA begins at zero, so the first step's loss is the base's own.
-    assert events[0].loss == pytest.approx(loss_of(load(on_cpu(base)), dataset), rel=1e-5)
+    base, options = tiny_folders[name][0], replace(QUICK, batch_size=5, epochs=1)
+    summary = finetune(dataset, PLAIN, on_cpu(base), options, tmp_path / "adapter")
+    # LoRA begins at zero, so the only step's loss is the base's own.
+    assert summary.epoch_losses == [pytest.approx(loss_of(load(on_cpu(base)), dataset), rel=1e-5)]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -147,7 +152,8 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, llama_folders,
     config = on_cpu(llama_folders[0])
     with pytest.raises(KeyboardInterrupt):
         finetune(dataset, PLAIN, config, options, tmp_path / "stopped", progress=StopAt(stop))
-    assert not (tmp_path / "stopped").exists()
+    with pytest.raises(ModelError, match="not finished.*finetune … -o .*stopped.*goes on from the last checkpoint"):
+        load(on_cpu(llama_folders[0], tmp_path / "stopped"))
     torch.manual_seed(99)
     resumed = finetune(dataset, PLAIN, config, options, tmp_path / "stopped")
     whole = finetune(dataset, PLAIN, config, options, tmp_path / "whole")
@@ -163,7 +169,7 @@ def test_the_early_model_is_that_of_its_step(tmp_path, llama_folders, dataset, m
     options, config = replace(QUICK, method=method, early=0.5), on_cpu(llama_folders[0])
     with pytest.raises(KeyboardInterrupt):
         finetune(dataset, PLAIN, config, options, tmp_path / "model", progress=StopAt(5))
-    (checkpoint,) = (tmp_path / "model.part" / "checkpoints").iterdir()
+    (checkpoint,) = (tmp_path / "model" / "checkpoints").iterdir()
     assert checkpoint.name == "checkpoint-4"  # of 9 steps
     shutil.copytree(checkpoint, tmp_path / "kept")
     assert finetune(dataset, PLAIN, config, options, tmp_path / "model").early_step == 4
@@ -175,19 +181,70 @@ def test_the_early_model_is_that_of_its_step(tmp_path, llama_folders, dataset, m
     assert loaded.fingerprints["tokenizer"] == finished.fingerprints["tokenizer"]
 
 
+KILLED = """
+import os, signal, sys, unittest.mock
+from pathlib import Path
+from rapidindex.data.examples import read_examples
+from rapidindex.model.finetune import finetune
+from tests.model.test_finetune import PLAIN, QUICK, on_cpu
+
+data, base, output, place, count = sys.argv[1:]
+owner, _, name = place.rpartition(".")
+original = getattr(__import__("transformers").__dict__[owner], name)
+calls = []
+
+def die_at_count(*given, **named):
+    calls.append(name)
+    if len(calls) == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*given, **named)
+
+with unittest.mock.patch(f"transformers.{place}", die_at_count):
+    finetune(read_examples(Path(data)), PLAIN, on_cpu(Path(base)), QUICK, output)
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "count", "resumed_at"),
+    [
+        ("PreTrainedTokenizerBase.save_pretrained", 1, None),  # while the early model is written, in step 1
+        ("Trainer._save_optimizer_and_scheduler", 4, 3),  # while the fourth checkpoint is written
+        ("PreTrainedTokenizerBase.save_pretrained", 10, 8),  # while the finished adapter is written
+    ],
+)
+def test_a_run_killed_while_it_writes_goes_on_to_the_same_weights(
+    tmp_path, llama_folders, dataset, place, count, resumed_at
+):
+    base, output = llama_folders[0], tmp_path / "adapter"
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, dataset.path, str(base), str(output), place, str(count)]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with pytest.raises(ModelError, match="not finished"):
+        load(on_cpu(base, output))
+    assert finetune(dataset, PLAIN, on_cpu(base), QUICK, output).resumed_at == resumed_at
+    finetune(dataset, PLAIN, on_cpu(base), QUICK, tmp_path / "whole")
+    assert_same_weights(output, tmp_path / "whole")
+    assert_same_weights(output / "early", tmp_path / "whole" / "early")
+    assert files_of(output) == files_of(tmp_path / "whole")
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_killed_overwriting_leaves_nothing_to_go_on_with(tmp_path, llama_folders, dataset, monkeypatch):
+    config, output = on_cpu(llama_folders[0]), tmp_path / "adapter"
+    finetune(dataset, PLAIN, config, QUICK, output)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", press)
+        finetune(dataset, PLAIN, config, QUICK, output, overwrite=True)
+    with pytest.raises(ConfigMismatch, match="an interrupted run with other settings: .*epochs None, now 3"):
+        finetune(dataset, PLAIN, config, QUICK, output)
+    assert not finetune(dataset, PLAIN, config, QUICK, output, overwrite=True).already_there
+
+
 def press(*given: object) -> None:
     raise KeyboardInterrupt
-
-
-def test_a_run_killed_before_it_is_published_still_has_its_early_model(tmp_path, llama_folders, dataset, monkeypatch):
-    config, output = on_cpu(llama_folders[0]), tmp_path / "adapter"
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("rapidindex.finetune._publish", press)
-        finetune(dataset, PLAIN, config, QUICK, output)
-    assert (tmp_path / "adapter.part" / "finished" / "early").is_dir()
-    assert finetune(dataset, PLAIN, config, QUICK, output).resumed_at == 8
-    finetune(dataset, PLAIN, config, QUICK, tmp_path / "whole")
-    assert_same_weights(output / "early", tmp_path / "whole" / "early")
 
 
 def test_no_early_model_is_kept_of_all_parameters_or_where_none_is_wanted(tmp_path, llama_folders, dataset):
@@ -212,7 +269,7 @@ def test_a_checkpoint_cut_short_is_not_used(tmp_path, llama_folders, dataset):
     config = on_cpu(llama_folders[0])
     with pytest.raises(KeyboardInterrupt):
         finetune(dataset, PLAIN, config, QUICK, tmp_path / "stopped", progress=StopAt(4))
-    checkpoints = tmp_path / "stopped.part" / "checkpoints"
+    checkpoints = tmp_path / "stopped" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-3"]
     shutil.copytree(checkpoints / "checkpoint-3", checkpoints / "checkpoint-4")
     (checkpoints / "checkpoint-4" / "trainer_state.json").write_text("{")
@@ -264,10 +321,7 @@ def test_a_folder_of_someone_elses_is_never_replaced(tmp_path, llama_folders, da
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match="finetune did not write it"):
         finetune(dataset, PLAIN, on_cpu(llama_folders[0]), QUICK, tmp_path / "mine", overwrite=overwrite)
-    (tmp_path / "mine").rename(tmp_path / "other.part")
-    with pytest.raises(UsageError, match="finetune did not write it"):
-        finetune(dataset, PLAIN, on_cpu(llama_folders[0]), QUICK, tmp_path / "other", overwrite=overwrite)
-    assert (tmp_path / "other.part" / "thesis.txt").exists()
+    assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -320,7 +374,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, llama_folders, data
     save_file(broken, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="not a number any more, in step 1. Lower the learning rate"):
         finetune(dataset, PLAIN, on_cpu(base), QUICK, tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
+    assert files_of(tmp_path / "adapter") == ["checkpoints", "rapidindex-finetune.json"]
 
 
 def test_examples_without_a_response_token_left_are_skipped(tmp_path, llama_folders, dataset):
@@ -335,7 +389,7 @@ def test_examples_without_a_response_token_left_are_skipped(tmp_path, llama_fold
 
 def test_padding_is_masked_by_position_and_never_by_id():
     rows = [{"input_ids": [5, 0, 6], "labels": [-100, 0, 6]}, {"input_ids": [7], "labels": [-100]}]
-    batch = collate(rows)
+    batch = collate([{key: torch.tensor(value) for key, value in row.items()} for row in rows])
     assert batch["input_ids"].tolist() == [[5, 0, 6], [7, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 0, 6], [-100, -100, -100]]
@@ -392,7 +446,7 @@ def test_training_is_silent_and_leaves_the_random_generators_alone(tmp_path, lla
 
 def test_a_fresh_process_that_trains_says_nothing(tmp_path, llama_folders, dataset):
     code = (
-        "from rapidindex.finetune import *; from rapidindex.examples import read_examples\n"
+        "from rapidindex.model.finetune import *; from rapidindex.data.examples import read_examples\n"
         f"finetune(read_examples({dataset.path!r}), EncodingConfig('plain', 64), "
         f"ModelConfig({str(llama_folders[0])!r}, device='cpu'), FinetuneConfig(epochs=1), {str(tmp_path / 'out')!r})"
     )
@@ -405,10 +459,16 @@ def test_the_chat_template_can_be_trained_on(tmp_path, llama_folders, dataset):
     assert load(on_cpu(llama_folders[0], tmp_path / "adapter")).tokenizer.chat_template == tiny.CHAT_TEMPLATE
 
 
-def test_each_epoch_sees_every_example_in_an_order_of_its_own(tmp_path, llama_folders, dataset):
-    events = []
-    options = replace(QUICK, batch_size=1, learning_rate=1e-12)  # nothing moves, so a loss tells its example
-    finetune(dataset, PLAIN, on_cpu(llama_folders[0]), options, tmp_path / "adapter", progress=events.append)
-    orders = [[round(event.loss, 4) for event in events[start : start + 5]] for start in (0, 5, 10)]
-    assert len(set(orders[0])) == 5 and sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
-    assert orders[0] != orders[1] or orders[1] != orders[2]
+def test_each_epoch_sees_every_example_in_an_order_of_its_own(tmp_path, llama_folders, dataset, monkeypatch):
+    orders = []
+    collate_as_before = training.collate
+
+    def collate(rows):
+        orders.append(rows[0]["input_ids"].tolist())
+        return collate_as_before(rows)
+
+    monkeypatch.setattr(training, "collate", collate)
+    finetune(dataset, PLAIN, on_cpu(llama_folders[0]), replace(QUICK, batch_size=1), tmp_path / "adapter")
+    first, second, third = (orders[start : start + 5] for start in (0, 5, 10))
+    assert len(orders) == 15 and len(set(map(tuple, first))) == 5 and sorted(first) == sorted(second) == sorted(third)
+    assert first != second or second != third

@@ -208,6 +208,31 @@ def test_a_cached_hub_model_loads_without_a_network(tmp_path, monkeypatch, llama
     assert loaded.model.name_or_path == "someone/some-model"
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_download_takes_one_format_of_the_weights_and_no_subfolder(tmp_path, monkeypatch, llama_folders, kind):
+    repository, snapshot = copy(llama_folders[0], tmp_path / "repository"), tmp_path / "snapshot"
+    copy(repository, repository / "onnx")
+    torch.save(load_file(repository / "model.safetensors"), repository / "pytorch_model.bin")
+    (repository / "pytorch_model.bin.index.json").write_text('{"weight_map": {"x": "pytorch_model.bin"}}')
+    if kind == "bin":
+        (repository / "model.safetensors").unlink()
+
+    def download(name, **patterns):
+        names = [str(file.relative_to(repository)) for file in repository.rglob("*") if file.is_file()]
+        for name in huggingface_hub.utils.filter_repo_objects(names, **patterns):
+            snapshot.mkdir(exist_ok=True)
+            shutil.copyfile(repository / name, snapshot / name)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    loaded = load(cpu("someone/some-model"))
+    assert torch.equal(loaded.model(input_ids=IDS).logits, load(cpu(repository)).model(input_ids=IDS).logits)
+    weights = [file.name for file in snapshot.iterdir() if file.suffix in (".safetensors", ".bin")]
+    assert weights == ["model.safetensors" if kind == "safetensors" else "pytorch_model.bin"]
+
+
 def test_damaged_weights_are_reported(tmp_path, llama_folders):
     base = copy(llama_folders[0], tmp_path / "base")
     whole = load_file(base / "model.safetensors")
@@ -244,7 +269,7 @@ def test_missing_or_unusable_adapters_say_what_was_looked_for(tmp_path, llama_fo
     for path, message in [
         (tmp_path / "nowhere", "no adapter at"),
         (tmp_path / "empty", "no adapter_config.json"),
-        (tmp_path / "several", "several adapters: one, two.*--adapter .*two"),
+        (tmp_path / "several", "no adapter, but holds some: one, two.*--adapter .*two"),
         (base, "whole model, not an adapter"),
         (adapter / "adapter_config.json", "is a file"),
         (bare, "not saved completely"),
