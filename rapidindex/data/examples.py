@@ -49,6 +49,29 @@ class Example:
     messages: Messages
     """The turns before the response."""
 
+    def to_record(self, loss: float, source: str = "") -> dict[str, Any]:
+        """Return the stored record of the example, as JSON can hold it.
+
+        `loss` is the mean loss over the response's tokens, rounded to 6 places; `source` names the added data that the
+        example comes from, and is left out where it is empty. The prompt is not stored: `from_record` renders it again.
+        """
+        return {
+            "id": self.id,
+            "line": self.line,
+            "messages": [list(turn) for turn in self.messages],
+            "response": self.response,
+            "meta": self.meta,
+            "loss": round(loss, 6),
+            **({"source": source} if source else {}),
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Example":
+        """Return the example that `to_record` stored."""
+        messages = tuple((role, content) for role, content in record["messages"])
+        prompt = display_text(messages)
+        return cls(record["id"], prompt, record["response"], record["meta"], record["line"], messages)
+
 
 @dataclass(frozen=True)
 class Skipped:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rapidindex.config import fingerprint
-from rapidindex.data.examples import Dataset, Skipped, display_text, read_examples
+from rapidindex.data.examples import Dataset, Example, Skipped, display_text, read_examples
 from rapidindex.errors import DataError, UsageError
 
 GOOD = {"prompt": "Capital of Japan?", "response": "Tokyo"}
@@ -64,6 +64,16 @@ def test_the_last_assistant_turn_is_the_response_and_earlier_turns_the_prompt(tm
 def test_a_conversation_that_starts_with_its_response_has_an_empty_prompt(tmp_path):
     example = _only(tmp_path, {"messages": [{"role": "assistant", "content": "Tokyo"}]})
     assert (example.prompt, example.messages, example.response) == ("", (), "Tokyo")
+
+
+def test_a_stored_record_gives_the_example_back(tmp_path):
+    turns = [{"role": role, "content": content} for role, content in [*CHAT, ("assistant", "Tokyo")]]
+    for example in _read(tmp_path, [{"messages": turns, "n": [1]}, {**GOOD, "source": "a"}]).examples:
+        record = example.to_record(1.23456789, "more.jsonl")
+        assert list(record) == ["id", "line", "messages", "response", "meta", "loss", "source"]
+        assert (record["loss"], record["source"]) == (1.234568, "more.jsonl")
+        assert Example.from_record(json.loads(json.dumps(record))) == example
+        assert "source" not in example.to_record(1.0)
 
 
 def test_a_lone_system_turn_is_shown_with_its_role():
