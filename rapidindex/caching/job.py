@@ -21,7 +21,7 @@ from rapidindex.config import (
 )
 from rapidindex.data.examples import Dataset, read_examples
 from rapidindex.data.templates import Template
-from rapidindex.data.tokens import chosen
+from rapidindex.data.tokens import token_positions
 from rapidindex.errors import DataError, UsageError
 from rapidindex.gradients.eigenbases import entries
 from rapidindex.gradients.losses import Layer
@@ -121,7 +121,7 @@ class Job:
     def positions(self) -> dict[str, list[int]]:
         """The tokens of each example, by its id, that are to have rows of their own."""
         token = self.request.token
-        return {i.example.id: chosen(i.example.response, i.encoding.tokens, token) for i in self.items}
+        return {i.example.id: token_positions(i.example.response, i.encoding.tokens, token) for i in self.items}
 
     def hold_model(self) -> None:
         """Load the model again where it was released."""

@@ -19,7 +19,7 @@ from rapidindex.caching.build import load_compressor
 from rapidindex.config import ModelConfig, check_level
 from rapidindex.data.examples import Example, display_text
 from rapidindex.data.templates import Template
-from rapidindex.data.tokens import select
+from rapidindex.data.tokens import select_tokens
 from rapidindex.errors import ConfigMismatch, QueryError, StoreError
 from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.rapidgrad import Compressor
@@ -250,7 +250,8 @@ class Index:
                 hint="Shorten them, or build the index with a larger --max-length.",
             )
         tokens = encoding.tokens
-        asked = QueryInfo(query.prompt, answer, tokens, select(tokens, answer, token=query.token, span=query.span))
+        selection = select_tokens(tokens, answer, token=query.token, span=query.span)
+        asked = QueryInfo(query.prompt, answer, tokens, selection)
         found = self.compressor_of(level)(as_batch(encoding, asked.selection, self.loaded.device))
         if not found.rows.isfinite().all():
             raise QueryError(f"The gradient of the answer {answer!r} is not finite.", hint="Use --dtype float32.")
