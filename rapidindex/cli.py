@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from rapidindex.errors import RapidIndexError, UsageError
-from rapidindex.views.tables import build_lines, estimate_lines, finetune_lines, info_lines
+from rapidindex.views.tables import build_tables, estimate_tables, finetune_tables, info_tables
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -146,7 +146,7 @@ def finetune(
     dataset = read_examples(data, limit=limit)
     with Bars(quiet=quiet) as bars:
         summary = run(dataset, encoding, loaded, options, output, overwrite=overwrite, progress=steps(bars))
-    _print(summary, as_json, finetune_lines(summary, len(dataset.skipped), str(data), model, template))
+    _print(summary, as_json, finetune_tables(summary, len(dataset.skipped), str(data), model, template))
 
 
 @app.command()
@@ -223,11 +223,11 @@ def build(
 
         with Bars(quiet=quiet) as bars:
             found = estimate(request, overwrite=overwrite, progress=bars)
-        _print(found, as_json, estimate_lines(found))
+        _print(found, as_json, estimate_tables(found))
         return
     with Bars(quiet=quiet) as bars:
         summary = run(request, overwrite=overwrite, progress=bars)
-    _print(summary, as_json, build_lines(summary))
+    _print(summary, as_json, build_tables(summary))
 
 
 @app.command()
@@ -258,7 +258,7 @@ def add(
     moved = {"model": model, "adapter": adapter, "device": device}
     with Bars(quiet=quiet) as bars:
         summary = run(path, str(data), **moved, work=work, limit=limit, progress=bars)
-    _print(summary, as_json, build_lines(summary))
+    _print(summary, as_json, build_tables(summary))
 
 
 @app.command()
@@ -402,7 +402,7 @@ def info(path: IndexPath, as_json: Json = False) -> None:
     from rapidindex.query.index import Index
 
     found = Index.open(path).info()
-    _print(found, as_json, info_lines(found))
+    _print(found, as_json, info_tables(found))
 
 
 @app.command()
