@@ -27,7 +27,7 @@ from rapidindex.config import (
     levels_of,
 )
 from rapidindex.errors import RapidIndexError, UsageError
-from rapidindex.views.tables import build_lines, estimate_lines, finetune_lines, info_lines
+from rapidindex.views.tables import build_tables, estimate_tables, finetune_tables, info_tables
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -161,7 +161,7 @@ def finetune(
     dataset = read_examples(data, limit=limit)
     with Bars(quiet=quiet) as bars:
         summary = run(dataset, encoding, base, options, output, overwrite=overwrite, progress=bars)
-    _print(summary, as_json, finetune_lines(summary, len(dataset.skipped), str(data), model, template))
+    _print(summary, as_json, finetune_tables(summary, len(dataset.skipped), str(data), model, template))
 
 
 @app.command()
@@ -242,7 +242,7 @@ def build(
             from rapidindex.caching.estimate import estimate
 
             summary = estimate(request, overwrite=overwrite, progress=bars)
-    _print(summary, as_json, estimate_lines(summary) if dry_run else build_lines(summary))
+    _print(summary, as_json, estimate_tables(summary) if dry_run else build_tables(summary))
 
 
 @app.command()
@@ -272,7 +272,7 @@ def add(
     moved = {"model": model, "adapter": adapter, "device": device}
     with Bars(quiet=quiet) as bars:
         summary = run(path, str(data), **moved, work=work, limit=limit, progress=bars)
-    _print(summary, as_json, build_lines(summary))
+    _print(summary, as_json, build_tables(summary))
 
 
 @app.command()
@@ -422,7 +422,7 @@ def info(path: IndexPath, as_json: Json = False) -> None:
     from rapidindex.query.index import Index
 
     found = Index.open(path).info()
-    _print(found, as_json, info_lines(found))
+    _print(found, as_json, info_tables(found))
 
 
 @app.command()

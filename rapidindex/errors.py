@@ -1,18 +1,18 @@
-"""The errors a user can meet. Each says what happened, what was expected and found, and what to type next.
+"""The errors that a user can meet. Each says what happened, what was expected and found, and what to type next.
 
 RapidIndexError            exit code 1
 ├── UsageError             exit code 2: options that do not fit together or have no meaning
-├── DataError              a training or query file that cannot be used
+├── DataError              training data or a file of queries that cannot be used
 ├── ModelError             a model, adapter or tokenizer that cannot be used
-├── ResourceError          not enough disk or memory, or no such device
+├── ResourceError          too little disk or memory, or a device that does not exist
 ├── StoreError             an index folder that cannot be used
-│   ├── NotAnIndex         there is no index there
+│   ├── NotAnIndex         the folder holds no index
 │   ├── ConfigMismatch     the index was built with other options, data or model
 │   ├── IndexBusy          another process is writing to it
-│   ├── NewerFormat        written by a newer version of rapidindex
+│   ├── NewerFormat        the index was written by a newer version of rapidindex
 │   └── DamagedIndex       a shard is missing, truncated or changed
 └── QueryError             a query that cannot be answered
-    └── TokenNotFound      --token names nothing in the answer
+    └── TokenNotFound      --token or --span names nothing in the answer
 """
 
 
@@ -37,7 +37,7 @@ class UsageError(RapidIndexError):
 
 
 class DataError(RapidIndexError):
-    """A training or query file that cannot be used."""
+    """Training data or a file of queries that cannot be used."""
 
 
 class ModelError(RapidIndexError):
@@ -45,7 +45,7 @@ class ModelError(RapidIndexError):
 
 
 class ResourceError(RapidIndexError):
-    """Not enough disk or memory, or no such device."""
+    """Too little disk or memory, or a device that does not exist."""
 
 
 class StoreError(RapidIndexError):
@@ -53,7 +53,7 @@ class StoreError(RapidIndexError):
 
 
 class NotAnIndex(StoreError):
-    """There is no index at that path."""
+    """The folder holds no index."""
 
 
 class ConfigMismatch(StoreError):
@@ -77,4 +77,4 @@ class QueryError(RapidIndexError):
 
 
 class TokenNotFound(QueryError):
-    """`--token` names nothing in the answer."""
+    """`--token` or `--span` names nothing in the answer."""

@@ -1,14 +1,17 @@
-"""What a query returns, as plain data, and its JSON. Imports neither torch nor faiss.
+"""The result of a query as plain data, and its JSON. Imports neither torch nor faiss, and pandas only on demand.
 
-Positions, never token strings, are keys: `token_scores[i]` belongs to `tokens[i]`, and a token's text is
+Tokens are identified by position, never by their text: `token_scores[i]` belongs to `tokens[i]`, whose text is
 `response[start:end]`.
 """
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rapidindex.errors import DataError
+from rapidindex.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import pandas
 
 SCHEMA = "rapidindex.result/1"
 
@@ -22,34 +25,21 @@ class Token:
     text: str
     """`response[start:end]`; for a token that ends the turn, the token's own name."""
     start: int
-    """Characters of the response before it. Tokens that share a character, as byte-level ones may, share its span."""
+    """Its first character in the response. Tokens that share a character, as byte-level ones may, share its span."""
     end: int
-    """Where it ends; equal to `start`, at the response's end, for a token that ends the turn."""
-
-
-@dataclass(frozen=True)
-class ScoreSummary:
-    """One query's scores over all live rows; zeros where there is no row."""
-
-    n: int
-    min: float
-    max: float
-    mean: float
-    std: float
-    histogram: list[int]
-    """Counts in `HISTOGRAM_BINS` equal bins from min to max."""
+    """The character after its last; equal to `start`, at the response's end, for a token that ends the turn."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """One training example that a search found."""
+    """A training example that the search returned."""
 
     rank: int
     """1 for the first."""
     score: float
     """The estimated influence: the inner product of RapidGrads."""
     exact_score: float | None
-    """The uncompressed influence; of an example the mean of `token_scores`. None where it was not computed."""
+    """The uncompressed influence; for an example the mean of `token_scores`. None where it was not computed."""
     percentile: float
     """Percent of all rows that score lower."""
     id: str
@@ -62,22 +52,41 @@ class Match:
     token_scores: list[float] = field(default_factory=list)
     """The influence of each of `tokens` (Eq. 6 and 8); empty where it was not computed."""
     position: int | None = None
-    """Which of `tokens` was found where tokens were searched: the scores are its own. None for an example."""
+    """In a search of tokens, the position in `tokens` of the token that matched and has the scores; otherwise None."""
     answer_scores: list[float] = field(default_factory=list)
-    """Its influence on each token of the query's answer (Eq. 7), whose mean over the selection is `exact_score`; empty
-    where it was not computed."""
+    """The example's influence on each token of the query's answer (Eq. 7); the mean over the selected tokens is
+    `exact_score`. Empty where it was not computed."""
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """A query's scores over all live rows; all zeros for an index without rows."""
+
+    n: int
+    """Number of scores."""
+    min: float
+    max: float
+    mean: float
+    std: float
+    histogram: list[int]
+    """Counts in `HISTOGRAM_BINS` equal bins from min to max."""
+
+    def place(self, score: float) -> float:
+        """Return where a score lies between min (0.0) and max (1.0); 0.5 where all scores are equal."""
+        width = self.max - self.min
+        return min(1.0, max(0.0, (score - self.min) / width)) if width > 0 else 0.5
 
 
 @dataclass(frozen=True)
 class QueryInfo:
-    """The query: what was said, and which of its tokens are asked about."""
+    """A prompt, its answer, and the tokens of the answer to be explained."""
 
     prompt: str
     answer: str
     tokens: list[Token]
     """The answer's tokens."""
     selection: list[int]
-    """Positions in `tokens`; all of them for the whole sentence."""
+    """Positions of the selected tokens in `tokens`; all of them for a query about the whole answer."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ class IndexInfo:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where the time went."""
+    """Seconds that each stage of a query took."""
 
     gradient: float
     search: float
@@ -105,13 +114,14 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Rescoring:
-    """How far the RapidGrad scores of the candidates were off the uncompressed influence that orders the matches."""
+    """How the order of the candidates changed from RapidGrad scores to uncompressed influence."""
 
     candidates: int
+    """Number of examples or tokens that were scored again."""
     rank_correlation: float | None
-    """Spearman's, between the two orders of the candidates; None for fewer than two."""
+    """Spearman's correlation of the two orders; None for fewer than two candidates."""
     largest_move: int
-    """Places by which a candidate moved, at most."""
+    """The most places that a candidate moved."""
 
 
 @dataclass(frozen=True)
@@ -133,52 +143,75 @@ class Result:
     """None for `ann`, which does not score every row."""
     matches: list[Match]
     rescoring: Rescoring | None = None
-    """Where the matches are ordered by `exact_score` instead of `score`."""
+    """Given where `exact_score` orders the matches; None where `score` does."""
+
+    def __repr__(self) -> str:
+        """Return one line: the answer, the number and direction of the matches, and the first score."""
+        answer = self.query.answer if len(self.query.answer) <= 60 else self.query.answer[:59] + "…"
+        unit = "tokens" if self.level == "token" else "examples"
+        first = f", the first scores {self.matches[0].score:+.4f}" if self.matches else ""
+        return f"<Result {answer!r}: {len(self.matches)} {self.direction} of {self.index.n:,} {unit}{first}>"
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Return a frame with a row for each match, best first.
+
+        Its columns are rank, score, exact_score, percentile, id, prompt, response, in a search of tokens position, and
+        one for each key of the matches' `meta`, named `meta.KEY` where KEY is one of these names. Raises UsageError
+        where pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise UsageError("Result.to_pandas needs the package pandas.", hint="pip install pandas") from error
+        columns = ["rank", "score", "exact_score", "percentile", "id", "prompt", "response"]
+        columns += ["position"] if self.level == "token" else []
+        keys = {key: f"meta.{key}" if key in columns else key for match in self.matches for key in match.meta}
+        rows = [
+            {column: getattr(match, column) for column in columns}
+            | {name: match.meta.get(key) for key, name in keys.items()}
+            for match in self.matches
+        ]
+        return pandas.DataFrame(rows, columns=[*columns, *keys.values()])
 
     def to_json(self, *, indent: int | None = None) -> str:
-        """The result as JSON text; never NaN or infinity."""
+        """Return the result as JSON text, without NaN or infinity."""
         value = {"schema": SCHEMA, **asdict(self)}
         return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
 
-    def to_html(self, *, opponents: "Result | None" = None, command: str = "") -> str:
-        """One self-contained HTML page, with the other direction's matches beside these where `opponents` gives them.
+    @classmethod
+    def from_json(cls, text: str) -> "Result":
+        """Return the result that `to_json` wrote. Raises DataError for any other text or schema."""
+        try:
+            value = json.loads(text)
+            schema = value.pop("schema")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            hint = "Give the output of `rapidindex query --json`."
+            raise DataError("This is not a rapidindex result.", hint=hint) from error
+        if schema != SCHEMA:
+            raise DataError(f"The result has the schema {schema!r}, not {SCHEMA!r}.", hint="Upgrade rapidindex.")
+        value["index"], value["seconds"] = IndexInfo(**value["index"]), Seconds(**value["seconds"])
+        value["query"] = QueryInfo(**_with_tokens(value["query"]))
+        value["matches"] = [Match(**_with_tokens(match)) for match in value["matches"]]
+        value["summary"] = ScoreSummary(**value["summary"]) if value["summary"] else None
+        value["rescoring"] = Rescoring(**value["rescoring"]) if value.get("rescoring") else None
+        return cls(**value)
 
-        `command` is shown as what makes the page again.
+    def to_html(self, *, opponents: "Result | None" = None, command: str = "") -> str:
+        """Return one self-contained HTML page.
+
+        `opponents` is the result of the other direction, to be shown beside this one; `command` is the command line
+        that makes the page again, shown unless empty.
         """
         from rapidindex.views import html
 
         return html.page(self, opponents, command)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Return the HTML that a notebook shows."""
         from rapidindex.views import html
 
         return html.fragment(self)
 
-    @classmethod
-    def from_json(cls, text: str) -> "Result":
-        """The result that `to_json` wrote. Raises DataError for anything else."""
-        try:
-            value = json.loads(text)
-            schema = value.pop("schema")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(
-                "This is not a rapidindex result.", hint="Give what `rapidindex query --json` prints."
-            ) from error
-        if schema != SCHEMA:
-            raise DataError(f"The result has the schema {schema!r}, not {SCHEMA!r}.", hint="Upgrade rapidindex.")
-        query, summary, rescoring = value.pop("query"), value.pop("summary"), value.pop("rescoring", None)
-        matches = [{**match, "tokens": _spans(match["tokens"])} for match in value.pop("matches")]
-        return cls(
-            index=IndexInfo(**value.pop("index")),
-            query=QueryInfo(**{**query, "tokens": _spans(query["tokens"])}),
-            seconds=Seconds(**value.pop("seconds")),
-            summary=ScoreSummary(**summary) if summary else None,
-            rescoring=Rescoring(**rescoring) if rescoring else None,
-            matches=[Match(**match) for match in matches],
-            **value,
-        )
 
-
-def _spans(values: list[dict[str, Any]]) -> list[Token]:
-    return [Token(**value) for value in values]
+def _with_tokens(value: dict[str, Any]) -> dict[str, Any]:
+    return {**value, "tokens": [Token(**token) for token in value["tokens"]]}

@@ -34,7 +34,7 @@ from rapidindex.config import (
 )
 from rapidindex.data.examples import Example, read_examples
 from rapidindex.data.templates import Template
-from rapidindex.data.tokens import select
+from rapidindex.data.tokens import select_tokens
 from rapidindex.gradients.losses import Batch, with_drawn_labels
 from rapidindex.gradients.second_moment import correction, estimate_second_moment
 from rapidindex.model.finetune import finetune
@@ -254,7 +254,7 @@ def _distinct(rows: list[dict]) -> list[dict]:
 def _posed(query: tasks.QueryInfo, template: Template) -> Batch:
     messages = (("user", query.prompt),)
     encoding = template.encode(Example("", query.prompt, query.answer, {}, 0, messages), end=False)
-    chosen = select(encoding.tokens, query.answer, token=query.word)
+    chosen = select_tokens(encoding.tokens, query.answer, token=query.word)
     weights = np.zeros(len(encoding.input_ids), np.float32)
     weights[np.flatnonzero(encoding.response_mask)[chosen]] = 1 / len(chosen)
     return Batch.of([encoding.input_ids], [weights])

@@ -6,6 +6,7 @@ the loss. So tokens are cached as examples are.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,10 @@ class Item:
     def token(self) -> int:
         """The id of the response token; -1 for an example."""
         return -1 if self.position < 0 else int(self.encoding.input_ids[self.tokens - 1])
+
+    def to_record(self, loss: float) -> dict[str, Any]:
+        """Return the stored record of the example, whose loss is `loss`."""
+        return self.example.to_record(loss, self.source)
 
 
 Unit = list[list[Item]]

@@ -20,7 +20,6 @@ import torch
 from rapidindex.caching.batches import Item, as_batch, padded_tokens, plan_batches
 from rapidindex.caching.job import Job, LevelPlan, check_recipe, plan_levels, prepare, read_existing
 from rapidindex.caching.moment import moment_sample
-from rapidindex.caching.shard_writer import record_of
 from rapidindex.config import BuildRequest
 from rapidindex.errors import ResourceError
 from rapidindex.gradients.eigenbases import seconds_to_find
@@ -230,7 +229,7 @@ def _lacks_moment(job: Job, store: Store | None) -> bool:
 
 def _disk_bytes(job: Job, plan: LevelPlan, store: Store | None) -> dict[str, int]:
     K, layers, n = plan.K, len(job.layers), plan.rows
-    texts = sum(len(encode_json(record_of(item, 1.234567))) + 20 for item in plan.examples)
+    texts = sum(len(encode_json(item.to_record(1.234567))) + 20 for item in plan.examples)
     named = [{"name": layer.name, "size": layer.size} for layer in job.layers]
     content = {"config": job.recipe.to_manifest(), "layers": named, "skipped": job.skipped}
     description = len(encode_json(content)) + 400

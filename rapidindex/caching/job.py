@@ -18,7 +18,7 @@ from rapidindex.caching.batches import Item, Unit, padded_tokens, plan_units
 from rapidindex.config import BuildRequest, ModelConfig
 from rapidindex.data.examples import Dataset, read_examples
 from rapidindex.data.templates import Template
-from rapidindex.data.tokens import chosen
+from rapidindex.data.tokens import token_positions
 from rapidindex.errors import DataError, UsageError
 from rapidindex.gradients.losses import Layer
 from rapidindex.gradients.per_example import PerExampleGradients
@@ -105,7 +105,9 @@ class Job:
     def token_positions(self) -> dict[str, list[int]]:
         """The response tokens of each example, by its id, that get rows of their own."""
         token = self.request.token
-        return {item.example.id: chosen(item.example.response, item.encoding.tokens, token) for item in self.items}
+        return {
+            item.example.id: token_positions(item.example.response, item.encoding.tokens, token) for item in self.items
+        }
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class ShardWriter:
             self._taken += len(kept)
             self._norms.append(norms[kept])
             self._places += places
-            self._examples += [record_of(items[mine[0]], float(losses[mine].mean())) for mine in good]
+            self._examples += [items[mine[0]].to_record(float(losses[mine].mean())) for mine in good]
             for number in (mine[int(np.argmin(finite[mine]))] for mine in bad):
                 self._rejected.append(_rejection(items[number], float(losses[number])))
 
@@ -189,20 +189,6 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if caught:
             signal.raise_signal(caught[0])
-
-
-def record_of(item: Item, loss: float) -> dict[str, Any]:
-    """What a shard keeps of an example."""
-    example = item.example
-    return {
-        "id": example.id,
-        "line": example.line,
-        "messages": [list(turn) for turn in example.messages],
-        "response": example.response,
-        "meta": example.meta,
-        "loss": round(loss, 6),
-        **({"source": item.source} if item.source else {}),
-    }
 
 
 def _rejection(item: Item, loss: float) -> dict[str, Any]:

@@ -1,1 +1,7 @@
-"""Training data: files, examples, templates and tokens. Knows no models."""
+"""Training data, from rows to token ids. Knows no models.
+
+files        the rows of a file, folder or object
+examples     rows as examples, each with a prompt, a response and an id
+templates    examples as token ids, and which of these are the response
+tokens       the tokens that get rows of their own, and those that a query is about
+"""

@@ -1,9 +1,9 @@
-"""Training data: the rows of a file become examples, each with a prompt, a response and an id.
+"""Turn the rows of training data into examples, each with a prompt, a response and an id.
 
-Knows columns, not file formats (`files.py`) and not tokenizers (`templates.py`). A row that cannot be used is listed
-with its reason, never dropped silently. An example's id is a hash of its content: the same wherever the row stands.
+Knows columns, not file formats (`files.py`) or tokenizers (`templates.py`). A row that cannot be used is listed with
+its reason, never dropped silently. An example's id is a hash of its content, the same wherever the row stands.
 
-Columns understood, the first complete layout of a row counting; all others are carried through as `meta`:
+These columns are understood. A row's first complete layout counts, and its other columns are kept as `meta`:
 
     messages or conversations       a list of {role, content} or {from, value}; the last assistant turn is the response
     instruction, [input,] output    Alpaca
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rapidindex.config import fingerprint
-from rapidindex.data.files import kind_of, read_rows, unit_of
+from rapidindex.data.files import Rows, kind_of, source_of
 from rapidindex.errors import DataError, UsageError
 
 Messages = tuple[tuple[str, str], ...]
-"""Turns of a conversation: (role, content)."""
+"""The turns of a conversation: (role, content)."""
 
 _COLUMNS = (
     "Columns understood: instruction and output (and input); prompt or question with response, completion or answer; "
@@ -37,17 +37,40 @@ class Example:
     """One training example."""
 
     id: str
-    """16 hexadecimal digits, a hash of messages, response and meta."""
+    """16 hexadecimal digits: a hash of messages, response and meta."""
     prompt: str
     """The messages as text to show: `display_text(messages)`."""
     response: str
-    """What the model was trained to say; never empty."""
+    """The text the model is trained to produce; never empty."""
     meta: dict[str, Any]
     """The other columns, as values that JSON can hold."""
     line: int
-    """1-based: the line of a JSONL or CSV file (the first, where a row has several), else the number of the row."""
+    """The first line of the row in a JSONL or CSV file, elsewhere the row's number; from 1."""
     messages: Messages
     """The turns before the response."""
+
+    def to_record(self, loss: float, source: str = "") -> dict[str, Any]:
+        """Return the stored record of the example, as JSON can hold it.
+
+        `loss` is the mean loss over the response's tokens, rounded to 6 places; `source` names the added data that the
+        example comes from, and is left out where it is empty. The prompt is not stored: `from_record` renders it again.
+        """
+        return {
+            "id": self.id,
+            "line": self.line,
+            "messages": [list(turn) for turn in self.messages],
+            "response": self.response,
+            "meta": self.meta,
+            "loss": round(loss, 6),
+            **({"source": source} if source else {}),
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Example":
+        """Return the example that `to_record` stored."""
+        messages = tuple((role, content) for role, content in record["messages"])
+        prompt = display_text(messages)
+        return cls(record["id"], prompt, record["response"], record["meta"], record["line"], messages)
 
 
 @dataclass(frozen=True)
@@ -55,94 +78,105 @@ class Skipped:
     """A row that cannot be used."""
 
     line: int
-    """As `Example.line`."""
+    """The row's line or number, as in `Example.line`."""
     reason: str
-    """Why, in a few plain words."""
+    """Why the row cannot be used, in a few words."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The usable examples of one file or folder, and the rows that are not usable."""
+    """The usable examples of a file, folder or object, and its rows that cannot be used."""
 
     path: str
+    """The path, or for an object its type and length: `list of 10 rows`."""
     examples: list[Example]
     skipped: list[Skipped]
     fingerprint: str
-    """16 hexadecimal digits over the examples' ids and their number, whatever their order."""
+    """16 hexadecimal digits: a hash of the examples' ids and their number, in any order."""
 
 
 class _Unusable(Exception):
-    """Why a row is no example."""
+    """A row cannot be used; the message says why."""
 
 
 class _Parts(NamedTuple):
+    """The content of a row."""
+
     messages: Messages
     response: str
     used: tuple[str, ...]
+    """The columns that the content comes from."""
     later: Messages = ()
+    """Turns after the response."""
 
 
-def read_examples(path: str | Path, *, limit: int | None = None) -> Dataset:
-    """Read the examples in `path`, or its first `limit` usable ones (reading, and listing what is skipped, ends there).
+def read_examples(data: Any, *, limit: int | None = None) -> Dataset:
+    """Read the examples in `data`, or its first `limit` usable ones; no row after these is read.
 
-    Rows that do not parse, have no text in their response, or repeat an earlier row exactly are listed as skipped;
-    blank lines are no rows. DataError where the path cannot be read or holds no usable row, UsageError for a limit
-    below 1.
+    `data` is the path of a file or folder, a `datasets.Dataset`, a pandas DataFrame (whose NaN cells count as missing),
+    or a list or other sequence of dicts. The same rows have the same ids and fingerprint in each of these forms. Rows
+    that do not parse, have an empty response, or repeat an earlier row exactly are listed as skipped; blank lines are
+    ignored.
+
+    Raises DataError where `data` cannot be read or has no usable row, UsageError for a limit below 1.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1, not {limit}.")
-    path = Path(path)
+    source = source_of(data)
     try:
-        examples, skipped = _collect(path, limit)
+        with closing(source.read()) as rows:
+            examples, skipped = _collect(rows, source.unit, limit)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.", hint="Check the path.") from error
+        raise DataError(f"{source.name} cannot be read: {error.strerror or error}.", hint="Check the path.") from error
     if not examples:
-        reasons = "; ".join(f"{unit_of(path)} {row.line}: {row.reason}" for row in skipped[:3])
-        rows = f"none of its {len(skipped)} rows can be used" if skipped else "it has no rows"
-        raise DataError(f"{path} has no usable example: {rows}.", hint=f"{reasons}. {_COLUMNS}".removeprefix(". "))
+        reasons = "; ".join(f"{source.unit} {row.line}: {row.reason}" for row in skipped[:3])
+        cause = f"none of its {len(skipped)} rows can be used" if skipped else "it has no rows"
+        hint = f"{reasons}. {_COLUMNS}".removeprefix(". ")
+        raise DataError(f"{source.name} has no usable example: {cause}.", hint=hint)
     ids = sorted(example.id for example in examples)
-    return Dataset(str(path), examples, skipped, fingerprint({"count": len(ids), "ids": ids}))
+    return Dataset(source.name, examples, skipped, fingerprint({"count": len(ids), "ids": ids}))
 
 
-def listed_ids(given: Iterable[str], flag: str = "--ids") -> set[str]:
-    """Examples' ids, each given as itself or in a file that has one a line. UsageError where there is none."""
-    found: set[str] = set()
-    for id in given:
-        if not Path(id).is_file() and not id.isalnum():
-            raise UsageError(f"{flag} {id}: there is no such file, and it is no id.", hint="Check the path.")
-        found.update(Path(id).read_text().split() if Path(id).is_file() else [id])
-    if not found:
+def listed_ids(values: Iterable[str], flag: str = "--ids") -> set[str]:
+    """Return the ids of examples, each value being an id or a file with one id a line.
+
+    Raises UsageError, which names `flag`, for a value that is neither, and where the files hold no id.
+    """
+    ids: set[str] = set()
+    for value in values:
+        is_file = Path(value).is_file()
+        if not is_file and not value.isalnum():
+            raise UsageError(f"{flag} {value}: there is no such file, and it is not an id.", hint="Check the path.")
+        ids.update(Path(value).read_text().split() if is_file else [value])
+    if not ids:
         raise UsageError(f"The files of {flag} hold no id.", hint="Write one id a line.")
-    return found
+    return ids
 
 
 def display_text(messages: Iterable[tuple[str, str]]) -> str:
-    """The turns as one text: the content of a lone user turn, else `role: content` lines."""
+    """Join the turns into one text: the content of a lone user turn, otherwise `role: content` lines."""
     turns = list(messages)
     if len(turns) == 1 and turns[0][0] == "user":
         return turns[0][1]
     return "\n".join(f"{role}: {content}" for role, content in turns)
 
 
-def _collect(path: Path, limit: int | None) -> tuple[list[Example], list[Skipped]]:
-    examples: list[Example] = []
+def _collect(rows: Rows, unit: str, limit: int | None) -> tuple[list[Example], list[Skipped]]:
+    examples: dict[str, Example] = {}
     skipped: list[Skipped] = []
-    first: dict[str, int] = {}
-    with closing(read_rows(path)) as rows:
-        for line, row in rows:
-            try:
-                example = _example(line, row)
-            except _Unusable as reason:
-                skipped.append(Skipped(line, str(reason)))
-                continue
-            if example.id in first:
-                skipped.append(Skipped(line, f"the same as {unit_of(path)} {first[example.id]}"))
-                continue
-            first[example.id] = line
-            examples.append(example)
-            if len(examples) == limit:
-                break
-    return examples, skipped
+    for line, row in rows:
+        try:
+            example = _example(line, row)
+        except _Unusable as reason:
+            skipped.append(Skipped(line, str(reason)))
+            continue
+        if example.id in examples:
+            skipped.append(Skipped(line, f"the same as {unit} {examples[example.id].line}"))
+            continue
+        examples[example.id] = example
+        if len(examples) == limit:
+            break
+    return list(examples.values()), skipped
 
 
 def _example(line: int, row: Any) -> Example:
@@ -166,24 +200,24 @@ def _example(line: int, row: Any) -> Example:
 
 
 def _parts(row: dict[str, Any]) -> _Parts:
-    """Messages, response and the columns they come from, by the first complete layout."""
-    has = [column for column in row if row[column] is not None]
+    """Return the content of a row by its first complete layout of columns."""
+    filled = [column for column in row if row[column] is not None]
     for column in ("messages", "conversations"):
-        if column in has:
+        if column in filled:
             return _conversation(row[column], column)
-    if "instruction" in has and "output" in has:
-        instruction, more = _text(row, "instruction"), _text(row, "input") if "input" in has else ""
-        prompt = f"{instruction}\n{more}" if more.strip() else instruction
+    if "instruction" in filled and "output" in filled:
+        instruction, context = _text(row, "instruction"), _text(row, "input") if "input" in filled else ""
+        prompt = f"{instruction}\n{context}" if context.strip() else instruction
         return _Parts((("user", prompt),), _text(row, "output"), ("instruction", "input", "output"))
-    prompts = [column for column in ("prompt", "question") if column in has]
-    responses = [column for column in ("response", "completion", "answer") if column in has]
+    prompts = [column for column in ("prompt", "question") if column in filled]
+    responses = [column for column in ("response", "completion", "answer") if column in filled]
     if prompts and responses:
         used = (prompts[0], responses[0])
         return _Parts((("user", _text(row, used[0])),), _text(row, used[1]), used)
-    raise _Unusable(_what_is_missing(row, prompts, responses))
+    raise _Unusable(_missing_column(row, prompts, responses))
 
 
-def _what_is_missing(row: dict[str, Any], prompts: list[str], responses: list[str]) -> str:
+def _missing_column(row: dict[str, Any], prompts: list[str], responses: list[str]) -> str:
     if prompts:
         return f"`{prompts[0]}` without a `response`, `completion` or `answer`"
     if row.get("instruction") is not None:
@@ -196,13 +230,13 @@ def _what_is_missing(row: dict[str, Any], prompts: list[str], responses: list[st
 
 
 def _conversation(turns: Any, column: str) -> _Parts:
-    if not isinstance(turns, list):
+    if not isinstance(turns, list | tuple):
         raise _Unusable(f"`{column}` is {kind_of(turns)}, not a list of turns")
     messages = tuple(_turn(turn, number) for number, turn in enumerate(turns, 1))
-    spoken = [i for i, (role, _) in enumerate(messages) if role == "assistant"]
-    if not spoken:
+    assistant_turns = [i for i, (role, _) in enumerate(messages) if role == "assistant"]
+    if not assistant_turns:
         raise _Unusable(f"`{column}` has no assistant turn")
-    last = spoken[-1]
+    last = assistant_turns[-1]
     return _Parts(messages[:last], messages[last][1], (column,), messages[last + 1 :])
 
 
@@ -222,7 +256,7 @@ def _text(row: dict[str, Any], column: str, name: str = "") -> str:
 
 
 def _jsonable(value: Any) -> Any:
-    """`value` as JSON can hold it: NaN and infinities become None, bytes hexadecimal, dates and the like text."""
+    """Convert a value to JSON's types: NaN and infinity become None, bytes hexadecimal, dates and the like text."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):

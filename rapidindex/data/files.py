@@ -1,32 +1,68 @@
-"""The rows of a JSONL, JSON, CSV or Parquet file, or of a saved `datasets` folder, numbered as their author would.
+"""Read the rows of a JSONL, JSON, CSV or Parquet file, of a saved `datasets` folder, or of an object in memory.
 
-Knows file formats, not what the columns mean (`examples.py`). A row that cannot be read does not spoil the others: its
-place is taken by a sentence that says why. DataError where the file as a whole cannot be read.
+Knows formats, not what the columns mean (`examples.py`). A row that cannot be read does not spoil the others: a
+sentence that says why takes its place.
 """
 
 import codecs
 import csv
 import json
-from collections.abc import Generator, Iterable, Iterator
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rapidindex.errors import DataError
 
 Rows = Generator[tuple[int, Any], None, None]
-"""(1-based line or row number, the row as a dict, or as a str why it cannot be read)."""
+"""(1-based line or row number, the row as a dict, or a str that says why it cannot be read)."""
 
+_BATCH = 1024
+"""Rows converted to Python objects at a time."""
 _INSTALL = "Install it with: pip install 'rapidindex[datasets]'"
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
 
 
-def kind_of(value: Any) -> str:
-    """What a value is, in words for a message: `a list`, `text`, `null` …."""
-    return _KINDS.get(type(value), "an object")
+class Source(NamedTuple):
+    """Training data, whatever it was given as."""
+
+    name: str
+    """The path, or for an object its type and length: `list of 10 rows`."""
+    unit: str
+    """What the numbers of its rows count: `line` or `row`."""
+    read: Callable[[], Rows]
+    """Return its rows in order. Raises DataError where the data as a whole cannot be read."""
+
+
+def source_of(data: Any) -> Source:
+    """Return the source for a path, a `datasets.Dataset`, a pandas DataFrame, or a list or other sequence of dicts.
+
+    A `datasets.DatasetDict` stands for its split named train. Raises DataError for any other object.
+    """
+    if isinstance(data, str | os.PathLike):
+        path = Path(data)
+        return Source(str(path), unit_of(path), partial(read_rows, path))
+    if isinstance(data, dict) and hasattr(data, "with_format"):
+        data = _train_split(data, _type_name(data), f"Give one split, such as data[{next(iter(data), 'train')!r}].")
+    if hasattr(data, "with_format") and hasattr(data, "num_rows"):
+        read = _dataset_rows
+    elif hasattr(data, "iloc") and hasattr(data, "columns"):
+        read = _frame_rows
+    elif isinstance(data, Sequence) and not isinstance(data, bytes):
+        read = _sequence_rows
+    else:
+        hint = "Give a path, a datasets.Dataset, a pandas DataFrame, or a list of dicts."
+        raise DataError(f"Training data cannot be read from an object of type {_type_name(data)}.", hint=hint)
+    count = len(data)
+    return Source(f"{_type_name(data)} of {count:,} row{'' if count == 1 else 's'}", "row", partial(read, data))
 
 
 def read_rows(path: Path) -> Rows:
-    """The rows of `path` in order. DataError where it does not exist, or its extension or content is not understood."""
+    """Return the rows of a file or folder in order.
+
+    Raises DataError where `path` does not exist, or its extension or content is not understood.
+    """
     readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     if path.is_dir():
         return _folder(path)
@@ -42,8 +78,18 @@ def read_rows(path: Path) -> Rows:
 
 
 def unit_of(path: Path) -> str:
-    """What the numbers of `read_rows` count: `line` or `row`."""
+    """Return what the numbers of `read_rows` count: `line` or `row`."""
     return "line" if path.suffix.lower() in (".jsonl", ".ndjson", ".csv") else "row"
+
+
+def kind_of(value: Any) -> str:
+    """Return a value's kind in words for a message: `a list`, `text`, `null` …."""
+    return _KINDS.get(type(value), "an object")
+
+
+def _type_name(data: Any) -> str:
+    package, name = type(data).__module__.split(".")[0], type(data).__qualname__
+    return name if package == "builtins" else f"{package}.{name}"
 
 
 def _jsonl(path: Path) -> Rows:
@@ -80,21 +126,20 @@ def _json(path: Path) -> Rows:
     if isinstance(value, dict):
         lists = [key for key in value if isinstance(value[key], list)]
         if len(lists) != 1:
-            found = ", ".join(lists) or "none"
+            names = ", ".join(lists) or "none"
             hint = "Give a file that holds a list of objects, or an object with one such list."
-            raise DataError(f"{path} should have one list in its object; found: {found}.", hint=hint)
+            raise DataError(f"{path} should have one list in its object; found: {names}.", hint=hint)
         value = value[lists[0]]
     if not isinstance(value, list):
         raise DataError(f"{path} should hold a list, not {kind_of(value)}.", hint="Give a file with a list of objects.")
-    for number, row in enumerate(value, 1):
-        yield number, _as_row(row)
+    yield from _sequence_rows(value)
 
 
 def _csv(path: Path) -> Rows:
-    # Strict, because a quote that is never closed would otherwise swallow the rest of the file without a word.
-    usual = csv.field_size_limit(2**31 - 1)
+    # Strict, because a quote that is never closed would otherwise swallow the rest of the file silently.
+    previous_limit = csv.field_size_limit(2**31 - 1)
     try:
-        # What is not UTF-8 becomes lone surrogates, which no later step accepts: one bad row does not spoil the file.
+        # Bytes that are not UTF-8 become lone surrogates, for which only their own row is rejected later.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = _csv_header(path, reader)
@@ -104,7 +149,7 @@ def _csv(path: Path) -> Rows:
                     yield line, row
                 line = reader.line_num + 1
     finally:
-        csv.field_size_limit(usual)
+        csv.field_size_limit(previous_limit)
 
 
 def _csv_header(path: Path, reader: Iterator[list[str]]) -> list[str]:
@@ -113,14 +158,14 @@ def _csv_header(path: Path, reader: Iterator[list[str]]) -> list[str]:
     except csv.Error as error:
         hint = "Name the columns in the first line, separated by commas."
         raise DataError(f"{path} has a first line that is not CSV: {error}.", hint=hint) from error
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise DataError(f"{path} names the column {twice[0]!r} twice in its first line.", hint="Rename one of them.")
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path} names the column {repeated[0]!r} twice in its first line.", hint="Rename one of them.")
     return header
 
 
 def _csv_row(header: list[str], reader: Iterator[list[str]]) -> dict[str, str] | str | None:
-    """The next row, empty for a blank line; None after the last."""
+    """Return the next row, empty for a blank line; None after the last row."""
     try:
         cells = next(reader, None)
     except csv.Error as error:
@@ -138,7 +183,7 @@ def _parquet(path: Path) -> Rows:
         raise DataError(f"Reading {path} needs the package pyarrow.", hint=_INSTALL) from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            yield from _arrow_rows(file.iter_batches(batch_size=1024))
+            yield from _arrow_rows(file.iter_batches(batch_size=_BATCH))
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}.", hint="Write the file again.") from error
 
@@ -154,16 +199,23 @@ def _folder(path: Path) -> Rows:
         hint = "Give a folder written by datasets' save_to_disk, or a .jsonl, .json, .csv or .parquet file."
         raise DataError(f"{path} is not a saved datasets folder: {error}", hint=hint) from error
     if isinstance(loaded, datasets.DatasetDict):
-        if "train" not in loaded:
-            splits = ", ".join(map(str, loaded))
-            hint = f"Give the folder of one split, such as {path / str(next(iter(loaded), 'train'))}."
-            raise DataError(f"{path} has no split named train; found: {splits}.", hint=hint)
-        loaded = loaded["train"]
-    yield from _arrow_rows(loaded.with_format("arrow").iter(batch_size=1024))
+        folder = path / str(next(iter(loaded), "train"))
+        loaded = _train_split(loaded, str(path), f"Give the folder of one split, such as {folder}.")
+    yield from _dataset_rows(loaded)
+
+
+def _train_split(splits: dict[str, Any], name: str, hint: str) -> Any:
+    if "train" not in splits:
+        raise DataError(f"{name} has no split named train; found: {', '.join(map(str, splits))}.", hint=hint)
+    return splits["train"]
+
+
+def _dataset_rows(dataset: Any) -> Rows:
+    return _arrow_rows(dataset.with_format("arrow").iter(batch_size=_BATCH))
 
 
 def _arrow_rows(tables: Iterable[Any]) -> Rows:
-    """Rows of pyarrow tables or batches, converted one by one, so that one bad value spoils one row."""
+    """Convert pyarrow tables or batches row by row, so that one bad value spoils one row."""
     number = 0
     for table in tables:
         for i in range(table.num_rows):
@@ -174,3 +226,19 @@ def _arrow_rows(tables: Iterable[Any]) -> Rows:
                 yield number, "bad UTF-8"
             except (ValueError, OverflowError) as error:
                 yield number, f"bad value: {error}"
+
+
+def _frame_rows(frame: Any) -> Rows:
+    """Convert a frame's rows; NaN, NaT and NA cells become None, and arrays, as Parquet's lists are read, lists."""
+    repeated = frame.columns[frame.columns.duplicated()]
+    if len(repeated):
+        raise DataError(f"The frame has two columns named {str(repeated[0])!r}.", hint="Rename one of them.")
+    for first in range(0, len(frame), _BATCH):
+        part = frame.iloc[first : first + _BATCH]
+        rows = part.astype(object).where(part.notna(), None).to_dict("records")
+        for number, row in enumerate(rows, first + 1):
+            yield number, {key: value.tolist() if hasattr(value, "tolist") else value for key, value in row.items()}
+
+
+def _sequence_rows(rows: Sequence[Any]) -> Rows:
+    yield from ((number, _as_row(row)) for number, row in enumerate(rows, 1))

@@ -1,7 +1,7 @@
-"""How an example becomes token ids: prompt templates, and which tokens are the response.
+"""Turn an example into token ids by a prompt template, and find which tokens are the response.
 
-Knows tokenizers, not models. Prompt and response are tokenised as one text, as they are in training, and the response's
-tokens are found by character offsets. `alpaca` is the prompt of the paper's Figure 5.
+Knows tokenizers, not models. Prompt and response are tokenised as one text, as in training, and the response's tokens
+are found by their character offsets. `alpaca` is the prompt of the paper's Figure 5.
 """
 
 from collections.abc import Iterable
@@ -24,26 +24,27 @@ _TEXTS = {
     "plain": "{prompt}\n",
 }
 _MARK = "rapidindex-marks-the-response"
+"""Stands in for a response, to find where a chat template puts it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """An example as token ids, T of them."""
+    """An example as T token ids."""
 
     input_ids: np.ndarray
     """int32 [T]."""
     response_mask: np.ndarray
-    """bool [T]; True for the response's tokens, all False where none was left."""
+    """bool [T]; True for the response's tokens, all False where none is left."""
     tokens: list[Token]
     """The response's tokens, in the order of `response_mask`'s True positions."""
     truncated: bool
-    """Whether tokens were cut off to keep within `max_length`."""
+    """Whether tokens beyond `max_length` were cut off."""
     prompt_tokens: int
-    """Tokens before the response, those cut off included."""
+    """Number of tokens before the response, including any that were cut off."""
 
 
-class _Placed(NamedTuple):
-    """A text with the response in it: `text[start:stop]` is the response from its character `offset` on."""
+class _Rendered(NamedTuple):
+    """An example as one text: `text[start:stop]` is the response from its character `offset` on."""
 
     text: str
     start: int
@@ -52,13 +53,13 @@ class _Placed(NamedTuple):
 
 
 class Template:
-    """Prompts and examples as one template writes them and one tokenizer reads them."""
+    """A prompt template with a tokenizer: writes prompts, and encodes examples as token ids."""
 
     def __init__(self, template: str, tokenizer: Any, max_length: int) -> None:
-        """`template` is `alpaca`, `plain`, `chat` (the tokenizer's own) or a text with `{prompt}` in it.
+        """Take a template by name: `alpaca`, `plain` or `chat` (the tokenizer's own), or a text with `{prompt}` in it.
 
-        In such a text backslash-n means a new line. `max_length` is in tokens. UsageError for any other template;
-        ModelError for a tokenizer that gives no character offsets, or has no chat template where one is asked for.
+        In such a text backslash-n stands for a new line. `max_length` is in tokens. Raises UsageError for any other
+        template, ModelError for a tokenizer without character offsets, or without a chat template for `chat`.
         """
         if not tokenizer.is_fast:
             kind = type(tokenizer).__name__
@@ -68,19 +69,19 @@ class Template:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.add_special_tokens = template != "chat"
-        """Whether to tokenise the text of `render_prompt` with special tokens (a chat template writes its own)."""
+        """Whether to add special tokens to the text of `render_prompt`; a chat template writes its own."""
         self._text = _chat_template(tokenizer) if template == "chat" else _prompt_template(template)
         added = tokenizer.added_tokens_decoder.items()
-        self._special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+        self._special_ids = {*tokenizer.all_special_ids, *(id for id, token in added if token.special)}
 
     @property
     def fingerprint(self) -> str:
-        """The template's name (`text` for one the user wrote) and 16 hexadecimal digits, a hash of its text."""
+        """The template's name (`text` for the user's own) and 16 hexadecimal digits, a hash of its text."""
         name = self.name if self.name == "chat" or self.name in _TEXTS else "text"
         return f"{name}:{fingerprint(self._text)}"
 
     def render_prompt(self, messages: Iterable[tuple[str, str]]) -> str:
-        """The text a model is given to continue with the response to `messages`, turns of (role, content)."""
+        """Return the text that the model continues with its response to `messages`, turns of (role, content)."""
         if self.name == "chat":
             return self._render(messages, add_generation_prompt=True)
         return self._text.replace("{prompt}", display_text(messages))
@@ -88,35 +89,35 @@ class Template:
     def encode(self, example: Example, *, end: bool = True) -> Encoding:
         """Tokenise prompt and response as one text; with `end`, the token that ends the turn is part of the response.
 
-        What goes beyond `max_length` tokens is cut off, and no response token may be left. ModelError where the chat
+        Tokens beyond `max_length` are cut off, which may leave no response token. Raises ModelError where the chat
         template refuses the example or does not write its response.
         """
-        placed = self._place(example)
+        rendered = self._render_example(example)
         encoded = self.tokenizer(
-            placed.text, add_special_tokens=self.add_special_tokens, return_offsets_mapping=True, verbose=False
+            rendered.text, add_special_tokens=self.add_special_tokens, return_offsets_mapping=True, verbose=False
         )
         ids = encoded["input_ids"]
         spans = self._without_gaps(ids, encoded["offset_mapping"])
-        inside = [i for i, span in enumerate(spans) if self._is_response(ids[i], span, placed)]
+        inside = [i for i, span in enumerate(spans) if self._is_response(ids[i], span, rendered)]
         first, last = (inside[0], inside[-1] + 1) if inside else (len(ids), len(ids))
-        ending = self._ending(ids, last) if end and inside else []
-        tokens = [_token(span, placed, example.response) for span in spans[first:last]]
+        ending = self._ending_ids(ids, last) if end and inside else []
+        tokens = [_token(span, rendered, example.response) for span in spans[first:last]]
         length = len(example.response)
-        tokens += [Token(str(self.tokenizer.convert_ids_to_tokens(number)), length, length) for number in ending]
-        return self._cut(ids[:last] + ending, first, tokens)
+        tokens += [Token(str(self.tokenizer.convert_ids_to_tokens(id)), length, length) for id in ending]
+        return self._truncated(ids[:last] + ending, first, tokens)
 
-    def _place(self, example: Example) -> _Placed:
+    def _render_example(self, example: Example) -> _Rendered:
         if self.name == "chat":
-            return self._place_in_chat(example)
+            return self._render_chat(example)
         prompt = self.render_prompt(example.messages)
         text = prompt + example.response
-        return _Placed(text, len(prompt), len(text), 0)
+        return _Rendered(text, len(prompt), len(text), 0)
 
-    def _place_in_chat(self, example: Example) -> _Placed:
-        """The whole conversation, with the response where the template puts a mark that stands in for it.
+    def _render_chat(self, example: Example) -> _Rendered:
+        """Render the whole conversation; the response stands where the template puts a mark in its place.
 
-        Templates may strip the response, or write it in another way than the mark (a thought in it, say); then it is
-        looked for from the end.
+        A template may strip the response, or write it in another way than the mark (where it holds a thought, say):
+        then the last occurrence of the response counts.
         """
         response = example.response
         text = self._render([*example.messages, ("assistant", response)])
@@ -131,7 +132,7 @@ class Template:
                 f"The chat template does not write the response of the example {example.id} (line {example.line}).",
                 hint="Use --template alpaca.",
             )
-        return _Placed(text, start, stop, offset)
+        return _Rendered(text, start, stop, offset)
 
     def _render(self, messages: Iterable[tuple[str, str]], *, add_generation_prompt: bool = False) -> str:
         from jinja2 import TemplateError
@@ -147,29 +148,29 @@ class Template:
             raise ModelError(message, hint="Use --template alpaca.") from error
 
     def _without_gaps(self, ids: list[int], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Spans that also hold the characters, spaces mostly, which some tokenizers leave out of their offsets."""
-        reached, tiled = 0, []
-        for number, (start, stop) in zip(ids, spans, strict=True):
-            tiled.append((start if number in self._special else min(start, reached), stop))
+        """Extend the tokens' spans over characters, mostly spaces, that some tokenizers leave out of their offsets."""
+        reached, extended = 0, []
+        for id, (start, stop) in zip(ids, spans, strict=True):
+            extended.append((start if id in self._special_ids else min(start, reached), stop))
             reached = max(reached, stop)
-        return tiled
+        return extended
 
-    def _is_response(self, number: int, span: tuple[int, int], placed: _Placed) -> bool:
-        """Whether the token lies in the response, at least in part; special tokens (some take in spaces) as a whole."""
+    def _is_response(self, id: int, span: tuple[int, int], rendered: _Rendered) -> bool:
+        """Return whether the token overlaps the response; a special token, which may hold spaces, must lie within."""
         start, stop = span
-        if number in self._special:
-            return placed.start <= start < stop <= placed.stop
-        return stop > placed.start and start < placed.stop
+        if id in self._special_ids:
+            return rendered.start <= start < stop <= rendered.stop
+        return stop > rendered.start and start < rendered.stop
 
-    def _ending(self, ids: list[int], last: int) -> list[int]:
-        """The token ids that end the turn, given that the response's own end before position `last`."""
+    def _ending_ids(self, ids: list[int], last: int) -> list[int]:
+        """Return the token ids that end the turn, where the response's own tokens end before position `last`."""
         if self.name == "chat":
-            closing = next((i for i in range(last, len(ids)) if ids[i] in self._special), last - 1)
+            closing = next((i for i in range(last, len(ids)) if ids[i] in self._special_ids), last - 1)
             return ids[last : closing + 1]
         eos = self.tokenizer.eos_token_id
         return [] if eos is None or ids[last - 1] == eos else [eos]
 
-    def _cut(self, ids: list[int], first: int, tokens: list[Token]) -> Encoding:
+    def _truncated(self, ids: list[int], first: int, tokens: list[Token]) -> Encoding:
         input_ids = np.array(ids[: self.max_length], dtype=np.int32)
         mask = np.arange(len(input_ids)) >= first
         return Encoding(input_ids, mask, tokens[: int(mask.sum())], len(ids) > self.max_length, first)
@@ -193,6 +194,7 @@ def _chat_template(tokenizer: Any) -> str:
         raise ModelError("The model's tokenizer has no chat template of its own.", hint=hint) from error
 
 
-def _token(span: tuple[int, int], placed: _Placed, response: str) -> Token:
-    start, stop = (min(max(at, placed.start), placed.stop) - placed.start + placed.offset for at in span)
+def _token(span: tuple[int, int], rendered: _Rendered, response: str) -> Token:
+    clipped = (min(max(at, rendered.start), rendered.stop) for at in span)
+    start, stop = (at - rendered.start + rendered.offset for at in clipped)
     return Token(response[start:stop], start, stop)

@@ -1,10 +1,10 @@
-"""Which tokens of a response get a RapidGrad of their own: all, the first few, or those that carry content.
+"""Select tokens: those of a response that get a RapidGrad of their own, and those of an answer that a query is about.
 
-A token carries content where it has part of a word that is no English stop word. Knows text, not models.
+Knows text, not tokenizers or models.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rapidindex.config import TokenConfig
 from rapidindex.errors import QueryError, TokenNotFound, UsageError
@@ -28,72 +28,84 @@ _STOP_WORDS = frozenset(
 )
 
 
-def chosen(response: str, tokens: Sequence[Token], config: TokenConfig) -> list[int]:
-    """Positions in `tokens`, those of `response`, that get a RapidGrad of their own, in their order."""
-    positions = _content(response, tokens) if config.content else list(range(len(tokens)))
+def token_positions(response: str, tokens: Sequence[Token], config: TokenConfig) -> list[int]:
+    """Return the positions in `tokens` that get a RapidGrad of their own, in ascending order.
+
+    `tokens` are those of `response`. A token carries content where it overlaps a word that is not an English stop word.
+    """
+    positions = _content_positions(response, tokens) if config.content else list(range(len(tokens)))
     return positions[: config.first]
 
 
-def _content(response: str, tokens: Sequence[Token]) -> list[int]:
-    carries = [False] * len(response)
-    for word in _WORD.finditer(response):
-        told = word[0].lower().replace("’", "'")
-        if told not in _STOP_WORDS and any(letter.isalnum() for letter in told):
-            carries[word.start() : word.end()] = [True] * len(word[0])
-    return [position for position, token in enumerate(tokens) if any(carries[token.start : token.end])]
+def _content_positions(response: str, tokens: Sequence[Token]) -> list[int]:
+    words = (match.span() for match in _WORD.finditer(response) if _has_content(match[0]))
+    return _overlapping(tokens, response, words)
 
 
-def select(tokens: Sequence[Token], answer: str, *, token: str | None = None, span: str | None = None) -> list[int]:
-    """Positions in `tokens` that are asked about: every one unless `token` or `span` says otherwise.
+def _has_content(word: str) -> bool:
+    word = word.lower().replace("’", "'")
+    return word not in _STOP_WORDS and any(letter.isalnum() for letter in word)
 
-    `token` names characters of the answer and takes every token that overlaps them, at every occurrence (the paper's
-    Γ(E2), section 4.6), or at the n-th with `#n`. `span` is `FIRST:LAST`, or one position, counted from 0.
+
+def _overlapping(tokens: Sequence[Token], text: str, spans: Iterable[tuple[int, int]]) -> list[int]:
+    """Return the positions of the tokens that share a character of `text` with a span, in linear time."""
+    covered = bytearray(len(text))
+    for start, end in spans:
+        covered[start:end] = b"\1" * (end - start)
+    return [position for position, token in enumerate(tokens) if any(covered[token.start : token.end])]
+
+
+def select_tokens(
+    tokens: Sequence[Token], answer: str, *, token: str | None = None, span: str | None = None
+) -> list[int]:
+    """Return the positions of the tokens that a query is about: all unless `token` or `span` is given.
+
+    `token` names characters of the answer and selects every token that overlaps them, at every occurrence (the paper's
+    Γ(E2), section 4.6), or with `#n` at the n-th. `span` is `FIRST:LAST`, both included, or one position, from 0.
+
+    Raises UsageError for both together or a form that has no meaning, TokenNotFound where the answer has no such token,
+    QueryError for an answer without tokens.
     """
     if token is not None and span is not None:
         raise UsageError("--token and --span cannot be used together.", hint="Give one of them.")
     if not tokens:
         raise QueryError("The answer has no tokens.", hint="Give an answer that is not empty with --answer.")
     if token is not None:
-        return _by_word(tokens, answer, token)
-    return list(range(len(tokens))) if span is None else _by_span(tokens, span)
+        return _overlapping(tokens, answer, _occurrences(tokens, answer, token))
+    return list(range(len(tokens))) if span is None else _span_positions(tokens, span)
 
 
-def listing(tokens: Sequence[Token]) -> str:
-    """The tokens with their positions, for a message."""
-    return "  ".join(f"{number}:{token.text.strip() or repr(token.text)}" for number, token in enumerate(tokens))
-
-
-def _by_word(tokens: Sequence[Token], answer: str, asked: str) -> list[int]:
-    word, number = asked, None
-    numbered = re.fullmatch(r"(.+)#([1-9]\d*)", asked, re.DOTALL)
-    if numbered and asked not in answer:
+def _occurrences(tokens: Sequence[Token], answer: str, text: str) -> list[tuple[int, int]]:
+    """Return where `text` stands in the answer, as (start, end) in characters; the n-th occurrence for `text#n`."""
+    word, number = text, None
+    numbered = re.fullmatch(r"(.+)#([1-9]\d*)", text, re.DOTALL)
+    if numbered and text not in answer:
         word, number = numbered[1], int(numbered[2])
     if not word.strip():
         raise UsageError("--token is empty.", hint="Give a word of the answer.")
-    found = [(match.start(), match.end()) for match in re.finditer(re.escape(word), answer)]
-    if not found or (number or 1) > len(found):
-        times = f"only {len(found)} times" if found else "not"
+    occurrences = [match.span() for match in re.finditer(re.escape(word), answer)]
+    if not occurrences or (number or 1) > len(occurrences):
+        times = f"only {len(occurrences)} times" if occurrences else "not"
         raise TokenNotFound(
             f"{word!r} is {times} in the answer {answer!r}.",
-            hint=f"Its tokens are  {listing(tokens)}  (choose with --token WORD or --span FIRST:LAST).",
+            hint=f"Its tokens are  {_numbered(tokens)}  (choose with --token WORD or --span FIRST:LAST).",
         )
-    wanted = found if number is None else [found[number - 1]]
-    return [
-        position
-        for position, token in enumerate(tokens)
-        if any(token.start < end and token.end > start for start, end in wanted)
-    ]
+    return occurrences if number is None else [occurrences[number - 1]]
 
 
-def _by_span(tokens: Sequence[Token], asked: str) -> list[int]:
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", asked.strip())
+def _span_positions(tokens: Sequence[Token], span: str) -> list[int]:
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", span.strip())
     if not match:
-        raise UsageError(f"--span {asked!r} is not FIRST:LAST.", hint="For example --span 3:5, or --span 4.")
+        raise UsageError(f"--span {span!r} is not FIRST:LAST.", hint="For example --span 3:5, or --span 4.")
     first = int(match[1])
     last = int(match[2]) if match[2] else first
     if first > last or last >= len(tokens):
         raise TokenNotFound(
-            f"--span {asked} does not fit an answer of {len(tokens)} tokens (0 to {len(tokens) - 1}).",
-            hint=f"Its tokens are  {listing(tokens)}",
+            f"--span {span} does not fit an answer of {len(tokens)} tokens (0 to {len(tokens) - 1}).",
+            hint=f"Its tokens are  {_numbered(tokens)}",
         )
     return list(range(first, last + 1))
+
+
+def _numbered(tokens: Sequence[Token]) -> str:
+    return "  ".join(f"{position}:{token.text.strip() or repr(token.text)}" for position, token in enumerate(tokens))

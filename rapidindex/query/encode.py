@@ -12,7 +12,7 @@ import torch
 
 from rapidindex.data.examples import Example
 from rapidindex.data.templates import Encoding, Template
-from rapidindex.data.tokens import select
+from rapidindex.data.tokens import select_tokens
 from rapidindex.errors import QueryError
 from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.rapidgrad import Compressor, RapidGrads
@@ -56,7 +56,7 @@ def encode_query(
             f"Prompt and answer have more than the {template.max_length} tokens of --max-length.",
             hint="Shorten them, or build the index with a larger --max-length.",
         )
-    selection = select(encoding.tokens, answer, token=query.token, span=query.span)
+    selection = select_tokens(encoding.tokens, answer, token=query.token, span=query.span)
     rapidgrads = compressor(selected_batch(encoding, selection, loaded.device))
     if not rapidgrads.rows.isfinite().all():
         raise QueryError(f"The gradient of the answer {answer!r} is not finite.", hint="Use --dtype float32.")

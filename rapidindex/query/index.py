@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rapidindex.config import ModelConfig, QueryOptions, check_level
-from rapidindex.data.examples import Example, display_text
+from rapidindex.data.examples import Example
 from rapidindex.data.templates import Template
 from rapidindex.errors import ConfigMismatch, StoreError
 from rapidindex.gradients.per_example import PerExampleGradients
@@ -264,7 +264,7 @@ class Index:
         ]
 
     def _candidate(self, rows: Rows, rank: int, row: int, score: float, percentile: float) -> Candidate:
-        example = example_of(rows.record(int(rows.example[row])))
+        example = Example.from_record(rows.record(int(rows.example[row])))
         encoding = self.template.encode(example)
         position = int(rows.position[row])
         match = Match(
@@ -284,7 +284,7 @@ class Index:
     def _all_examples(self, level: str) -> list[Match]:
         """Return the live examples of a level as matches without scores."""
         rows = self.rows_of(level)
-        examples = (example_of(rows.record(int(number))) for number in np.unique(rows.example[rows.live_mask]))
+        examples = (Example.from_record(rows.record(int(number))) for number in np.unique(rows.example[rows.live_mask]))
         return [Match(0, 0.0, None, 0.0, one.id, one.prompt, one.response, one.meta) for one in examples]
 
     def _index_info(self, level: str, n: int) -> IndexInfo:
@@ -304,13 +304,6 @@ class Index:
             "shards": len(rows.shards),
             "index": index and index.describe(),
         }
-
-
-def example_of(record: dict[str, Any]) -> Example:
-    """Return the example of a stored record."""
-    messages = tuple((role, content) for role, content in record["messages"])
-    prompt = display_text(messages)
-    return Example(record["id"], prompt, record["response"], record["meta"], record["line"], messages)
 
 
 def _checked(loaded: LoadedModel, recipe: Recipe, index: Path) -> LoadedModel:

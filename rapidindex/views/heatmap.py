@@ -1,4 +1,4 @@
-"""A text as a heat-map: the chips that carry its tokens' shares, and the colours they take.
+"""Cut a text into the segments that carry its tokens' shares, and give each its colour.
 
 Knows neither terminals nor HTML. The shares of a response average to its influence (`Match.exact_score`).
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rapidindex.errors import DataError
-from rapidindex.results import Result, Token
+from rapidindex.results import QueryInfo, Result, Token
 
 STEPS = 20
 """Steps from no colour to full colour."""
@@ -17,7 +17,7 @@ STEPS = 20
 
 @dataclass(frozen=True)
 class Theme:
-    """Four colours, `#rrggbb`. Text holds 4.5:1 on every blend of the background with either of the other two."""
+    """Four colours, `#rrggbb`. Text has a contrast of 4.5:1 on every step from the background to the other two."""
 
     background: str
     text: str
@@ -31,10 +31,10 @@ DARK = Theme("#14171c", "#f4f5f7", "#a84e00", "#1b62a8")
 
 @dataclass(frozen=True)
 class Share:
-    """What one token adds to a text's influence."""
+    """One token's contribution to the influence of its text."""
 
     position: int
-    """Of the token in its text, from 0."""
+    """The token's position in its text, from 0."""
     score: float
     text: str
 
@@ -44,68 +44,131 @@ class Segment:
     """A piece of a text that takes one colour: a token, or tokens that share characters."""
 
     before: str
-    """Text since the last chip, uncoloured: white space, mostly."""
+    """Text since the previous segment, uncoloured: mostly white space."""
     text: str
-    """What is coloured: `shares`' characters without the white space around them; empty for white space alone."""
+    """The coloured text: the tokens' characters without the white space around them; empty for white space alone."""
     after: str
-    """White space that belongs to the chip's tokens."""
+    """White space that belongs to the segment's tokens."""
     shares: tuple[Share, ...]
-    """Of one token, or of each of those that share characters."""
+    """The share of each token."""
     special: bool = False
-    """Whether the token stands for no characters, as one that ends the turn; `text` is then its name."""
+    """Whether the token stands for no characters, as one that ends the turn does; `text` is then its name."""
 
     def holds(self, position: int | None) -> bool:
-        """Whether the token at `position` is in it."""
+        """Return whether the token at `position` belongs to the segment."""
         return any(share.position == position for share in self.shares)
 
     @property
     def score(self) -> float:
-        """The sum of the shares: the part of the influence that these characters have."""
+        """The sum of the shares."""
         return math.fsum(share.score for share in self.shares)
 
     @property
     def label(self) -> str:
-        """What stands for the chip where its characters cannot be seen."""
+        """The text to show: a sign for white space where there is no other text."""
         if self.text:
             return self.text
         return "↵" if "\n" in self.after else "␣" if self.after else "∅"
 
 
-def cut(text: str, tokens: Sequence[Token], scores: Sequence[float]) -> tuple[list[Segment], str]:
-    """The chips of a text in its order, and the text after the last.
+def segments(text: str, tokens: Sequence[Token], scores: Sequence[float]) -> tuple[list[Segment], str]:
+    """Return the segments of a text in order, and the text after the last one.
 
-    Their parts add up to `text`, special tokens aside. Tokens that share a character, or split what is seen as one,
-    become one chip. DataError where `scores` has not one number for each of `tokens`.
+    Joined, these give the whole text, special tokens aside. Tokens that share a character, or that split what is seen
+    as one character, form one segment. Raises DataError unless `scores` has one number for each of `tokens`.
     """
     if len(tokens) != len(scores):
         raise DataError(f"The heat-map has {len(tokens)} tokens and {len(scores)} shares.")
-    shares = [Share(i, score, token.text) for i, (token, score) in enumerate(zip(tokens, scores, strict=True))]
-    made, at = [], 0
-    for start, end, members in _groups(text, tokens):
-        inner = text[start:end]
-        shown = inner.strip() if end > start else tokens[members[0]].text
-        lead = inner[: len(inner) - len(inner.lstrip())] if shown else ""
-        after = inner[len(lead) + len(shown) :] if end > start else ""
-        made.append(Segment(text[at:start] + lead, shown, after, tuple(shares[i] for i in members), start == end))
-        at = end
-    return made, text[at:]
+    shares = _shares(tokens, scores)
+    pieces, previous_end = [], 0
+    for start, end, positions in _groups(text, tokens):
+        whole = text[start:end]
+        shown = whole.strip() if end > start else tokens[positions[0]].text
+        lead = whole[: len(whole) - len(whole.lstrip())] if shown else ""
+        after = whole[len(lead) + len(shown) :] if end > start else ""
+        before = text[previous_end:start] + lead
+        pieces.append(Segment(before, shown, after, tuple(shares[i] for i in positions), start == end))
+        previous_end = end
+    return pieces, text[previous_end:]
+
+
+def marked_answer(query: QueryInfo) -> list[tuple[str, bool]]:
+    """Return the answer in pieces, each with whether it is marked: selected, without the white space around its tokens.
+
+    Nothing is marked where every token is selected. A special token appears, by its name, only where it is marked.
+    """
+    pieces, rest = segments(query.answer, query.tokens, [0.0] * len(query.tokens))
+    selected = set(query.selection) if len(set(query.selection)) < len(query.tokens) else set()
+    runs: list[tuple[str, bool]] = []
+    for piece in pieces:
+        marked = any(share.position in selected for share in piece.shares)
+        text = piece.label if marked else "" if piece.special else piece.text
+        runs += [(piece.before, False), (text, marked), (piece.after, False)]
+    return _joined([*runs, (rest, False)])
+
+
+def _joined(runs: Iterable[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """Join neighbours that are both marked or both not, and drop empty pieces."""
+    joined: list[tuple[str, bool]] = []
+    for text, marked in runs:
+        if text and joined and joined[-1][1] == marked:
+            joined[-1] = joined[-1][0] + text, marked
+        elif text:
+            joined.append((text, marked))
+    return joined
+
+
+def response_scale(*results: Result | None) -> float:
+    """Return the share that takes full colour: the largest absolute one of any match's segment; 0.0 without shares."""
+    matches = (match for result in results if result for match in result.matches if match.token_scores)
+    return _largest((match.response, match.tokens, match.token_scores) for match in matches)
+
+
+def answer_scale(*results: Result | None) -> float:
+    """Return the same as `response_scale` for the matches' influence on the tokens of the answer."""
+    pairs = ((result.query, match) for result in results if result for match in result.matches if match.answer_scores)
+    return _largest((query.answer, query.tokens, match.answer_scores) for query, match in pairs)
+
+
+def colour_step(score: float, full: float) -> int:
+    """Return a share's colour step, -STEPS to STEPS; it grows with the share's root, so that small ones show too."""
+    if not full or not score:
+        return 0
+    return round(math.copysign(STEPS * math.sqrt(min(1.0, abs(score) / full)), score))
+
+
+def step_colour(theme: Theme, step: int) -> str:
+    """Return the background colour of a step, as `#rrggbb`."""
+    part = abs(step) / STEPS
+    low, high = _channels(theme.background), _channels(theme.positive if step > 0 else theme.negative)
+    return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(low, high, strict=True))
+
+
+def strongest(tokens: Sequence[Token], scores: Sequence[float], count: int) -> list[Share]:
+    """Return the `count` shares of the largest absolute value, largest first."""
+    return sorted(_shares(tokens, scores), key=lambda share: -abs(share.score))[:count]
+
+
+def _shares(tokens: Sequence[Token], scores: Sequence[float]) -> list[Share]:
+    pairs = enumerate(zip(tokens, scores, strict=True))
+    return [Share(position, score, token.text) for position, (token, score) in pairs]
 
 
 def _groups(text: str, tokens: Sequence[Token]) -> list[tuple[int, int, list[int]]]:
-    """(start, end, positions) of each chip, in the text's order."""
+    """Return (start, end, token positions) of each segment, in the text's order."""
     groups: list[tuple[int, int, list[int]]] = []
     for position in sorted(range(len(tokens)), key=lambda i: (tokens[i].start, tokens[i].end, i)):
         start, end = (min(max(at, 0), len(text)) for at in (tokens[position].start, tokens[position].end))
         if groups and (start < groups[-1][1] or (start < end and _inside_a_character(text, start))):
-            first, last, members = groups[-1]
-            groups[-1] = first, max(last, end), [*members, position]
+            first, last, positions = groups[-1]
+            groups[-1] = first, max(last, end), [*positions, position]
         else:
             groups.append((start, max(start, end), [position]))
     return groups
 
 
 def _inside_a_character(text: str, at: int) -> bool:
-    """Whether a cut at `at` would part what is seen as one: accents, joined emoji, skin tones."""
+    """Return whether a cut at `at` splits what is seen as one character: accents, joined emoji, skin tones."""
     if not 0 < at < len(text):
         return False
     after = text[at]
@@ -117,41 +180,8 @@ def _inside_a_character(text: str, at: int) -> bool:
     )
 
 
-def scale(*results: Result | None) -> float:
-    """The largest absolute share of any chip of any match: what takes full colour. 0.0 where there is none."""
-    found = (match for result in results if result for match in result.matches if match.token_scores)
-    return _largest((match.response, match.tokens, match.token_scores) for match in found)
-
-
-def answer_scale(*results: Result | None) -> float:
-    """As `scale`, of the matches' influence on the words of the answer."""
-    found = ((result.query, match) for result in results if result for match in result.matches if match.answer_scores)
-    return _largest((asked.answer, asked.tokens, match.answer_scores) for asked, match in found)
-
-
-def _largest(heats: Iterable[tuple[str, Sequence[Token], Sequence[float]]]) -> float:
-    return max((abs(chip.score) for heat in heats for chip in cut(*heat)[0]), default=0.0)
-
-
-def step(score: float, full: float) -> int:
-    """A share's colour, -STEPS to STEPS: it grows with the root of the share, so that small ones are seen as well."""
-    if not full or not score:
-        return 0
-    return round(math.copysign(STEPS * math.sqrt(min(1.0, abs(score) / full)), score))
-
-
-def blend(theme: Theme, number: int) -> str:
-    """The background of colour step `number`, as `#rrggbb`."""
-    part = abs(number) / STEPS
-    low, high = _channels(theme.background), _channels(theme.positive if number > 0 else theme.negative)
-    return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(low, high, strict=True))
-
-
-def strongest(tokens: Sequence[Token], scores: Sequence[float], count: int) -> list[Share]:
-    """The shares of the largest absolute value, largest first."""
-    pairs = enumerate(zip(tokens, scores, strict=True))
-    shares = (Share(position, score, token.text) for position, (token, score) in pairs)
-    return sorted(shares, key=lambda share: -abs(share.score))[:count]
+def _largest(texts: Iterable[tuple[str, Sequence[Token], Sequence[float]]]) -> float:
+    return max((abs(piece.score) for text in texts for piece in segments(*text)[0]), default=0.0)
 
 
 def _channels(colour: str) -> tuple[int, ...]:

@@ -1,22 +1,22 @@
-"""Training text made harmless to show: it may hold anything, also what commands a terminal or turns a page around.
+"""Make training text harmless to show: it may hold characters that command a terminal or reverse a page's direction.
 
-Every function keeps the text's length, so that positions in it stay right.
+Every function keeps the text's length, so that positions in it stay valid.
 """
 
 import unicodedata
 
 _BREAKS = "\n\r\t\v\f\x85\u2028\u2029"
 _OVERRIDES = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-"""They reorder the text that follows them, even past their own element."""
+"""Direction overrides, which reorder the text after them even past the end of their own element."""
 
 
 def line(text: str) -> str:
-    """`text` on one line for a terminal: no control or format character is left; a break is a space."""
+    """Return a text on one line for a terminal: breaks become spaces; no control or format character is left."""
     return text if text.isprintable() else "".join(_on_a_line(character) for character in text)
 
 
 def paragraph(text: str) -> str:
-    """`text` for a page: line breaks stay; other controls, lone surrogates and direction overrides do not."""
+    """Return a text for a page: line breaks stay; other controls, lone surrogates and direction overrides do not."""
     return text if text.isprintable() else "".join(_in_a_paragraph(character) for character in text)
 
 

@@ -1,10 +1,16 @@
-"""What commands did, as titled tables of names and values."""
+"""Describe the outcome of a command as titled tables: {title: {name: value}}, for `terminal.fields` to show.
+
+A value named `next` is the command to type next.
+"""
 
 from typing import Any
 
+Tables = dict[str, dict[str, Any]]
 
-def finetune_lines(summary: Any, unusable: int, data: str, model: str, template: str) -> dict[str, dict[str, Any]]:
-    """What a fine-tuning run did."""
+
+def finetune_tables(summary: Any, unusable: int, data: str, model: str, template: str) -> Tables:
+    """Return one table about a fine-tuning run, from its FinetuneSummary and the number of unusable rows in `data`."""
+    full = summary.method == "full"
     lines = {
         "examples": f"{summary.examples:,}, {summary.steps:,} steps",
         "trained": f"{summary.trainable_parameters:,} parameters ({summary.method})",
@@ -15,14 +21,14 @@ def finetune_lines(summary: Any, unusable: int, data: str, model: str, template:
         lines["left out"] = f"{unusable} unusable rows, {summary.skipped} without room for their response"
     if summary.early_step:
         lines["early"] = f"{summary.output}/early, after step {summary.early_step:,}"
-    trained = f"-m {summary.output}" if summary.method == "full" else f"-m {model} -a {summary.output}"
-    chosen = "" if template == "alpaca" else f" --template {template!r}"
-    lines["next"] = f"rapidindex build {data} {trained}{chosen} -o INDEX"
-    return {f"{'Model' if summary.method == 'full' else 'Adapter'} {summary.output}": lines}
+    models = f"-m {summary.output}" if full else f"-m {model} -a {summary.output}"
+    option = "" if template == "alpaca" else f" --template {template!r}"
+    lines["next"] = f"rapidindex build {data} {models}{option} -o INDEX"
+    return {f"{'Model' if full else 'Adapter'} {summary.output}": lines}
 
 
-def build_lines(summary: Any) -> dict[str, dict[str, Any]]:
-    """What a build did."""
+def build_tables(summary: Any) -> Tables:
+    """Return one table about a finished build, from its BuildSummary."""
     lines = {
         "examples": f"{summary.examples:,} ({summary.computed:,} computed now, in {summary.seconds:.0f} s)",
         "gradient": f"{summary.gradient_size:,} entries in {summary.layers} layers",
@@ -41,67 +47,81 @@ def build_lines(summary: Any) -> dict[str, dict[str, Any]]:
     if summary.without_tokens:
         commands = "; ".join(f"rapidindex add {summary.index} {path}" for path in summary.without_tokens)
         lines["no tokens"] = f"of data that was added: {commands}"
-    of_tokens = "" if summary.tokens is None else " --level token"
-    lines["next"] = f'rapidindex query {summary.index} "PROMPT" --token WORD{of_tokens}'
+    option = "" if summary.tokens is None else " --level token"
+    lines["next"] = f'rapidindex query {summary.index} "PROMPT" --token WORD{option}'
     return {f"Index {summary.index}": lines}
 
 
-def estimate_lines(found: Any) -> dict[str, dict[str, Any]]:
-    """What a build will take."""
-
-    def sizes(parts: dict[str, int]) -> dict[str, str]:
-        whole = {**parts, "in all": sum(parts.values())}
-        unit, name = (2**20, "MiB") if whole["in all"] >= 2**24 else (2**10, "KiB")
-        return {part: f"{size / unit:,.1f} {name}" for part, size in whole.items()}
-
-    time = {"for": f"{found.rows:,} rows of {found.examples:,} examples", "workers": found.workers}
-    time["tokens"] = f"{found.tokens:,}, padding included"
-    time |= {name: f"{seconds:,.1f} s" for name, seconds in {**found.seconds, "in all": found.total_seconds}.items()}
-    free = {name: size / 2**20 for name, size in found.free.items()}
+def estimate_tables(estimate: Any) -> Tables:
+    """Return a table each for the time, disk, memory and GPU memory that a build will take."""
+    seconds = {**estimate.seconds, "in all": estimate.total_seconds}
+    free = {name: f"{size / 2**20:,.0f} MiB free" for name, size in estimate.free.items()}
+    time = {
+        "for": f"{estimate.rows:,} rows of {estimate.examples:,} examples",
+        "workers": estimate.workers,
+        "tokens": f"{estimate.tokens:,}, padding included",
+        **{name: f"{value:,.1f} s" for name, value in seconds.items()},
+    }
     tables = {
         "Time": time,
-        f"Disk, of {free['disk']:,.0f} MiB free": sizes(found.disk),
-        f"Memory, {free['memory']:,.0f} MiB free": sizes(found.memory),
+        f"Disk, of {free['disk']}": _sizes(estimate.disk),
+        f"Memory, {free['memory']}": _sizes(estimate.memory),
     }
-    if found.device_memory:
-        tables[f"GPU memory, {free['device']:,.0f} MiB free"] = sizes(found.device_memory)
+    if estimate.device_memory:
+        tables[f"GPU memory, {free['device']}"] = _sizes(estimate.device_memory)
     return tables
 
 
-def info_lines(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What an index holds."""
-    config = found["config"]
+def _sizes(parts: dict[str, int]) -> dict[str, str]:
+    """Return numbers of bytes and their sum, all in the unit that suits the sum."""
+    sizes = {**parts, "in all": sum(parts.values())}
+    unit, name = (2**20, "MiB") if sizes["in all"] >= 2**24 else (2**10, "KiB")
+    return {part: f"{size / unit:,.1f} {name}" for part, size in sizes.items()}
+
+
+def info_tables(info: dict[str, Any]) -> Tables:
+    """Return a table about an index, one for each of its levels, and one for each kind of row that was left out."""
+    tables = {f"Index {info['path']}": _index_lines(info)}
+    for level, state in info["levels"].items():
+        tables[f"Level {level}"] = _level_lines(info["config"], level, state)
+    for title, rows in (("Unusable rows of the data", info["skipped"]), ("No finite gradient", info["rejected"])):
+        if rows:
+            tables[title] = {f"{row.get('source', '')} line {row['line']}".strip(): row["reason"] for row in rows}
+    return tables
+
+
+def _index_lines(info: dict[str, Any]) -> dict[str, str]:
+    config = info["config"]
     gradient, sketch = config["gradient"], config["sketch"]
-    short = [(level, held["planned"]) for level, held in found["levels"].items() if not held["complete"]]
-    state = "; ".join(f"level {level}: {planned:,} planned" for level, planned in short) or "complete"
-    state += ": give the build command again" if short else ""
     lines = {
-        "examples": f"{found['examples']:,} ({state})",
-        "size": f"{found['bytes'] / 2**20:,.1f} MiB",
-        "gradient": f"{found['gradient_size']:,} entries in {found['layers']} layers",
+        "examples": f"{info['examples']:,} ({_completeness(info['levels'])})",
+        "size": f"{info['bytes'] / 2**20:,.1f} MiB",
+        "gradient": f"{info['gradient_size']:,} entries in {info['layers']} layers",
         "model": f"{config['model']['path']} ({', '.join(filter(None, (config['dtype'], config['quantize'])))})",
         "adapter": config["adapter"]["path"] or "none: all parameters",
         "data": ", ".join(source["path"] for source in (config["data"], *config.get("added", []))),
         "template": config["encoding"]["template"],
         "recipe": f"second moment {gradient['second_moment']}, normalize {gradient['normalize']}",
         "RapidGrad": f"{sketch['shuffles']} shuffles, seed {sketch['seed']}",
-        "created": found["created"],
+        "created": info["created"],
     }
-    if found["removed"]:
-        lines["removed"] = f"{found['removed']:,} examples"
-    tables = {f"Index {found['path']}": lines}
-    for level, held in found["levels"].items():
-        what = {
-            "rows": f"{held['rows']:,} of {held['examples']:,} examples; shards: {held['shards']}",
-            "K": f"{held['K']:,}, kept as {held['row_type']}",
-        }
-        if level == "token":
-            what["tokens"] = f"{config['token']['tokens']}, of {config['tokens_of']} examples"
-        searched = {name: value for name, value in (held["index"] or {}).items() if value not in (None, "", 0)}
-        if searched.get("factory") == "exact":
-            searched = {"factory": "exact"}
-        tables[f"Level {level}"] = what | {f"search {name}": value for name, value in searched.items()}
-    for title, rows in (("Unusable rows of the data", found["skipped"]), ("No finite gradient", found["rejected"])):
-        if rows:
-            tables[title] = {f"{row.get('source', '')} line {row['line']}".strip(): row["reason"] for row in rows}
-    return tables
+    return lines | ({"removed": f"{info['removed']:,} examples"} if info["removed"] else {})
+
+
+def _completeness(levels: dict[str, dict[str, Any]]) -> str:
+    unfinished = {level: state["planned"] for level, state in levels.items() if not state["complete"]}
+    planned = "; ".join(f"level {level}: {count:,} planned" for level, count in unfinished.items())
+    return f"{planned}: give the build command again" if planned else "complete"
+
+
+def _level_lines(config: dict[str, Any], level: str, state: dict[str, Any]) -> dict[str, Any]:
+    lines = {
+        "rows": f"{state['rows']:,} of {state['examples']:,} examples; shards: {state['shards']}",
+        "K": f"{state['K']:,}, kept as {state['row_type']}",
+    }
+    if level == "token":
+        lines["tokens"] = f"{config['token']['tokens']}, of {config['tokens_of']} examples"
+    index = {name: value for name, value in (state["index"] or {}).items() if value not in (None, "", 0)}
+    if index.get("factory") == "exact":
+        index = {"factory": "exact"}
+    return lines | {f"search {name}": value for name, value in index.items()}

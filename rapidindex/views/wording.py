@@ -1,67 +1,74 @@
-"""Numbers and findings in words, for every view."""
+"""Numbers and findings in words, the same in every view."""
 
 from statistics import NormalDist
+from typing import Any
 
 from rapidindex.results import Match, Result
 
 
 def word(text: str) -> str:
-    """A token's text on its own: without the white space around it, or quoted where it is nothing else."""
+    """Return a token's text without the white space around it, or quoted where it is nothing else."""
     return text.strip() or repr(text)
 
 
-def found_token(match: Match) -> str:
-    """The token that was found, quoted, with its position; an empty text where an example was found."""
+def signed(value: float) -> str:
+    """Return a share or score with its sign and at least three significant digits."""
+    return f"{value:+.4f}" if value == 0 or 0.1 <= abs(value) < 1e4 else f"{value:+.3g}"
+
+
+def meta_text(value: Any) -> str:
+    """Return a value of an example's metadata as text; empty for None."""
+    return "" if value is None else str(value)
+
+
+def unit_name(result: Result) -> str:
+    """Return what was searched: `examples` or `tokens`."""
+    return "tokens" if result.level == "token" else "examples"
+
+
+def matched_token(match: Match) -> str:
+    """Return the token that matched, quoted, with its position; an empty text where an example matched."""
     if match.position is None:
         return ""
     return f"“{word(match.tokens[match.position].text)}” at {match.position}"
 
 
-def signed(value: float) -> str:
-    """A share or score with its sign and three digits that count, or more."""
-    return f"{value:+.4f}" if value == 0 or 0.1 <= abs(value) < 1e4 else f"{value:+.3g}"
+def verdict(result: Result) -> str:
+    """Return a sentence where nothing stands out among the scores, otherwise an empty text.
 
-
-def verdict(found: Result) -> str:
-    """A sentence where nothing stands out among the scores, and an empty text otherwise.
-
-    Nothing stands out where the best score has the wrong sign, or lies no further from the mean than the most extreme
-    of as many draws from a normal distribution would (Blom's approximation): 2.5 standard deviations for 100 examples,
-    3.2 for 1,000, 3.9 for 10,000.
+    Nothing stands out where the best score has the wrong sign, or is no further from the mean than the most extreme of
+    as many draws from a normal distribution (Blom's approximation): 2.5 standard deviations for 100 examples, 3.2 for
+    1,000, 3.9 for 10,000.
     """
-    if not found.matches:
-        return f"There is nothing to compare: the search found no {things(found)[:-1]}."
-    proponents = found.direction == "proponents"
-    first = (max if proponents else min)(match.score for match in found.matches)  # a rescored order is another
-    if first == 0 or (first > 0) != proponents:
-        return f"Nothing stands out: no {things(found)[:-1]} scores {'above' if proponents else 'below'} zero."
-    summary = found.summary
+    unit = unit_name(result)
+    if not result.matches:
+        return f"There is nothing to compare: the search found no {unit[:-1]}."
+    sign = 1 if result.direction == "proponents" else -1
+    best = sign * max(sign * match.score for match in result.matches)  # not the first, where they were rescored
+    if sign * best <= 0:
+        return f"Nothing stands out: no {unit[:-1]} scores {'above' if sign > 0 else 'below'} zero."
+    summary = result.summary
     if summary is None or summary.n < 2:
         return ""
     if summary.std == 0:
-        return f"Nothing stands out: all {summary.n:,} {things(found)} score the same."
-    away = (first - summary.mean) / summary.std * (1 if proponents else -1)
-    chance = NormalDist().inv_cdf((summary.n - 0.375) / (summary.n + 0.25))
-    if away > chance:
+        return f"Nothing stands out: all {summary.n:,} {unit} score the same."
+    distance = sign * (best - summary.mean) / summary.std
+    expected = NormalDist().inv_cdf((summary.n - 0.375) / (summary.n + 0.25))
+    if distance > expected:
         return ""
     return (
-        f"Nothing stands out: the best score lies {away:.1f} standard deviations from the mean, and the most extreme "
-        f"of {summary.n:,} scores lies {chance:.1f} away by chance."
+        f"Nothing stands out: the best score lies {distance:.1f} standard deviations from the mean, and the most "
+        f"extreme of {summary.n:,} scores lies {expected:.1f} away by chance."
     )
 
 
-def things(found: Result) -> str:
-    """What was searched: `examples` or `tokens`."""
-    return "tokens" if found.level == "token" else "examples"
-
-
-def rescored(found: Result) -> str:
-    """A sentence about the order of the matches, where it is not that of their scores; an empty text otherwise."""
-    if found.rescoring is None:
+def rescored(result: Result) -> str:
+    """Return a sentence about the order of the matches where their scores do not give it, otherwise an empty text."""
+    if result.rescoring is None:
         return ""
-    correlation = found.rescoring.rank_correlation
-    agreed = "" if correlation is None else f" The two orders have a rank correlation of {correlation:.2f};"
+    correlation = result.rescoring.rank_correlation
+    agreement = "" if correlation is None else f" The two orders have a rank correlation of {correlation:.2f};"
     return (
-        f"Ordered by uncompressed influence among {found.rescoring.candidates:,} candidates.{agreed} "
-        f"{'a' if agreed else 'A'} candidate moved by {found.rescoring.largest_move:,} places at most."
+        f"Ordered by uncompressed influence among {result.rescoring.candidates:,} candidates.{agreement} "
+        f"{'a' if agreement else 'A'} candidate moved by {result.rescoring.largest_move:,} places at most."
     )

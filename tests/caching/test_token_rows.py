@@ -20,13 +20,12 @@ from rapidindex.config import (
     SketchConfig,
     TokenConfig,
 )
-from rapidindex.data.tokens import chosen
 from rapidindex.errors import ConfigMismatch, StoreError, UsageError
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.model.model import load
 from rapidindex.query.encode import stack_rows
 from rapidindex.query.questions import Query
-from rapidindex.results import Result, Token
+from rapidindex.results import Result
 from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Store, check
 from tests import tiny
@@ -285,31 +284,6 @@ def test_tokens_of_data_that_was_added_are_asked_for_by_name(data, tmp_path, lla
     assert tokens.without_tokens == [str(second)]
     assert add(tmp_path / "index", str(second)).without_tokens == []
     assert len({id for id, _ in token_rows(tmp_path / "index")[0]}) == 10
-
-
-TEXT = "Tokyo, isn't it? 日本 é"
-PIECES = ["Tok", "yo", ",", " isn", "'t", " it", "?", " 日", "本", " é", ""]
-
-
-def spans():
-    tokens, at = [], 0
-    for piece in PIECES:
-        tokens.append(Token(piece or "<|end|>", at, at + len(piece)))
-        at += len(piece)
-    return tokens
-
-
-@pytest.mark.parametrize(
-    ("how", "kept"),
-    [
-        ("all", list(range(11))),
-        ("3", [0, 1, 2]),
-        ("content", [0, 1, 7, 8, 9]),
-        ("content,3", [0, 1, 7]),
-    ],
-)
-def test_content_leaves_out_punctuation_stop_words_and_the_end(how, kept):
-    assert chosen(TEXT, spans(), TokenConfig(tokens=how)) == kept
 
 
 @pytest.mark.parametrize("how", ["", "0", "content,", "content,0", "words", "-3", "3,content"])

@@ -1,16 +1,18 @@
-"""Rows become examples, or say why not; ids depend on content alone."""
+"""Rows of files and of objects become examples, or say why not; ids depend on content alone."""
 
 import datetime
 import decimal
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rapidindex.config import fingerprint
-from rapidindex.data.examples import Dataset, Skipped, display_text, read_examples
+from rapidindex.data.examples import Dataset, Example, Skipped, display_text, read_examples
 from rapidindex.errors import DataError, UsageError
 
 GOOD = {"prompt": "Capital of Japan?", "response": "Tokyo"}
@@ -64,6 +66,16 @@ def test_the_last_assistant_turn_is_the_response_and_earlier_turns_the_prompt(tm
 def test_a_conversation_that_starts_with_its_response_has_an_empty_prompt(tmp_path):
     example = _only(tmp_path, {"messages": [{"role": "assistant", "content": "Tokyo"}]})
     assert (example.prompt, example.messages, example.response) == ("", (), "Tokyo")
+
+
+def test_a_stored_record_gives_the_example_back(tmp_path):
+    turns = [{"role": role, "content": content} for role, content in [*CHAT, ("assistant", "Tokyo")]]
+    for example in _read(tmp_path, [{"messages": turns, "n": [1]}, {**GOOD, "source": "a"}]).examples:
+        record = example.to_record(1.23456789, "more.jsonl")
+        assert list(record) == ["id", "line", "messages", "response", "meta", "loss", "source"]
+        assert (record["loss"], record["source"]) == (1.234568, "more.jsonl")
+        assert Example.from_record(json.loads(json.dumps(record))) == example
+        assert "source" not in example.to_record(1.0)
 
 
 def test_a_lone_system_turn_is_shown_with_its_role():
@@ -228,6 +240,109 @@ def test_a_saved_dataset_reads_as_its_rows_do(tmp_path):
     saved, lines = read_examples(tmp_path / "saved"), _read(tmp_path, rows)
     assert saved.examples == lines.examples and saved.skipped == lines.skipped
     assert saved.fingerprint == lines.fingerprint
+
+
+def _objects(rows: list[dict]) -> list:
+    pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_list(rows)
+    return [rows, tuple(rows), dataset, datasets.DatasetDict(train=dataset), pandas.DataFrame(rows)]
+
+
+def test_an_object_reads_as_a_file_of_the_same_rows_does(tmp_path):
+    rows = [{**GOOD, "n": 1}, {"prompt": "b", "response": "", "n": 2}, {**GOOD, "n": 1}, {**GOOD, "n": 3}]
+    lines = _read(tmp_path, rows)
+    assert [skipped.reason for skipped in lines.skipped] == ["an empty response has no gradient", "the same as line 1"]
+    names = []
+    for data in _objects(rows):
+        dataset = read_examples(data)
+        names.append(dataset.path)
+        assert dataset.examples == lines.examples and dataset.fingerprint == lines.fingerprint
+        assert [skipped.line for skipped in dataset.skipped] == [2, 3]
+        assert dataset.skipped[1].reason == "the same as row 1"
+        assert read_examples(data, limit=1).examples == lines.examples[:1]
+    kinds = ["list", "tuple", "datasets.Dataset", "datasets.Dataset", "pandas.DataFrame"]
+    assert names == [f"{kind} of 4 rows" for kind in kinds]
+
+
+def test_objects_of_chats_read_as_chats():
+    turns = [{"role": role, "content": content} for role, content in [*CHAT, ("assistant", "Tokyo")]]
+    for data in [*_objects([{"messages": turns}]), [{"messages": tuple(turns)}]]:
+        assert read_examples(data).examples[0].messages == tuple(CHAT)
+
+
+def test_a_frame_read_from_parquet_has_its_chats_and_lists(tmp_path):
+    pandas, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    turns = [{"role": role, "content": content} for role, content in [*CHAT, ("assistant", "Tokyo")]]
+    table = pyarrow.Table.from_pylist([{"messages": turns, "tags": ["a", "b"], "day": datetime.datetime(2024, 5, 19)}])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    dataset = read_examples(pandas.read_parquet(tmp_path / "a.parquet"))
+    assert dataset.examples == read_examples(tmp_path / "a.parquet").examples
+
+
+def test_cells_of_a_frame_that_are_not_available_are_missing(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    rows = [{**GOOD, "input": None, "x": 1.5, "n": None, "day": None}, {"prompt": "b", "response": None, "x": math.nan}]
+    frame = pandas.DataFrame(rows)
+    frame["n"], frame["day"] = pandas.array([None, 2], "Int64"), pandas.to_datetime(["NaT", "2024-05-19"])
+    frame["input"] = math.nan
+    dataset = read_examples(frame)
+    assert dataset.examples == _read(tmp_path, rows[:1]).examples
+    assert dataset.skipped == [Skipped(2, "`prompt` without a `response`, `completion` or `answer`")]
+
+
+def test_a_filtered_or_formatted_dataset_object_is_read_as_filtered():
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}, GOOD]).select([1])
+    (example,) = read_examples(data.with_format("numpy", columns=["prompt"])).examples
+    assert (example.prompt, example.line) == (GOOD["prompt"], 1)
+
+
+def test_rows_of_a_list_that_are_not_dicts_are_skipped():
+    dataset = read_examples(["hello", GOOD, None])
+    reasons = ["not an object with columns but text", "not an object with columns but null"]
+    assert dataset.skipped == [Skipped(1, reasons[0]), Skipped(3, reasons[1])]
+
+
+def test_an_object_without_a_usable_row_is_named_with_the_reasons():
+    with pytest.raises(DataError, match="list of 1 row has no usable example: none of its 1 rows") as caught:
+        read_examples([{"prompt": "a", "response": " "}])
+    assert caught.value.hint.startswith("row 1: an empty response")
+    with pytest.raises(DataError, match="list of 0 rows has no usable example: it has no rows"):
+        read_examples([])
+
+
+@pytest.mark.parametrize("data", [None, 3, b"rows.jsonl", GOOD, {1}, iter([GOOD]), np.zeros(3)])
+def test_any_other_object_is_refused_with_its_type_and_the_accepted_ones(data):
+    kind = type(data).__qualname__
+    with pytest.raises(DataError, match=rf"from an object of type (numpy\.)?{kind}\.") as caught:
+        read_examples(data)
+    assert caught.value.hint == "Give a path, a datasets.Dataset, a pandas DataFrame, or a list of dicts."
+
+
+def test_datasets_without_a_known_length_or_a_train_split_are_refused():
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_list([GOOD])
+    with pytest.raises(DataError, match=r"an object of type datasets\.IterableDataset\."):
+        read_examples(dataset.to_iterable_dataset())
+    with pytest.raises(DataError, match=r"datasets\.DatasetDict has no split named train; found: dev") as caught:
+        read_examples(datasets.DatasetDict(dev=dataset))
+    assert "data['dev']" in caught.value.hint
+
+
+def test_a_frame_with_two_columns_of_one_name_is_refused():
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(DataError, match="two columns named 'a'"):
+        read_examples(pandas.DataFrame([[1, 2]], columns=["a", "a"]))
+
+
+def test_reading_objects_imports_neither_pandas_nor_datasets():
+    code = (
+        "import sys; from rapidindex.data.examples import read_examples\n"
+        f"read_examples([{GOOD!r}]); print({{'pandas', 'datasets', 'pyarrow'}} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_parquet_chats_read_as_chats(tmp_path):

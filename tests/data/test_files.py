@@ -195,7 +195,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(package, n
     # A package that cannot be imported: `None` in sys.modules is how Python itself says so.
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        "from pathlib import Path; from rapidindex.rows import read_rows; from rapidindex.errors import DataError\n"
+        "from pathlib import Path; from rapidindex.data.files import read_rows, DataError\n"
         f"try: list(read_rows(Path({str(tmp_path / name)!r})))\n"
         "except DataError as error: print(error)"
     )

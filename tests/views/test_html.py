@@ -120,8 +120,8 @@ def test_every_colour_class_has_its_rule_in_both_themes():
     rules = html.ramp()
     for theme in (heatmap.LIGHT, heatmap.DARK):
         for step in range(1, heatmap.STEPS + 1):
-            assert f".p{step}{{background:{heatmap.blend(theme, step)}}}" in rules
-            assert f".n{step}{{background:{heatmap.blend(theme, -step)}" in rules
+            assert f".p{step}{{background:{heatmap.step_colour(theme, step)}}}" in rules
+            assert f".n{step}{{background:{heatmap.step_colour(theme, -step)}" in rules
 
 
 def test_answer_command_model_scores_and_verdict_are_shown():

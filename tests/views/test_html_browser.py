@@ -49,7 +49,7 @@ def visit(browser):
         context = browser.new_context(color_scheme=theme, viewport=size, **options)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda said: wrong.append(said.text))
+        page.on("console", lambda message: wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda request: requests.add(request.url) if request.url != "data:," else None)
         page.goto(path.as_uri())

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from rapidindex.views import heatmap, sanitize, terminal, wording
+from rapidindex.views import heatmap, terminal, wording
 from tests.views import shown
 
 STYLES = re.compile(r"\x1b\[[\d;]*m")
@@ -67,7 +67,7 @@ def test_what_a_match_did_to_the_answer_is_shown_on_a_scale_of_its_own():
     listed = text[text.index("Answer    ") :]
     assert found.query.answer in listed.split("\n")[0]
     assert f"{wording.signed(scores[best])}\u00a0{found.query.tokens[best].text.strip()}" in listed
-    strong, weak = (heatmap.step(score, heatmap.answer_scale(found)) for score in (max(scores, key=abs), 0.0))
+    strong, weak = (heatmap.colour_step(score, heatmap.answer_scale(found)) for score in (max(scores, key=abs), 0.0))
     assert (abs(strong), weak) == (heatmap.STEPS, 0)
 
 
@@ -124,10 +124,3 @@ def test_a_plain_sentence_says_when_nothing_stands_out():
 
 def test_the_answer_has_the_chosen_token_marked():
     assert "\x1b[1;7mJapan\x1b[0m" in printed(shown.result(), colour=True)
-
-
-def test_harmless_text_keeps_its_length():
-    for made in (sanitize.line(shown.ESCAPES), sanitize.paragraph(shown.ESCAPES)):
-        assert len(made) == len(shown.ESCAPES)
-    assert sanitize.paragraph("a\nb\tc\rd") == "a\nb\tc d"
-    assert sanitize.line("a\nb\tc\rd") == "a b c d"

@@ -1,6 +1,6 @@
-"""Results as HTML: a page in one file that loads nothing, and a fragment for notebooks. Knows neither torch nor faiss.
+"""Show results as HTML: a page in one file that loads nothing, and a fragment for notebooks. Imports no torch or faiss.
 
-Training text is untrusted: Jinja2 escapes it, direction overrides and control characters are taken out, and the page's
+Training text is untrusted: Jinja2 escapes it, direction overrides and control characters are replaced, and the page's
 content security policy lets only its own script and style run.
 """
 
@@ -18,15 +18,15 @@ from rapidindex.views.html import parts
 from rapidindex.views.sanitize import paragraph
 
 _UNDERLINED = 4
-"""The colour step from which a negative share is underlined: below, its sign is of no account."""
+"""The colour step from which a negative share is underlined; the sign of a smaller one does not matter."""
 _TEMPLATES = ("page.html", "fragment.html", "parts.html")
 
 
 def page(proponents: Result, opponents: Result | None, command: str) -> str:
-    """One self-contained HTML file for a query: its answer, and the matches of one direction or of both.
+    """Return one self-contained HTML file for a query: its answer, and the matches of one direction or of both.
 
-    `proponents` may be a result of either direction where `opponents` is None. `command` is what makes the page again;
-    empty, the page leaves it out. The text may be written as UTF-8 whatever the training data holds.
+    `proponents` may be a result of either direction where `opponents` is None. `command` is the command line that makes
+    the page again, shown unless empty. The text can be encoded as UTF-8 whatever the training data holds.
     """
     results = [result for result in (proponents, opponents) if result]
     script = Markup(_file("page.js"))
@@ -42,12 +42,12 @@ def page(proponents: Result, opponents: Result | None, command: str) -> str:
 
 
 def fragment(result: Result) -> str:
-    """A result for a notebook: an element with a style of its own, which needs no script."""
+    """Return a result for a notebook: an element with its own style and no script."""
     return _environment().get_template("fragment.html").render(**_common([result]))
 
 
 def ramp() -> str:
-    """The rules of the colour ramp: `.p1` to `.p20` and `.n1` to `.n20` for the light theme and for the dark one."""
+    """Return the CSS rules of the colour steps, `.p1` to `.p20` and `.n1` to `.n20`, for the light and dark themes."""
     light, dark = (_rules(theme) for theme in (heatmap.LIGHT, heatmap.DARK))
     return (
         _under("", light)
@@ -57,13 +57,13 @@ def ramp() -> str:
 
 
 def _common(results: list[Result]) -> dict[str, object]:
-    full, of_answer = heatmap.scale(*results), heatmap.answer_scale(*results)
+    full, answer_full = heatmap.response_scale(*results), heatmap.answer_scale(*results)
     return {
-        "asked": results[0],
-        "pieces": parts.answer(results[0].query),
-        "results": [parts.shown(result, full, of_answer) for result in results],
+        "first": results[0],
+        "answer": [(paragraph(text), marked) for text, marked in heatmap.marked_answer(results[0].query)],
+        "directions": [parts.direction(result, full, answer_full) for result in results],
         "full": full,
-        "things": wording.things(results[0]),
+        "unit": wording.unit_name(results[0]),
         "steps": heatmap.STEPS,
         "style": _style(),
     }
@@ -71,15 +71,16 @@ def _common(results: list[Result]) -> dict[str, object]:
 
 @cache
 def _environment() -> Environment:
-    made = Environment(
+    environment = Environment(
         loader=DictLoader({name: _file(name) for name in _TEMPLATES}),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"signed": wording.signed, "word": wording.word, "safe_text": lambda value: paragraph(str(value))}
-    return made
+    safe_text = {"safe_text": lambda value: paragraph(str(value))}
+    environment.filters |= {"signed": wording.signed, "word": wording.word, **safe_text}
+    return environment
 
 
 @cache
@@ -89,10 +90,10 @@ def _style() -> Markup:
 
 def _rules(theme: heatmap.Theme) -> dict[str, str]:
     rules = {}
-    for number in range(1, heatmap.STEPS + 1):
-        rules[f".p{number}"] = f"background:{heatmap.blend(theme, number)}"
-        underline = ";text-decoration:underline" if number >= _UNDERLINED else ""
-        rules[f".n{number}"] = f"background:{heatmap.blend(theme, -number)}{underline}"
+    for step in range(1, heatmap.STEPS + 1):
+        rules[f".p{step}"] = f"background:{heatmap.step_colour(theme, step)}"
+        underline = ";text-decoration:underline" if step >= _UNDERLINED else ""
+        rules[f".n{step}"] = f"background:{heatmap.step_colour(theme, -step)}{underline}"
     return {".rapidindex": f"--back:{theme.background};--text:{theme.text}", **rules}
 
 

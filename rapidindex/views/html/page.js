@@ -3,44 +3,44 @@ const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 const tip = document.getElementById("tip");
 
 // A token's title becomes the tip, which the keyboard and a screen reader reach too.
-function show(chip) {
-  tip.textContent = chip.dataset.said;
+function show(segment) {
+  tip.textContent = segment.dataset.label;
   tip.hidden = false;
-  const box = chip.getClientRects()[0], own = tip.getBoundingClientRect();
+  const box = segment.getClientRects()[0], own = tip.getBoundingClientRect();
   const top = box.top - own.height - 6;
   tip.style.left = Math.max(4, Math.min(box.left, innerWidth - own.width - 4)) + "px";
   tip.style.top = (top < 4 ? box.bottom + 6 : top) + "px";
 }
 const hide = () => { tip.hidden = true; };
 
-function move(heat, chips, to) {
-  chips.forEach((chip) => chip.classList.remove("now"));
-  heat.at = Math.max(0, Math.min(chips.length - 1, to));
-  const chip = chips[heat.at];
-  chip.classList.add("now");
-  chip.scrollIntoView({block: "nearest"});
-  show(chip);
+function move(heat, segments, to) {
+  segments.forEach((segment) => segment.classList.remove("now"));
+  heat.at = Math.max(0, Math.min(segments.length - 1, to));
+  const segment = segments[heat.at];
+  segment.classList.add("now");
+  segment.scrollIntoView({block: "nearest"});
+  show(segment);
 }
 
 all(".heat").forEach((heat) => {
-  const chips = all(".c", heat);
-  chips.forEach((chip) => { chip.dataset.said = chip.title; chip.removeAttribute("title"); });
+  const segments = all(".c", heat);
+  segments.forEach((segment) => { segment.dataset.label = segment.title; segment.removeAttribute("title"); });
   heat.at = -1;
   heat.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const ahead = getComputedStyle(heat).direction === "rtl" ? "ArrowLeft" : "ArrowRight";
     const back = ahead === "ArrowLeft" ? "ArrowRight" : "ArrowLeft";
-    const to = {[ahead]: heat.at + 1, [back]: heat.at - 1, Home: 0, End: chips.length - 1}[event.key];
-    if (to === undefined || !chips.length) return;
+    const to = {[ahead]: heat.at + 1, [back]: heat.at - 1, Home: 0, End: segments.length - 1}[event.key];
+    if (to === undefined || !segments.length) return;
     event.preventDefault();
-    move(heat, chips, to);
+    move(heat, segments, to);
   });
-  heat.addEventListener("blur", () => { chips.forEach((chip) => chip.classList.remove("now")); hide(); });
+  heat.addEventListener("blur", () => { segments.forEach((segment) => segment.classList.remove("now")); hide(); });
 });
 
 document.addEventListener("pointerover", (event) => {
-  const chip = event.target.closest(".heat .c");
-  if (chip) show(chip);
+  const segment = event.target.closest(".heat .c");
+  if (segment) show(segment);
   else if (!event.target.closest("#tip")) hide();
 });
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });

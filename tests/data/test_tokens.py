@@ -1,20 +1,39 @@
+"""Which tokens of a response get a row of their own, and which tokens of an answer a query selects."""
+
 import pytest
 
-from rapidindex.data.tokens import select
+from rapidindex.config import TokenConfig
+from rapidindex.data.tokens import select_tokens, token_positions
 from rapidindex.errors import QueryError, TokenNotFound, UsageError
 from rapidindex.results import Token
 
 ANSWER = "Yoga is from Japan; Japan, I say."
 PIECES = ["Yoga", " is", " from", " Jap", "an", ";", " Japan", ",", " I", " say", "."]
+RESPONSE = "Tokyo, isn't it? 日本 é"
+RESPONSE_PIECES = ["Tok", "yo", ",", " isn", "'t", " it", "?", " 日", "本", " é", ""]
 
 
-def tokens():
-    spans, at = [], 0
-    for piece in PIECES:
-        spans.append(Token(piece, at, at + len(piece)))
-        at += len(piece)
-    assert at == len(ANSWER)
-    return spans
+def tokens(pieces=PIECES):
+    """The tokens of the pieces' text; an empty piece is a token that ends the turn."""
+    ends = [sum(map(len, pieces[: i + 1])) for i in range(len(pieces))]
+    return [Token(piece or "<|end|>", end - len(piece), end) for piece, end in zip(pieces, ends, strict=True)]
+
+
+def test_the_pieces_are_the_whole_text():
+    assert "".join(PIECES) == ANSWER and "".join(RESPONSE_PIECES) == RESPONSE
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ("all", list(range(11))),
+        ("3", [0, 1, 2]),
+        ("content", [0, 1, 7, 8, 9]),
+        ("content,3", [0, 1, 7]),
+    ],
+)
+def test_content_leaves_out_punctuation_stop_words_and_the_end(kinds, expected):
+    assert token_positions(RESPONSE, tokens(RESPONSE_PIECES), TokenConfig(tokens=kinds)) == expected
 
 
 @pytest.mark.parametrize(
@@ -30,44 +49,44 @@ def tokens():
     ],
 )
 def test_a_word_takes_the_tokens_that_overlap_it(token, expected):
-    assert select(tokens(), ANSWER, token=token) == expected
+    assert select_tokens(tokens(), ANSWER, token=token) == expected
 
 
 def test_without_a_choice_every_token_is_asked_about():
-    assert select(tokens(), ANSWER) == list(range(len(PIECES)))
+    assert select_tokens(tokens(), ANSWER) == list(range(len(PIECES)))
 
 
 @pytest.mark.parametrize(("span", "expected"), [("3:5", [3, 4, 5]), ("0", [0]), ("10:10", [10])])
 def test_a_span_counts_from_zero_and_includes_its_end(span, expected):
-    assert select(tokens(), ANSWER, span=span) == expected
+    assert select_tokens(tokens(), ANSWER, span=span) == expected
 
 
 def test_a_hash_in_the_answer_itself_is_text():
     answer = "I like C#2 best"
     spans = [Token("I like ", 0, 7), Token("C#2", 7, 10), Token(" best", 10, 15)]
-    assert select(spans, answer, token="C#2") == [1]
+    assert select_tokens(spans, answer, token="C#2") == [1]
 
 
 def test_a_miss_lists_the_tokens_with_their_positions():
     with pytest.raises(TokenNotFound, match="'India' is not in the answer") as caught:
-        select(tokens(), ANSWER, token="India")
+        select_tokens(tokens(), ANSWER, token="India")
     assert "3:Jap  4:an" in caught.value.hint
     with pytest.raises(TokenNotFound, match="only 2 times"):
-        select(tokens(), ANSWER, token="Japan#3")
+        select_tokens(tokens(), ANSWER, token="Japan#3")
 
 
 @pytest.mark.parametrize("span", ["5:3", "3:11", "11"])
 def test_a_span_outside_the_answer_is_refused(span):
     with pytest.raises(TokenNotFound, match="0 to 10"):
-        select(tokens(), ANSWER, span=span)
+        select_tokens(tokens(), ANSWER, span=span)
 
 
 @pytest.mark.parametrize("bad", [{"span": "a:b"}, {"span": "-1"}, {"token": " "}, {"token": "a", "span": "1"}])
 def test_what_has_no_meaning_is_a_usage_error(bad):
     with pytest.raises(UsageError):
-        select(tokens(), ANSWER, **bad)
+        select_tokens(tokens(), ANSWER, **bad)
 
 
 def test_an_answer_without_tokens_is_refused():
     with pytest.raises(QueryError):
-        select([], "", token="x")
+        select_tokens([], "", token="x")

@@ -1,0 +1,50 @@
+"""Numbers and findings read the same in every view."""
+
+import pytest
+
+from rapidindex.results import Rescoring
+from rapidindex.views import wording
+from tests.views import shown
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "+0.0000"), (0.41, "+0.4100"), (-0.012345, "-0.0123"), (3e-7, "+3e-07")]
+)
+def test_numbers_have_a_sign_and_digits_that_count(value, text):
+    assert wording.signed(value) == text
+
+
+def test_a_first_score_far_from_all_others_stands_out():
+    assert wording.verdict(shown.result()) == ""
+
+
+@pytest.mark.parametrize(
+    ("score", "direction", "words"),
+    [
+        (
+            0.15,
+            "proponents",
+            "best score lies 2.5 standard deviations from the mean, and the most extreme of 1,000 scores lies 3.2",
+        ),
+        (-0.15, "opponents", "2.5 standard deviations"),
+        (-0.15, "proponents", "no example scores above zero"),
+        (0.15, "opponents", "no example scores below zero"),
+    ],
+)
+def test_a_sentence_says_that_nothing_stands_out(score, direction, words):
+    found = shown.result(direction, [shown.match(1, "Yoga.", score=score)])
+    assert words in wording.verdict(found)
+
+
+def test_a_rescored_order_is_explained_and_does_not_hide_what_stands_out():
+    matches = [shown.match(1, "Yoga.", score=0.01), shown.match(2, "Japan.", score=0.4)]
+    found = shown.result(matches=matches, rescoring=Rescoring(40, 0.873, 7))
+    assert wording.verdict(found) == ""
+    assert "among 40 candidates. The two orders have a rank correlation of 0.87; a candidate" in wording.rescored(found)
+    assert "moved by 7 places at most" in found.to_html()
+    assert "candidates. A candidate" in wording.rescored(shown.result(rescoring=Rescoring(1, None, 0)))
+
+
+def test_without_a_summary_only_the_sign_is_judged():
+    assert wording.verdict(shown.result(matches=[shown.match(1, "Yoga.", score=0.01)], summary=None)) == ""
+    assert "nothing to compare" in wording.verdict(shown.result(matches=[]))
