@@ -12,8 +12,7 @@ import numpy as np
 
 from bench.retrieval.synthetic import RowModel
 from rapidindex.search.vector_index import fold
-from rapidindex.store import Store
-from rapidindex.store.rows import Rows
+from rapidindex.store import Rows, ShardContent, Store
 
 LEFT_OUT = 50
 """Examples taken out of a store as queries, of each kind that it holds: real and synthetic."""
@@ -105,17 +104,16 @@ class Grown:
     def _append(self, values: np.ndarray, example: np.ndarray) -> None:
         rows, nothing = self.rows, np.full(len(values), -1)
         example, first_id = example - example[0], len(rows.ids)
+        content = ShardContent(
+            rows=np.ascontiguousarray(values, dtype=np.float32),
+            norms=np.ones((len(values), 1), np.float32),
+            example=example,
+            position=nothing,
+            token=nothing,
+            examples=[{"id": f"{first_id + i:016x}"} for i in range(int(example[-1]) + 1)],
+        )
         with self.store.lock():
-            name = rows.write_shard(
-                rows.next_number(),
-                rows=np.ascontiguousarray(values, dtype=np.float32),
-                norms=np.ones((len(values), 1), np.float32),
-                example=example,
-                position=nothing,
-                token=nothing,
-                examples=[{"id": f"{first_id + i:016x}"} for i in range(int(example[-1]) + 1)],
-            )
-            self.store.record_shard(LEVEL, name)
+            self.store.record_shard(LEVEL, rows.write_shard(rows.next_number(), content))
 
 
 def _link(source: Path, to: Path) -> None:

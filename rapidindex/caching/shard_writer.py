@@ -29,7 +29,7 @@ from rapidindex.gradients.rapidgrad import Compressor, RapidGrads, joined
 from rapidindex.gradients.second_moment import KRONECKER, correction, kronecker_correction
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.model.model import LoadedModel
-from rapidindex.store import MOMENT, Rows, Store, damaged
+from rapidindex.store import MOMENT, Rows, ShardContent, Store, damaged
 
 STAGES = {"sentence": "cache", "token": "cache tokens"}
 """What the work on each level is called while it is under way."""
@@ -195,8 +195,7 @@ class ShardWriter:
         places = np.array(self._places, np.int32).reshape(-1, 3)
         with uninterrupted():
             try:
-                name = self.store_rows.write_shard(
-                    next(self.numbers),
+                content = ShardContent(
                     rows=self._rows[: self._taken],
                     norms=np.concatenate(self._norms),
                     example=places[:, 0],
@@ -205,7 +204,7 @@ class ShardWriter:
                     examples=self._examples,
                     rejected=self._rejected,
                 )
-                self.finished(name)
+                self.finished(self.store_rows.write_shard(next(self.numbers), content))
             finally:
                 self._begin()
 

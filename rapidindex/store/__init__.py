@@ -10,7 +10,7 @@ from rapidindex.store.check import Problem, check
 from rapidindex.store.container import USER_BLOCK, damaged, index_of
 from rapidindex.store.folder import ANN, MOMENT, read_json, write_json
 from rapidindex.store.rows import Rows
-from rapidindex.store.shards import ROW_TYPE, decode_rows, encode_rows, row_bytes
+from rapidindex.store.shards import ROW_TYPE, ShardContent, decode_rows, encode_rows, row_bytes
 from rapidindex.store.store import Store
 from rapidindex.store.writing import encode_json, part_name, sync_folder, write_errors
 
@@ -21,6 +21,7 @@ __all__ = [
     "USER_BLOCK",
     "Problem",
     "Rows",
+    "ShardContent",
     "Store",
     "check",
     "damaged",

@@ -230,7 +230,7 @@ def test_rows_come_back_with_their_examples(path):
     assert taken.dtype == np.float32
     assert np.array_equal(taken, [row_of(id) for id in "eadd"])
     assert rows.norms([4, 1]).tolist() == [[2, 1], [2, 1]]
-    assert rows.record(3) == content(["d"])["examples"][0]
+    assert rows.record(3) == content(["d"]).examples[0]
     assert [name for name, _, _ in rows.shards] == ["shard-00000.h5", "shard-00001.h5", "shard-00002.h5"]
     assert [count for _, _, count in rows.shards] == [3, 0, 2]
 
@@ -289,7 +289,7 @@ def test_rows_are_read_in_the_order_of_shard_numbers_however_they_were_finished(
     with store.lock():
         rows = store.rows("sentence")
         for number, ids in ((2, "e"), (0, "ab"), (1, "cd")):
-            store.record_shard("sentence", rows.write_shard(number, **content(list(ids))))
+            store.record_shard("sentence", rows.write_shard(number, content(list(ids))))
     assert store.rows("sentence").ids == Store.open(path).rows("sentence").ids == list("abcde")
 
 
@@ -321,7 +321,7 @@ def test_many_shards_do_not_use_up_the_file_descriptors(path):
     with store.lock():
         rows = store.rows("sentence")
         for number in range(shards):
-            store.record_shard("sentence", rows.write_shard(number, **content([f"e{number}"])))
+            store.record_shard("sentence", rows.write_shard(number, content([f"e{number}"])))
     code = f"""
 import resource, numpy as np
 from rapidindex.store import Store
@@ -353,7 +353,7 @@ def test_a_worker_writes_and_its_parent_records(path):
         code = f"""
 from rapidindex.store import Store
 from tests.store.content import content
-print(Store.open({str(path)!r}).rows("sentence").write_shard(4, **content(["a"])))
+print(Store.open({str(path)!r}).rows("sentence").write_shard(4, content(["a"])))
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         store.record_shard("sentence", done.stdout.strip())
@@ -371,7 +371,7 @@ def test_recording_a_shard_twice_changes_nothing(path):
 def test_a_shard_with_a_stored_example_is_not_recorded(path):
     store = make(path, "abc")
     with store.lock():
-        name = store.rows("sentence").write_shard(1, **content(["d", "b"]))
+        name = store.rows("sentence").write_shard(1, content(["d", "b"]))
         with pytest.raises(StoreError, match="holds example b, which is stored in shard-00000.h5"):
             store.record_shard("sentence", name)
     assert Store.open(path).rows("sentence").ids == list("abc")
@@ -380,14 +380,14 @@ def test_a_shard_with_a_stored_example_is_not_recorded(path):
 def test_a_shard_number_is_not_used_twice(path):
     rows = make(path, "abc").rows("sentence")
     with pytest.raises(StoreError, match="never overwritten"):
-        rows.write_shard(0, **content(["d"]))
-    assert rows.write_shard(rows.next_number(), **content(["d"])) == "shard-00001.h5"
+        rows.write_shard(0, content(["d"]))
+    assert rows.write_shard(rows.next_number(), content(["d"])) == "shard-00001.h5"
     assert rows.next_number() == 2
 
 
 def test_finished_shards_that_are_not_listed_are_adopted_under_the_lock(path):
     store = create(path)
-    store.rows("sentence").write_shard(3, **content(["a", "b"]))
+    store.rows("sentence").write_shard(3, content(["a", "b"]))
     opened = Store.open(path)
     assert opened.rows("sentence").ids == []
     with opened.lock():
@@ -402,7 +402,7 @@ def test_a_shard_that_is_not_sound_is_left_alone_and_not_adopted(path, tmp_path,
         make(tmp_path / "other", "de")
         shutil.copy(tmp_path / "other/sentence/shard-00000.h5", file)
     else:
-        store.rows("sentence").write_shard(1, **content(["c" if fault == "duplicate" else "d"]))
+        store.rows("sentence").write_shard(1, content(["c" if fault == "duplicate" else "d"]))
     if fault == "flipped":
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     with store.lock():
