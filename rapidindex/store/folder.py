@@ -25,7 +25,7 @@ from typing import Any
 from rapidindex.config import LEVELS
 from rapidindex.errors import IndexBusy, NewerFormat, NotAnIndex, StoreError
 from rapidindex.store.container import damaged, read_errors, read_layout
-from rapidindex.store.writing import part_name, sync_folder, write_errors
+from rapidindex.store.writing import replace_file, sync_folder, write_errors
 
 FORMAT = 2
 """What is written. Format 1 is read, too: its rows are float16, and its manifest does not say so."""
@@ -97,22 +97,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` with its format and checksum. The old file is there or the new one, never a mixture.
-
-    Raises ResourceError and StoreError as `sealing.write` does.
-    """
-    text, part = _render(content), part_name(path)
-    with write_errors(path, len(text)):
-        try:
-            with open(part, "xb") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-            sync_folder(path.parent)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
+    """Write `content` with its format and checksum to `path`, as `replace_file` does; raise as it does."""
+    replace_file(path, _render(content))
 
 
 def _render(content: dict[str, Any], version: int = FORMAT) -> bytes:

@@ -132,19 +132,33 @@ def decode_rows(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return rows.astype(np.float32) * scale[:, None]
 
 
-def write_shard(path: Path, content: ShardContent, *, level: str, row_type: str, index: dict[str, Any]) -> Layout:
-    """Write `content` to `path`; `index` is the manifest without its shards. Raise as `writing.write` does."""
+def write_shard(
+    path: Path,
+    content: ShardContent,
+    *,
+    level: str,
+    row_type: str,
+    index: dict[str, Any],
+    block_bytes: int = _BLOCK_BYTES,
+) -> Layout:
+    """Write `content` to `path`, encoding `block_bytes` of its rows at a time. Raise as `writing.write` does.
+
+    `index` is the manifest without its shards.
+    """
     attributes = {
         "format": f"rapidindex.rows/{_VERSIONS[row_type]}",
         "level": level,
         "K": content.rows.shape[1],
         "index": index["id"],
     }
-    return write(path, _columns(content, row_type, index), attributes)
+    return write(path, _columns(content, row_type, index, block_bytes), attributes)
 
 
-def _columns(content: ShardContent, row_type: str, index: dict[str, Any]) -> dict[str, Column]:
+def _columns(content: ShardContent, row_type: str, index: dict[str, Any], block_bytes: int) -> dict[str, Column]:
     scale = _scales(content.rows, row_type)
+    step = _block_rows(content.rows.shape[1], block_bytes)
+    firsts = range(0, len(content.rows), step)
+    blocks = (_rounded(content.rows[i : i + step], scale[i : i + step], row_type) for i in firsts)
     texts = [encode_json(record) for record in content.examples]
     return {
         "scale": column(scale, "<f4"),
@@ -157,9 +171,7 @@ def _columns(content: ShardContent, row_type: str, index: dict[str, Any]) -> dic
         "ids": json_column([record["id"] for record in content.examples]),
         "rejected": json_column(list(content.rejected)),
         "index": json_column(index),
-        "rows": Column(
-            content.rows.shape, np.dtype(ROW_TYPES[row_type]), _rounded_blocks(content.rows, scale, row_type)
-        ),
+        "rows": Column(content.rows.shape, np.dtype(ROW_TYPES[row_type]), blocks),
     }
 
 
@@ -244,14 +256,8 @@ def _rounded(rows: np.ndarray, scale: np.ndarray, row_type: str) -> np.ndarray:
         return np.clip(scaled, -_LARGEST, _LARGEST, out=scaled).astype("<f2")
 
 
-def _rounded_blocks(rows: np.ndarray, scale: np.ndarray, row_type: str) -> Iterator[np.ndarray]:
-    step = _block_rows(rows.shape[1])
-    for first in range(0, len(rows), step):
-        yield _rounded(rows[first : first + step], scale[first : first + step], row_type)
-
-
-def _block_rows(K: int) -> int:
-    return max(1, _BLOCK_BYTES // (4 * K))
+def _block_rows(K: int, block_bytes: int = _BLOCK_BYTES) -> int:
+    return max(1, block_bytes // (4 * K))
 
 
 def _check_shapes(layout: Layout, K: int, layers: int, rows: str) -> None:

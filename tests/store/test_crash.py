@@ -214,7 +214,7 @@ assert list(state()) == ["a", "b", "c"]
 """
     message = run(code, path)
     assert "shard-00002.h5 cannot be written: files may not grow so large here" in message
-    assert "It needs 5" in message and " free" in message and "finished shards are kept" in message
+    assert "It needs 5" in message and " free" in message and "finished work is kept" in message
     assert [problem.where for problem in check(path)] == ["sentence"]
 
 

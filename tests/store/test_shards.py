@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rapidindex.errors import DamagedIndex, NewerFormat, StoreError
-from rapidindex.store import container, decode_rows, encode_rows, shards, writing
+from rapidindex.errors import DamagedIndex, NewerFormat
+from rapidindex.store import container, decode_rows, encode_rows, shards
 from tests.store.content import K, content, reseal
 
 NEAR = 2.0**-11 * (1 + 1e-6)
@@ -139,12 +139,11 @@ def test_a_shard_may_hold_nothing_but_rejected_examples(tmp_path):
     assert list(shards.faults(shard)) == []
 
 
-def test_rows_longer_than_a_block_are_written_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_BLOCK_BYTES", 4 * K * 2)
-    monkeypatch.setattr(writing, "_WRITE_BYTES", 50)
+def test_rows_longer_than_a_block_are_written_whole(tmp_path):
     path = tmp_path / "shard-00000.h5"
     given = content([f"e{i}" for i in range(7)])
-    held = container.map_arrays(shards.write_shard(path, given, level="sentence", row_type="int8", index=INDEX))
+    form = {"level": "sentence", "row_type": "int8", "index": INDEX}
+    held = container.map_arrays(shards.write_shard(path, given, **form, block_bytes=4 * K * 2))
     container.verify(path)
     assert np.array_equal(decode_rows(held["rows"], held["scale"]), given.rows)
 
@@ -202,29 +201,6 @@ def test_bytes_that_were_added_are_found(tmp_path):
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(DamagedIndex, match="should have"):
         container.read_layout(path)
-
-
-def test_a_finished_file_is_never_overwritten(tmp_path):
-    path = tmp_path / "shard-00000.h5"
-    write_shard(path, "abc")
-    before = path.read_bytes()
-    with pytest.raises(StoreError, match="never overwritten"):
-        write_shard(path, "de")
-    assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["shard-00000.h5"]
-
-
-def test_a_file_system_without_hard_links_is_served_by_renaming(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr("os.link", refuse)
-    path = tmp_path / "shard-00000.h5"
-    write_shard(path)
-    container.verify(path)
-    with pytest.raises(StoreError, match="never overwritten"):
-        write_shard(path, "de")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["shard-00000.h5"]
 
 
 @pytest.mark.parametrize(
