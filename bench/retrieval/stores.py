@@ -23,7 +23,7 @@ _SHARD_BYTES = 2**27
 
 def linked(index: Path, copy: Path, level: str) -> Store:
     """A store of the same rows beside the index, which stays as it is: hard links where it can be, else copies."""
-    if not (copy / "manifest.json").exists():
+    if not Store.exists(copy):
         (copy / level).mkdir(parents=True, exist_ok=True)
         names = [
             path for folder in (index, *(p for p in index.iterdir() if p.is_dir())) for path in folder.glob("*.h5")
@@ -69,7 +69,7 @@ class Grown:
     """
 
     def __init__(self, path: Path, K: int, source: Rows, size: int) -> None:
-        if not (path / "manifest.json").exists():
+        if not Store.exists(path):
             layers = [{"name": "all", "size": 1}]
             Store.create(path, config={}, layers=layers, versions={}, planned={LEVEL: (K, 0)})
         self.store, self.K, self.source = Store.open(path), K, source

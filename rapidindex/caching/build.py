@@ -67,7 +67,7 @@ def build(request: BuildRequest, *, overwrite: bool = False, progress: Progress 
     """
     started = time.perf_counter()
     path = Path(request.output)
-    if not overwrite and (path / "manifest.json").exists():
+    if not overwrite and Store.exists(path):
         with Store.open(path).lock():
             pass  # damaged, busy or read-only: better said now than after the model is loaded
     job = prepare(request, progress)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -202,7 +201,7 @@ def left(job: Job, level: str, store: Store | None) -> list[Item]:
 
 def existing(job: Job) -> Store | None:
     """The index that is there already, if any; ConfigMismatch where it was built from something else."""
-    if not (Path(job.request.output) / "manifest.json").exists():
+    if not Store.exists(job.request.output):
         return None
     store = Store.open(job.request.output)
     token = store.config.get("token")

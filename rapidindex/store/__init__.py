@@ -11,6 +11,7 @@ from rapidindex.store.container import USER_BLOCK, damaged, index_of
 from rapidindex.store.folder import ANN, MOMENT, read_json, write_json
 from rapidindex.store.rows import Rows
 from rapidindex.store.shards import ROW_TYPE, ShardContent, decode_rows, encode_rows, row_bytes
+from rapidindex.store.sizes import disk_bytes
 from rapidindex.store.store import Store
 from rapidindex.store.writing import atomic_file, encode_json, replace_file
 
@@ -27,6 +28,7 @@ __all__ = [
     "check",
     "damaged",
     "decode_rows",
+    "disk_bytes",
     "encode_json",
     "encode_rows",
     "index_of",

@@ -132,16 +132,15 @@ def decode_rows(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return rows.astype(np.float32) * scale[:, None]
 
 
-def write_shard(
-    path: Path,
-    content: ShardContent,
-    *,
-    level: str,
-    row_type: str,
-    index: dict[str, Any],
-    block_bytes: int = _BLOCK_BYTES,
-) -> Layout:
-    """Write `content` to `path`, encoding `block_bytes` of its rows at a time. Raise as `writing.write` does.
+def write_shard(path: Path, content: ShardContent, **form: Any) -> Layout:
+    """Write `content` to `path`; `form` as in `sealed_content`. Raise as `writing.write` does."""
+    return write(path, *sealed_content(content, **form))
+
+
+def sealed_content(
+    content: ShardContent, *, level: str, row_type: str, index: dict[str, Any], block_bytes: int = _BLOCK_BYTES
+) -> tuple[dict[str, Column], dict[str, str | int]]:
+    """Return the arrays and attributes of a shard's file; rows are encoded `block_bytes` at a time, when written.
 
     `index` is the manifest without its shards.
     """
@@ -151,16 +150,12 @@ def write_shard(
         "K": content.rows.shape[1],
         "index": index["id"],
     }
-    return write(path, _columns(content, row_type, index, block_bytes), attributes)
-
-
-def _columns(content: ShardContent, row_type: str, index: dict[str, Any], block_bytes: int) -> dict[str, Column]:
     scale = _scales(content.rows, row_type)
     step = _block_rows(content.rows.shape[1], block_bytes)
     firsts = range(0, len(content.rows), step)
     blocks = (_rounded(content.rows[i : i + step], scale[i : i + step], row_type) for i in firsts)
     texts = [encode_json(record) for record in content.examples]
-    return {
+    columns = {
         "scale": column(scale, "<f4"),
         "norms": column(content.norms, "<f4"),
         "example": column(content.example, "<i4"),
@@ -173,6 +168,7 @@ def _columns(content: ShardContent, row_type: str, index: dict[str, Any], block_
         "index": json_column(index),
         "rows": Column(content.rows.shape, np.dtype(ROW_TYPES[row_type]), blocks),
     }
+    return columns, attributes
 
 
 def read_shard(path: Path, *, index: str, level: str, K: int, layers: int, row_type: str) -> Shard:

@@ -52,7 +52,10 @@ class Store:
         of examples)}. Raises StoreError where `path` is not empty (an index included) or cannot be written to, and
         IndexBusy where another process is making one there.
         """
-        path, content = Path(path), manifest.new(config, layers, versions, planned, skipped)
+        path, content = (
+            Path(path),
+            manifest.new(config=config, layers=layers, versions=versions, planned=planned, skipped=skipped),
+        )
         folder.make_ready(path)
         with folder.exclusive(path):
             folder.make_ready(path)
@@ -67,6 +70,11 @@ class Store:
         file, where the manifest was changed or a listed file is missing or of another size.
         """
         return cls(Path(path))
+
+    @staticmethod
+    def exists(path: str | Path) -> bool:
+        """Return whether there is an index at `path`, damaged or not. StoreError where the folder may not be read."""
+        return folder.has_manifest(Path(path))
 
     @staticmethod
     def destroy(path: str | Path) -> None:
@@ -188,7 +196,7 @@ class Store:
         """Plan for n examples in all. K adds the level where it is new; ConfigMismatch where it has another K."""
         with self._changing(revised=True) as content:
             if level not in content["levels"] and K is not None:
-                content["levels"] |= manifest.new({}, [], {}, {level: (K, n)}, [])["levels"]
+                content["levels"] |= manifest.new(config={}, layers=[], planned={level: (K, n)})["levels"]
             if K not in (None, self._plan(level, content)["K"]):
                 raise ConfigMismatch(f"The {level} rows of {self.path} have K = {self._plan(level)['K']}, not {K}.")
             content["levels"][level]["planned"] = n

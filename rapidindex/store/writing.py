@@ -23,7 +23,7 @@ import numpy as np
 from rapidindex.errors import ResourceError, StoreError
 from rapidindex.store.container import USER_BLOCK, Extent, Layout, index_of
 
-_ALIGNMENT = 64  # bytes: whoever maps an array can use it in place
+ALIGNMENT = 64  # bytes: whoever maps an array can use it in place
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -75,6 +75,11 @@ def write(path: Path, columns: dict[str, Column], attributes: Mapping[str, str |
         layout = Layout(path, pieces.size, sha256, attributes, extents)
         _write_at(file, 0, _fitting(layout.block()))
     return layout
+
+
+def file_bytes(columns: dict[str, Column], attributes: Mapping[str, str | int]) -> int:
+    """Return the size in bytes of the file that `write` would write."""
+    return _plan(columns, attributes)[0].size
 
 
 @contextlib.contextmanager
@@ -193,9 +198,7 @@ def _plan(columns: dict[str, Column], attributes: Mapping[str, str | int]) -> tu
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    with h5py.File(
-        pieces, "w", userblock_size=USER_BLOCK, alignment_threshold=1, alignment_interval=_ALIGNMENT
-    ) as file:
+    with h5py.File(pieces, "w", userblock_size=USER_BLOCK, alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
         file.attrs.update(attributes)
         for name, values in columns.items():
             dataset = file.create_dataset(name, values.shape, values.dtype, dcpl=creation)

@@ -215,6 +215,16 @@ def test_a_shard_replaced_by_another_of_the_same_index_is_refused(path):
         Store.open(path).rows("sentence")
 
 
+def test_an_index_exists_once_it_was_made_and_until_it_is_destroyed(path):
+    assert not Store.exists(path)
+    path.mkdir()
+    assert not Store.exists(path)
+    create(path)
+    assert Store.exists(path) and Store.exists(str(path))
+    Store.destroy(path)
+    assert not Store.exists(path)
+
+
 # Rows
 
 
