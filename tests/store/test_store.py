@@ -311,6 +311,27 @@ def test_rows_stay_as_they_were_when_shards_are_added(path):
     assert store.rows("sentence").shards[:1] == before.shards
 
 
+def test_rows_are_read_once_for_each_state_of_the_index(path):
+    store = make(path, "abc")
+    rows = store.rows("sentence")
+    with store.lock():
+        assert store.rows("sentence") is rows
+    changes = [
+        lambda: write(store, ["d"]),
+        lambda: store.remove(["b"]),
+        lambda: store.restore(["b"]),
+        lambda: store.update_config({"data": []}),
+        lambda: store.set_planned("sentence", 9),
+        lambda: write(Store.open(path), ["e"]) and store.refresh(),
+    ]
+    for change in changes:
+        change()
+        assert store.rows("sentence") is not rows
+        rows = store.rows("sentence")
+        assert store.rows("sentence") is rows
+    assert rows.ids == list("abcde") and rows.live_mask.all()
+
+
 def test_an_unknown_level_names_the_command_that_adds_it(path):
     with pytest.raises(StoreError, match="no token rows") as caught:
         make(path, "abc").rows("token")
