@@ -12,8 +12,7 @@ import numpy as np
 
 from bench.retrieval.synthetic import RowModel
 from rapidindex.search.vector_index import fold
-from rapidindex.store import Store
-from rapidindex.store.rows import Rows
+from rapidindex.store import Rows, ShardContent, Store
 
 LEFT_OUT = 50
 """Examples taken out of a store as queries, of each kind that it holds: real and synthetic."""
@@ -24,7 +23,7 @@ _SHARD_BYTES = 2**27
 
 def linked(index: Path, copy: Path, level: str) -> Store:
     """A store of the same rows beside the index, which stays as it is: hard links where it can be, else copies."""
-    if not (copy / "manifest.json").exists():
+    if not Store.exists(copy):
         (copy / level).mkdir(parents=True, exist_ok=True)
         names = [
             path for folder in (index, *(p for p in index.iterdir() if p.is_dir())) for path in folder.glob("*.h5")
@@ -70,7 +69,7 @@ class Grown:
     """
 
     def __init__(self, path: Path, K: int, source: Rows, size: int) -> None:
-        if not (path / "manifest.json").exists():
+        if not Store.exists(path):
             layers = [{"name": "all", "size": 1}]
             Store.create(path, config={}, layers=layers, versions={}, planned={LEVEL: (K, 0)})
         self.store, self.K, self.source = Store.open(path), K, source
@@ -105,17 +104,16 @@ class Grown:
     def _append(self, values: np.ndarray, example: np.ndarray) -> None:
         rows, nothing = self.rows, np.full(len(values), -1)
         example, first_id = example - example[0], len(rows.ids)
+        content = ShardContent(
+            rows=np.ascontiguousarray(values, dtype=np.float32),
+            norms=np.ones((len(values), 1), np.float32),
+            example=example,
+            position=nothing,
+            token=nothing,
+            examples=[{"id": f"{first_id + i:016x}"} for i in range(int(example[-1]) + 1)],
+        )
         with self.store.lock():
-            name = rows.write_shard(
-                rows.next_number(),
-                rows=np.ascontiguousarray(values, dtype=np.float32),
-                norms=np.ones((len(values), 1), np.float32),
-                example=example,
-                position=nothing,
-                token=nothing,
-                examples=[{"id": f"{first_id + i:016x}"} for i in range(int(example[-1]) + 1)],
-            )
-            self.store.record_shard(LEVEL, name)
+            self.store.record_shard(LEVEL, rows.write_shard(rows.next_number(), content))
 
 
 def _link(source: Path, to: Path) -> None:

@@ -27,9 +27,8 @@ from rapidindex.gradients.rapidgrad import Compressor, RapidGrads
 from rapidindex.gradients.second_moment import preconditioner_of
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.progress import Progress, silent
-from rapidindex.search.faiss_index import AnnIndex
-from rapidindex.search.vector_index import DIM, EXACT, default_factory
-from rapidindex.store import USER_BLOCK, Store, encode_json, encode_rows
+from rapidindex.search.vector_index import search_index_bytes
+from rapidindex.store import Store, disk_bytes, encode_rows
 
 PROCESS_BYTES = 450 * 2**20
 """A worker before its model: the interpreter, torch and transformers (430 MiB with torch 2.13, half of it pages of
@@ -40,7 +39,6 @@ _TIMED_BATCHES = 5
 """Batches that are timed, from the longest examples to the shortest."""
 _REPEATS = 2
 _SHARED_FILES = ("manifest", "second moment")  # one file for all levels
-_HDF5 = 9 * 2**10  # what libhdf5 writes around a shard's eleven arrays
 
 
 @dataclass(frozen=True)
@@ -228,25 +226,18 @@ def _lacks_moment(job: Job, store: Store | None) -> bool:
 
 
 def _disk_bytes(job: Job, plan: LevelPlan, store: Store | None) -> dict[str, int]:
-    K, layers, n = plan.K, len(job.layers), plan.rows
-    texts = sum(len(encode_json(item.to_record(1.234567))) + 20 for item in plan.examples)
-    named = [{"name": layer.name, "size": layer.size} for layer in job.layers]
-    content = {"config": job.recipe.to_manifest(), "layers": named, "skipped": job.skipped}
-    description = len(encode_json(content)) + 400
-    shards = max(-(-plan.row_bytes * n // job.request.work.shard_bytes), len(plan.devices))
-    parts = {
-        "rows": n * (plan.row_bytes + 4 + 4 * layers + 12),
-        "examples": texts + 8 * len(plan.examples),
-        "shards": shards * (USER_BLOCK + _HDF5 + description + 300),
-        "manifest": 2 * description,
-    }
-    if _lacks_moment(job, store):
-        vectors = preconditioner_of(job.recipe.gradient.second_moment).vector_entries(job.layers)
-        parts["second moment"] = 4 * (job.size + vectors) + USER_BLOCK + _HDF5 // 2 + description
-    factory = default_factory(n, K)
-    if factory != EXACT:
-        parts["search index"] = n * AnnIndex.create(factory, min(DIM, K)).bytes_per_row()
-    return parts
+    layers = [{"name": layer.name, "size": layer.size} for layer in job.layers]
+    lacks_moment = _lacks_moment(job, store)
+    parts = disk_bytes(
+        row_bytes=plan.row_bytes,
+        rows=plan.rows,
+        records=[item.to_record(1.234567) for item in plan.examples],
+        shards=max(-(-plan.row_bytes * plan.rows // job.request.work.shard_bytes), len(plan.devices)),
+        description={"config": job.recipe.to_manifest(), "layers": layers, "skipped": job.skipped},
+        second_moment=lacks_moment,
+        eigenvectors=preconditioner_of(job.recipe.gradient.second_moment).vector_entries(job.layers),
+    )
+    return parts | {"search index": search_index_bytes(plan.rows, plan.K)}
 
 
 class _Timing:

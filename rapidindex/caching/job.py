@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -213,7 +212,7 @@ def _check_listed(ids: frozenset[str] | None, items: Sequence[Item], data: str) 
 
 def read_existing(request: BuildRequest) -> Store | None:
     """Open the index at the request's output; None where there is none."""
-    return Store.open(request.output) if (Path(request.output) / "manifest.json").exists() else None
+    return Store.open(request.output) if Store.exists(request.output) else None
 
 
 def check_recipe(job: Job, store: Store) -> None:

@@ -17,7 +17,7 @@ from rapidindex.caching.batches import Item, Unit, as_batch, padded_tokens
 from rapidindex.config import BuildConfig
 from rapidindex.errors import ResourceError
 from rapidindex.gradients.rapidgrad import Compressor, RapidGrads, concatenate
-from rapidindex.store import Rows
+from rapidindex.store import Rows, ShardContent
 
 STAGES = {"sentence": "cache", "token": "cache tokens"}
 """The name of each level's work, for the progress."""
@@ -158,8 +158,7 @@ class ShardWriter:
         places = np.array(self._places, np.int32).reshape(-1, 3)
         with uninterrupted():
             try:
-                name = self.store_rows.write_shard(
-                    next(self.numbers),
+                content = ShardContent(
                     rows=self._rows[: self._taken],
                     norms=np.concatenate(self._norms),
                     example=places[:, 0],
@@ -168,7 +167,7 @@ class ShardWriter:
                     examples=self._examples,
                     rejected=self._rejected,
                 )
-                self.finished(name)
+                self.finished(self.store_rows.write_shard(next(self.numbers), content))
             finally:
                 self._begin()
 

@@ -10,9 +10,10 @@ from rapidindex.store.check import Problem, check
 from rapidindex.store.container import USER_BLOCK, damaged, index_of
 from rapidindex.store.folder import ANN, MOMENT, read_json, write_json
 from rapidindex.store.rows import Rows
-from rapidindex.store.shards import ROW_TYPE, decode_rows, encode_rows, row_bytes
+from rapidindex.store.shards import ROW_TYPE, ShardContent, decode_rows, encode_rows, row_bytes
+from rapidindex.store.sizes import disk_bytes
 from rapidindex.store.store import Store
-from rapidindex.store.writing import encode_json, part_name, sync_folder, write_errors
+from rapidindex.store.writing import atomic_file, encode_json, replace_file
 
 __all__ = [
     "ANN",
@@ -21,17 +22,18 @@ __all__ = [
     "USER_BLOCK",
     "Problem",
     "Rows",
+    "ShardContent",
     "Store",
+    "atomic_file",
     "check",
     "damaged",
     "decode_rows",
+    "disk_bytes",
     "encode_json",
     "encode_rows",
     "index_of",
-    "part_name",
     "read_json",
+    "replace_file",
     "row_bytes",
-    "sync_folder",
     "write_json",
-    "write_errors",
 ]

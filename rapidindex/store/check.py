@@ -41,9 +41,7 @@ def check(path: str | Path, *, repair: bool = False) -> list[Problem]:
     folder cannot be written to, and ResourceError where there is no room.
     """
     path = Path(path)
-    with container.read_errors(path):
-        found = (path / folder.MANIFEST).exists()
-    if not found and not folder.is_index(path):
+    if not folder.has_manifest(path) and not folder.is_index(path):
         manifest.load(path)  # says that this is no index
     if not repair:
         return _Audit(path, repair=False, busy=folder.writer(path) is not None).problems

@@ -25,7 +25,7 @@ from typing import Any
 from rapidindex.config import LEVELS
 from rapidindex.errors import IndexBusy, NewerFormat, NotAnIndex, StoreError
 from rapidindex.store.container import damaged, read_errors, read_layout
-from rapidindex.store.writing import part_name, sync_folder, write_errors
+from rapidindex.store.writing import replace_file, sync_folder, write_errors
 
 FORMAT = 2
 """What is written. Format 1 is read, too: its rows are float16, and its manifest does not say so."""
@@ -84,11 +84,11 @@ def read_json(path: Path) -> dict[str, Any]:
         del content["sha256"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise damaged(path, "it is not the JSON that was written") from None
-    if type(version) is int and 1 <= version <= FORMAT and _render(content, version) == text:
+    if type(version) is int and 1 <= version <= FORMAT and render_json(content, version) == text:
         return content
     # `format` comes first. With one that is known in its place a newer file does not fit its checksum, a damaged does.
     newer, known = type(version) is int and version > FORMAT, range(1, FORMAT + 1)
-    if newer and not any(text.replace(b"%d" % version, b"%d" % n, 1) == _render(content, n) for n in known):
+    if newer and not any(text.replace(b"%d" % version, b"%d" % n, 1) == render_json(content, n) for n in known):
         raise NewerFormat(
             f"{path} is in format {version}; this version of rapidindex reads formats 1 to {FORMAT}.",
             hint="Type `pip install --upgrade rapidindex`.",
@@ -97,25 +97,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` with its format and checksum. The old file is there or the new one, never a mixture.
-
-    Raises ResourceError and StoreError as `sealing.write` does.
-    """
-    text, part = _render(content), part_name(path)
-    with write_errors(path, len(text)):
-        try:
-            with open(part, "xb") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-            sync_folder(path.parent)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
+    """Write `content` with its format and checksum to `path`, as `replace_file` does; raise as it does."""
+    replace_file(path, render_json(content))
 
 
-def _render(content: dict[str, Any], version: int = FORMAT) -> bytes:
+def render_json(content: dict[str, Any], version: int = FORMAT) -> bytes:
+    """Return the bytes of the file that `write_json` writes."""
     content = {"format": version, **content}
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return (json.dumps({**content, "sha256": digest}, indent=1) + "\n").encode()
@@ -177,6 +164,12 @@ def _holder(path: Path) -> str:
 
 
 # Whose folder it is
+
+
+def has_manifest(path: Path) -> bool:
+    """Return whether there is a manifest at `path`. StoreError where the folder may not be read."""
+    with read_errors(path):
+        return (path / MANIFEST).exists()
 
 
 def is_index(path: Path) -> bool:

@@ -26,11 +26,12 @@ Manifest = dict[str, Any]
 
 
 def new(
+    *,
     config: dict[str, Any],
     layers: Sequence[dict[str, Any]],
-    versions: dict[str, str],
     planned: dict[str, tuple[int, int]],
-    skipped: Sequence[dict[str, Any]],
+    versions: dict[str, str] | None = None,
+    skipped: Sequence[dict[str, Any]] = (),
 ) -> Manifest:
     """The manifest of an index without shards; arguments as for `Store.create`."""
     unknown = set(planned) - set(LEVELS)
@@ -41,7 +42,7 @@ def new(
             "id": token_hex(8),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "revision": 0,
-            "versions": versions,
+            "versions": versions or {},
             "config": config,
             "layers": list(layers),
             "skipped": list(skipped),

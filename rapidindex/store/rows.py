@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rapidindex.store import container, folder, shards, writing
-from rapidindex.store.shards import Shard
+from rapidindex.store.shards import Shard, ShardContent
 
 _MAPS = 128  # shards mapped at a time: each map holds a file descriptor, and 1,024 is a common limit
 _BLOCK_BYTES = 64 * 2**20
@@ -128,36 +128,19 @@ class Rows:
         names = (*folder.shard_names(self.path), *(file.name for file in self._files))
         return max((folder.shard_number(name) for name in names), default=-1) + 1
 
-    def write_shard(
-        self,
-        number: int,
-        *,
-        rows: np.ndarray,
-        norms: np.ndarray,
-        example: np.ndarray,
-        position: np.ndarray,
-        token: np.ndarray,
-        examples: Sequence[dict[str, Any]],
-        rejected: Sequence[dict[str, Any]] = (),
-    ) -> str:
-        """Write a finished shard and return its name, for `Store.record_shard`; these rows do not hold it.
+    def write_shard(self, number: int, content: ShardContent) -> str:
+        """Write a finished shard and return its name, for `Store.record_shard`. These rows do not change.
 
-        rows float32 [n, K], norms float32 [n, L]; example (which of `examples`), position and token: integers [n], the
-        last two -1 in sentence rows. An example is a dict with at least `id`, a rejected one {"id", "line", "reason"}.
-        There may be none of either. Worker processes may call this while their parent holds the lock.
-
-        Raises ResourceError where there is no room, StoreError where the number is taken or the folder is read-only,
-        and ValueError, an error of the caller, where the arrays do not fit together or are not finite.
+        Worker processes may call this while their parent holds the lock. Raises ResourceError where there is no room,
+        StoreError where the number is taken or the folder is read-only, and ValueError as `ShardContent.check` does.
         """
-        arrays = {"rows": rows, "norms": norms, "example": example, "position": position, "token": token}
-        content = {**arrays, "examples": examples, "rejected": rejected}
-        shards.check_content(K=self.K, layers=self.layers, **content)
+        content.check(self.K, self.layers)
         name = folder.shard_name(number)
         if not self.path.is_dir():
             with writing.write_errors(self.path, 0):
                 self.path.mkdir(exist_ok=True)
                 writing.sync_folder(self.path.parent)
-        shards.write_shard(self.path / name, level=self.level, row_type=self.row_type, index=self._index, **content)
+        shards.write_shard(self.path / name, content, level=self.level, row_type=self.row_type, index=self._index)
         return name
 
     def _number_rows(self) -> None:

@@ -51,6 +51,47 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
+class ShardContent:
+    """The content of a shard to be written: n rows over L layers, which belong to m examples. n and m may be 0."""
+
+    rows: np.ndarray
+    """float32 [n, K], finite."""
+    norms: np.ndarray
+    """float32 [n, L], finite: the norm of each layer's gradient."""
+    example: np.ndarray
+    """Integers [n]: the number of each row's example in `examples`, 0 to m - 1."""
+    position: np.ndarray
+    """Integers [n]: the response token of each row; -1 in sentence rows."""
+    token: np.ndarray
+    """Integers [n]: the id of that token; -1 in sentence rows."""
+    examples: Sequence[dict[str, Any]]
+    """The records of the m examples, each with at least a string `id`."""
+    rejected: Sequence[dict[str, Any]] = ()
+    """{"id", "line", "reason"} of each example whose gradient was not finite."""
+
+    def check(self, K: int, layers: int) -> None:
+        """Raise ValueError, an error of the caller, where the fields do not fit together or are not finite."""
+        n = len(self.rows)
+        for name, shape in (("rows", (n, K)), ("norms", (n, layers))):
+            array = getattr(self, name)
+            if array.shape != shape or array.dtype != np.float32:
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, not float32 {shape}")
+        for name in ("example", "position", "token"):
+            array = getattr(self, name)
+            if array.shape != (n,) or array.dtype.kind not in "iu":
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, not integers ({n},)")
+        if not np.isfinite(self.norms).all():
+            raise ValueError("norms that are not finite cannot be stored")
+        if n and not (0 <= self.example.min() and self.example.max() < len(self.examples)):
+            raise ValueError(f"example points outside the {len(self.examples)} examples")
+        ids = [record["id"] for record in (*self.examples, *self.rejected)]
+        if not all(isinstance(id, str) for id in ids):
+            raise ValueError("an example's id must be a string")
+        if len(set(ids)) != len(ids):
+            raise ValueError("two examples of a shard have the same id")
+
+
+@dataclass(frozen=True)
 class Shard:
     """A finished shard: what it holds, its arrays left on the disk."""
 
@@ -91,65 +132,43 @@ def decode_rows(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return rows.astype(np.float32) * scale[:, None]
 
 
-def write_shard(
-    path: Path,
-    *,
-    level: str,
-    row_type: str,
-    index: dict[str, Any],
-    rows: np.ndarray,
-    norms: np.ndarray,
-    example: np.ndarray,
-    position: np.ndarray,
-    token: np.ndarray,
-    examples: Sequence[dict[str, Any]],
-    rejected: Sequence[dict[str, Any]],
-) -> Layout:
-    """Write one shard; `index` is the manifest without its shards. Raises as `sealing.write` does."""
-    scale = _scales(rows, row_type)
-    texts = [encode_json(record) for record in examples]
-    columns = {
-        "scale": column(scale, "<f4"),
-        "norms": column(norms, "<f4"),
-        "example": column(example, "<i4"),
-        "position": column(position, "<i4"),
-        "token": column(token, "<i4"),
-        "examples": column(np.frombuffer(b"".join(texts), np.uint8), "|u1"),
-        "examples_offsets": column(np.cumsum([0, *map(len, texts)]), "<i8"),
-        "ids": json_column([record["id"] for record in examples]),
-        "rejected": json_column(list(rejected)),
-        "index": json_column(index),
-        "rows": Column(rows.shape, np.dtype(ROW_TYPES[row_type]), _rounded_blocks(rows, scale, row_type)),
-    }
+def write_shard(path: Path, content: ShardContent, **form: Any) -> Layout:
+    """Write `content` to `path`; `form` as in `sealed_content`. Raise as `writing.write` does."""
+    return write(path, *sealed_content(content, **form))
+
+
+def sealed_content(
+    content: ShardContent, *, level: str, row_type: str, index: dict[str, Any], block_bytes: int = _BLOCK_BYTES
+) -> tuple[dict[str, Column], dict[str, str | int]]:
+    """Return the arrays and attributes of a shard's file; rows are encoded `block_bytes` at a time, when written.
+
+    `index` is the manifest without its shards.
+    """
     attributes = {
         "format": f"rapidindex.rows/{_VERSIONS[row_type]}",
         "level": level,
-        "K": rows.shape[1],
+        "K": content.rows.shape[1],
         "index": index["id"],
     }
-    return write(path, columns, attributes)
-
-
-def check_content(
-    *, K: int, layers: int, rows: Any, norms: Any, example: Any, position: Any, token: Any, examples: Any, rejected: Any
-) -> None:
-    """ValueError where what is to be written does not fit together: an error of the program, not of the user."""
-    n = len(rows)
-    for name, array, shape in (("rows", rows, (n, K)), ("norms", norms, (n, layers))):
-        if array.shape != shape or array.dtype != np.float32:
-            raise ValueError(f"{name} is {array.dtype} {array.shape}, not float32 {shape}")
-    for name, array in (("example", example), ("position", position), ("token", token)):
-        if array.shape != (n,) or array.dtype.kind not in "iu":
-            raise ValueError(f"{name} is {array.dtype} {array.shape}, not integers ({n},)")
-    if not np.isfinite(norms).all():
-        raise ValueError("norms that are not finite cannot be stored")
-    if n and not (0 <= example.min() and example.max() < len(examples)):
-        raise ValueError(f"example points outside the {len(examples)} examples")
-    ids = [record["id"] for record in (*examples, *rejected)]
-    if not all(isinstance(id, str) for id in ids):
-        raise ValueError("an example's id must be a string")
-    if len(set(ids)) != len(ids):
-        raise ValueError("two examples of a shard have the same id")
+    scale = _scales(content.rows, row_type)
+    step = _block_rows(content.rows.shape[1], block_bytes)
+    firsts = range(0, len(content.rows), step)
+    blocks = (_rounded(content.rows[i : i + step], scale[i : i + step], row_type) for i in firsts)
+    texts = [encode_json(record) for record in content.examples]
+    columns = {
+        "scale": column(scale, "<f4"),
+        "norms": column(content.norms, "<f4"),
+        "example": column(content.example, "<i4"),
+        "position": column(content.position, "<i4"),
+        "token": column(content.token, "<i4"),
+        "examples": column(np.frombuffer(b"".join(texts), np.uint8), "|u1"),
+        "examples_offsets": column(np.cumsum([0, *map(len, texts)]), "<i8"),
+        "ids": json_column([record["id"] for record in content.examples]),
+        "rejected": json_column(list(content.rejected)),
+        "index": json_column(index),
+        "rows": Column(content.rows.shape, np.dtype(ROW_TYPES[row_type]), blocks),
+    }
+    return columns, attributes
 
 
 def read_shard(path: Path, *, index: str, level: str, K: int, layers: int, row_type: str) -> Shard:
@@ -233,14 +252,8 @@ def _rounded(rows: np.ndarray, scale: np.ndarray, row_type: str) -> np.ndarray:
         return np.clip(scaled, -_LARGEST, _LARGEST, out=scaled).astype("<f2")
 
 
-def _rounded_blocks(rows: np.ndarray, scale: np.ndarray, row_type: str) -> Iterator[np.ndarray]:
-    step = _block_rows(rows.shape[1])
-    for first in range(0, len(rows), step):
-        yield _rounded(rows[first : first + step], scale[first : first + step], row_type)
-
-
-def _block_rows(K: int) -> int:
-    return max(1, _BLOCK_BYTES // (4 * K))
+def _block_rows(K: int, block_bytes: int = _BLOCK_BYTES) -> int:
+    return max(1, block_bytes // (4 * K))
 
 
 def _check_shapes(layout: Layout, K: int, layers: int, rows: str) -> None:

@@ -33,6 +33,7 @@ class Store:
         self._locks = 0
         self._shards: dict[tuple[str, str], Shard] = {}
         self._owners: dict[str, dict[str, str]] = {}
+        self._rows: dict[str, tuple[Any, Rows]] = {}
         self.refresh()
 
     @classmethod
@@ -52,7 +53,10 @@ class Store:
         of examples)}. Raises StoreError where `path` is not empty (an index included) or cannot be written to, and
         IndexBusy where another process is making one there.
         """
-        path, content = Path(path), manifest.new(config, layers, versions, planned, skipped)
+        path, content = (
+            Path(path),
+            manifest.new(config=config, layers=layers, versions=versions, planned=planned, skipped=skipped),
+        )
         folder.make_ready(path)
         with folder.exclusive(path):
             folder.make_ready(path)
@@ -67,6 +71,11 @@ class Store:
         file, where the manifest was changed or a listed file is missing or of another size.
         """
         return cls(Path(path))
+
+    @staticmethod
+    def exists(path: str | Path) -> bool:
+        """Return whether there is an index at `path`, damaged or not. StoreError where the folder may not be read."""
+        return folder.has_manifest(Path(path))
 
     @staticmethod
     def destroy(path: str | Path) -> None:
@@ -112,16 +121,15 @@ class Store:
         return len(rejected.union(self._owner(level))) >= self.planned(level)
 
     def rows(self, level: str) -> Rows:
-        """The level's rows as they are now. StoreError where the index has no such level."""
-        return Rows(
-            self.path / level,
-            index=manifest.copy_for_files(self.manifest),
-            K=self._plan(level)["K"],
-            row_type=manifest.row_type(self._plan(level)),
-            layers=len(self.layers),
-            files=self._level(level),
-            removed=self.removed,
-        )
+        """Return the level's rows as they are now: the same object until the index changes.
+
+        Raises StoreError where the index has no such level, and DamagedIndex where a shard is not what was written.
+        """
+        plan = self._plan(level)
+        state = (self.id, self.manifest["revision"], plan, self.removed)
+        if self._rows.get(level, (None,))[0] != state:
+            self._rows[level] = state, self._read_rows(level, plan)
+        return self._rows[level][1]
 
     def second_moment(self) -> np.ndarray | None:
         """v, float32 [sum of the layers' sizes], a view of its file; None where the index has none."""
@@ -188,7 +196,7 @@ class Store:
         """Plan for n examples in all. K adds the level where it is new; ConfigMismatch where it has another K."""
         with self._changing(revised=True) as content:
             if level not in content["levels"] and K is not None:
-                content["levels"] |= manifest.new({}, [], {}, {level: (K, n)}, [])["levels"]
+                content["levels"] |= manifest.new(config={}, layers=[], planned={level: (K, n)})["levels"]
             if K not in (None, self._plan(level, content)["K"]):
                 raise ConfigMismatch(f"The {level} rows of {self.path} have K = {self._plan(level)['K']}, not {K}.")
             content["levels"][level]["planned"] = n
@@ -287,6 +295,17 @@ class Store:
     def _level(self, level: str) -> list[Shard]:
         self._plan(level)
         return [self._shard(level, name) for name in manifest.shard_names(self.manifest, level)]
+
+    def _read_rows(self, level: str, plan: dict[str, Any]) -> Rows:
+        return Rows(
+            self.path / level,
+            index=manifest.copy_for_files(self.manifest),
+            K=plan["K"],
+            row_type=manifest.row_type(plan),
+            layers=len(self.layers),
+            files=self._level(level),
+            removed=self.removed,
+        )
 
     def _shard(self, level: str, name: str) -> Shard:
         if (level, name) not in self._shards:

@@ -1,8 +1,8 @@
 """Writing a sealed file (`container.py` says what that is): it appears complete and synced to the disk, or not at all.
 
 libhdf5 plans the file in memory and never writes to the disk: a file that it failed to write cannot be closed again
-and keeps its disk space. The bytes are written with `pwrite`, into space reserved beforehand, so that a full disk is an
-ordinary error that leaves nothing behind.
+and keeps its disk space. The bytes are written by this module, into space reserved beforehand, so that a full disk is
+an ordinary error that leaves nothing behind.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -23,8 +23,7 @@ import numpy as np
 from rapidindex.errors import ResourceError, StoreError
 from rapidindex.store.container import USER_BLOCK, Extent, Layout, index_of
 
-_ALIGNMENT = 64  # bytes: whoever maps an array can use it in place
-_WRITE_BYTES = 64 * 2**20  # one pwrite; Linux takes at most 2 GiB
+ALIGNMENT = 64  # bytes: whoever maps an array can use it in place
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -65,25 +64,50 @@ def write(path: Path, columns: dict[str, Column], attributes: Mapping[str, str |
     overwritten) or its folder cannot be written to. Nothing is left behind then.
     """
     pieces, extents = _plan(columns, attributes)
+    with atomic_file(path, size=pieces.size) as file:
+        _reserve(file.fileno(), pieces.size)
+        for offset, piece in pieces.written:
+            _write_at(file, offset, piece)
+        for name, values in columns.items():
+            _write_blocks(file, values.blocks, extents[name])
+        file.seek(USER_BLOCK)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        layout = Layout(path, pieces.size, sha256, attributes, extents)
+        _write_at(file, 0, _fitting(layout.block()))
+    return layout
+
+
+def file_bytes(columns: dict[str, Column], attributes: Mapping[str, str | int]) -> int:
+    """Return the size in bytes of the file that `write` would write."""
+    return _plan(columns, attributes)[0].size
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, size: int = 0, replace: bool = False) -> Iterator[BinaryIO]:
+    """Open a new file for reading and writing that appears at `path` when the block ends, complete and synced.
+
+    If the block raises, nothing appears and nothing is left behind. With `replace` the file takes the place of an
+    older one; without it StoreError is raised where there is one. `size`, in bytes, is what a message says is needed.
+    Raises ResourceError where there is no room, and StoreError where the folder cannot be written to.
+    """
     part = part_name(path)
-    with write_errors(path, pieces.size):
+    with write_errors(path, size):
         try:
-            with open(part, "xb+", buffering=0) as file:
-                _reserve(file.fileno(), pieces.size)
-                for offset, piece in pieces.written:
-                    _write_at(file.fileno(), piece, offset)
-                for name, values in columns.items():
-                    _write_blocks(file.fileno(), values.blocks, extents[name])
-                file.seek(USER_BLOCK)
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                layout = Layout(path, pieces.size, sha256, attributes, extents)
-                _write_at(file.fileno(), _fitting(layout.block()), 0)
+            with open(part, "xb+") as file:
+                yield file
+                file.flush()
                 os.fsync(file.fileno())
-            _publish(part, path)
+            (os.replace if replace else _publish)(part, path)
+            sync_folder(path.parent)
         finally:
             with contextlib.suppress(OSError):
                 part.unlink()
-    return layout
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, which holds its old content or the new, never a mixture. Raise as `atomic_file` does."""
+    with atomic_file(path, size=len(data), replace=True) as file:
+        file.write(data)
 
 
 def part_name(path: Path) -> Path:
@@ -121,7 +145,7 @@ def _refusal(error: OSError, path: Path, needed: int) -> StoreError | ResourceEr
             free = _size(shutil.disk_usage(path.parent).free)
         return ResourceError(
             f"{path} cannot be written: {_FULL[error.errno]}. It needs {_size(needed)}; {free} is free.",
-            hint="Make room, then type the same command again: finished shards are kept.",
+            hint="Make room, then type the same command again: finished work is kept.",
         )
     if error.errno in _READ_ONLY:
         return StoreError(
@@ -174,9 +198,7 @@ def _plan(columns: dict[str, Column], attributes: Mapping[str, str | int]) -> tu
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    with h5py.File(
-        pieces, "w", userblock_size=USER_BLOCK, alignment_threshold=1, alignment_interval=_ALIGNMENT
-    ) as file:
+    with h5py.File(pieces, "w", userblock_size=USER_BLOCK, alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
         file.attrs.update(attributes)
         for name, values in columns.items():
             dataset = file.create_dataset(name, values.shape, values.dtype, dcpl=creation)
@@ -203,22 +225,19 @@ def _reserve(descriptor: int, size: int) -> None:
             raise
 
 
-def _write_blocks(descriptor: int, blocks: Iterable[np.ndarray], extent: Extent) -> None:
+def _write_blocks(file: BinaryIO, blocks: Iterable[np.ndarray], extent: Extent) -> None:
     written = 0
     for block in blocks:
         if block.size:
-            data = np.ascontiguousarray(block, extent.dtype).data.cast("B")
-            _write_at(descriptor, data, extent.offset + written)
+            _write_at(file, extent.offset + written, np.ascontiguousarray(block, extent.dtype).data.cast("B"))
         written += block.nbytes
     if written != extent.nbytes:
         raise ValueError(f"a column of {extent.nbytes} bytes was given blocks of {written}")
 
 
-def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    data = memoryview(data)
-    while data:
-        count = os.pwrite(descriptor, data[:_WRITE_BYTES], offset)
-        data, offset = data[count:], offset + count
+def _write_at(file: BinaryIO, offset: int, data: bytes | memoryview) -> None:
+    file.seek(offset)
+    file.write(data)
 
 
 def _publish(part: Path, path: Path) -> None:
@@ -231,4 +250,3 @@ def _publish(part: Path, path: Path) -> None:
         if path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
         os.rename(part, path)
-    sync_folder(path.parent)

@@ -5,7 +5,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from rapidindex.store import Store
+from rapidindex.store import ShardContent, Store
 
 
 def gradients(n: int, K: int, *, seed: int = 0) -> np.ndarray:
@@ -38,8 +38,7 @@ def append(store: Store, rows: np.ndarray, *, per_shard: int = 250, rows_per_exa
             example = np.arange(len(part)) // rows_per_example
             ids = [first_id + at // rows_per_example + i for i in range(example[-1] + 1)]
             nothing = np.full(len(part), -1)
-            name = stored.write_shard(
-                number,
+            content = ShardContent(
                 rows=part,
                 norms=np.ones((len(part), 1), np.float32),
                 example=example,
@@ -47,7 +46,7 @@ def append(store: Store, rows: np.ndarray, *, per_shard: int = 250, rows_per_exa
                 token=nothing,
                 examples=[{"id": id_of(i)} for i in ids],
             )
-            store.record_shard("sentence", name)
+            store.record_shard("sentence", stored.write_shard(number, content))
             number += 1
 
 

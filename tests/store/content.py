@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rapidindex.store import Store, container, writing
+from rapidindex.store import ShardContent, Store, container, writing
 
 K = 16
 LAYERS = [{"name": "a", "size": 5}, {"name": "b", "size": 3}]
@@ -21,20 +21,20 @@ def row_of(id: str, position: int = -1) -> np.ndarray:
     return steps.astype(np.float32) * np.float32(2.0 ** (seed % 9 - 4))
 
 
-def content(ids: Sequence[str], *, tokens: int = 0, rejected: Sequence[str] = ()) -> dict[str, Any]:
-    """What `write_shard` takes: a row for each id, or for each of `tokens` response tokens of each."""
+def content(ids: Sequence[str], *, tokens: int = 0, rejected: Sequence[str] = ()) -> ShardContent:
+    """The content of a shard: a row for each id, or for each of `tokens` response tokens of each."""
     positions = range(tokens) if tokens else [-1]
     pairs = [(number, position) for number in range(len(ids)) for position in positions]
     rows = [row_of(ids[number], position) for number, position in pairs]
-    return {
-        "rows": np.array(rows, np.float32).reshape(-1, K),
-        "norms": np.array([[number + 1, position + 2] for number, position in pairs], np.float32).reshape(-1, 2),
-        "example": np.array([number for number, _ in pairs], np.int64),
-        "position": np.array([position for _, position in pairs], np.int64),
-        "token": np.array([100 + position if tokens else -1 for _, position in pairs], np.int64),
-        "examples": [{"id": id, "prompt": f"What is {id}?", "response": "né \ud83d", "meta": {"n": 1}} for id in ids],
-        "rejected": [{"id": id, "line": 7, "reason": "The gradient is not finite."} for id in rejected],
-    }
+    return ShardContent(
+        rows=np.array(rows, np.float32).reshape(-1, K),
+        norms=np.array([[number + 1, position + 2] for number, position in pairs], np.float32).reshape(-1, 2),
+        example=np.array([number for number, _ in pairs], np.int64),
+        position=np.array([position for _, position in pairs], np.int64),
+        token=np.array([100 + position if tokens else -1 for _, position in pairs], np.int64),
+        examples=[{"id": id, "prompt": f"What is {id}?", "response": "né \ud83d", "meta": {"n": 1}} for id in ids],
+        rejected=[{"id": id, "line": 7, "reason": "The gradient is not finite."} for id in rejected],
+    )
 
 
 def create(path: Path, *, sentence: int = 6, token: int | None = None) -> Store:
@@ -50,7 +50,7 @@ def write(store: Store, ids: Sequence[str], *, level: str = "sentence", **option
     """One more finished and listed shard."""
     with store.lock():
         rows = store.rows(level)
-        name = rows.write_shard(rows.next_number(), **content(ids, **options))
+        name = rows.write_shard(rows.next_number(), content(ids, **options))
         store.record_shard(level, name)
     return name
 

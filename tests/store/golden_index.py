@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rapidindex.store import Store
+from rapidindex.store import ShardContent, Store
 
 GOLDEN = Path(__file__).parent / "golden"
 K = 16
@@ -44,18 +44,18 @@ def norms(number: int) -> list[float]:
     return [number + 0.5, 2.0**-number]
 
 
-def shard(numbers: list[int], examples: list[int], positions: list[int], rejected: list[dict]) -> dict:
-    """What `write_shard` takes for rows of these numbers, which belong to `examples` of the records in IDS."""
+def shard(numbers: list[int], examples: list[int], positions: list[int], rejected: list[dict]) -> ShardContent:
+    """The content of a shard: rows of these numbers, which belong to `examples` of the records in IDS."""
     kept = sorted(set(examples))
-    return {
-        "rows": np.array([row(number) for number in numbers], np.float32).reshape(-1, K),
-        "norms": np.array([norms(number) for number in numbers], np.float32).reshape(-1, 2),
-        "example": np.array([kept.index(example) for example in examples], np.int64),
-        "position": np.array(positions, np.int64),
-        "token": np.array([1000 + position if position >= 0 else -1 for position in positions], np.int64),
-        "examples": [record(example) for example in kept],
-        "rejected": rejected,
-    }
+    return ShardContent(
+        rows=np.array([row(number) for number in numbers], np.float32).reshape(-1, K),
+        norms=np.array([norms(number) for number in numbers], np.float32).reshape(-1, 2),
+        example=np.array([kept.index(example) for example in examples], np.int64),
+        position=np.array(positions, np.int64),
+        token=np.array([1000 + position if position >= 0 else -1 for position in positions], np.int64),
+        examples=[record(example) for example in kept],
+        rejected=rejected,
+    )
 
 
 def write(path: Path) -> None:
@@ -66,9 +66,9 @@ def write(path: Path) -> None:
         sentence, token = store.rows("sentence"), store.rows("token")
         contents = [([0, 1, 2], [0, 1, 2], [-1] * 3, []), ([3, 4], [3, 4], [-1] * 2, []), ([], [], [], REJECTED)]
         for number, content in enumerate(contents):
-            store.record_shard("sentence", sentence.write_shard(number, **shard(*content)))
+            store.record_shard("sentence", sentence.write_shard(number, shard(*content)))
         token_rows = shard([0, 1, 2, 3, 4], [0, 0, 0, 4, 4], [0, 1, 2, 0, 1], [])
-        store.record_shard("token", token.write_shard(0, **token_rows))
+        store.record_shard("token", token.write_shard(0, token_rows))
         store.remove([REMOVED])
     (path / ".lock").unlink()
 

@@ -118,7 +118,7 @@ def test_a_shard_spoilt_twice_leaves_both_aside(index, path):
         flip(path / SHARD)
         check(path, repair=True)
         with Store.open(path).lock() as store:
-            store.record_shard("sentence", store.rows("sentence").write_shard(1, **content(["c", "d"])))
+            store.record_shard("sentence", store.rows("sentence").write_shard(1, content(["c", "d"])))
     assert sorted(os.listdir(path / "damaged")) == ["sentence-shard-00001.h5", "sentence-shard-00001.h5.1"]
     assert check(path) == []
     Store.destroy(path)
@@ -174,7 +174,7 @@ def test_a_newer_format_is_left_alone(index, path):
 
 
 def test_a_finished_shard_that_is_not_listed_is_listed(index, path):
-    index.rows("sentence").write_shard(3, **content(["g"]))
+    index.rows("sentence").write_shard(3, content(["g"]))
     assert found(path) == [("sentence/shard-00003.h5", "is finished, but the manifest does not list it")]
     check(path, repair=True)
     assert Store.open(path).rows("sentence").ids == list("abcdefg")
@@ -183,7 +183,7 @@ def test_a_finished_shard_that_is_not_listed_is_listed(index, path):
 def test_an_intact_shard_in_the_place_of_another_is_kept(index, path):
     rows = index.rows("sentence")
     (path / SHARD).unlink()
-    rows.write_shard(1, **content(["c", "d", "g"]))
+    rows.write_shard(1, content(["c", "d", "g"]))
     with pytest.raises(DamagedIndex):
         Store.open(path)
     assert found(path, repair=True) == [(SHARD, "is not the file that the manifest lists")]
@@ -191,7 +191,7 @@ def test_an_intact_shard_in_the_place_of_another_is_kept(index, path):
 
 
 def test_an_example_in_two_shards_is_found_and_the_listed_shard_kept(index, path):
-    index.rows("sentence").write_shard(7, **content(["g", "c"]))
+    index.rows("sentence").write_shard(7, content(["g", "c"]))
     assert found(path) == [("sentence/shard-00007.h5", "holds example c, which is in shard-00001.h5 too")]
     check(path, repair=True)
     assert Store.open(path).rows("sentence").ids == list("abcdef")
@@ -209,7 +209,7 @@ def test_unfinished_files_are_found_and_deleted(index, path):
 def test_unfinished_work_of_a_running_build_is_no_problem(path):
     store = create(path)
     with store.lock():
-        store.rows("sentence").write_shard(0, **content(["a"]))
+        store.rows("sentence").write_shard(0, content(["a"]))
         (path / "sentence/shard-00001.h5.0123abcd.part").write_text("unfinished")
         assert check(path) == []
         with pytest.raises(IndexBusy):

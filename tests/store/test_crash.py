@@ -16,7 +16,7 @@ import json, os, random, resource, signal, sys, time
 from pathlib import Path
 import numpy as np
 from rapidindex.errors import *
-from rapidindex.store import Store, check, sealed
+from rapidindex.store import Store, check
 from tests.store.content import content, create, make, row_of, write
 path = Path(sys.argv[1])
 
@@ -48,7 +48,7 @@ def build():
         rows, done = store.rows("sentence"), store.rows("sentence").done_ids
         todo = (f"e{number}" for number in range(10**6) if f"e{number}" not in done)
         for number in range(rows.next_number(), 10**5):
-            name = rows.write_shard(number, **content([next(todo) for _ in range(3)]))
+            name = rows.write_shard(number, content([next(todo) for _ in range(3)]))
             store.record_shard("sentence", name)
             os.write(tell, b".")
 
@@ -214,7 +214,7 @@ assert list(state()) == ["a", "b", "c"]
 """
     message = run(code, path)
     assert "shard-00002.h5 cannot be written: files may not grow so large here" in message
-    assert "It needs 5" in message and " free" in message and "finished shards are kept" in message
+    assert "It needs 5" in message and " free" in message and "finished work is kept" in message
     assert [problem.where for problem in check(path)] == ["sentence"]
 
 
@@ -290,7 +290,7 @@ assert list(state()) == list("abcdef") and check(path) == []
 store = Store.open(path)
 assert store.second_moment().tolist() == list(range(8)) and not store.rows("sentence").live_mask[0]
 attempts = [
-    lambda: store.rows("sentence").write_shard(2, **content(["g"])),
+    lambda: store.rows("sentence").write_shard(2, content(["g"])),
     lambda: store.remove(["b"]),
     lambda: store.set_planned("sentence", 9),
     lambda: Store.destroy(path),

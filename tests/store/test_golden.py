@@ -84,8 +84,8 @@ def test_a_golden_index_can_be_written_on(path, tmp_path):
     with store.lock():
         rows = store.rows("sentence")
         more = golden.shard([1], [1], [-1], [])
-        more["examples"][0]["id"] = "000000000000000f"
-        store.record_shard("sentence", rows.write_shard(rows.next_number(), **more))
+        more.examples[0]["id"] = "000000000000000f"
+        store.record_shard("sentence", rows.write_shard(rows.next_number(), more))
     grown = Store.open(tmp_path / "index").rows("sentence")
     assert grown.row_type == Store.open(path).rows("sentence").row_type  # an old index goes on as it began
     assert np.array_equal(grown.take([1, 5]), [golden.row(1, version_of(path)), golden.row(1)])

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import h5py
 import hypothesis.extra.numpy as arrays
@@ -8,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rapidindex.errors import DamagedIndex, NewerFormat, StoreError
-from rapidindex.store import container, decode_rows, encode_rows, shards, writing
+from rapidindex.errors import DamagedIndex, NewerFormat
+from rapidindex.store import container, decode_rows, encode_rows, shards
 from tests.store.content import K, content, reseal
 
 NEAR = 2.0**-11 * (1 + 1e-6)
@@ -34,9 +35,9 @@ def largest_error(rows):
     return error.clip(0) / np.where(peak > 0, peak, 1)
 
 
-def write_shard(path, ids="abc", **changes):
-    given = {"row_type": "int8", **content(list(ids)), **changes}
-    return shards.write_shard(path, level="sentence", index=INDEX, **given)
+def write_shard(path, ids="abc", *, row_type="int8", rejected=()):
+    given = content(list(ids), rejected=rejected)
+    return shards.write_shard(path, given, level="sentence", row_type=row_type, index=INDEX)
 
 
 def read_shard(path, row_type="int8"):
@@ -93,7 +94,7 @@ def test_rows_that_are_not_finite_are_refused(bad, row_type):
 
 def test_hdf5_reads_the_same_numbers_as_the_memory_map(tmp_path):
     path = tmp_path / "shard-00000.h5"
-    layout = write_shard(path, rejected=[{"id": "z", "line": 1, "reason": "NaN"}])
+    layout = write_shard(path, rejected=["z"])
     mapped = container.map_arrays(layout)
     with h5py.File(path, "r") as file:
         assert file.userblock_size == container.USER_BLOCK
@@ -119,33 +120,32 @@ def test_mapped_arrays_are_aligned_and_no_write_to_them_reaches_the_file(tmp_pat
 def test_what_was_written_is_read_back(tmp_path, row_type):
     path = tmp_path / "shard-00000.h5"
     given = content(list("abc"), tokens=2, rejected=["z"])
-    shards.write_shard(path, level="sentence", row_type=row_type, index=INDEX, **given)
+    shards.write_shard(path, given, level="sentence", row_type=row_type, index=INDEX)
     shard, held = read_shard(path, row_type), container.map_arrays(container.verify(path))
-    assert shard.ids == ["a", "b", "c"] and shard.rejected == given["rejected"]
-    assert [shards.read_record(held, number) for number in range(3)] == given["examples"]
-    assert np.array_equal(decode_rows(held["rows"], held["scale"]), given["rows"])
+    assert shard.ids == ["a", "b", "c"] and shard.rejected == given.rejected
+    assert [shards.read_record(held, number) for number in range(3)] == given.examples
+    assert np.array_equal(decode_rows(held["rows"], held["scale"]), given.rows)
     for name in ("norms", "example", "position", "token"):
-        assert np.array_equal(held[name], given[name])
+        assert np.array_equal(held[name], getattr(given, name))
     assert shards.read_index(shard.layout) == INDEX
     assert list(shards.faults(shard)) == []
 
 
 def test_a_shard_may_hold_nothing_but_rejected_examples(tmp_path):
     path = tmp_path / "shard-00000.h5"
-    shards.write_shard(path, level="sentence", row_type="int8", index=INDEX, **content([], rejected=["z"]))
+    write_shard(path, [], rejected=["z"])
     shard = read_shard(path)
     assert (shard.rows, shard.ids, len(shard.rejected)) == (0, [], 1)
     assert list(shards.faults(shard)) == []
 
 
-def test_rows_longer_than_a_block_are_written_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_BLOCK_BYTES", 4 * K * 2)
-    monkeypatch.setattr(writing, "_WRITE_BYTES", 50)
+def test_rows_longer_than_a_block_are_written_whole(tmp_path):
     path = tmp_path / "shard-00000.h5"
     given = content([f"e{i}" for i in range(7)])
-    held = container.map_arrays(shards.write_shard(path, level="sentence", row_type="int8", index=INDEX, **given))
+    form = {"level": "sentence", "row_type": "int8", "index": INDEX}
+    held = container.map_arrays(shards.write_shard(path, given, **form, block_bytes=4 * K * 2))
     container.verify(path)
-    assert np.array_equal(decode_rows(held["rows"], held["scale"]), given["rows"])
+    assert np.array_equal(decode_rows(held["rows"], held["scale"]), given.rows)
 
 
 def test_two_writings_of_the_same_content_are_the_same_bytes(tmp_path):
@@ -203,29 +203,6 @@ def test_bytes_that_were_added_are_found(tmp_path):
         container.read_layout(path)
 
 
-def test_a_finished_file_is_never_overwritten(tmp_path):
-    path = tmp_path / "shard-00000.h5"
-    write_shard(path, "abc")
-    before = path.read_bytes()
-    with pytest.raises(StoreError, match="never overwritten"):
-        write_shard(path, "de")
-    assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["shard-00000.h5"]
-
-
-def test_a_file_system_without_hard_links_is_served_by_renaming(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr("os.link", refuse)
-    path = tmp_path / "shard-00000.h5"
-    write_shard(path)
-    container.verify(path)
-    with pytest.raises(StoreError, match="never overwritten"):
-        write_shard(path, "de")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["shard-00000.h5"]
-
-
 @pytest.mark.parametrize(
     ("row_type", "changes", "fault"),
     [
@@ -271,4 +248,4 @@ def test_arrays_that_do_not_fit_together_are_damage(tmp_path, changes):
 )
 def test_content_that_does_not_fit_together_is_the_callers_error(changes, message):
     with pytest.raises(ValueError, match=message):
-        shards.check_content(K=K, layers=2, **content(list("abc")) | changes)
+        replace(content(list("abc")), **changes).check(K, layers=2)

@@ -215,6 +215,16 @@ def test_a_shard_replaced_by_another_of_the_same_index_is_refused(path):
         Store.open(path).rows("sentence")
 
 
+def test_an_index_exists_once_it_was_made_and_until_it_is_destroyed(path):
+    assert not Store.exists(path)
+    path.mkdir()
+    assert not Store.exists(path)
+    create(path)
+    assert Store.exists(path) and Store.exists(str(path))
+    Store.destroy(path)
+    assert not Store.exists(path)
+
+
 # Rows
 
 
@@ -230,7 +240,7 @@ def test_rows_come_back_with_their_examples(path):
     assert taken.dtype == np.float32
     assert np.array_equal(taken, [row_of(id) for id in "eadd"])
     assert rows.norms([4, 1]).tolist() == [[2, 1], [2, 1]]
-    assert rows.record(3) == content(["d"])["examples"][0]
+    assert rows.record(3) == content(["d"]).examples[0]
     assert [name for name, _, _ in rows.shards] == ["shard-00000.h5", "shard-00001.h5", "shard-00002.h5"]
     assert [count for _, _, count in rows.shards] == [3, 0, 2]
 
@@ -289,7 +299,7 @@ def test_rows_are_read_in_the_order_of_shard_numbers_however_they_were_finished(
     with store.lock():
         rows = store.rows("sentence")
         for number, ids in ((2, "e"), (0, "ab"), (1, "cd")):
-            store.record_shard("sentence", rows.write_shard(number, **content(list(ids))))
+            store.record_shard("sentence", rows.write_shard(number, content(list(ids))))
     assert store.rows("sentence").ids == Store.open(path).rows("sentence").ids == list("abcde")
 
 
@@ -299,6 +309,27 @@ def test_rows_stay_as_they_were_when_shards_are_added(path):
     write(store, ["d"])
     assert (len(before), len(store.rows("sentence"))) == (3, 4)
     assert store.rows("sentence").shards[:1] == before.shards
+
+
+def test_rows_are_read_once_for_each_state_of_the_index(path):
+    store = make(path, "abc")
+    rows = store.rows("sentence")
+    with store.lock():
+        assert store.rows("sentence") is rows
+    changes = [
+        lambda: write(store, ["d"]),
+        lambda: store.remove(["b"]),
+        lambda: store.restore(["b"]),
+        lambda: store.update_config({"data": []}),
+        lambda: store.set_planned("sentence", 9),
+        lambda: write(Store.open(path), ["e"]) and store.refresh(),
+    ]
+    for change in changes:
+        change()
+        assert store.rows("sentence") is not rows
+        rows = store.rows("sentence")
+        assert store.rows("sentence") is rows
+    assert rows.ids == list("abcde") and rows.live_mask.all()
 
 
 def test_an_unknown_level_names_the_command_that_adds_it(path):
@@ -321,7 +352,7 @@ def test_many_shards_do_not_use_up_the_file_descriptors(path):
     with store.lock():
         rows = store.rows("sentence")
         for number in range(shards):
-            store.record_shard("sentence", rows.write_shard(number, **content([f"e{number}"])))
+            store.record_shard("sentence", rows.write_shard(number, content([f"e{number}"])))
     code = f"""
 import resource, numpy as np
 from rapidindex.store import Store
@@ -353,7 +384,7 @@ def test_a_worker_writes_and_its_parent_records(path):
         code = f"""
 from rapidindex.store import Store
 from tests.store.content import content
-print(Store.open({str(path)!r}).rows("sentence").write_shard(4, **content(["a"])))
+print(Store.open({str(path)!r}).rows("sentence").write_shard(4, content(["a"])))
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         store.record_shard("sentence", done.stdout.strip())
@@ -371,7 +402,7 @@ def test_recording_a_shard_twice_changes_nothing(path):
 def test_a_shard_with_a_stored_example_is_not_recorded(path):
     store = make(path, "abc")
     with store.lock():
-        name = store.rows("sentence").write_shard(1, **content(["d", "b"]))
+        name = store.rows("sentence").write_shard(1, content(["d", "b"]))
         with pytest.raises(StoreError, match="holds example b, which is stored in shard-00000.h5"):
             store.record_shard("sentence", name)
     assert Store.open(path).rows("sentence").ids == list("abc")
@@ -380,14 +411,14 @@ def test_a_shard_with_a_stored_example_is_not_recorded(path):
 def test_a_shard_number_is_not_used_twice(path):
     rows = make(path, "abc").rows("sentence")
     with pytest.raises(StoreError, match="never overwritten"):
-        rows.write_shard(0, **content(["d"]))
-    assert rows.write_shard(rows.next_number(), **content(["d"])) == "shard-00001.h5"
+        rows.write_shard(0, content(["d"]))
+    assert rows.write_shard(rows.next_number(), content(["d"])) == "shard-00001.h5"
     assert rows.next_number() == 2
 
 
 def test_finished_shards_that_are_not_listed_are_adopted_under_the_lock(path):
     store = create(path)
-    store.rows("sentence").write_shard(3, **content(["a", "b"]))
+    store.rows("sentence").write_shard(3, content(["a", "b"]))
     opened = Store.open(path)
     assert opened.rows("sentence").ids == []
     with opened.lock():
@@ -402,7 +433,7 @@ def test_a_shard_that_is_not_sound_is_left_alone_and_not_adopted(path, tmp_path,
         make(tmp_path / "other", "de")
         shutil.copy(tmp_path / "other/sentence/shard-00000.h5", file)
     else:
-        store.rows("sentence").write_shard(1, **content(["c" if fault == "duplicate" else "d"]))
+        store.rows("sentence").write_shard(1, content(["c" if fault == "duplicate" else "d"]))
     if fault == "flipped":
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     with store.lock():
