@@ -32,14 +32,14 @@ FAINTEST = 0.4
 QUERIES = 64
 """Of each kind: 640 rows to be found at recall@10, so that .99 is measured to within about .004."""
 DEPTHS = (10, 100)
-MOST_CANDIDATES = 2**15
+MAX_CANDIDATES = 2**15
 """A search that would have to look at more rows, or at a quarter of them all, scans instead."""
-_LEAST_CANDIDATES, _ROUNDING = 32, 1e-6
+_MIN_CANDIDATES, _ROUNDING = 32, 1e-6
 _TIES = 28  # rows beyond the deepest: rows that score as much as the last one count as found, too
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutQueries:
     """Queries of both kinds, and their exact answers in both directions."""
 
     queries: Float32[np.ndarray, "queries K"]
@@ -59,7 +59,7 @@ class Calibration:
     """A row is looked at where its estimated score comes within this of the answer's last one, in lengths of the query.
     None: too many rows would be, or none reached the target, so searches are exact."""
     candidates: int
-    """QueryInfo of the index first, for 10 rows: enough for nine tenths of the held-out queries."""
+    """Candidates taken from the index at first, for 10 rows: enough for nine tenths of the held-out queries."""
     rows_read: list[float]
     """By held-out queries for 10 rows: the median, and the mean; an exact scan counts as all rows."""
     lists: int | None
@@ -80,7 +80,7 @@ class Calibration:
         return min(self.recall_at_10, self.recall_at_100) if k < DEPTHS[1] else self.recall_at_100
 
 
-Find = Callable[
+CandidateSearch = Callable[
     [Float32[np.ndarray, "queries K"], int, int | None],
     tuple[Float32[np.ndarray, "queries count"], Int64[np.ndarray, "queries count"]],
 ]
@@ -88,9 +88,9 @@ Find = Callable[
 opponents), and the rows' numbers: -1 for rows that were removed, and, beside -inf, where the index has no more."""
 
 
-def held_out(
+def draw_held_out(
     rows: Rows, *, seed: int, device: str = "cpu", threads: int | None = None, queries: int = QUERIES
-) -> HeldOut | None:
+) -> HeldOutQueries | None:
     """Draw `queries` of each kind and find their exact answers in one pass over the rows.
 
     None where fewer than two examples have live rows: there is nothing to measure then.
@@ -109,39 +109,41 @@ def held_out(
     drawn = np.concatenate([taken, share * taken + np.sqrt(1 - share**2) * noise])
     kinds = [kind for kind in KINDS for _ in alone]
     left_out = [np.flatnonzero(rows.example == example) for example in rows.example[alone]] * len(KINDS)
-    return HeldOut(drawn, kinds, left_out, _answers(rows, drawn, left_out, device, threads))
+    return HeldOutQueries(drawn, kinds, left_out, _answers(rows, drawn, left_out, device, threads))
 
 
-def most_candidates(rows: int) -> int:
+def max_candidates(rows: int) -> int:
     """Of so many rows: looking at more of them would cost as much as scanning all, which reads them in their order."""
-    return min(MOST_CANDIDATES, rows // 4)
+    return min(MAX_CANDIDATES, rows // 4)
 
 
-def calibrate(find: Find, held_out: HeldOut, *, largest: bool, target: float, lists: int, rows: int) -> Calibration:
+def calibrate(
+    find: CandidateSearch, held_out: HeldOutQueries, *, largest: bool, target: float, lists: int, rows: int
+) -> Calibration:
     """The smallest margin, and the fewest of an IVF index's `lists`, at which recall@10 reaches `target`.
 
     One deep search tells how far below the answer's last score each of its rows is estimated, and so what any margin
     finds. A search for as few candidates as nine tenths of the queries need confirms it: a graph that is asked for less
     looks less far.
     """
-    most = max(1, most_candidates(rows))
+    most = max(1, max_candidates(rows))
     visited = _enough_lists(find, held_out, largest, target, lists, most) if lists else None
     found = find(held_out.queries, most, visited)
-    seen, deeper = (_Seen.of(held_out, found, k, largest) for k in DEPTHS)
+    seen, deeper = (_AnswerEstimates.of(held_out, found, k, largest) for k in DEPTHS)
     margins = [float(np.quantile(each, target, method="inverted_cdf")) for each in seen.by_kind(seen.below)]
     margin = max(0.0, *margins) + _ROUNDING
     read = seen.rows_read(found, margin, rows)
     if np.isinf(margin) or np.median(read) >= rows:
-        at_10, at_100 = (each.among_candidates() for each in (seen, deeper))
+        at_10, at_100 = (each.recall_among_candidates() for each in (seen, deeper))
         return _calibration(None, most, read, visited, at_10, at_100, held_out, rows)
-    candidates = int(np.clip(np.quantile(read, 0.9), min(_LEAST_CANDIDATES, most), most))
+    candidates = int(np.clip(np.quantile(read, 0.9), min(_MIN_CANDIDATES, most), most))
     while True:
-        first = _Seen.of(held_out, find(held_out.queries, candidates, visited), DEPTHS[0], largest)
-        at_10 = first.unless_finished(margin, seen).within(margin)
+        first = _AnswerEstimates.of(held_out, find(held_out.queries, candidates, visited), DEPTHS[0], largest)
+        at_10 = first.after_continuing(margin, seen).recall_within(margin)
         if min(at_10.values()) >= target or candidates == most:
             break
         candidates = min(most, 2 * candidates)
-    at_100 = deeper.within(margin)
+    at_100 = deeper.recall_within(margin)
     reached = margin if min(at_10.values()) >= target else None
     return _calibration(reached, candidates, read, visited, at_10, at_100, held_out, rows)
 
@@ -153,7 +155,7 @@ def _calibration(
     lists: int | None,
     at_10: dict[str, float],
     at_100: dict[str, float],
-    held_out: HeldOut,
+    held_out: HeldOutQueries,
     rows: int,
 ) -> Calibration:
     return Calibration(
@@ -170,7 +172,7 @@ def _calibration(
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _AnswerEstimates:
     """Where the estimates of the true k best lie, in lengths of each query."""
 
     kinds: list[str]
@@ -183,7 +185,9 @@ class _Seen:
     """The worst candidate's estimate."""
 
     @classmethod
-    def of(cls, held_out: HeldOut, found: tuple[np.ndarray, np.ndarray], k: int, largest: bool) -> "_Seen":
+    def of(
+        cls, held_out: HeldOutQueries, found: tuple[np.ndarray, np.ndarray], k: int, largest: bool
+    ) -> "_AnswerEstimates":
         last, below, bound = [], [], []
         for query, (scores, rows), estimates, numbers in zip(
             held_out.queries, held_out.answers[largest], *found, strict=True
@@ -209,17 +213,17 @@ class _Seen:
         within = (found[0] >= lowest[:, None]).sum(axis=1)
         return np.where(self.bound >= lowest, rows, within)
 
-    def unless_finished(self, margin: float, more: "_Seen") -> "_Seen":
+    def after_continuing(self, margin: float, more: "_AnswerEstimates") -> "_AnswerEstimates":
         """With `more`, seen among more candidates, of the queries whose search would go on after these."""
         goes_on = self.bound >= self.last - margin
         below = [b if again else a for a, b, again in zip(self.below, more.below, goes_on, strict=True)]
-        return _Seen(self.kinds, self.last, below, self.bound)
+        return _AnswerEstimates(self.kinds, self.last, below, self.bound)
 
-    def within(self, margin: float) -> dict[str, float]:
+    def recall_within(self, margin: float) -> dict[str, float]:
         """The recall of each kind that a search with this margin has."""
         return self._shares([each <= margin for each in self.below])
 
-    def among_candidates(self) -> dict[str, float]:
+    def recall_among_candidates(self) -> dict[str, float]:
         """The recall of each kind where all candidates are looked at, and no more."""
         reach = self.last - self.bound
         return self._shares([each < most for each, most in zip(self.below, reach, strict=True)])
@@ -243,12 +247,14 @@ def _answers(
     return answers
 
 
-def _enough_lists(find: Find, held_out: HeldOut, largest: bool, target: float, lists: int, candidates: int) -> int:
+def _enough_lists(
+    find: CandidateSearch, held_out: HeldOutQueries, largest: bool, target: float, lists: int, candidates: int
+) -> int:
     """The fewest lists whose rows hold enough of the answers; all where even those do not."""
     visited = max(1, lists // 64)
     while visited < lists:
-        found = _Seen.of(held_out, find(held_out.queries, candidates, visited), DEPTHS[0], largest)
-        if min(found.among_candidates().values()) >= target:
+        found = _AnswerEstimates.of(held_out, find(held_out.queries, candidates, visited), DEPTHS[0], largest)
+        if min(found.recall_among_candidates().values()) >= target:
             return visited
         visited *= 2
     return lists

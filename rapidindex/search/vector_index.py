@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float32, Int64
 
 from rapidindex.errors import ResourceError, StoreError, UsageError
 from rapidindex.progress import Progress, silent
-from rapidindex.search.calibration import calibrate, held_out, most_candidates
+from rapidindex.search.calibration import calibrate, draw_held_out, max_candidates
 from rapidindex.search.exact import (
     SearchResult,
     checked_queries,
@@ -103,9 +103,9 @@ class VectorIndex:
         device = _device(chosen, gpu)
         metadata = IndexMetadata(factory, chosen, dim, rows.K, rows.shards, live, target_recall, seed)
         if chosen == EXACT or not live:
-            return cls(rows, metadata, None, device=device, threads=threads)._published()
+            return cls(rows, metadata, None, device=device, threads=threads)._publish()
         ann = AnnIndex.create(chosen, dim, gpu=gpu, threads=threads)
-        _check_room(rows, live * ann.bytes_per_row())
+        _check_space(rows, live * ann.bytes_per_row())
         if not ann.is_trained:
             progress("train the index", 0, 1)
             ann.train(_training_rows(rows, max(_TRAIN_ROWS, _TRAIN_PER_LIST * ann.lists), dim, seed))
@@ -113,7 +113,7 @@ class VectorIndex:
         index = cls(rows, metadata, ann, device=device, threads=threads)
         index._add(rows.live_mask, progress)
         index._measure(progress)
-        return index._published()
+        return index._publish()
 
     @classmethod
     def open(cls, rows: Rows, *, gpu: bool = False, threads: int | None = None) -> "VectorIndex | None":
@@ -145,12 +145,12 @@ class VectorIndex:
         if metadata is None:
             return cls.build(rows, threads=threads, progress=progress)
         live = int(np.count_nonzero(rows.live_mask))
-        chosen = metadata.asked or default_factory(live, rows.K)
+        chosen = metadata.requested_factory or default_factory(live, rows.K)
         if not metadata.file or chosen != metadata.factory or not metadata.covers(rows):
             options = {"dim": metadata.dim, "target_recall": metadata.target_recall, "seed": metadata.seed}
-            return cls.build(rows, factory=metadata.asked, **options, threads=threads, progress=progress)
+            return cls.build(rows, factory=metadata.requested_factory, **options, threads=threads, progress=progress)
         index = cls(rows, metadata, _load(rows, metadata, to_add=True, threads=threads), threads=threads)
-        lacking = index._lacking()
+        lacking = index._missing()
         if metadata.shards == rows.shards and not lacking.any():
             return index
         index.metadata = replace(metadata, shards=rows.shards, live=live)
@@ -158,7 +158,7 @@ class VectorIndex:
         measured = metadata.proponents.rows if metadata.proponents else 0
         if live > REMEASURE_GROWTH * measured:
             index._measure(progress)
-        return index._published()
+        return index._publish()
 
     def search(self, queries: np.ndarray, k: int, *, largest: bool = True) -> SearchResult:
         """The k live rows of the largest (or smallest) inner product with each of `queries` [queries, K].
@@ -174,7 +174,7 @@ class VectorIndex:
         if self.stale:
             raise StoreError(f"The search index is out of date: {self.stale}.", hint=rebuild_hint(self.rows.path))
         live = int(np.count_nonzero(self.rows.live_mask))
-        most = most_candidates(live)
+        most = max_candidates(live)
         scores, found = padding(len(queries), k, largest)
         left, count, seconds = list(range(len(queries))), calibration.candidates * max(k, 10) // 10, [0.0, 0.0]
         while left and k <= most:
@@ -223,7 +223,7 @@ class VectorIndex:
     def _candidates(
         self, queries: np.ndarray, count: int, lists: int | None, largest: bool
     ) -> tuple[Float32[np.ndarray, "queries count"], Int64[np.ndarray, "queries count"]]:
-        """See `recall.Find`."""
+        """See `calibration.CandidateSearch`."""
         assert self._ann is not None
         units = queries / _lengths(queries)[:, None] * (1 if largest else -1)
         folded = np.ascontiguousarray(fold(units, self.metadata.dim), dtype=np.float32)
@@ -257,7 +257,7 @@ class VectorIndex:
         best = order[top(scores[order], k, largest)]
         return scores[best], seen[best]
 
-    def _lacking(self) -> Bool[np.ndarray, " n"]:
+    def _missing(self) -> Bool[np.ndarray, " n"]:
         """The live rows that FAISS's index does not hold."""
         assert self._ann is not None
         lacking = self.rows.live_mask.copy()
@@ -283,7 +283,7 @@ class VectorIndex:
         """Measure recall in both directions, and settle what a search needs to reach the target."""
         assert self._ann is not None
         progress("measure recall", 0, 2)
-        known = held_out(self.rows, seed=self.metadata.seed, device=self._device, threads=self._threads)
+        known = draw_held_out(self.rows, seed=self.metadata.seed, device=self._device, threads=self._threads)
         if known is None:
             return
         settled = []
@@ -301,7 +301,7 @@ class VectorIndex:
             progress("measure recall", done, 2)
         self.metadata = replace(self.metadata, proponents=settled[0], opponents=settled[1])
 
-    def _published(self) -> "VectorIndex":
+    def _publish(self) -> "VectorIndex":
         """Write FAISS's file under a new name, then the metadata that names it; delete files that it does not name."""
         folder = self.rows.path
         folder.mkdir(exist_ok=True)
@@ -360,7 +360,7 @@ def _device(factory: str, gpu: bool) -> str:
     return "cuda"
 
 
-def _check_room(rows: Rows, needed: int) -> None:
+def _check_space(rows: Rows, needed: int) -> None:
     """ResourceError where the index cannot fit into memory or on the disk: before the rows are read, not after."""
     memory, free = sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE"), shutil.disk_usage(rows.path).free
     for what, there in (("memory", memory), ("disk space", free)):

@@ -10,7 +10,7 @@ import pytest
 
 from rapidindex.errors import DamagedIndex, QueryError, ResourceError, StoreError, UsageError
 from rapidindex.search import metadata, vector_index
-from rapidindex.search.calibration import KINDS, calibrate, held_out
+from rapidindex.search.calibration import KINDS, calibrate, draw_held_out
 from rapidindex.search.exact import exact_search, scores_of
 from rapidindex.search.vector_index import EXACT_MAX_ENTRIES, VectorIndex, default_factory, fold
 from rapidindex.store import Store
@@ -199,7 +199,7 @@ def test_each_direction_has_the_smallest_margin_that_reaches_the_target(store):
 @pytest.mark.parametrize("largest", [True, False])
 def test_the_margin_is_the_smallest_that_a_search_confirms(tmp_path, largest):
     rows = make_store(tmp_path / "index", gradients(2000, K)).rows("sentence")
-    known, folded = held_out(rows, seed=0), fold(rows.take(range(2000)), 64)
+    known, folded = draw_held_out(rows, seed=0), fold(rows.take(range(2000)), 64)
 
     def find(queries, count, lists):
         units = queries / np.linalg.norm(queries, axis=1, keepdims=True) * (1 if largest else -1)
@@ -276,7 +276,7 @@ def test_a_target_out_of_reach_falls_back_to_the_exact_scan(store, queries):
 
 def test_held_out_queries_leave_out_every_row_of_the_examples_they_are_made_of(tmp_path):
     rows = make_store(tmp_path / "index", gradients(60, K), per_shard=30, rows_per_example=5).rows("sentence")
-    known = held_out(rows, seed=0)
+    known = draw_held_out(rows, seed=0)
     assert known.kinds == ["left out"] * 12 + ["faint"] * 12
     assert [len(excluded) for excluded in known.left_out] == [5] * 24
     for query, excluded, kind in zip(known.queries, known.left_out, known.kinds, strict=True):
@@ -306,14 +306,14 @@ def test_the_default_is_exact_for_small_stores_and_compact_beyond():
 
 def test_the_default_for_a_small_store_writes_no_faiss_file(store, queries):
     made = VectorIndex.build(store.rows("sentence"))
-    assert (made.metadata.factory, made.metadata.file, made.metadata.asked) == ("exact", None, None)
+    assert (made.metadata.factory, made.metadata.file, made.metadata.requested_factory) == ("exact", None, None)
     assert made.search(queries, 3).method == "exact"
 
 
 def test_the_default_for_a_large_store_is_the_compact_index(store, monkeypatch):
     monkeypatch.setattr(vector_index, "EXACT_MAX_ENTRIES", N * K // 2)
     made = VectorIndex.build(store.rows("sentence"), target_recall=0.9)
-    assert (made.metadata.factory, made.metadata.dim, made.metadata.asked) == ("HR,RaBitQ", K, None)
+    assert (made.metadata.factory, made.metadata.dim, made.metadata.requested_factory) == ("HR,RaBitQ", K, None)
     assert made.metadata.file_bytes / N < K // 8 + 30
 
 
@@ -527,7 +527,7 @@ def test_other_rows_in_the_place_of_those_indexed_are_noticed_and_indexed_anew(s
     np.testing.assert_array_equal(anew.search(queries, 3).rows, N - 1 - made.search(queries, 3).rows)
 
 
-def test_a_rebuild_leaves_one_card_and_one_file(store):
+def test_a_rebuild_leaves_one_metadata_file_and_one_file(store):
     rows = store.rows("sentence")
     (rows.path / "ann.deadbeef.faiss").write_bytes(b"left by a build that was killed")
     for factory in ("Flat", "SQ8"):
@@ -575,7 +575,7 @@ def test_a_byte_changed_in_the_file_is_found_by_reading_it_through(store):
         made.metadata.verify(rows.path)
 
 
-def test_a_changed_card_is_damage(store):
+def test_changed_metadata_is_damage(store):
     rows = store.rows("sentence")
     VectorIndex.build(rows)
     path = rows.path / "ann.json"
@@ -631,12 +631,19 @@ def test_readers_are_undisturbed_while_the_index_is_rebuilt(store, queries):
         assert min(min(reader.result()) for reader in readers) >= 0.85
 
 
-def test_a_card_of_another_version_says_what_to_type(tmp_path):
+def test_the_metadata_keeps_the_key_of_earlier_versions_for_the_requested_factory(store):
+    rows = store.rows("sentence")
+    VectorIndex.build(rows, factory="exact")
+    assert read_json(rows.path / metadata.NAME)["asked"] == "exact"
+    assert VectorIndex.open(rows).metadata.requested_factory == "exact"
+
+
+def test_metadata_of_another_version_says_what_to_type(tmp_path):
     rows = make_store(tmp_path / "index", gradients(60, K)).rows("sentence")
     VectorIndex.build(rows, factory="Flat", dim=K, target_recall=0.5)
-    said = read_json(rows.path / metadata.NAME)
-    write_json(rows.path / metadata.NAME, {**said, "proponents": {"overfetch": 3}})
-    with pytest.raises(DamagedIndex, match="of another version") as error:
+    fields = read_json(rows.path / metadata.NAME)
+    write_json(rows.path / metadata.NAME, {**fields, "proponents": {"overfetch": 3}})
+    with pytest.raises(DamagedIndex, match="another version wrote it") as error:
         VectorIndex.open(rows)
     assert error.value.hint == f"Type `rapidindex index {tmp_path / 'index'}`."
     VectorIndex.build(rows, factory="Flat", dim=K, target_recall=0.5)
