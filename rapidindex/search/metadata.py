@@ -53,6 +53,20 @@ class IndexMetadata:
         """Return whether `rows` still start with the indexed shards, so that row numbers agree; more may follow."""
         return rows.K == self.K and rows.shards[: len(self.shards)] == self.shards
 
+    def stale(self, rows: Rows) -> str | None:
+        """Return in words how the index and the stored `rows` differ; None where they agree, or searches are exact."""
+        if not self.file or self.shards == rows.shards:
+            return None
+        if self.covers(rows):
+            return f"it lacks the {len(rows) - self.rows:,} newest rows"
+        return "its rows were replaced by others"
+
+    def describe(self, rows: Rows) -> dict[str, Any]:
+        """Return plain data: the metadata without shards and checksum, the number of rows, and whether it is stale."""
+        fields = self._as_json()
+        del fields["shards"], fields["file_sha256"]
+        return {**fields, "rows": self.rows, "stale": self.stale(rows)}
+
     def verify(self, folder: Path) -> None:
         """Read FAISS's file in `folder` and compare its checksum. Raises DamagedIndex."""
         if self.file is None:

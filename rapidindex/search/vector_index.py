@@ -17,7 +17,7 @@ import secrets
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from os import sysconf
 from typing import Any
@@ -204,18 +204,12 @@ class VectorIndex:
 
     @property
     def stale(self) -> str | None:
-        """What the index holds that the rows do not, or the other way round, in words; None where they agree."""
-        if not self.metadata.file or self.metadata.shards == self.rows.shards:
-            return None
-        if self.metadata.covers(self.rows):
-            return f"it lacks the {len(self.rows) - self.metadata.rows:,} newest rows"
-        return "its rows were replaced by others"
+        """How the index and its rows differ; see `IndexMetadata.stale`."""
+        return self.metadata.stale(self.rows)
 
     def describe(self) -> dict[str, Any]:
-        """The metadata, without its list of shards, as plain data, and whether it is stale."""
-        said = asdict(self.metadata)
-        del said["shards"], said["file_sha256"]
-        return {**said, "rows": self.metadata.rows, "stale": self.stale}
+        """Return the metadata as plain data; see `IndexMetadata.describe`."""
+        return self.metadata.describe(self.rows)
 
     def _exact(self, queries: np.ndarray, k: int, largest: bool) -> SearchResult:
         return exact_search(self.rows, queries, k, largest=largest, device=self._device, threads=self._threads)

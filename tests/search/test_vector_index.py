@@ -538,9 +538,20 @@ def test_a_rebuild_leaves_one_metadata_file_and_one_file(store):
 
 
 def test_describe_is_plain_data(built):
-    said = json.loads(json.dumps(built.describe()))
-    assert said["factory"] == built.metadata.factory and said["rows"] == N and said["stale"] is None
-    assert said["proponents"]["recall_at_10"] >= 0.95 and set(said["opponents"]["by_kind"]) == {"left out", "faint"}
+    described = json.loads(json.dumps(built.describe()))
+    assert described["factory"] == built.metadata.factory and described["rows"] == N and described["stale"] is None
+    assert described["asked"] == built.metadata.requested_factory
+    assert described["proponents"]["recall_at_10"] >= 0.95
+    assert set(described["opponents"]["by_kind"]) == {"left out", "faint"}
+
+
+def test_the_metadata_is_described_without_faiss(store, monkeypatch):
+    described = VectorIndex.build(store.rows("sentence"), factory="Flat", dim=DIM, target_recall=0.9).describe()
+    append(store, gradients(100, K, seed=5))
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    rows = store.rows("sentence")
+    later = metadata.IndexMetadata.read(rows.path).describe(rows)
+    assert later == {**described, "stale": "it lacks the 100 newest rows"}
 
 
 # Damage
