@@ -63,6 +63,15 @@ def default_factory(rows: int, K: int) -> str:
     return EXACT if rows * K <= EXACT_MAX_ENTRIES else DEFAULT_FACTORY
 
 
+def search_index_bytes(rows: int, K: int) -> int:
+    """Return roughly how many bytes, on disk and in memory, the default index of `rows` rows of length K takes.
+
+    0 where the default is to scan the rows. Raises ResourceError where FAISS is needed and missing.
+    """
+    factory = default_factory(rows, K)
+    return 0 if factory == EXACT else rows * AnnIndex.create(factory, min(DIM, K)).bytes_per_row()
+
+
 class VectorIndex:
     """The vector index over `rows`. Searches may run in any number of threads and processes at once."""
 

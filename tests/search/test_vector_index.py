@@ -12,7 +12,13 @@ from rapidindex.errors import DamagedIndex, QueryError, ResourceError, StoreErro
 from rapidindex.search import metadata, vector_index
 from rapidindex.search.calibration import KINDS, calibrate, draw_held_out
 from rapidindex.search.exact import exact_search, scores_of
-from rapidindex.search.vector_index import EXACT_MAX_ENTRIES, VectorIndex, default_factory, fold
+from rapidindex.search.vector_index import (
+    EXACT_MAX_ENTRIES,
+    VectorIndex,
+    default_factory,
+    fold,
+    search_index_bytes,
+)
 from rapidindex.store import Store
 from rapidindex.store.folder import read_json, write_json
 from tests.search.stores import append, gradients, make_store, remove, spoil
@@ -302,6 +308,12 @@ def test_the_default_is_exact_for_small_stores_and_compact_beyond():
     rows = EXACT_MAX_ENTRIES // 65_536
     assert default_factory(rows, 65_536) == "exact"
     assert default_factory(rows + 1, 65_536) == "HR,RaBitQ"
+
+
+def test_the_default_index_says_its_size_before_it_is_built():
+    rows = EXACT_MAX_ENTRIES // 65_536
+    assert search_index_bytes(rows, 65_536) == 0
+    assert (rows + 1) * 2048 < search_index_bytes(rows + 1, 65_536) < (rows + 1) * 2100  # one bit a dimension of 16,384
 
 
 def test_the_default_for_a_small_store_writes_no_faiss_file(store, queries):
