@@ -85,11 +85,6 @@ def check_factory(factory: str, dim: int, rows: int) -> None:
     _make(factory, dim)
 
 
-def faiss_version() -> str:
-    """FAISS's version."""
-    return load_faiss().__version__
-
-
 class AnnIndex:
     """Folded rows under their row numbers, searched by inner product. Concurrent searches are safe."""
 

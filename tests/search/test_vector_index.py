@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from rapidindex.errors import DamagedIndex, QueryError, ResourceError, StoreError, UsageError
-from rapidindex.search import metadata, vector_index
+from rapidindex.search import metadata
 from rapidindex.search.calibration import KINDS, calibrate, draw_held_out
-from rapidindex.search.exact import exact_search, scores_of
+from rapidindex.search.exact import exact_search
 from rapidindex.search.vector_index import (
     EXACT_MAX_ENTRIES,
     VectorIndex,
@@ -21,7 +21,7 @@ from rapidindex.search.vector_index import (
 )
 from rapidindex.store import Store
 from rapidindex.store.folder import read_json, write_json
-from tests.search.stores import append, gradients, make_store, remove, spoil
+from tests.search.stores import CountedRows, append, gradients, make_store, remove, spoil
 
 N, K, DIM = 1500, 256, 128
 # The share of the exact answer to be found by searches that promise .95 of it, over queries other than those measured.
@@ -238,17 +238,13 @@ def test_the_margin_is_the_smallest_that_a_search_confirms(tmp_path, largest):
     assert slow.candidates > 1.5 * made.candidates and slow.recall_at_10 >= 0.8
 
 
-def test_a_query_whose_best_rows_stand_out_reads_fewer_of_them(compact, monkeypatch):
-    read = []
-    monkeypatch.setattr(
-        vector_index, "scores_of", lambda rows, n, query: read.append(len(n)) or scores_of(rows, n, query)
-    )
+def test_a_query_whose_best_rows_stand_out_reads_fewer_of_them(compact):
     faint = np.random.default_rng(1).standard_normal((1, K)).astype(np.float32)
     counts = []
     for query in (compact.rows.take([3]), faint):
-        read.clear()
-        compact.search(query, 1)
-        counts.append(sum(read))
+        rows = CountedRows(compact.rows)
+        assert VectorIndex.open(rows).search(query, 1).method == "ann"
+        counts.append(rows.read_singly)
     assert 0 < counts[0] < counts[1]
 
 
@@ -284,13 +280,13 @@ def test_held_out_queries_leave_out_every_row_of_the_examples_they_are_made_of(t
     rows = make_store(tmp_path / "index", gradients(60, K), per_shard=30, rows_per_example=5).rows("sentence")
     known = draw_held_out(rows, seed=0)
     assert known.kinds == ["left out"] * 12 + ["faint"] * 12
-    assert [len(excluded) for excluded in known.left_out] == [5] * 24
-    for query, excluded, kind in zip(known.queries, known.left_out, known.kinds, strict=True):
+    assert [len(excluded) for excluded in known.excluded] == [5] * 24
+    for query, excluded, kind in zip(known.queries, known.excluded, known.kinds, strict=True):
         scores, _ = known.answers[True][known.queries.tolist().index(query.tolist())]
         if kind == "left out":
             assert exact_search(rows, query[None], 1).rows[0, 0] in excluded
         assert scores[0] < exact_search(rows, query[None], 1).scores[0, 0]
-    for (_, found), excluded in zip(known.answers[True] + known.answers[False], known.left_out * 2, strict=True):
+    for (_, found), excluded in zip(known.answers[True] + known.answers[False], known.excluded * 2, strict=True):
         assert len(found) == 60 - len(excluded) and not np.isin(found, excluded).any()
 
 
@@ -322,9 +318,8 @@ def test_the_default_for_a_small_store_writes_no_faiss_file(store, queries):
     assert made.search(queries, 3).method == "exact"
 
 
-def test_the_default_for_a_large_store_is_the_compact_index(store, monkeypatch):
-    monkeypatch.setattr(vector_index, "EXACT_MAX_ENTRIES", N * K // 2)
-    made = VectorIndex.build(store.rows("sentence"), target_recall=0.9)
+def test_the_default_for_a_large_store_is_the_compact_index(store):
+    made = VectorIndex.build(store.rows("sentence"), target_recall=0.9, exact_max_entries=N * K // 2)
     assert (made.metadata.factory, made.metadata.dim, made.metadata.requested_factory) == ("HR,RaBitQ", K, None)
     assert made.metadata.file_bytes / N < K // 8 + 30
 
@@ -393,10 +388,11 @@ def test_rows_that_are_not_finite_are_refused(tmp_path):
         VectorIndex.build(store.rows("sentence"), factory="Flat")
 
 
-def test_an_index_larger_than_the_memory_is_refused_before_the_rows_are_read(store, monkeypatch):
-    monkeypatch.setattr(vector_index, "sysconf", lambda name: 64)
+def test_an_index_larger_than_the_memory_is_refused_before_the_rows_are_read(store):
+    rows = CountedRows(store.rows("sentence"))
     with pytest.raises(ResourceError, match="GiB of memory.*HR,RaBitQ"):
-        VectorIndex.build(store.rows("sentence"), factory="HNSW16")
+        VectorIndex.build(rows, factory=f"HNSW{2**28}")  # 2 GiB of links a row
+    assert not rows.passes and not rows.read_singly
 
 
 # FAISS itself
@@ -518,13 +514,13 @@ def test_an_update_builds_where_there_is_none_or_none_can_be_added_to(store, tmp
     assert VectorIndex.update(empty.rows("sentence")).metadata.file
 
 
-def test_an_exact_index_is_never_stale_and_becomes_compact_when_it_has_grown(store, queries, monkeypatch):
+def test_an_exact_index_is_never_stale_and_becomes_compact_when_it_has_grown(store, queries):
     VectorIndex.build(store.rows("sentence"))
     append(store, gradients(100, K, seed=5))
     grown = VectorIndex.open(store.rows("sentence"))
     assert grown.stale is None and grown.search(queries, 3).n == N + 100
-    monkeypatch.setattr(vector_index, "EXACT_MAX_ENTRIES", N * K // 2)
-    assert VectorIndex.update(store.rows("sentence")).metadata.factory == "HR,RaBitQ"
+    updated = VectorIndex.update(store.rows("sentence"), exact_max_entries=N * K // 2)
+    assert (updated.metadata.factory, updated.metadata.requested_factory) == ("HR,RaBitQ", None)
 
 
 def test_other_rows_in_the_place_of_those_indexed_are_noticed_and_indexed_anew(store, tmp_path, values, queries):
