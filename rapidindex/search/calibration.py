@@ -1,21 +1,22 @@
-"""Which share of the exact answer an approximate index finds, and how many candidates it takes to find enough.
+"""How many candidates an approximate index needs to find most of the exact answer, and the share that it finds.
 
-An index estimates scores. The error of its estimates is that of a fold and of few bits, much the same for every query
-in proportion to its length. So the candidates that are looked at are those whose estimates come within a margin of the
-answer's last score: few where the best rows stand out, many where they do not. The margin is measured; RaBitQ's own
-error bound (Gao and Long, 2024) knows nothing of the fold.
+An index estimates scores. Its errors come from the fold and from keeping few bits, and are much the same for every
+query in proportion to the query's length. So a search reads the candidates whose estimates come within a margin of the
+k-th best score: few where the best rows stand out, many where they do not. The margin is measured, because RaBitQ's own
+error bound (Gao and Long, 2024) does not cover the fold.
 
-Held-out queries. A real query is the gradient of a prompt and an answer that are not among the stored examples,
-computed by the same recipe. Two kinds stand in for it, made of a stored row whose example is taken out of all answers:
+Recall is measured with held-out queries. A real query is the gradient of a prompt and an answer that are not among the
+stored examples, computed by the same recipe. Two kinds stand in for it. Each is made from a stored row, and the rows of
+that row's example then count in no answer:
 
-    left out   the row itself: just what a further example of the same data would meet
-    faint      c of the row and white noise for the rest of its length, c drawn evenly from .4 to 1: much of a single
+    left out   the row itself: the query that another example of the same data would give
+    faint      c times the row, plus white noise that restores its length, c uniform in [.4, 1]: much of a single
                token's gradient lies in no row's direction
 
-Over 9,225 real rows (SmolLM2, LoRA, K = 65,536; 50 real queries of each sort) the scores of left out rows have a
+Over 9,225 real rows (SmolLM2, LoRA, K = 65,536; 50 real queries of each sort) the scores of left-out rows have a
 standard deviation of .0223 (median) and those of whole answers .0221. Those of single tokens have .0158, from .52 of
-the rows' for the lowest tenth to .86 for the upper quarter: c is drawn to match. An index counts as no better than it
-is on the worse kind. Knows vectors, not text.
+the rows' for the lowest tenth to .86 for the upper quarter: the range of c matches that. The recall of an index is its
+recall for the worse kind. Knows vectors, not text.
 """
 
 from collections.abc import Callable
@@ -30,137 +31,128 @@ from rapidindex.store import Rows
 KINDS = ("left out", "faint")
 FAINTEST = 0.4
 QUERIES = 64
-"""Of each kind: 640 rows to be found at recall@10, so that .99 is measured to within about .004."""
+"""Held-out queries of each kind: 640 rows to find at recall@10, which measures .99 to within about .004."""
 DEPTHS = (10, 100)
-MOST_CANDIDATES = 2**15
-"""A search that would have to look at more rows, or at a quarter of them all, scans instead."""
-_LEAST_CANDIDATES, _ROUNDING = 32, 1e-6
-_TIES = 28  # rows beyond the deepest: rows that score as much as the last one count as found, too
+"""The k at which recall is measured."""
+MAX_CANDIDATES = 2**15
+"""A search that would read more rows than this, or a quarter of them all, scans instead."""
+_MIN_CANDIDATES, _ROUNDING = 32, 1e-6
+_TIES = 28  # rows kept beyond the deepest k, because any row that ties with the k-th counts as found
+
+Answer = tuple[Float32[np.ndarray, " n"], Int64[np.ndarray, " n"]]
+"""Scores and numbers of the best rows for one query, best first."""
+Candidates = tuple[Float32[np.ndarray, "queries count"], Int64[np.ndarray, "queries count"]]
+"""Estimated scores, best first, in lengths of the query (of minus the query for opponents), and row numbers. The number
+is -1 for a removed row and, with the estimate -inf, where the index holds no more rows."""
+CandidateSearch = Callable[[Float32[np.ndarray, "queries K"], int, int | None], Candidates]
+"""A search of an index: (queries, number of candidates, lists to visit) → candidates."""
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutQueries:
     """Queries of both kinds, and their exact answers in both directions."""
 
     queries: Float32[np.ndarray, "queries K"]
     kinds: list[str]
     """The kind of each query."""
-    left_out: list[Int64[np.ndarray, " _"]]
-    """For each query the rows that count in no answer: all that belong to the example it is made of."""
-    answers: dict[bool, list[tuple[Float32[np.ndarray, " _"], Int64[np.ndarray, " _"]]]]
-    """For True (proponents) and False (opponents), for each query: scores and numbers of the best rows, best first."""
+    excluded: list[Int64[np.ndarray, " _"]]
+    """For each query the rows of the example that it is made from; they count in no answer."""
+    answers: dict[bool, list[Answer]]
+    """The answer to each query, for True (proponents) and False (opponents)."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured for one direction, and what a search does about it."""
+    """What was measured in one direction. Searches in that direction follow it."""
 
     margin: float | None
-    """A row is looked at where its estimated score comes within this of the answer's last one, in lengths of the query.
-    None: too many rows would be, or none reached the target, so searches are exact."""
+    """A search reads the rows whose estimates come within this of the k-th best score, in lengths of the query. None
+    where a search would read too many rows, or no margin reached the target: searches are exact then."""
     candidates: int
-    """QueryInfo of the index first, for 10 rows: enough for nine tenths of the held-out queries."""
+    """Candidates of a search's first round for k = 10: enough for nine tenths of the held-out queries."""
     rows_read: list[float]
-    """By held-out queries for 10 rows: the median, and the mean; an exact scan counts as all rows."""
+    """The median and the mean of the rows read for a held-out query at k = 10; an exact scan counts as all rows."""
     lists: int | None
-    """Lists of an IVF index that a search visits."""
+    """Lists of an IVF index that a search visits; None for other indexes."""
     recall_at_10: float
-    """Of the worse kind of query, with this margin; with the most candidates where there is none."""
+    """For the worse kind of query, with this margin; without one, with the maximum of candidates."""
     recall_at_100: float
     by_kind: dict[str, list[float]]
-    """Recall@10 and @100 of each kind."""
+    """Recall@10 and recall@100 of each kind."""
     queries: int
+    """Held-out queries of both kinds."""
     rows: int
-    """Live rows when it was measured."""
+    """Live rows at the time of the measurement."""
 
     def recall(self, k: int) -> float:
-        """What to state of a search for k rows: the lower figure where k lies between 10 and 100."""
+        """Return the recall to report for a search of k rows: between 10 and 100 the lower of the two measured."""
         if k <= DEPTHS[0]:
             return self.recall_at_10
         return min(self.recall_at_10, self.recall_at_100) if k < DEPTHS[1] else self.recall_at_100
 
 
-Find = Callable[
-    [Float32[np.ndarray, "queries K"], int, int | None],
-    tuple[Float32[np.ndarray, "queries count"], Int64[np.ndarray, "queries count"]],
-]
-"""(queries, candidates, lists to visit) → estimated scores, best first, in lengths of the query (of minus the query for
-opponents), and the rows' numbers: -1 for rows that were removed, and, beside -inf, where the index has no more."""
+def draw_held_out(
+    rows: Rows, *, seed: int, device: str = "cpu", threads: int | None = None, count: int = QUERIES
+) -> HeldOutQueries | None:
+    """Draw `count` queries of each kind by `seed`, and find their exact answers in one pass over the rows.
 
-
-def held_out(
-    rows: Rows, *, seed: int, device: str = "cpu", threads: int | None = None, queries: int = QUERIES
-) -> HeldOut | None:
-    """Draw `queries` of each kind and find their exact answers in one pass over the rows.
-
-    None where fewer than two examples have live rows: there is nothing to measure then.
+    None where fewer than two examples have live rows, and nothing can be measured.
     """
     rng = np.random.default_rng([seed, 1])
     live = rng.permutation(np.flatnonzero(rows.live_mask))
     _, first = np.unique(rows.example[live], return_index=True)
-    one_each = rng.permutation(live[first])
-    if len(one_each) < 2:
+    one_per_example = rng.permutation(live[first])
+    if len(one_per_example) < 2:
         return None
-    alone = one_each[:queries]
-    taken = rows.take(alone)
-    noise = rng.standard_normal(taken.shape, np.float32)
-    noise *= np.linalg.norm(taken, axis=1, keepdims=True) / np.float32(rows.K**0.5)
-    share = rng.uniform(FAINTEST, 1, (len(taken), 1)).astype(np.float32)
-    drawn = np.concatenate([taken, share * taken + np.sqrt(1 - share**2) * noise])
-    kinds = [kind for kind in KINDS for _ in alone]
-    left_out = [np.flatnonzero(rows.example == example) for example in rows.example[alone]] * len(KINDS)
-    return HeldOut(drawn, kinds, left_out, _answers(rows, drawn, left_out, device, threads))
+    numbers = one_per_example[:count]
+    left_out = rows.take(numbers)
+    noise = rng.standard_normal(left_out.shape, np.float32)
+    noise *= np.linalg.norm(left_out, axis=1, keepdims=True) / np.float32(rows.K**0.5)
+    share = rng.uniform(FAINTEST, 1, (len(numbers), 1)).astype(np.float32)
+    queries = np.concatenate([left_out, share * left_out + np.sqrt(1 - share**2) * noise])
+    kinds = [kind for kind in KINDS for _ in numbers]
+    excluded = [np.flatnonzero(rows.example == example) for example in rows.example[numbers]] * len(KINDS)
+    return HeldOutQueries(queries, kinds, excluded, _answers(rows, queries, excluded, device, threads))
 
 
-def most_candidates(rows: int) -> int:
-    """Of so many rows: looking at more of them would cost as much as scanning all, which reads them in their order."""
-    return min(MOST_CANDIDATES, rows // 4)
+def max_candidates(rows: int) -> int:
+    """Return how many of `rows` rows a search may read. More would cost as much as a scan, which reads in order."""
+    return min(MAX_CANDIDATES, rows // 4)
 
 
-def calibrate(find: Find, held_out: HeldOut, *, largest: bool, target: float, lists: int, rows: int) -> Calibration:
-    """The smallest margin, and the fewest of an IVF index's `lists`, at which recall@10 reaches `target`.
-
-    One deep search tells how far below the answer's last score each of its rows is estimated, and so what any margin
-    finds. A search for as few candidates as nine tenths of the queries need confirms it: a graph that is asked for less
-    looks less far.
-    """
-    most = max(1, most_candidates(rows))
-    visited = _enough_lists(find, held_out, largest, target, lists, most) if lists else None
-    found = find(held_out.queries, most, visited)
-    seen, deeper = (_Seen.of(held_out, found, k, largest) for k in DEPTHS)
-    margins = [float(np.quantile(each, target, method="inverted_cdf")) for each in seen.by_kind(seen.below)]
-    margin = max(0.0, *margins) + _ROUNDING
-    read = seen.rows_read(found, margin, rows)
-    if np.isinf(margin) or np.median(read) >= rows:
-        at_10, at_100 = (each.among_candidates() for each in (seen, deeper))
-        return _calibration(None, most, read, visited, at_10, at_100, held_out, rows)
-    candidates = int(np.clip(np.quantile(read, 0.9), min(_LEAST_CANDIDATES, most), most))
-    while True:
-        first = _Seen.of(held_out, find(held_out.queries, candidates, visited), DEPTHS[0], largest)
-        at_10 = first.unless_finished(margin, seen).within(margin)
-        if min(at_10.values()) >= target or candidates == most:
-            break
-        candidates = min(most, 2 * candidates)
-    at_100 = deeper.within(margin)
-    reached = margin if min(at_10.values()) >= target else None
-    return _calibration(reached, candidates, read, visited, at_10, at_100, held_out, rows)
-
-
-def _calibration(
-    margin: float | None,
-    candidates: int,
-    read: np.ndarray,
-    lists: int | None,
-    at_10: dict[str, float],
-    at_100: dict[str, float],
-    held_out: HeldOut,
-    rows: int,
+def calibrate(
+    search: CandidateSearch, held_out: HeldOutQueries, *, largest: bool, target: float, lists: int, rows: int
 ) -> Calibration:
+    """Find the smallest margin, and the fewest of an IVF index's `lists`, at which recall@10 reaches `target`.
+
+    One deep search shows how far below the k-th best score each of the k best rows is estimated, and so what any margin
+    finds. A search with as few candidates as nine tenths of the queries need then confirms it, because a graph that is
+    asked for fewer candidates looks less far. `lists` is 0 for other indexes; `rows` is the number of live rows.
+    """
+    most = max(1, max_candidates(rows))
+    visited = _enough_lists(search, held_out, largest, target, lists, most) if lists else None
+    candidates = search(held_out.queries, most, visited)
+    deep, deeper = (_AnswerEstimates.of(held_out, candidates, k, largest) for k in DEPTHS)
+    margin = deep.margin(target)
+    rows_read = deep.rows_read(candidates[0], margin, rows)
+    if np.isinf(margin) or np.median(rows_read) >= rows:
+        count, reached = most, False
+        at_10, at_100 = deep.recall_among_candidates(), deeper.recall_among_candidates()
+    else:
+        count = int(np.clip(np.quantile(rows_read, 0.9), min(_MIN_CANDIDATES, most), most))
+        while True:
+            first = _AnswerEstimates.of(held_out, search(held_out.queries, count, visited), DEPTHS[0], largest)
+            at_10 = first.continued(margin, deep).recall_within(margin)
+            reached = min(at_10.values()) >= target
+            if reached or count == most:
+                break
+            count = min(most, 2 * count)
+        at_100 = deeper.recall_within(margin)
     return Calibration(
-        margin=margin,
-        candidates=candidates,
-        rows_read=[float(np.median(read)), float(np.mean(read))],
-        lists=lists,
+        margin=margin if reached else None,
+        candidates=count,
+        rows_read=[float(np.median(rows_read)), float(np.mean(rows_read))],
+        lists=visited,
         recall_at_10=min(at_10.values()),
         recall_at_100=min(at_100.values()),
         by_kind={kind: [at_10[kind], at_100[kind]] for kind in KINDS},
@@ -170,85 +162,94 @@ def _calibration(
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """Where the estimates of the true k best lie, in lengths of each query."""
+class _AnswerEstimates:
+    """An index's estimates of the true k best rows of each held-out query, in lengths of the query."""
 
     kinds: list[str]
-    last: Float32[np.ndarray, " queries"]
-    """The score of the k-th best."""
-    below: list[Float32[np.ndarray, " k"]]
-    """How far below it each of them is estimated. What is not among the candidates is taken for the worst of these: a
-    margin that reaches so far makes a search ask for more. Infinite where the index has no more."""
-    bound: Float32[np.ndarray, " queries"]
-    """The worst candidate's estimate."""
+    kth_scores: Float32[np.ndarray, " queries"]
+    """The exact score of the k-th best row."""
+    gaps: list[Float32[np.ndarray, " k"]]
+    """How far below that score the index estimates each of the k best rows. A row missing among the candidates gets the
+    last candidate's estimate: with a margin that reaches it, a search goes on to more candidates. Infinite where the
+    index holds no more rows."""
+    last_estimates: Float32[np.ndarray, " queries"]
+    """The last candidate's estimate."""
 
     @classmethod
-    def of(cls, held_out: HeldOut, found: tuple[np.ndarray, np.ndarray], k: int, largest: bool) -> "_Seen":
-        last, below, bound = [], [], []
+    def of(cls, held_out: HeldOutQueries, candidates: Candidates, k: int, largest: bool) -> "_AnswerEstimates":
+        """Look up the rows of the exact answers among the candidates."""
+        kth_scores, gaps = [], []
         for query, (scores, rows), estimates, numbers in zip(
-            held_out.queries, held_out.answers[largest], *found, strict=True
+            held_out.queries, held_out.answers[largest], *candidates, strict=True
         ):
             signed = (scores if largest else -scores) / (float(np.linalg.norm(query)) or 1.0)
             depth = min(k, len(rows))
-            true = rows[signed >= signed[depth - 1]]  # a tie for the last place counts as true
-            told = np.full(max(depth, len(true)), estimates[-1])
-            there = estimates[np.isin(numbers, true)]
-            told[: len(there)] = there
-            last.append(signed[depth - 1])
-            below.append(signed[depth - 1] - np.sort(told)[::-1][:depth])
-            bound.append(estimates[-1])
-        return cls(held_out.kinds, np.array(last), below, np.array(bound))
+            kth_score = signed[depth - 1]
+            true = rows[signed >= kth_score]  # any row that ties for the last place counts
+            known = estimates[np.isin(numbers, true)]
+            filled = np.full(max(depth, len(true)), estimates[-1])
+            filled[: len(known)] = known
+            kth_scores.append(kth_score)
+            gaps.append(kth_score - np.sort(filled)[::-1][:depth])
+        return cls(held_out.kinds, np.array(kth_scores), gaps, candidates[0][:, -1])
 
-    def by_kind(self, each: list[np.ndarray]) -> list[np.ndarray]:
-        """Those of all queries of one kind together."""
-        return [np.concatenate([e for e, k in zip(each, self.kinds, strict=True) if k == kind]) for kind in KINDS]
+    def margin(self, target: float) -> float:
+        """Return the smallest margin that finds a share `target` of the k best rows of either kind of query."""
+        gaps = self._by_kind(self.gaps)
+        return max(0.0, *(float(np.quantile(gap, target, method="inverted_cdf")) for gap in gaps)) + _ROUNDING
 
-    def rows_read(self, found: tuple[np.ndarray, np.ndarray], margin: float, rows: int) -> np.ndarray:
-        """By each query; all where the candidates end above the margin."""
-        lowest = self.last - margin
-        within = (found[0] >= lowest[:, None]).sum(axis=1)
-        return np.where(self.bound >= lowest, rows, within)
+    def rows_read(self, estimates: Float32[np.ndarray, "queries count"], margin: float, rows: int) -> np.ndarray:
+        """Return how many candidates each query's search reads; all `rows` where the margin reaches the last one."""
+        thresholds = self.kth_scores - margin
+        within = (estimates >= thresholds[:, None]).sum(axis=1)
+        return np.where(self.last_estimates >= thresholds, rows, within)
 
-    def unless_finished(self, margin: float, more: "_Seen") -> "_Seen":
-        """With `more`, seen among more candidates, of the queries whose search would go on after these."""
-        goes_on = self.bound >= self.last - margin
-        below = [b if again else a for a, b, again in zip(self.below, more.below, goes_on, strict=True)]
-        return _Seen(self.kinds, self.last, below, self.bound)
+    def continued(self, margin: float, more: "_AnswerEstimates") -> "_AnswerEstimates":
+        """Replace by those among `more` candidates the estimates of queries whose search would go on."""
+        goes_on = self.last_estimates >= self.kth_scores - margin
+        gaps = [later if again else now for now, later, again in zip(self.gaps, more.gaps, goes_on, strict=True)]
+        return _AnswerEstimates(self.kinds, self.kth_scores, gaps, self.last_estimates)
 
-    def within(self, margin: float) -> dict[str, float]:
-        """The recall of each kind that a search with this margin has."""
-        return self._shares([each <= margin for each in self.below])
+    def recall_within(self, margin: float) -> dict[str, float]:
+        """Return the recall of each kind for searches with this margin."""
+        return self._shares([gaps <= margin for gaps in self.gaps])
 
-    def among_candidates(self) -> dict[str, float]:
-        """The recall of each kind where all candidates are looked at, and no more."""
-        reach = self.last - self.bound
-        return self._shares([each < most for each, most in zip(self.below, reach, strict=True)])
+    def recall_among_candidates(self) -> dict[str, float]:
+        """Return the recall of each kind for searches that read all candidates and no other rows."""
+        reach = self.kth_scores - self.last_estimates
+        return self._shares([gaps < limit for gaps, limit in zip(self.gaps, reach, strict=True)])
 
     def _shares(self, hits: list[np.ndarray]) -> dict[str, float]:
-        means = [round(float(each.mean()), 6) for each in self.by_kind(hits)]
-        return dict(zip(KINDS, means, strict=True))
+        shares = [round(float(kind_hits.mean()), 6) for kind_hits in self._by_kind(hits)]
+        return dict(zip(KINDS, shares, strict=True))
+
+    def _by_kind(self, values: list[np.ndarray]) -> list[np.ndarray]:
+        """Concatenate the values of all queries of each kind."""
+        return [np.concatenate([v for v, k in zip(values, self.kinds, strict=True) if k == kind]) for kind in KINDS]
 
 
 def _answers(
-    rows: Rows, queries: np.ndarray, left_out: list[np.ndarray], device: str, threads: int | None
-) -> dict[bool, list[tuple[np.ndarray, np.ndarray]]]:
+    rows: Rows, queries: np.ndarray, excluded: list[np.ndarray], device: str, threads: int | None
+) -> dict[bool, list[Answer]]:
     live = np.flatnonzero(rows.live_mask)
-    answers: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {True: [], False: []}
-    for scores, excluded in zip(live_scores(rows, queries, device=device, threads=threads), left_out, strict=True):
-        counts = ~np.isin(live, excluded)
+    answers: dict[bool, list[Answer]] = {True: [], False: []}
+    for scores, left_out in zip(live_scores(rows, queries, device=device, threads=threads), excluded, strict=True):
+        counts = ~np.isin(live, left_out)
         scores, numbers = scores[counts], live[counts]
-        for largest, so_far in answers.items():
+        for largest in answers:
             best = top(scores, DEPTHS[-1] + _TIES, largest)
-            so_far.append((scores[best], numbers[best]))
+            answers[largest].append((scores[best], numbers[best]))
     return answers
 
 
-def _enough_lists(find: Find, held_out: HeldOut, largest: bool, target: float, lists: int, candidates: int) -> int:
-    """The fewest lists whose rows hold enough of the answers; all where even those do not."""
+def _enough_lists(
+    search: CandidateSearch, held_out: HeldOutQueries, largest: bool, target: float, lists: int, count: int
+) -> int:
+    """Return the fewest lists whose rows hold a share `target` of the answers; all lists where no fewer do."""
     visited = max(1, lists // 64)
     while visited < lists:
-        found = _Seen.of(held_out, find(held_out.queries, candidates, visited), DEPTHS[0], largest)
-        if min(found.among_candidates().values()) >= target:
+        estimates = _AnswerEstimates.of(held_out, search(held_out.queries, count, visited), DEPTHS[0], largest)
+        if min(estimates.recall_among_candidates().values()) >= target:
             return visited
         visited *= 2
     return lists

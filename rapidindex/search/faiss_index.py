@@ -20,8 +20,8 @@ QB = 4
 over-fetch of 4 (20,000 rows, d = 4,096, one thread); 0 is 100 times slower."""
 FASTSCAN_DIM = 2048
 """FastScan adds up in 16 bits: recall .38 at 4,096 dimensions and .02 at 5,120, without a word."""
-_GPU_MOST = 2048  # results (and lists probed) of one query on a GPU
-_ADVICE = "Try HR,RaBitQ, Flat, SQ8, IVF256,Flat or HNSW32."
+_GPU_MAX_RESULTS = 2048  # results (and lists probed) of one query on a GPU
+_HINT = "Try HR,RaBitQ, Flat, SQ8, IVF256,Flat or HNSW32."
 _WRITE_BYTES = 2**22
 
 
@@ -68,7 +68,7 @@ def check_factory(factory: str, dim: int, rows: int) -> None:
         (r"(HNSW|IVF)0*1?($|[,_])", "it has too few lists or links"),
     ):
         if re.search(pattern, factory):
-            raise UsageError(f"--factory {factory} cannot be used: {reason}.", hint=_ADVICE)
+            raise UsageError(f"--factory {factory} cannot be used: {reason}.", hint=_HINT)
     if dim > FASTSCAN_DIM and re.search(r"fsr?(_\d+)?($|,)", factory):
         raise UsageError(
             f"--factory {factory} cannot be used at --dim {dim}: FastScan adds up in 16 bits, which overflow silently "
@@ -82,11 +82,6 @@ def check_factory(factory: str, dim: int, rows: int) -> None:
             hint=f"Try IVF{max(2, int(rows**0.5))} instead of IVF{lists[1]}{lists[2]}.",
         )
     _make(factory, dim)
-
-
-def faiss_version() -> str:
-    """FAISS's version."""
-    return load_faiss().__version__
 
 
 class AnnIndex:
@@ -179,7 +174,7 @@ class AnnIndex:
         """
         if self._threads:
             self._faiss.omp_set_num_threads(self._threads)  # of this thread's searches only
-        count = min(count, _GPU_MOST if self._on_gpu else len(self))
+        count = min(count, _GPU_MAX_RESULTS if self._on_gpu else len(self))
         return self._index.search(folded, count, params=self._parameters(count, lists))
 
     def save(self, path: Path) -> tuple[int, str]:
@@ -197,7 +192,7 @@ class AnnIndex:
 
     def _parameters(self, count: int, lists: int | None) -> Any:
         if self._ivf:
-            most = _GPU_MOST if self._on_gpu else self._ivf.nlist
+            most = _GPU_MAX_RESULTS if self._on_gpu else self._ivf.nlist
             return self._faiss.SearchParametersIVF(nprobe=min(lists or self._ivf.nlist, most))
         if hasattr(self._inner, "hnsw"):
             return self._faiss.SearchParametersHNSW(efSearch=max(64, 4 * count))
@@ -208,7 +203,7 @@ class AnnIndex:
             call(*arguments)
         except RuntimeError as error:
             raise UsageError(
-                f"This --factory does not work on these rows: FAISS says: {_in_short(error)}.", hint=_ADVICE
+                f"This --factory does not work on these rows: FAISS says: {_in_short(error)}.", hint=_HINT
             ) from error
 
 
@@ -218,7 +213,7 @@ def _make(factory: str, dim: int) -> Any:
         return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise UsageError(
-            f"--factory {factory!r} cannot be used at --dim {dim}: FAISS says: {_in_short(error)}.", hint=_ADVICE
+            f"--factory {factory!r} cannot be used at --dim {dim}: FAISS says: {_in_short(error)}.", hint=_HINT
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""`ann.json`: what a vector index was made from and how, and the recall that was measured. Plain data; no FAISS."""
+"""`ann.json`: how a level's vector index was built, from which shards, and the recall measured. Knows no FAISS."""
 
 import hashlib
 from dataclasses import asdict, dataclass
@@ -14,83 +14,104 @@ NAME = f"{ANN}.json"
 
 @dataclass(frozen=True)
 class IndexMetadata:
-    """What `ann.json` says of an index."""
+    """The content of `ann.json`."""
 
-    asked: str | None
-    """The factory asked for; None: chosen by size."""
+    requested_factory: str | None
+    """The factory that the user chose; None for a choice by size. Its key in the file is `asked`."""
     factory: str
-    """`exact`, or FAISS's `index_factory` string."""
+    """`exact`, or a string for FAISS's `index_factory`."""
     dim: int
-    """Length of the folded rows."""
+    """Length of a folded row."""
     K: int
+    """Length of a stored row."""
     shards: list[tuple[str, str, int]]
-    """(name, sha256, rows) of each shard whose rows it holds, in order."""
+    """(name, sha256, rows) of each indexed shard, in the order of the rows."""
     live: int
-    """Live rows when it was built or updated: more may have been removed since."""
+    """Live rows when the index was built or last updated; more may have been removed since."""
     target_recall: float
     seed: int
     file: str | None = None
-    """FAISS's file beside the metadata; None where every search is exact."""
+    """The name of FAISS's file in the same folder; None where every search is exact."""
     file_bytes: int = 0
     file_sha256: str = ""
     faiss: str = ""
-    """FAISS's version."""
+    """The version of FAISS that wrote the file."""
     proponents: Calibration | None = None
-    """None where nothing could be measured; searches are exact then."""
+    """None where recall could not be measured; searches are exact then."""
     opponents: Calibration | None = None
 
     @property
     def rows(self) -> int:
-        """Rows covered, removed ones included."""
+        """The number of indexed rows, removed ones included."""
         return sum(rows for _, _, rows in self.shards)
 
     def calibration(self, largest: bool) -> Calibration | None:
-        """Of proponents or of opponents."""
+        """Return the calibration for proponents (`largest`) or for opponents."""
         return self.proponents if largest else self.opponents
 
     def covers(self, rows: Rows) -> bool:
-        """Whether all rows it covers are still there under the same numbers; there may be more after them."""
+        """Return whether `rows` still start with the indexed shards, so that row numbers agree; more may follow."""
         return rows.K == self.K and rows.shards[: len(self.shards)] == self.shards
 
+    def stale(self, rows: Rows) -> str | None:
+        """Return in words how the index and the stored `rows` differ; None where they agree, or searches are exact."""
+        if not self.file or self.shards == rows.shards:
+            return None
+        if self.covers(rows):
+            return f"it lacks the {len(rows) - self.rows:,} newest rows"
+        return "its rows were replaced by others"
+
+    def describe(self, rows: Rows) -> dict[str, Any]:
+        """Return plain data: the metadata without shards and checksum, the number of rows, and whether it is stale."""
+        fields = self._as_json()
+        del fields["shards"], fields["file_sha256"]
+        return {**fields, "rows": self.rows, "stale": self.stale(rows)}
+
     def verify(self, folder: Path) -> None:
-        """Read FAISS's file in `folder` through; DamagedIndex where it is not as it was written."""
+        """Read FAISS's file in `folder` and compare its checksum. Raises DamagedIndex."""
         if self.file is None:
             return
         try:
             with open(folder / self.file, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise self.damaged(folder, f"it cannot be read ({error.strerror})") from error
-        if found != self.file_sha256:
+        if sha256 != self.file_sha256:
             raise self.damaged(folder, "it was changed after it was written")
 
-    def damaged(self, folder: Path, what: str) -> DamagedIndex:
-        """The error for FAISS's file."""
-        return DamagedIndex(f"{folder / str(self.file)} is damaged: {what}.", hint=rebuild_hint(folder))
+    def damaged(self, folder: Path, reason: str) -> DamagedIndex:
+        """Return the error that says why FAISS's file in `folder` cannot be used."""
+        return DamagedIndex(f"{folder / str(self.file)} is damaged: {reason}.", hint=rebuild_hint(folder))
 
     def write(self, folder: Path) -> None:
-        """Replace the metadata in `folder`. Raises ResourceError and StoreError as the store does."""
-        write_json(folder / NAME, asdict(self))
+        """Replace `ann.json` in `folder`. Raises ResourceError or StoreError where it cannot be written."""
+        write_json(folder / NAME, self._as_json())
 
     @classmethod
     def read(cls, folder: Path) -> "IndexMetadata | None":
-        """The metadata in `folder`; None where there is none. Raises as the store does where it was changed."""
+        """Read `ann.json` in `folder`; None where there is none.
+
+        Raises DamagedIndex where it was changed or has other fields, StoreError where it cannot be read.
+        """
         try:
-            said = read_json(folder / NAME)
+            fields = read_json(folder / NAME)
         except FileNotFoundError:
             return None
         try:
-            return cls(**{**said, **_typed(said)})
+            fields["requested_factory"] = fields.pop("asked")
+            fields["shards"] = [tuple(shard) for shard in fields["shards"]]
+            for direction in ("proponents", "opponents"):
+                fields[direction] = fields[direction] and Calibration(**fields[direction])
+            return cls(**fields)
         except (TypeError, KeyError) as error:
-            said = f"{folder / NAME} is of another version, or damaged ({error})."
-            raise DamagedIndex(said, hint=rebuild_hint(folder)) from error
+            message = f"{folder / NAME} is damaged, or another version wrote it: its fields do not match ({error})."
+            raise DamagedIndex(message, hint=rebuild_hint(folder)) from error
+
+    def _as_json(self) -> dict[str, Any]:
+        fields = asdict(self)
+        return {"asked": fields.pop("requested_factory"), **fields}
 
 
 def rebuild_hint(folder: Path) -> str:
-    """What to type to make the vector index in a level's `folder` anew."""
+    """Return the command that rebuilds the vector index in a level's `folder`, as a hint."""
     return f"Type `rapidindex index {index_of(folder / NAME)}`."
-
-
-def _typed(said: dict[str, Any]) -> dict[str, Any]:
-    directions = {name: said[name] and Calibration(**said[name]) for name in ("proponents", "opponents")}
-    return {"shards": [tuple(shard) for shard in said["shards"]], **directions}

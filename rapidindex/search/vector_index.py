@@ -1,34 +1,35 @@
-"""The vector index of one level: the rows nearest to a query, approximately and fast, or exactly where that is as fast.
+"""The vector index of one level: finds the rows nearest to a query through FAISS, or by a scan where that is as fast.
 
-    query [K] ──fold──> [dim] ──FAISS──> candidates, more than asked for ──inner products at full K──> the best k
+    query [K] ──fold──> [dim] ──FAISS──> candidates, more than k ──inner products at full K──> the best k
 
-FAISS holds a fold of every row (neighbouring entries summed, the RapidGrad of a smaller K). What it returns is only a
-list of candidates: scores always come from the stored rows. Opponents are the candidates of -query. How far down the
-list a search has to go is measured when the index is built, for each direction, and so is the recall that this gives.
+FAISS holds a fold of every row (adjacent entries summed: the RapidGrad of a smaller K) and only proposes candidates.
+Scores always come from the stored rows. Opponents are the candidates of -query. How many candidates a search needs, and
+the recall that they give, is measured for each direction when the index is built (`calibration.py`).
 
-    INDEX/<level>/ann.json              the metadata: what the index was made from and how, and its recall
-    INDEX/<level>/ann.<8 hex>.faiss     FAISS's own file, named by the metadata; none for the factory `exact`
+    INDEX/<level>/ann.json              the metadata: how the index was built, from which shards, and its recall
+    INDEX/<level>/ann.<8 hex>.faiss     FAISS's file, named in the metadata; none for the factory `exact`
 
-The metadata is replaced in one step and its file never changes, so readers need no lock; writers hold the store's. Rows
-that were removed after an index was built stay in it and are dropped from what it finds. Knows vectors, not text.
+The metadata is replaced in one step and FAISS's file never changes, so readers need no lock; writers hold the store's.
+Rows removed after the build stay in FAISS's index and are dropped from its results. Knows vectors, not text.
 """
 
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from os import sysconf
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from rapidindex.errors import ResourceError, StoreError, UsageError
 from rapidindex.progress import Progress, silent
-from rapidindex.search.calibration import calibrate, held_out, most_candidates
+from rapidindex.search.calibration import Calibration, calibrate, draw_held_out, max_candidates
 from rapidindex.search.exact import (
     SearchResult,
     checked_queries,
@@ -39,32 +40,44 @@ from rapidindex.search.exact import (
     to_float32,
     top,
 )
-from rapidindex.search.faiss_index import AnnIndex, check_factory, faiss_version, require_gpu
+from rapidindex.search.faiss_index import AnnIndex, check_factory, load_faiss, require_gpu
 from rapidindex.search.metadata import IndexMetadata, rebuild_hint
 from rapidindex.store import ANN, Rows
 
 EXACT = "exact"
 DEFAULT_FACTORY = "HR,RaBitQ"
 EXACT_MAX_ENTRIES = 2**29
-"""Up to so many numbers in all rows the default is to scan them: under 0.1 s for a query."""
+"""Up to this many entries in all rows the default is the exact scan: under 0.1 s a query."""
 DIM = 16_384
-"""Of the fold, at most. Rows of real gradients are nearly orthogonal, so that the noise of a short fold drowns who is
-nearest: 4,096 is scanned in a quarter of the time, and needs many times the candidates, each 500 times as dear."""
+"""The default length of a fold, lowered to K. Rows of real gradients are nearly orthogonal, so the noise of a short
+fold hides the nearest rows: 4,096 is searched in a quarter of the time, and needs many times the candidates, each 500
+times as expensive."""
 TARGET_RECALL = 0.99
 REMEASURE_GROWTH = 1.1
-"""`update` measures recall again once there are so many times the live rows that it was measured with."""
+"""`update` measures recall again once the live rows have grown by this factor since the last measurement."""
 _TRAIN_ROWS, _TRAIN_PER_LIST, _TRAIN_BYTES = 2**14, 64, 2**30
-_FIRST_READ = 32  # candidates whose scores say which others to look at
-_FOLD_BYTES = 2**25  # float32 bytes of rows folded at a time
+_FIRST_READ = 32  # candidates read before the k-th best score says how many more are needed
+_FOLD_BYTES = 2**25  # rows folded at a time, in bytes of float32
+
+_Best = tuple[Float32[np.ndarray, " k"], Int64[np.ndarray, " k"]]
 
 
-def default_factory(rows: int, K: int) -> str:
-    """`exact` for rows that are scanned in 0.1 s; one bit a dimension of a rotated fold (`HR,RaBitQ`) beyond."""
-    return EXACT if rows * K <= EXACT_MAX_ENTRIES else DEFAULT_FACTORY
+def default_factory(rows: int, K: int, max_entries: int = EXACT_MAX_ENTRIES) -> str:
+    """Return `exact` for up to `max_entries` entries in all rows, else one bit a dimension of a rotated fold."""
+    return EXACT if rows * K <= max_entries else DEFAULT_FACTORY
+
+
+def search_index_bytes(rows: int, K: int) -> int:
+    """Return roughly how many bytes, on disk and in memory, the default index of `rows` rows of length K takes.
+
+    0 where the default is the exact scan. Raises ResourceError where FAISS is needed and missing.
+    """
+    factory = default_factory(rows, K)
+    return 0 if factory == EXACT else rows * AnnIndex.create(factory, min(DIM, K)).bytes_per_row()
 
 
 class VectorIndex:
-    """The vector index over `rows`. Searches may run in any number of threads and processes at once."""
+    """The vector index over `rows`. Any number of threads and processes may search it at once."""
 
     def __init__(
         self,
@@ -89,23 +102,24 @@ class VectorIndex:
         gpu: bool = False,
         seed: int = 0,
         threads: int | None = None,
+        exact_max_entries: int = EXACT_MAX_ENTRIES,
         progress: Progress = silent,
     ) -> "VectorIndex":
-        """Build the index of `rows` anew and write it into their folder; the caller holds the store's lock.
+        """Build the index of `rows` and write it into their folder, in place of any other; the caller holds the lock.
 
-        `factory` is `exact`, FAISS's `index_factory` string, or None to choose by size; `dim` is lowered to K, and must
-        divide it. Raises UsageError for what cannot work, ResourceError without FAISS, GPU, memory or disk space, and
-        DamagedIndex for rows that are not finite.
+        `factory` is `exact`, a string for FAISS's `index_factory`, or None for a choice by size (`default_factory`).
+        `dim` must divide K, and is lowered to K. Raises UsageError for options that cannot work, ResourceError where
+        FAISS, the GPU, memory or disk space is missing, and DamagedIndex for rows that are not finite.
         """
         live = int(np.count_nonzero(rows.live_mask))
-        chosen, dim = factory or default_factory(live, rows.K), min(dim, rows.K)
+        chosen, dim = factory or default_factory(live, rows.K, exact_max_entries), min(dim, rows.K)
         _check_options(chosen, dim, rows.K, live, target_recall)
         device = _device(chosen, gpu)
         metadata = IndexMetadata(factory, chosen, dim, rows.K, rows.shards, live, target_recall, seed)
         if chosen == EXACT or not live:
-            return cls(rows, metadata, None, device=device, threads=threads)._published()
+            return cls(rows, metadata, None, device=device, threads=threads)._publish()
         ann = AnnIndex.create(chosen, dim, gpu=gpu, threads=threads)
-        _check_room(rows, live * ann.bytes_per_row())
+        _check_space(rows, live * ann.bytes_per_row())
         if not ann.is_trained:
             progress("train the index", 0, 1)
             ann.train(_training_rows(rows, max(_TRAIN_ROWS, _TRAIN_PER_LIST * ann.lists), dim, seed))
@@ -113,14 +127,14 @@ class VectorIndex:
         index = cls(rows, metadata, ann, device=device, threads=threads)
         index._add(rows.live_mask, progress)
         index._measure(progress)
-        return index._published()
+        return index._publish()
 
     @classmethod
     def open(cls, rows: Rows, *, gpu: bool = False, threads: int | None = None) -> "VectorIndex | None":
-        """The index built before over `rows`, None where there is none. It may not hold all of them: see `stale`.
+        """Open the index in the folder of `rows`; None where there is none. It may lack some of the rows: see `stale`.
 
-        Raises DamagedIndex where it is not as it was written, StoreError where it cannot be read, ResourceError without
-        FAISS or a GPU.
+        Raises DamagedIndex where its files were changed, StoreError where they cannot be read, ResourceError where
+        FAISS or the GPU is missing.
         """
         metadata = IndexMetadata.read(rows.path)
         if metadata is None:
@@ -130,100 +144,109 @@ class VectorIndex:
         except FileNotFoundError:
             if IndexMetadata.read(rows.path) == metadata:
                 raise metadata.damaged(rows.path, "it is missing") from None
-            return cls.open(rows, gpu=gpu, threads=threads)  # a writer has replaced it since the metadata was read
+            return cls.open(rows, gpu=gpu, threads=threads)  # a writer replaced both files after the metadata was read
         return cls(rows, metadata, ann, device=_device(metadata.factory, gpu), threads=threads)
 
     @classmethod
-    def update(cls, rows: Rows, *, threads: int | None = None, progress: Progress = silent) -> "VectorIndex":
-        """Bring the index up to date with `rows`, adding only those that it lacks; the caller holds the store's lock.
+    def update(
+        cls,
+        rows: Rows,
+        *,
+        threads: int | None = None,
+        exact_max_entries: int = EXACT_MAX_ENTRIES,
+        progress: Progress = silent,
+    ) -> "VectorIndex":
+        """Add the live rows that the index lacks: new ones, and restored ones; the caller holds the store's lock.
 
-        It lacks those that are newer, and those that had been removed when it was built and are back.
-        It is built where there is none, and built anew with the same options where other rows have taken the place of
-        those it holds. Raises as `build` and `open` do.
+        Without an index, one is built. Where the indexed rows were replaced by others, or the default factory for this
+        many rows has changed, the index is rebuilt with the same options. Raises as `build` and `open` do.
         """
         metadata = IndexMetadata.read(rows.path)
+        build = partial(cls.build, rows, threads=threads, exact_max_entries=exact_max_entries, progress=progress)
         if metadata is None:
-            return cls.build(rows, threads=threads, progress=progress)
+            return build()
         live = int(np.count_nonzero(rows.live_mask))
-        chosen = metadata.asked or default_factory(live, rows.K)
+        chosen = metadata.requested_factory or default_factory(live, rows.K, exact_max_entries)
         if not metadata.file or chosen != metadata.factory or not metadata.covers(rows):
             options = {"dim": metadata.dim, "target_recall": metadata.target_recall, "seed": metadata.seed}
-            return cls.build(rows, factory=metadata.asked, **options, threads=threads, progress=progress)
+            return build(factory=metadata.requested_factory, **options)
         index = cls(rows, metadata, _load(rows, metadata, to_add=True, threads=threads), threads=threads)
-        lacking = index._lacking()
-        if metadata.shards == rows.shards and not lacking.any():
+        missing = index._missing()
+        if metadata.shards == rows.shards and not missing.any():
             return index
         index.metadata = replace(metadata, shards=rows.shards, live=live)
-        index._add(lacking, progress)
+        index._add(missing, progress)
         measured = metadata.proponents.rows if metadata.proponents else 0
         if live > REMEASURE_GROWTH * measured:
             index._measure(progress)
-        return index._published()
+        return index._publish()
 
     def search(self, queries: np.ndarray, k: int, *, largest: bool = True) -> SearchResult:
-        """The k live rows of the largest (or smallest) inner product with each of `queries` [queries, K].
+        """Find the k live rows with the largest (or smallest) inner product with each of `queries` [queries, K].
 
-        It is exact for the factory `exact`, in a direction in which no margin reached the target recall, and where all
-        queries would have to look at a quarter of the rows or more: `SearchResult.method` says which it was.
-        Raises as `exact_search` does, and StoreError where the index does not hold all of the rows.
+        All rows are scanned for the factory `exact`, in a direction in which no margin reached the target recall, and
+        where every query would read a quarter of the rows or more: `SearchResult.method` tells. Raises as
+        `exact_search` does, and StoreError where the index lacks some of the rows.
         """
         queries = checked_queries(queries, self.rows.K, k)
         calibration = self.metadata.calibration(largest)
         if self._ann is None or calibration is None or calibration.margin is None:
-            return self._exact(queries, k, largest)
+            return self._scan(queries, k, largest)
         if self.stale:
             raise StoreError(f"The search index is out of date: {self.stale}.", hint=rebuild_hint(self.rows.path))
         live = int(np.count_nonzero(self.rows.live_mask))
-        most = most_candidates(live)
-        scores, found = padding(len(queries), k, largest)
-        left, count, seconds = list(range(len(queries))), calibration.candidates * max(k, 10) // 10, [0.0, 0.0]
-        while left and k <= most:
-            started = time.perf_counter()
-            count = min(max(count, k), most)
-            estimates, numbers = self._candidates(queries[left], count, calibration.lists, largest)
-            searched = time.perf_counter()
-            unfinished = []
-            for query, *candidates in zip(left, estimates, numbers, strict=True):
-                best = self._best(queries[query], *candidates, k, calibration.margin, largest)
-                if best is None:
-                    unfinished.append(query)
-                else:
-                    scores[query], found[query] = best
-            seconds = [seconds[0] + searched - started, seconds[1] + time.perf_counter() - searched]
-            left = unfinished
-            if count == most:
+        scores, numbers = padding(len(queries), k, largest)
+        pending, seconds = np.arange(len(queries)), np.zeros(2)
+        for count in _candidate_counts(calibration, k, live):
+            if not len(pending):
                 break
-            count *= 4
-        if left:
-            whole = self._exact(queries[left], k, largest)
-            if len(left) == len(queries):
-                return whole
-            scores[left], found[left] = whole.scores, whole.rows
-            seconds[1] += whole.search_seconds
-        return SearchResult(scores, found, live, largest, "ann", calibration.recall(k), *seconds, None)
+            answers, round_seconds = self._round(queries[pending], count, k, calibration, largest)
+            seconds += round_seconds
+            for query, answer in zip(pending, answers, strict=True):
+                if answer is not None:
+                    scores[query], numbers[query] = answer
+            pending = pending[[answer is None for answer in answers]]
+        if len(pending):
+            scan = self._scan(queries[pending], k, largest)
+            if len(pending) == len(queries):
+                return scan
+            scores[pending], numbers[pending] = scan.scores, scan.rows
+            seconds[1] += scan.search_seconds
+        return SearchResult(scores, numbers, live, largest, "ann", calibration.recall(k), *seconds.tolist(), None)
 
     @property
     def stale(self) -> str | None:
-        """What the index holds that the rows do not, or the other way round, in words; None where they agree."""
-        if not self.metadata.file or self.metadata.shards == self.rows.shards:
-            return None
-        if self.metadata.covers(self.rows):
-            return f"it lacks the {len(self.rows) - self.metadata.rows:,} newest rows"
-        return "its rows were replaced by others"
+        """How the index and its rows differ; see `IndexMetadata.stale`."""
+        return self.metadata.stale(self.rows)
 
     def describe(self) -> dict[str, Any]:
-        """The metadata, without its list of shards, as plain data, and whether it is stale."""
-        said = asdict(self.metadata)
-        del said["shards"], said["file_sha256"]
-        return {**said, "rows": self.metadata.rows, "stale": self.stale}
+        """Return the metadata as plain data; see `IndexMetadata.describe`."""
+        return self.metadata.describe(self.rows)
 
-    def _exact(self, queries: np.ndarray, k: int, largest: bool) -> SearchResult:
+    def _scan(self, queries: np.ndarray, k: int, largest: bool) -> SearchResult:
         return exact_search(self.rows, queries, k, largest=largest, device=self._device, threads=self._threads)
+
+    def _round(
+        self, queries: np.ndarray, count: int, k: int, calibration: Calibration, largest: bool
+    ) -> tuple[list[_Best | None], tuple[float, float]]:
+        """Search `count` candidates for each query and re-rank them; also the seconds that both took.
+
+        A query's answer is None where rows beyond its candidates may be better.
+        """
+        assert calibration.margin is not None
+        started = time.perf_counter()
+        estimates, numbers = self._candidates(queries, count, calibration.lists, largest)
+        searched = time.perf_counter()
+        answers = [
+            self._rerank(*candidates, k, calibration.margin, largest)
+            for candidates in zip(queries, estimates, numbers, strict=True)
+        ]
+        return answers, (searched - started, time.perf_counter() - searched)
 
     def _candidates(
         self, queries: np.ndarray, count: int, lists: int | None, largest: bool
     ) -> tuple[Float32[np.ndarray, "queries count"], Int64[np.ndarray, "queries count"]]:
-        """See `recall.Find`."""
+        """Ask FAISS for candidates; see `calibration.CandidateSearch`."""
         assert self._ann is not None
         units = queries / _lengths(queries)[:, None] * (1 if largest else -1)
         folded = np.ascontiguousarray(fold(units, self.metadata.dim), dtype=np.float32)
@@ -232,95 +255,104 @@ class VectorIndex:
         numbers[(numbers >= 0) & ~self.rows.live_mask[numbers]] = -1
         return estimates, numbers
 
-    def _best(
+    def _rerank(
         self, query: np.ndarray, estimates: np.ndarray, numbers: np.ndarray, k: int, margin: float, largest: bool
-    ) -> tuple[Float32[np.ndarray, " k"], Int64[np.ndarray, " k"]] | None:
-        """The k best of the candidates by their inner products at full K; None where others may be better."""
-        bound, alive = estimates[-1], numbers >= 0
-        estimates, numbers = estimates[alive], numbers[alive]
+    ) -> _Best | None:
+        """Return the k best candidates by inner products at full K; None where rows beyond them may be better.
+
+        Candidates are read by descending estimate, down to `margin` below the k-th best score so far.
+        """
+        last_estimate, live = estimates[-1], numbers >= 0
+        estimates, numbers = estimates[live], numbers[live]
         if len(numbers) < k:
             return None
-        unit = _lengths(query[None])[0] * (1 if largest else -1)
-        scores, seen = np.empty(0, np.float32), np.empty(0, np.int64)
-        lowest, done, block = -np.inf, 0, max(2 * k, _FIRST_READ)
-        while done < len(numbers) and estimates[done] >= lowest:
-            here = slice(done, done + block)
-            wanted = np.sort(numbers[here][estimates[here] >= lowest])  # the disk is read forwards
-            scores = np.append(scores, scores_of(self.rows, wanted, query))
-            seen = np.append(seen, wanted)
-            best = top(scores, k, largest)
-            lowest = scores[best[-1]] / unit - margin
-            done, block = done + block, 2 * block
-        if bound >= lowest:
+        length = _lengths(query[None])[0] * (1 if largest else -1)
+        scores, scored = np.empty(0, np.float32), np.empty(0, np.int64)
+        threshold, start, size = -np.inf, 0, max(2 * k, _FIRST_READ)
+        while start < len(numbers) and estimates[start] >= threshold:
+            block = slice(start, start + size)
+            chosen = np.sort(numbers[block][estimates[block] >= threshold])  # the files are read forwards
+            scores = np.append(scores, scores_of(self.rows, chosen, query))
+            scored = np.append(scored, chosen)
+            threshold = scores[top(scores, k, largest)[-1]] / length - margin
+            start, size = start + size, 2 * size
+        if last_estimate >= threshold:
             return None
-        order = np.argsort(seen)  # of equal scores the lower row comes first
+        order = np.argsort(scored)  # of equal scores the lower row comes first
         best = order[top(scores[order], k, largest)]
-        return scores[best], seen[best]
+        return scores[best], scored[best]
 
-    def _lacking(self) -> Bool[np.ndarray, " n"]:
-        """The live rows that FAISS's index does not hold."""
+    def _missing(self) -> Bool[np.ndarray, " n"]:
+        """Mark the live rows that FAISS's index lacks."""
         assert self._ann is not None
-        lacking = self.rows.live_mask.copy()
-        lacking[self._ann.numbers()] = False
-        return lacking
+        missing = self.rows.live_mask.copy()
+        missing[self._ann.numbers()] = False
+        return missing
 
-    def _add(self, wanted: Bool[np.ndarray, " n"], progress: Progress) -> None:
-        """Add the rows that are `wanted`."""
+    def _add(self, mask: Bool[np.ndarray, " n"], progress: Progress) -> None:
+        """Add the rows marked in `mask` to FAISS's index. Raises DamagedIndex for rows that are not finite."""
         assert self._ann is not None
         block_rows = max(1, _FOLD_BYTES // (4 * self.rows.K))
         for first, block, scale in self.rows.blocks(block_rows):
-            numbers = first + np.flatnonzero(wanted[first : first + len(block)])
+            numbers = first + np.flatnonzero(mask[first : first + len(block)])
             if not len(numbers):
                 continue
             folded = fold(to_float32(block, scale, self._device), self.metadata.dim)[numbers - first].cpu().numpy()
-            if not np.isfinite(folded).all():
-                bad = numbers[np.flatnonzero(~np.isfinite(folded).all(axis=1))[0]]
-                raise not_finite(self.rows, int(bad))
+            finite = np.isfinite(folded).all(axis=1)
+            if not finite.all():
+                raise not_finite(self.rows, int(numbers[~finite][0]))
             self._ann.add(folded, numbers)
             progress("index the rows", first + len(block), len(self.rows))
 
     def _measure(self, progress: Progress) -> None:
-        """Measure recall in both directions, and settle what a search needs to reach the target."""
+        """Measure recall in both directions, and set how far a search must look to reach the target."""
         assert self._ann is not None
         progress("measure recall", 0, 2)
-        known = held_out(self.rows, seed=self.metadata.seed, device=self._device, threads=self._threads)
-        if known is None:
+        held_out = draw_held_out(self.rows, seed=self.metadata.seed, device=self._device, threads=self._threads)
+        if held_out is None:
             return
-        settled = []
-        for done, largest in enumerate((True, False), 1):
-            settled.append(
-                calibrate(
-                    partial(self._candidates, largest=largest),
-                    known,
-                    largest=largest,
-                    target=self.metadata.target_recall,
-                    lists=self._ann.lists,
-                    rows=self.metadata.live,
-                )
+        for done, (direction, largest) in enumerate((("proponents", True), ("opponents", False)), 1):
+            calibration = calibrate(
+                partial(self._candidates, largest=largest),
+                held_out,
+                largest=largest,
+                target=self.metadata.target_recall,
+                lists=self._ann.lists,
+                rows=self.metadata.live,
             )
+            self.metadata = replace(self.metadata, **{direction: calibration})
             progress("measure recall", done, 2)
-        self.metadata = replace(self.metadata, proponents=settled[0], opponents=settled[1])
 
-    def _published(self) -> "VectorIndex":
-        """Write FAISS's file under a new name, then the metadata that names it; delete files that it does not name."""
+    def _publish(self) -> "VectorIndex":
+        """Write FAISS's file under a new name, then the metadata that names it; delete the files it does not name."""
         folder = self.rows.path
         folder.mkdir(exist_ok=True)
         if self._ann is not None:
             name = f"{ANN}.{secrets.token_hex(4)}.faiss"
             size, sha256 = self._ann.save(folder / name)
-            self.metadata = replace(
-                self.metadata, file=name, file_bytes=size, file_sha256=sha256, faiss=faiss_version()
-            )
+            written = {"file": name, "file_bytes": size, "file_sha256": sha256, "faiss": load_faiss().__version__}
+            self.metadata = replace(self.metadata, **written)
         self.metadata.write(folder)
-        for old in folder.glob(f"{ANN}.*.faiss"):
-            if old.name != self.metadata.file:
+        for file in folder.glob(f"{ANN}.*.faiss"):
+            if file.name != self.metadata.file:
                 with suppress(OSError):
-                    old.unlink()
+                    file.unlink()
         return self
 
 
-def _lengths(queries: np.ndarray) -> np.ndarray:
-    """float64 [queries]; 1 for those that are zero."""
+def _candidate_counts(calibration: Calibration, k: int, live: int) -> Iterator[int]:
+    """Yield how many candidates each round of a search takes, four times more each; none where a scan is cheaper."""
+    most, count = max_candidates(live), max(calibration.candidates * max(k, 10) // 10, k)
+    if k > most:
+        return
+    while count < most:
+        yield count
+        count *= 4
+    yield most
+
+
+def _lengths(queries: Float32[np.ndarray, "queries K"]) -> Float64[np.ndarray, " queries"]:
+    """Return the length of each query; 1 for a query of zeros, so that it can be divided by."""
     lengths = np.linalg.norm(queries.astype(np.float64), axis=1)
     return np.where(lengths > 0, lengths, 1.0)
 
@@ -328,15 +360,14 @@ def _lengths(queries: np.ndarray) -> np.ndarray:
 def _load(
     rows: Rows, metadata: IndexMetadata, *, gpu: bool = False, to_add: bool = False, threads: int | None = None
 ) -> AnnIndex | None:
-    """FAISS's index, None where the metadata names none. FileNotFoundError where its file is missing."""
+    """Load FAISS's file; None where the metadata names none. Raises FileNotFoundError where it is missing."""
     if not metadata.file:
         return None
     _device(metadata.factory, gpu)
     path = rows.path / metadata.file
-    if path.stat().st_size != metadata.file_bytes:  # touching a map past its file's end kills the process
-        raise metadata.damaged(
-            rows.path, f"it should have {metadata.file_bytes:,} bytes and has {path.stat().st_size:,}"
-        )
+    size = path.stat().st_size
+    if size != metadata.file_bytes:  # touching a map past its file's end kills the process
+        raise metadata.damaged(rows.path, f"it should have {metadata.file_bytes:,} bytes and has {size:,}")
     return AnnIndex.load(path, gpu=gpu, to_add=to_add, threads=threads)
 
 
@@ -350,7 +381,7 @@ def _check_options(factory: str, dim: int, K: int, live: int, target_recall: flo
 
 
 def _device(factory: str, gpu: bool) -> str:
-    """Where torch computes; refuses a GPU that is not there."""
+    """Return torch's device. Raises ResourceError where a GPU is wanted and missing, UsageError as `require_gpu`."""
     if not gpu:
         return "cpu"
     if factory != EXACT:
@@ -360,25 +391,27 @@ def _device(factory: str, gpu: bool) -> str:
     return "cuda"
 
 
-def _check_room(rows: Rows, needed: int) -> None:
-    """ResourceError where the index cannot fit into memory or on the disk: before the rows are read, not after."""
-    memory, free = sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE"), shutil.disk_usage(rows.path).free
-    for what, there in (("memory", memory), ("disk space", free)):
-        if needed > there:
+def _check_space(rows: Rows, needed: int) -> None:
+    """Raise ResourceError, before the rows are read, where memory or disk cannot hold an index of `needed` bytes."""
+    for resource, free in (
+        ("memory", psutil.virtual_memory().available),
+        ("disk space", shutil.disk_usage(rows.path).free),
+    ):
+        if needed > free:
             raise ResourceError(
-                f"This index would take {needed / 2**30:,.1f} GiB, and there are {there / 2**30:,.1f} GiB of {what}.",
+                f"This index would take {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of {resource} are free.",
                 hint=f"Use --factory {DEFAULT_FACTORY}, or a smaller --dim.",
             )
 
 
 def _training_rows(rows: Rows, count: int, dim: int, seed: int) -> Float32[np.ndarray, "n dim"]:
-    """Folds of `count` live rows drawn by `seed`, or of all, or of as many as fit into 1 GiB."""
+    """Return folds of `count` live rows drawn by `seed`, or of as many as there are or fit into 1 GiB."""
     live = np.flatnonzero(rows.live_mask)
     count = min(count, len(live), _TRAIN_BYTES // (4 * dim))
-    drawn = np.sort(np.random.default_rng([seed, 0]).choice(live, count, replace=False))
+    numbers = np.sort(np.random.default_rng([seed, 0]).choice(live, count, replace=False))
     folded = np.empty((count, dim), np.float32)
-    for place, numbers, scale in rows.each(drawn):
-        folded[place] = fold(torch.from_numpy(numbers).float(), dim).numpy() * scale
+    for place, entries, scale in rows.each(numbers):
+        folded[place] = fold(torch.from_numpy(entries).float(), dim).numpy() * scale
     return folded
 
 

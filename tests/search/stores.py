@@ -69,3 +69,24 @@ def spoil(shard, *, row: int) -> None:
     with open(shard, "r+b") as file:
         file.seek(offset)
         file.write(np.float32(np.nan).tobytes())
+
+
+class CountedRows:
+    """Rows that note the block size of each pass over them, and how many of them were read one by one."""
+
+    def __init__(self, rows) -> None:
+        self._rows, self.passes, self.read_singly = rows, [], 0
+
+    def __getattr__(self, name):
+        return getattr(self._rows, name)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def blocks(self, max_rows=None):
+        self.passes.append(max_rows)
+        return self._rows.blocks(max_rows)
+
+    def each(self, numbers):
+        self.read_singly += len(numbers)
+        return self._rows.each(numbers)

@@ -3,10 +3,9 @@ import pytest
 import torch
 
 from rapidindex.errors import DamagedIndex, QueryError, UsageError
-from rapidindex.search import exact
-from rapidindex.search.exact import exact_search
+from rapidindex.search.exact import exact_search, live_scores
 from rapidindex.store import Store
-from tests.search.stores import gradients, make_store, remove, spoil
+from tests.search.stores import CountedRows, gradients, make_store, remove, spoil
 
 N, K = 600, 256
 
@@ -45,18 +44,18 @@ def test_a_batch_finds_what_its_queries_find_alone(rows, queries):
     np.testing.assert_array_equal(together.rows, np.concatenate([found.rows for found in alone]))
 
 
-def test_more_queries_than_fit_into_memory_take_several_passes(rows, queries, monkeypatch):
-    expected = exact_search(rows, queries, 20)
-    monkeypatch.setattr(exact, "_SCORES_BYTES", 4 * N * 2)
-    found = exact_search(rows, queries, 20)
-    np.testing.assert_array_equal(found.rows, expected.rows)
-    assert len(found.summaries) == len(queries)
+def test_more_queries_than_fit_into_memory_take_several_passes(rows, queries):
+    counted = CountedRows(rows)
+    scores = list(live_scores(counted, queries, scores_bytes=4 * N * 2))
+    assert len(scores) == len(queries) == 7 and len(counted.passes) == 4
+    np.testing.assert_allclose(scores, list(live_scores(rows, queries)), atol=1e-6)
 
 
-def test_blocks_of_one_row_give_the_same(rows, queries, monkeypatch):
-    expected = exact_search(rows, queries, 20)
-    monkeypatch.setattr(exact, "_BLOCK_BYTES", {"cpu": 1})
-    np.testing.assert_array_equal(exact_search(rows, queries, 20).rows, expected.rows)
+def test_blocks_of_one_row_give_the_same(rows, queries):
+    counted = CountedRows(rows)
+    scores = list(live_scores(counted, queries, block_bytes=1))
+    assert counted.passes == [1]
+    np.testing.assert_allclose(scores, list(live_scores(rows, queries)), atol=1e-6)
 
 
 @pytest.mark.parametrize("largest", [True, False])

@@ -9,13 +9,19 @@ import numpy as np
 import pytest
 
 from rapidindex.errors import DamagedIndex, QueryError, ResourceError, StoreError, UsageError
-from rapidindex.search import metadata, vector_index
-from rapidindex.search.calibration import KINDS, calibrate, held_out
-from rapidindex.search.exact import exact_search, scores_of
-from rapidindex.search.vector_index import EXACT_MAX_ENTRIES, VectorIndex, default_factory, fold
+from rapidindex.search import metadata
+from rapidindex.search.calibration import KINDS, calibrate, draw_held_out
+from rapidindex.search.exact import exact_search
+from rapidindex.search.vector_index import (
+    EXACT_MAX_ENTRIES,
+    VectorIndex,
+    default_factory,
+    fold,
+    search_index_bytes,
+)
 from rapidindex.store import Store
 from rapidindex.store.folder import read_json, write_json
-from tests.search.stores import append, gradients, make_store, remove, spoil
+from tests.search.stores import CountedRows, append, gradients, make_store, remove, spoil
 
 N, K, DIM = 1500, 256, 128
 # The share of the exact answer to be found by searches that promise .95 of it, over queries other than those measured.
@@ -199,7 +205,7 @@ def test_each_direction_has_the_smallest_margin_that_reaches_the_target(store):
 @pytest.mark.parametrize("largest", [True, False])
 def test_the_margin_is_the_smallest_that_a_search_confirms(tmp_path, largest):
     rows = make_store(tmp_path / "index", gradients(2000, K)).rows("sentence")
-    known, folded = held_out(rows, seed=0), fold(rows.take(range(2000)), 64)
+    known, folded = draw_held_out(rows, seed=0), fold(rows.take(range(2000)), 64)
 
     def find(queries, count, lists):
         units = queries / np.linalg.norm(queries, axis=1, keepdims=True) * (1 if largest else -1)
@@ -232,17 +238,13 @@ def test_the_margin_is_the_smallest_that_a_search_confirms(tmp_path, largest):
     assert slow.candidates > 1.5 * made.candidates and slow.recall_at_10 >= 0.8
 
 
-def test_a_query_whose_best_rows_stand_out_reads_fewer_of_them(compact, monkeypatch):
-    read = []
-    monkeypatch.setattr(
-        vector_index, "scores_of", lambda rows, n, query: read.append(len(n)) or scores_of(rows, n, query)
-    )
+def test_a_query_whose_best_rows_stand_out_reads_fewer_of_them(compact):
     faint = np.random.default_rng(1).standard_normal((1, K)).astype(np.float32)
     counts = []
     for query in (compact.rows.take([3]), faint):
-        read.clear()
-        compact.search(query, 1)
-        counts.append(sum(read))
+        rows = CountedRows(compact.rows)
+        assert VectorIndex.open(rows).search(query, 1).method == "ann"
+        counts.append(rows.read_singly)
     assert 0 < counts[0] < counts[1]
 
 
@@ -276,15 +278,15 @@ def test_a_target_out_of_reach_falls_back_to_the_exact_scan(store, queries):
 
 def test_held_out_queries_leave_out_every_row_of_the_examples_they_are_made_of(tmp_path):
     rows = make_store(tmp_path / "index", gradients(60, K), per_shard=30, rows_per_example=5).rows("sentence")
-    known = held_out(rows, seed=0)
+    known = draw_held_out(rows, seed=0)
     assert known.kinds == ["left out"] * 12 + ["faint"] * 12
-    assert [len(excluded) for excluded in known.left_out] == [5] * 24
-    for query, excluded, kind in zip(known.queries, known.left_out, known.kinds, strict=True):
+    assert [len(excluded) for excluded in known.excluded] == [5] * 24
+    for query, excluded, kind in zip(known.queries, known.excluded, known.kinds, strict=True):
         scores, _ = known.answers[True][known.queries.tolist().index(query.tolist())]
         if kind == "left out":
             assert exact_search(rows, query[None], 1).rows[0, 0] in excluded
         assert scores[0] < exact_search(rows, query[None], 1).scores[0, 0]
-    for (_, found), excluded in zip(known.answers[True] + known.answers[False], known.left_out * 2, strict=True):
+    for (_, found), excluded in zip(known.answers[True] + known.answers[False], known.excluded * 2, strict=True):
         assert len(found) == 60 - len(excluded) and not np.isin(found, excluded).any()
 
 
@@ -304,16 +306,21 @@ def test_the_default_is_exact_for_small_stores_and_compact_beyond():
     assert default_factory(rows + 1, 65_536) == "HR,RaBitQ"
 
 
+def test_the_default_index_says_its_size_before_it_is_built():
+    rows = EXACT_MAX_ENTRIES // 65_536
+    assert search_index_bytes(rows, 65_536) == 0
+    assert (rows + 1) * 2048 < search_index_bytes(rows + 1, 65_536) < (rows + 1) * 2100  # one bit a dimension of 16,384
+
+
 def test_the_default_for_a_small_store_writes_no_faiss_file(store, queries):
     made = VectorIndex.build(store.rows("sentence"))
-    assert (made.metadata.factory, made.metadata.file, made.metadata.asked) == ("exact", None, None)
+    assert (made.metadata.factory, made.metadata.file, made.metadata.requested_factory) == ("exact", None, None)
     assert made.search(queries, 3).method == "exact"
 
 
-def test_the_default_for_a_large_store_is_the_compact_index(store, monkeypatch):
-    monkeypatch.setattr(vector_index, "EXACT_MAX_ENTRIES", N * K // 2)
-    made = VectorIndex.build(store.rows("sentence"), target_recall=0.9)
-    assert (made.metadata.factory, made.metadata.dim, made.metadata.asked) == ("HR,RaBitQ", K, None)
+def test_the_default_for_a_large_store_is_the_compact_index(store):
+    made = VectorIndex.build(store.rows("sentence"), target_recall=0.9, exact_max_entries=N * K // 2)
+    assert (made.metadata.factory, made.metadata.dim, made.metadata.requested_factory) == ("HR,RaBitQ", K, None)
     assert made.metadata.file_bytes / N < K // 8 + 30
 
 
@@ -381,10 +388,11 @@ def test_rows_that_are_not_finite_are_refused(tmp_path):
         VectorIndex.build(store.rows("sentence"), factory="Flat")
 
 
-def test_an_index_larger_than_the_memory_is_refused_before_the_rows_are_read(store, monkeypatch):
-    monkeypatch.setattr(vector_index, "sysconf", lambda name: 64)
+def test_an_index_larger_than_the_memory_is_refused_before_the_rows_are_read(store):
+    rows = CountedRows(store.rows("sentence"))
     with pytest.raises(ResourceError, match="GiB of memory.*HR,RaBitQ"):
-        VectorIndex.build(store.rows("sentence"), factory="HNSW16")
+        VectorIndex.build(rows, factory=f"HNSW{2**28}")  # 2 GiB of links a row
+    assert not rows.passes and not rows.read_singly
 
 
 # FAISS itself
@@ -506,13 +514,13 @@ def test_an_update_builds_where_there_is_none_or_none_can_be_added_to(store, tmp
     assert VectorIndex.update(empty.rows("sentence")).metadata.file
 
 
-def test_an_exact_index_is_never_stale_and_becomes_compact_when_it_has_grown(store, queries, monkeypatch):
+def test_an_exact_index_is_never_stale_and_becomes_compact_when_it_has_grown(store, queries):
     VectorIndex.build(store.rows("sentence"))
     append(store, gradients(100, K, seed=5))
     grown = VectorIndex.open(store.rows("sentence"))
     assert grown.stale is None and grown.search(queries, 3).n == N + 100
-    monkeypatch.setattr(vector_index, "EXACT_MAX_ENTRIES", N * K // 2)
-    assert VectorIndex.update(store.rows("sentence")).metadata.factory == "HR,RaBitQ"
+    updated = VectorIndex.update(store.rows("sentence"), exact_max_entries=N * K // 2)
+    assert (updated.metadata.factory, updated.metadata.requested_factory) == ("HR,RaBitQ", None)
 
 
 def test_other_rows_in_the_place_of_those_indexed_are_noticed_and_indexed_anew(store, tmp_path, values, queries):
@@ -527,7 +535,7 @@ def test_other_rows_in_the_place_of_those_indexed_are_noticed_and_indexed_anew(s
     np.testing.assert_array_equal(anew.search(queries, 3).rows, N - 1 - made.search(queries, 3).rows)
 
 
-def test_a_rebuild_leaves_one_card_and_one_file(store):
+def test_a_rebuild_leaves_one_metadata_file_and_one_file(store):
     rows = store.rows("sentence")
     (rows.path / "ann.deadbeef.faiss").write_bytes(b"left by a build that was killed")
     for factory in ("Flat", "SQ8"):
@@ -538,9 +546,20 @@ def test_a_rebuild_leaves_one_card_and_one_file(store):
 
 
 def test_describe_is_plain_data(built):
-    said = json.loads(json.dumps(built.describe()))
-    assert said["factory"] == built.metadata.factory and said["rows"] == N and said["stale"] is None
-    assert said["proponents"]["recall_at_10"] >= 0.95 and set(said["opponents"]["by_kind"]) == {"left out", "faint"}
+    described = json.loads(json.dumps(built.describe()))
+    assert described["factory"] == built.metadata.factory and described["rows"] == N and described["stale"] is None
+    assert described["asked"] == built.metadata.requested_factory
+    assert described["proponents"]["recall_at_10"] >= 0.95
+    assert set(described["opponents"]["by_kind"]) == {"left out", "faint"}
+
+
+def test_the_metadata_is_described_without_faiss(store, monkeypatch):
+    described = VectorIndex.build(store.rows("sentence"), factory="Flat", dim=DIM, target_recall=0.9).describe()
+    append(store, gradients(100, K, seed=5))
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    rows = store.rows("sentence")
+    later = metadata.IndexMetadata.read(rows.path).describe(rows)
+    assert later == {**described, "stale": "it lacks the 100 newest rows"}
 
 
 # Damage
@@ -575,7 +594,7 @@ def test_a_byte_changed_in_the_file_is_found_by_reading_it_through(store):
         made.metadata.verify(rows.path)
 
 
-def test_a_changed_card_is_damage(store):
+def test_changed_metadata_is_damage(store):
     rows = store.rows("sentence")
     VectorIndex.build(rows)
     path = rows.path / "ann.json"
@@ -631,12 +650,19 @@ def test_readers_are_undisturbed_while_the_index_is_rebuilt(store, queries):
         assert min(min(reader.result()) for reader in readers) >= 0.85
 
 
-def test_a_card_of_another_version_says_what_to_type(tmp_path):
+def test_the_metadata_keeps_the_key_of_earlier_versions_for_the_requested_factory(store):
+    rows = store.rows("sentence")
+    VectorIndex.build(rows, factory="exact")
+    assert read_json(rows.path / metadata.NAME)["asked"] == "exact"
+    assert VectorIndex.open(rows).metadata.requested_factory == "exact"
+
+
+def test_metadata_of_another_version_says_what_to_type(tmp_path):
     rows = make_store(tmp_path / "index", gradients(60, K)).rows("sentence")
     VectorIndex.build(rows, factory="Flat", dim=K, target_recall=0.5)
-    said = read_json(rows.path / metadata.NAME)
-    write_json(rows.path / metadata.NAME, {**said, "proponents": {"overfetch": 3}})
-    with pytest.raises(DamagedIndex, match="of another version") as error:
+    fields = read_json(rows.path / metadata.NAME)
+    write_json(rows.path / metadata.NAME, {**fields, "proponents": {"overfetch": 3}})
+    with pytest.raises(DamagedIndex, match="another version wrote it") as error:
         VectorIndex.open(rows)
     assert error.value.hint == f"Type `rapidindex index {tmp_path / 'index'}`."
     VectorIndex.build(rows, factory="Flat", dim=K, target_recall=0.5)
