@@ -21,7 +21,7 @@ from rapidindex.config import BuildRequest, EncodingConfig, FinetuneConfig, Grad
 from rapidindex.data.examples import read_examples
 from rapidindex.demo.demo import EPOCHS, TEMPLATE, unpack_model
 from rapidindex.model.finetune import finetune
-from rapidindex.progress import Bars, steps
+from rapidindex.progress import Bars
 
 RECIPES = {
     "default": {},
@@ -80,7 +80,7 @@ def one_seed(seed: int, data: str, work: Path, bars: Bars) -> list[dict]:
     model, adapter = str(work / "model"), str(work / f"adapter-{seed}")
     encoding, started = EncodingConfig(TEMPLATE), time.perf_counter()
     options = FinetuneConfig(epochs=EPOCHS, seed=seed)
-    tuned = finetune(read_examples(data), encoding, ModelConfig(model), options, adapter, progress=steps(bars))
+    tuned = finetune(read_examples(data), encoding, ModelConfig(model), options, adapter, progress=bars)
     runs = []
     for recipe, changes in RECIPES.items():
         index = work / f"{recipe}-{seed}"

@@ -39,7 +39,7 @@ from rapidindex.gradients.losses import Batch, with_drawn_labels
 from rapidindex.gradients.second_moment import correction, estimate_second_moment
 from rapidindex.model.finetune import finetune
 from rapidindex.model.model import LoadedModel, generate, load
-from rapidindex.progress import Bars, steps
+from rapidindex.progress import Bars
 
 METHODS = ("text", "full", "rapidin", "datainf", "limit", "early", "product", "lissa", "ekfac", "kronecker")
 """Names for --only: `text` is random, BM25 and embeddings; `full` the uncompressed recipes; `early` those, RapidGrads
@@ -129,7 +129,7 @@ class Seed:
     @cached_property
     def adapter(self) -> ModelConfig:
         """The fine-tuned model."""
-        folder, progress = self.folder / "adapter", steps(self.bars)
+        folder, progress = self.folder / "adapter", self.bars
         options = FinetuneConfig(epochs=self.sizes.epochs, batch_size=self.sizes.batch_size, seed=self.seed)
         base = ModelConfig(self.model, device="cpu", dtype=self.sizes.dtype)
         done = finetune(read_examples(self.data), self.encoding, base, options, folder, progress=progress)
