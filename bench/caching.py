@@ -4,7 +4,7 @@
     python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER --full               all parameters
     python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER --profile [--full]   where its time goes
     python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER --compare-dtypes     bfloat16's scores
-    python -m bench.caching --table                                                      the tables, from what is saved
+    python -m bench.render caching                                                       the tables, from the JSON alone
 
 One run, pinned threads, on SmolLM2-135M: (a) the bare forward and backward pass over the same batches, the floor;
 (b) ours, through to shards on disk; (c) one example at a time, its whole gradient shuffled by λ = 20 row and column
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench import caching_dtypes, caching_profile, caching_table
+from bench import caching_dtypes, caching_profile
 from bench.common import save
 from bench.peers import environment
 from bench.peers.measuring import LONGEST, peak_bytes, seconds
@@ -39,9 +39,6 @@ EVERY = 6
 
 def main() -> None:
     options = parse()
-    if options.table:
-        print(caching_table.render())
-        return
     torch.set_num_threads(options.threads)
     if options.way:
         print(json.dumps(memory_here(options)))
@@ -55,13 +52,14 @@ def main() -> None:
         else:
             path = save(f"caching_{options.kind}_{options.dtype}", measure(options, bars))
         bars.say(f"written to {path}")
-    print(caching_table.render([path]))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="a training file; the issue's figures take alpaca_9k.jsonl")
-    parser.add_argument("--work", type=Path, help="where the model, the index and the peers' environment are made")
+    parser.add_argument("--data", required=True, help="a training file; the issue's figures take alpaca_9k.jsonl")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="where the model, the index and the peers' environment are made"
+    )
     parser.add_argument("--rows", type=int, help="256, with --full 48, with --profile or --compare-dtypes 80")
     parser.add_argument("--literal-rows", type=int, help="12, with --full 2")
     parser.add_argument("--repeats", type=int, default=3)
@@ -73,11 +71,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer-repeats", type=int, default=2)
     parser.add_argument("--compare-dtypes", action="store_true", help="scores and times of bfloat16 beside float32")
     parser.add_argument("--profile", action="store_true", help="where ours spends its time")
-    parser.add_argument("--table", action="store_true", help="print the tables of the saved results, in Markdown")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not options.table and not (options.data and options.work):
-        parser.error("--data and --work are needed")
     options.kind = "full" if options.full else "lora"
     short = options.profile or options.compare_dtypes
     options.rows = options.rows or (80 if short else 48 if options.full else 256)

@@ -12,8 +12,6 @@ the token level through the product, beside what its --dry-run said.
 import argparse
 import json
 import shutil
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.common import RESULTS, save
+from bench.common import save
 from bench.peers.measuring import Rows, bare, seconds
 from bench.ways import Setting, config_of, make, open_made
 from rapidindex.caching.batches import Item, as_batch, padded_tokens, plan_units
@@ -44,18 +42,13 @@ LENGTHS = range(16, 49)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="a training file; the figures take alpaca_9k.jsonl")
-    parser.add_argument("--work", type=Path, help="where the model and the index are made")
+    parser.add_argument("--data", required=True, help="a training file; the figures take alpaca_9k.jsonl")
+    parser.add_argument("--work", type=Path, required=True, help="where the model and the index are made")
     parser.add_argument("--rows", type=int, default=3, help="whose tokens are cached")
     parser.add_argument("--candidates", type=int, default=6, help="examples that get a heat-map")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="print the table of the saved result, in Markdown")
     options = parser.parse_args()
-    if options.table:
-        return print(table())
-    if not (options.data and options.work):
-        parser.error("--data and --work are needed")
     torch.set_num_threads(options.threads)
     with Bars() as bars:
         make(options.work, options.data, full=False, dtype="float32", progress=bars)
@@ -67,7 +60,6 @@ def main() -> None:
         figures["heatmaps"] = heatmaps(setting, some[:: len(some) // options.candidates][: options.candidates], options)
         figures["build"] = built(options, rows, bars)
         bars.say(f"written to {save('tokens', figures)}")
-    print(table())
 
 
 def caching(setting: Setting, rows: list[Item], repeats: int, progress: Progress) -> dict[str, Any]:
@@ -172,26 +164,6 @@ def built(options: argparse.Namespace, rows: list[Item], progress: Progress) -> 
     size = sum(file.stat().st_size for file in index.rglob("*") if file.is_file())
     told = {"rows": done.tokens, "bytes_a_row": size / done.tokens, "said_seconds": said.total_seconds}
     return {**told, "took_seconds": took, "said_bytes": said.total_disk, "took_bytes": size}
-
-
-def table() -> str:
-    """The saved figures in Markdown."""
-    path = RESULTS / "tokens.json"
-    if not path.exists():
-        sys.exit("There is no bench/results/tokens.json yet: run the bench first.")
-    said = json.loads(path.read_text())["figures"]
-    lines = []
-    for part, title, base in (("caching", "rows for tokens", "floor"), ("heatmaps", "heat-maps", "forward")):
-        spent = {name: statistics.median(each) for name, each in said[part]["seconds"].items()}
-        lines += ["", f"| {title} | seconds (lowest–highest) | tokens/s | of the {base} |", "|---|---|---|---|"]
-        for name, each in said[part]["seconds"].items():
-            spread = f"{spent[name]:.1f} ({min(each):.1f}–{max(each):.1f})"
-            rate = said[part]["tokens"] / spent[name]
-            lines.append(f"| {name} | {spread} | {rate:.2f} | {spent[name] / spent[base]:.2f} |")
-    build = said["build"]
-    lines += ["", f"Build of {build['rows']} tokens: {build['took_seconds']:.0f} s, --dry-run said"]
-    lines[-1] += f" {build['said_seconds']:.0f} s; {build['took_bytes']:,} bytes, said {build['said_bytes']:,}."
-    return "\n".join(lines[1:])
 
 
 if __name__ == "__main__":

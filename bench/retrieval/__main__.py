@@ -1,12 +1,11 @@
 """Is retrieval as a vector search far ahead of scanning, and does it find the same?
 
-    python -m bench.retrieval --index INDEX --work FOLDER [--stage real|synthetic|tracin|rows|tables] [--keep]
+    python -m bench.retrieval --index INDEX --work FOLDER [--stage real|synthetic|tracin|rows] [--keep]
 
     real       the rows of INDEX: every factory over several folds, beside the exact scan and FAISS's Flat
     synthetic  the same over more rows than there are: real ones first, then ones drawn to be like them (synthetic.py)
     tracin     a whole retrieval beside TracIn, which computes every training gradient again (on a part, multiplied up)
     rows       how few bytes keep the answers, and the order of the true influence
-    tables     Markdown and plots from bench/results/retrieval*.json alone, and whether the aims are met
 
 All stages in this order without --stage. INDEX is only read: indexes are built over hard links in FOLDER. A stage that
 was stopped goes on where it was: what a configuration gave is kept in FOLDER. Measure alone, on an idle machine.
@@ -26,7 +25,6 @@ from bench.retrieval.queries import Queries, real_queries
 from bench.retrieval.rows import smallest_row
 from bench.retrieval.stores import LEVEL, Grown, left_out, linked
 from bench.retrieval.synthetic import FITTED_ROWS, likeness
-from bench.retrieval.tables import report
 from bench.retrieval.tracin import against_tracin, query_batches
 from rapidindex import Index
 from rapidindex.progress import Bars
@@ -34,7 +32,7 @@ from rapidindex.search.exact import exact_search
 from rapidindex.search.vector_index import DEFAULT_FACTORY, DIM, fold
 from rapidindex.store import Store
 
-STAGES = ("real", "synthetic", "tracin", "rows", "tables")
+STAGES = ("real", "synthetic", "tracin", "rows")
 DIMS = (16_384, 8192, 4096)
 STEPS = (10, 4, 2)
 """A store that grows is measured, the default index alone, at these parts of its size, too."""
@@ -49,7 +47,6 @@ def main() -> None:
         "synthetic": synthetic,
         "tracin": tracin,
         "rows": rows,
-        "tables": lambda options, bars: report(bars.say),
     }
     with Bars() as bars:
         for stage in [options.stage] if options.stage else STAGES:
