@@ -3,7 +3,6 @@
     python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER                      LoRA, with peers
     python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER --full               all parameters
     python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER --profile [--full]   where its time goes
-    python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER --compare-dtypes     bfloat16's scores
     python -m bench.render caching                                                       the tables, from the JSON alone
 
 One run, pinned threads, on SmolLM2-135M: (a) the bare forward and backward pass over the same batches, the floor;
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench import caching_dtypes, caching_profile
+from bench import caching_profile
 from bench.common import save
 from bench.peers import environment
 from bench.peers.measuring import LONGEST, peak_bytes, seconds
@@ -45,9 +44,7 @@ def main() -> None:
         return
     with Bars() as bars:
         make(options.work, options.data, full=options.full, dtype=options.dtype, progress=bars)
-        if options.compare_dtypes:
-            path = save(f"caching_dtypes_{options.kind}", caching_dtypes.compare(options, bars))
-        elif options.profile:
+        if options.profile:
             path = save(f"caching_profile_{options.kind}_{options.dtype}", caching_profile.profile(opened(options)))
         else:
             path = save(f"caching_{options.kind}_{options.dtype}", measure(options, bars))
@@ -60,7 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, required=True, help="where the model, the index and the peers' environment are made"
     )
-    parser.add_argument("--rows", type=int, help="256, with --full 48, with --profile or --compare-dtypes 80")
+    parser.add_argument("--rows", type=int, help="256, with --full 48, with --profile 80")
     parser.add_argument("--literal-rows", type=int, help="12, with --full 2")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, default=1024)
@@ -69,13 +66,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--peers", nargs="*", choices=environment.RUNS, help="all; none with --full or in bfloat16")
     parser.add_argument("--peer-repeats", type=int, default=2)
-    parser.add_argument("--compare-dtypes", action="store_true", help="scores and times of bfloat16 beside float32")
     parser.add_argument("--profile", action="store_true", help="where ours spends its time")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.kind = "full" if options.full else "lora"
-    short = options.profile or options.compare_dtypes
-    options.rows = options.rows or (80 if short else 48 if options.full else 256)
+    options.rows = options.rows or (80 if options.profile else 48 if options.full else 256)
     options.literal_rows = options.literal_rows or (2 if options.full else 12)
     if options.peers is None:
         options.peers = [] if options.full or options.dtype != "float32" else list(environment.RUNS)
