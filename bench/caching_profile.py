@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from bench.peers.measuring import seconds
-from bench.ways import Setting
+from bench.common import seconds
+from bench.setting import Setting
 from rapidindex.caching.batches import padded_tokens
 from rapidindex.caching.shard_writer import ShardWriter
 from rapidindex.gradients import per_example
@@ -42,7 +42,7 @@ def profile(setting: Setting) -> dict[str, Any]:
     layers, n = setting.compressor.gradients.layers, len(setting.items)
     size, tokens = sum(layer.size for layer in layers), sum(map(padded_tokens, setting.batches))
     figures = {"rows": n, "padded_tokens": tokens, "gradient_size": size, "threads": torch.get_num_threads()}
-    figures |= {"full": setting.loaded.config.adapter is None, "dtype": setting.loaded.config.dtype}
+    figures |= {"full": setting.index.loaded.config.adapter is None, "dtype": setting.index.loaded.config.dtype}
     parts = {part: {"seconds": s, "share": s / whole} for part, s in exclusive(spent, whole).items()}
     for part, least in least_seconds(setting, tokens, size * n, len(setting.batches) * size).items():
         parts[part]["least_seconds"] = least
@@ -92,7 +92,7 @@ def exclusive(spent: dict[str, float], whole: float) -> dict[str, float]:
 
 def least_seconds(setting: Setting, tokens: int, entries: int, slots: int) -> dict[str, float]:
     """Return what parts would take at the measured speeds: `entries` gradient entries, `slots` read from the map."""
-    flops, bandwidth = speeds(setting.loaded.model.dtype)
+    flops, bandwidth = speeds(setting.model.dtype)
     matrices = (layer.shape for layer in setting.compressor.gradients.layers if len(layer.shape) == 2)
     linear = sum(rows * columns for rows, columns in matrices if rows < 40_000)  # embeddings are looked up
     return {
