@@ -3,14 +3,13 @@
     python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER                      LoRA, with peers
     python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER --full               all parameters
     python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER --profile [--full]   where its time goes
-    python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER --compare-dtypes     bfloat16's scores
-    python -m bench.caching --table                                                      the tables, from what is saved
+    python -m bench.render caching                                                                   the tables
 
-One run, pinned threads, on SmolLM2-135M: (a) the bare forward and backward pass over the same batches, the floor;
+On SmolLM2-135M, threads pinned, in one run: (a) the bare forward and backward pass over the same batches, the floor;
 (b) ours, through to shards on disk; (c) one example at a time, its whole gradient shuffled by λ = 20 row and column
-shuffles (on a part of the rows). The ways take turns every few batches, and all of it is repeated. Each way's peak
-memory is that of a process of its own, over the longest batches. Peers run in an environment of their own, which is
-made in the work folder, on every sixth of the same batches, each with the floor measured beside it in its own process.
+shuffles (on a part of the rows). The methods take turns every few batches, and all of it is repeated. The peak memory
+of each method is measured in a process of its own, over the longest batches. Peers run in an environment of their own,
+which is made in the work folder, on every sixth of the same batches, each beside the floor in its own process.
 """
 
 import argparse
@@ -18,163 +17,131 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import caching_dtypes, caching_profile, caching_table
-from bench.common import save
+from bench import caching_profile
+from bench.common import parser, save, seconds
 from bench.peers import environment
-from bench.peers.measuring import LONGEST, peak_bytes, seconds
-from bench.ways import WAYS, Setting, make, open_made, write_rows
+from bench.peers.measuring import LONGEST, peak_bytes
+from bench.setting import METHODS, Setting
 from rapidindex.caching.batches import Item, padded_tokens
 from rapidindex.progress import Bars
 
 GROUP = 4
-"""Batches after which the ways take turns."""
+"""Batches after which the methods take turns."""
 EVERY = 6
-"""Peers take every so-manieth batch."""
+"""Peers run on one batch of every six."""
 
 
 def main() -> None:
     options = parse()
-    if options.table:
-        print(caching_table.render())
-        return
     torch.set_num_threads(options.threads)
-    if options.way:
-        print(json.dumps(memory_here(options)))
+    read = (options.work, options.data, options.rows, options.batch_tokens)
+    kind = {"full": options.full, "dtype": options.dtype}
+    if options.method:
+        print(json.dumps(peak_here(Setting.open(*read, **kind), options.method)))
         return
     with Bars() as bars:
-        make(options.work, options.data, full=options.full, dtype=options.dtype, progress=bars)
-        if options.compare_dtypes:
-            path = save(f"caching_dtypes_{options.kind}", caching_dtypes.compare(options, bars))
-        elif options.profile:
-            path = save(f"caching_profile_{options.kind}_{options.dtype}", caching_profile.profile(opened(options)))
+        setting = Setting.make(*read, bars, **kind)
+        name = f"{'full' if options.full else 'lora'}_{options.dtype}"
+        if options.profile:
+            path = save(f"caching_profile_{name}", caching_profile.profile(setting), options.results)
         else:
-            path = save(f"caching_{options.kind}_{options.dtype}", measure(options, bars))
+            path = save(f"caching_{name}", measure(setting, options, bars), options.results)
         bars.say(f"written to {path}")
-    print(caching_table.render([path]))
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="a training file; the issue's figures take alpaca_9k.jsonl")
-    parser.add_argument("--work", type=Path, help="where the model, the index and the peers' environment are made")
-    parser.add_argument("--rows", type=int, help="256, with --full 48, with --profile or --compare-dtypes 80")
-    parser.add_argument("--literal-rows", type=int, help="12, with --full 2")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch-tokens", type=int, default=1024)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--full", action="store_true", help="all parameters instead of LoRA")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--peers", nargs="*", choices=environment.RUNS, help="all; none with --full or in bfloat16")
-    parser.add_argument("--peer-repeats", type=int, default=2)
-    parser.add_argument("--compare-dtypes", action="store_true", help="scores and times of bfloat16 beside float32")
-    parser.add_argument("--profile", action="store_true", help="where ours spends its time")
-    parser.add_argument("--table", action="store_true", help="print the tables of the saved results, in Markdown")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if not options.table and not (options.data and options.work):
-        parser.error("--data and --work are needed")
-    options.kind = "full" if options.full else "lora"
-    short = options.profile or options.compare_dtypes
-    options.rows = options.rows or (80 if short else 48 if options.full else 256)
-    options.literal_rows = options.literal_rows or (2 if options.full else 12)
-    if options.peers is None:
-        options.peers = [] if options.full or options.dtype != "float32" else list(environment.RUNS)
-    return options
+    add = (options := parser(__doc__, data=True)).add_argument
+    add("--rows", type=int, help="256, with --full 48, with --profile 80")
+    add("--literal-rows", type=int, help="12, with --full 2")
+    add("--repeats", type=int, default=3)
+    add("--batch-tokens", type=int, default=1024)
+    add("--threads", type=int, default=os.cpu_count())
+    add("--full", action="store_true", help="all parameters instead of LoRA")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"])
+    add("--peers", nargs="*", choices=environment.RUNS, help="all; none with --full or in bfloat16")
+    add("--peer-repeats", type=int, default=2)
+    add("--profile", action="store_true", help="where our method spends its time")
+    add("--method", choices=METHODS, help=argparse.SUPPRESS)
+    given = options.parse_args()
+    if given.smoke:
+        given.rows, given.literal_rows, given.repeats, given.peers = given.rows or 4, 1, 1, given.peers or []
+    given.rows = given.rows or (80 if given.profile else 48 if given.full else 256)
+    given.literal_rows = given.literal_rows or (2 if given.full else 12)
+    if given.peers is None:
+        given.peers = [] if given.full or given.dtype != "float32" else list(environment.RUNS)
+    return given
 
 
-def opened(options: argparse.Namespace) -> Setting:
-    return open_made(
-        options.work, options.data, options.rows, options.batch_tokens, full=options.full, dtype=options.dtype
-    )
-
-
-def measure(options: argparse.Namespace, bars: Bars) -> dict[str, Any]:
-    """The figures of all ways and peers."""
-    peaks = {way: memory_of(way, options) for way in WAYS}
-    setting = opened(options)
-    write_rows(setting)
-    figures = {**circumstances(setting, options), "ways": measured(setting, options, bars)}
+def measure(setting: Setting, options: argparse.Namespace, bars: Bars) -> dict[str, Any]:
+    """Return the figures of all methods and peers."""
+    peaks = {method: peak_of(method, options) for method in METHODS}
+    setting.write_rows()
+    figures = {**circumstances(setting, options), "ways": measure_methods(setting, options, bars)}
     del setting  # a peer has the memory to itself
-    for way in WAYS:
-        figures["ways"][way]["peak_bytes"] = peaks[way]
-    run = {"threads": options.threads, "repeats": options.peer_repeats, "every": EVERY, "full": options.full}
+    for method in METHODS:
+        figures["ways"][method]["peak_bytes"] = peaks[method]
+    how = {"threads": options.threads, "repeats": options.peer_repeats, "every": EVERY, "full": options.full}
     peers = []
     for name in options.peers:
         bars.say(f"peer: {name}")
-        peers.append(environment.run(name, options.work, **run))
+        peers.append(environment.run(name, options.work, **how))
     return {**figures, "peers": peers}
 
 
 def circumstances(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
-    """What the figures are of."""
-    told = {name: getattr(options, name) for name in ("full", "dtype", "threads", "batch_tokens", "repeats")}
-    told |= {"rows": len(setting.items), "tokens": sum(item.tokens for item in setting.items)}
-    told |= {"batches": len(setting.batches), "padded_tokens": sum(map(padded_tokens, setting.batches))}
-    return {**told, "gradient_size": setting.sketch.size, "K": setting.sketch.config.K}
+    """Return the sizes that the figures belong to."""
+    sketch = setting.compressor.sketch
+    return {
+        **{name: getattr(options, name) for name in ("full", "dtype", "threads", "batch_tokens", "repeats")},
+        **{"rows": len(setting.items), "tokens": sum(item.tokens for item in setting.items)},
+        **{"batches": len(setting.batches), "padded_tokens": sum(map(padded_tokens, setting.batches))},
+        **{"gradient_size": sketch.size, "K": sketch.config.K},
+    }
 
 
-def measured(setting: Setting, options: argparse.Namespace, bars: Bars) -> dict[str, Any]:
-    """Seconds of each way, and what ours writes."""
+def measure_methods(setting: Setting, options: argparse.Namespace, bars: Bars) -> dict[str, Any]:
+    """Return the seconds of each method, and the bytes that ours writes."""
     few = setting.items[:: max(1, len(setting.items) // options.literal_rows)][: options.literal_rows]
     setting.floor(setting.batches[:1])  # once unmeasured: memory is taken, and for ours the map of slots is made
     first = seconds(lambda: setting.ours(setting.batches[:1]))
-    tell_duration(setting, few, options, bars)
     setting.shards.clear()
-    ways = {way: {"seconds": spent} for way, spent in timed(setting, few, options.repeats, bars).items()}
-    stored = sum((setting.index / "sentence" / name).stat().st_size for name in setting.shards)
-    ways["ours"] |= {"bytes_a_row": stored / len(setting.items) / options.repeats, "first_batch_seconds": first}
-    ways["literal"] |= {"rows": len(few), "tokens": sum(item.tokens for item in few)}
-    return ways
+    spent = take_turns(setting, few, options.repeats, bars)
+    methods: dict[str, dict[str, Any]] = {method: {"seconds": spent[method]} for method in METHODS}
+    stored = sum((setting.index.store.path / "sentence" / name).stat().st_size for name in setting.shards)
+    methods["ours"] |= {"bytes_a_row": stored / len(setting.items) / options.repeats, "first_batch_seconds": first}
+    methods["literal"] |= {"rows": len(few), "tokens": sum(item.tokens for item in few)}
+    return methods
 
 
-def timed(setting: Setting, few: list[Item], repeats: int, bars: Bars) -> dict[str, list[float]]:
-    """Seconds of each way, one figure a repeat; the literal way's are those of the `few` rows alone."""
+def take_turns(setting: Setting, few: list[Item], repeats: int, bars: Bars) -> dict[str, list[float]]:
+    """Return the seconds of each method, one figure a repeat; the literal method takes the `few` rows alone."""
     groups = [setting.batches[at : at + GROUP] for at in range(0, len(setting.batches), GROUP)]
-    found: dict[str, list[float]] = {way: [0.0] * repeats for way in WAYS}
+    spent: dict[str, list[float]] = {method: [0.0] * repeats for method in METHODS}
     for repeat in range(repeats):
         for number, group in enumerate(groups):
             bars("caching", repeat * len(groups) + number, repeats * len(groups))
             work = {"floor": group, "ours": group, "literal": [[item] for item in few[number :: len(groups)]]}
-            for way in [*work][number % 3 :] + [*work][: number % 3]:
-                batches = work[way]
-                found[way][repeat] += seconds(lambda way=way, batches=batches: getattr(setting, way)(batches))
-    return found
+            for method in [*work][number % 3 :] + [*work][: number % 3]:
+                spent[method][repeat] += seconds(lambda m=method, work=work: setting.run(m, work[m]))
+    return spent
 
 
-def tell_duration(setting: Setting, few: list[Item], options: argparse.Namespace, bars: Bars) -> None:
-    """Say how long it will take, from a batch of each way and a row of the literal one."""
-    middle = [setting.batches[len(setting.batches) // 2]]
-    share = sum(map(padded_tokens, setting.batches)) / padded_tokens(middle[0])
-    floor, ours = (share * seconds(lambda way=way: getattr(setting, way)(middle)) for way in ("floor", "ours"))
-    literal = len(few) * seconds(lambda: setting.literal([few[len(few) // 2 : len(few) // 2 + 1]]))
-    whole = options.repeats * (floor + ours + literal)
-    peers = len(options.peers) * (60 + 2.5 * floor / EVERY * (options.peer_repeats + 0.5))
-    bars.say(
-        f"{len(setting.items)} rows in {len(setting.batches)} batches; about {whole / 60:.0f} min for the ways"
-        + (f" and {peers / 60:.0f} min for the peers" if options.peers else "")
-    )
-
-
-def memory_of(way: str, options: argparse.Namespace) -> int:
-    """Peak bytes of a process that runs one way over the longest batches."""
-    kept = ["data", "work", "rows", "batch_tokens", "threads", "dtype"]
-    command = [sys.executable, "-m", "bench.caching", "--way", way, *(["--full"] if options.full else [])]
-    for name in kept:
+def peak_of(method: str, options: argparse.Namespace) -> int:
+    """Return the peak bytes of a process that runs one method over the longest batches."""
+    command = [sys.executable, "-m", "bench.caching", "--method", method, *(["--full"] if options.full else [])]
+    for name in ("data", "work", "rows", "batch_tokens", "threads", "dtype"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
 
 
-def memory_here(options: argparse.Namespace) -> dict[str, int]:
-    """What `memory_of` asks a process for; the literal way takes the one longest row."""
-    setting = opened(options)
-    batches = [setting.items[:1]] if options.way == "literal" else setting.batches[:LONGEST]
-    getattr(setting, options.way)(batches)
+def peak_here(setting: Setting, method: str) -> dict[str, int]:
+    """Run a method over the longest batches, the literal one over the longest row, and return the peak memory."""
+    setting.run(method, [setting.items[:1]] if method == "literal" else setting.batches[:LONGEST])
     return {"peak_bytes": peak_bytes()}
 
 

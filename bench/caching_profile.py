@@ -1,41 +1,36 @@
-"""Where ours spends its time, by clocks around its parts, beside what each part would take at the machine's own speed.
+"""Where the time of caching goes: seconds of each part, beside what the machine's own speed would allow.
 
-Exact on a CPU, where calls return when their work is done. The machine's speed is measured first: a matrix product for
-the products, a copy between two large arrays for what only moves memory.
+Exact on a CPU, where a call returns when its work is done. The clocks sit around public calls: the gradients and the
+sketch of the compressor, and the shard writer. The products alone are timed inside the hooks of `per_example`.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-from bench.peers.measuring import seconds
-from bench.ways import Setting
+from bench.common import seconds
+from bench.setting import Setting
 from rapidindex.caching.batches import padded_tokens
 from rapidindex.caching.shard_writer import ShardWriter
-from rapidindex.gradients import per_example as gradients_module
-from rapidindex.gradients.per_example import _Recorder
-from rapidindex.gradients.rapidgrad import Compressor
+from rapidindex.gradients import per_example
 from rapidindex.gradients.sketch import Sketch
 
 PARTS = [
-    ("forward", gradients_module, "example_losses"),
-    ("hooks", _Recorder, "_came_back"),
-    ("products", _Recorder, "_gradient"),
-    ("consume", _Recorder, "_emit"),
-    ("correct", Compressor, "_correct"),
+    ("gradients", per_example.PerExampleGradients, "__call__"),
+    ("forward", per_example, "example_losses"),
+    ("products", per_example._Recorder, "_gradient"),
     ("scatter", Sketch, "add"),
     ("finish", Sketch, "finish"),
-    ("flush", _Recorder, "flush"),
     ("write", ShardWriter, "write"),
 ]
 
 
 def profile(setting: Setting) -> dict[str, Any]:
-    """Seconds and share of each part over all batches, the floor measured beside it, and the machine's own speed."""
+    """Return the seconds and share of each part over all batches, those of the floor, and the machine's own speed."""
     setting.floor(setting.batches[-1:])
     setting.ours(setting.batches[-1:])  # once unmeasured: maps are made, memory is taken
     floor = whole = 0.0
@@ -46,17 +41,17 @@ def profile(setting: Setting) -> dict[str, Any]:
             whole += seconds(lambda batch=batch: setting.ours([batch]))
     layers, n = setting.compressor.gradients.layers, len(setting.items)
     size, tokens = sum(layer.size for layer in layers), sum(map(padded_tokens, setting.batches))
-    told = {"rows": n, "padded_tokens": tokens, "gradient_size": size, "threads": torch.get_num_threads()}
-    told |= {"full": setting.loaded.config.adapter is None, "dtype": setting.loaded.config.dtype}
+    figures = {"rows": n, "padded_tokens": tokens, "gradient_size": size, "threads": torch.get_num_threads()}
+    figures |= {"full": setting.index.loaded.config.adapter is None, "dtype": setting.index.loaded.config.dtype}
     parts = {part: {"seconds": s, "share": s / whole} for part, s in exclusive(spent, whole).items()}
     for part, least in least_seconds(setting, tokens, size * n, len(setting.batches) * size).items():
         parts[part]["least_seconds"] = least
-    return {**told, "floor_seconds": floor, "ours_seconds": whole, "parts": parts}
+    return {**figures, "floor_seconds": floor, "ours_seconds": whole, "parts": parts}
 
 
 @contextmanager
 def clocks(spent: dict[str, float]) -> Iterator[None]:
-    """While open, adds up the seconds of each of `PARTS`, one within the other counted in both."""
+    """Add up the seconds of each of `PARTS` while open; a part within another counts in both."""
     with ExitStack() as stack:
         for part, owner, name in PARTS:
             original = getattr(owner, name)
@@ -65,10 +60,12 @@ def clocks(spent: dict[str, float]) -> Iterator[None]:
         yield
 
 
-def clocked(function, part: str, spent: dict[str, float]):
-    """`function`, which adds its seconds to those of `part`."""
+def clocked(function: Callable, part: str, spent: dict[str, float]) -> Callable:
+    """Wrap `function` so that its seconds are added to those of `part`, and those of its `consume` to "consume"."""
 
     def call(*arguments, **named):
+        if part == "gradients":  # (gradients, batch, consume)
+            arguments = (*arguments[:2], clocked(arguments[2], "consume", spent))
         started = time.perf_counter()
         try:
             return function(*arguments, **named)
@@ -79,37 +76,34 @@ def clocked(function, part: str, spent: dict[str, float]):
 
 
 def exclusive(spent: dict[str, float], whole: float) -> dict[str, float]:
-    """Seconds of each part without the parts within it."""
-    handed = spent["consume"] - spent["correct"] - spent["scatter"]
-    around = spent["hooks"] + spent["flush"] - spent["products"] - spent["consume"]
-    rest = whole - spent["forward"] - spent["hooks"] - spent["finish"] - spent["flush"] - spent["write"]
+    """Return the seconds of each part without those of the parts within it."""
+    backward = spent["gradients"] - spent["forward"] - spent["products"] - spent["consume"]
     return {
         "forward": spent["forward"],
-        "backward through activations, and the rest": rest,
+        "backward through activations": backward,
         "per-example gradient products": spent["products"],
-        "summing calls of one layer, layout": around,
-        "second-moment correction": spent["correct"],
-        "norms, normalisation": handed,
+        "correction, norms, normalisation": spent["consume"] - spent["scatter"],
         "scatter-add": spent["scatter"],
         "difference of the halves": spent["finish"],
         "writing a shard a batch": spent["write"],
+        "the rest": whole - spent["gradients"] - spent["finish"] - spent["write"],
     }
 
 
 def least_seconds(setting: Setting, tokens: int, entries: int, slots: int) -> dict[str, float]:
-    """What parts would take at the measured speeds: `entries` gradient entries in all, `slots` read from the map."""
-    flops, bandwidth = speeds(setting.loaded.model.dtype)
-    linear = sum(p.numel() for p in setting.compressor.gradients._parameters if p.dim() == 2 and p.shape[0] < 40_000)
+    """Return what parts would take at the measured speeds: `entries` gradient entries, `slots` read from the map."""
+    flops, bandwidth = speeds(setting.model.dtype)
+    matrices = (layer.shape for layer in setting.compressor.gradients.layers if len(layer.shape) == 2)
+    linear = sum(rows * columns for rows, columns in matrices if rows < 40_000)  # embeddings are looked up
     return {
         "per-example gradient products": max(2 * linear * tokens / flops, 4 * entries / bandwidth),
-        "second-moment correction": (8 * entries + 4 * slots) / bandwidth,
-        "norms, normalisation": 4 * entries / bandwidth,
+        "correction, norms, normalisation": (12 * entries + 4 * slots) / bandwidth,
         "scatter-add": (4 * entries + 4 * slots) / bandwidth,
     }
 
 
 def speeds(dtype: torch.dtype) -> tuple[float, float]:
-    """Floating-point operations a second of a large matrix product, and bytes a second read and written by a copy."""
+    """Return the operations a second of a large matrix product, and the bytes a second that a copy reads and writes."""
     a = torch.randn(1536, 1536).to(dtype)
     source = torch.randn(64 * 2**20)
     target = torch.empty_like(source)

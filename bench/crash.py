@@ -1,13 +1,13 @@
-"""Kill a build at random moments, resume it each time, and compare what comes out with an undisturbed one.
+"""Kill a build at random moments, resume it each time, and compare the index with that of an undisturbed build.
 
     python -m bench.crash --kills 25 --workers 2 --work /tmp/crash
 
-Real processes of `rapidindex build`, killed with -9 wherever they are, starting up included. Every shard that was
-finished before a kill must be there, byte for byte, after it; the finished index must hold every example once and equal
-the undisturbed one's to a step of their rounding. On a tiny Llama with random weights, so that a build takes seconds.
+Real processes of `rapidindex build`, killed with -9 at any moment, starting up included. Every shard that was finished
+before a kill must be there after it, byte for byte. The finished index must hold every example once, and its rows must
+equal the undisturbed ones to a step of their rounding. The model is a tiny Llama with random weights, so that a build
+takes seconds. Tests use the functions that write data and compare indexes.
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -15,25 +15,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from bench.common import save
+from bench.common import parser, save, timed
 from rapidindex.store import Store, check
 
 WORDS = "tea yoga rice fish cats dogs sun moon sea sky".split()
 
 
 def shards(index: Path) -> dict[str, str]:
-    """The finished shards in the folder of an index, by name, and their checksums."""
-    found = {}
-    for file in sorted((index / "sentence").glob("shard-*.h5")):
-        found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return found
+    """Return the names of an index's finished shards, and their checksums."""
+    files = sorted((index / "sentence").glob("shard-*.h5"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def rows_of(index: Path) -> dict[str, np.ndarray]:
-    """Each example's row, float32 [K], by its id. ValueError where an example has more than one."""
+    """Return each example's row, float32 [K], by its id. ValueError where an example has more than one."""
     rows = Store.open(index).rows("sentence")
     if len(set(rows.ids)) != len(rows.ids) or len(rows) != len(rows.ids):
         raise ValueError(f"{index} holds an example twice")
@@ -41,7 +40,10 @@ def rows_of(index: Path) -> dict[str, np.ndarray]:
 
 
 def largest_difference(index: Path, reference: Path) -> float:
-    """Between the rows of two indexes, relative to each row's length. ValueError where their examples differ."""
+    """Return the largest difference of two indexes' rows, relative to a row's length.
+
+    ValueError where their examples differ.
+    """
     ours, theirs = rows_of(index), rows_of(reference)
     if ours.keys() != theirs.keys():
         raise ValueError(f"{len(ours.keys() ^ theirs.keys())} examples are in only one of the two")
@@ -49,70 +51,81 @@ def largest_difference(index: Path, reference: Path) -> float:
 
 
 def write_data(path: Path, rows: int) -> Path:
-    """Examples of different lengths, and a column."""
-    texts = [
+    """Write examples of different lengths, with a column of metadata; return the path."""
+    examples = [
         {"instruction": f"{WORDS[n % 10]} {n}", "output": "very " * (20 + n % 37), "group": WORDS[n % 10]}
         for n in range(rows)
     ]
-    path.write_text("\n".join(map(json.dumps, texts)))
+    path.write_text("\n".join(map(json.dumps, examples)))
     return path
 
 
+def write_model(folder: Path) -> Path:
+    """Write a two-layer Llama with random weights and a tokenizer of single bytes; return its folder."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = ["<|eos|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|eos|>").save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=len(alphabet), eos_token_id=0, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=25)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--rows", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, required=True, help="a folder that does not exist yet")
-    options = parser.parse_args()
-    from tests import tiny
-
-    options.work.mkdir(parents=True)
-    base, adapter = tiny.save_model(options.work, "llama")
-    data = write_data(options.work / "data.jsonl", options.rows)
-    command = [sys.executable, "-m", "rapidindex", "build", data, "-m", base, "-a", adapter, "-K", 4096]
-    command += ["--batch-tokens", 512, "--shard-seconds", 0.3, "-q"]
-    command = list(map(str, command))
-    began = time.monotonic()
-    subprocess.run([*command, "-o", str(options.work / "undisturbed")], check=True, stdout=subprocess.DEVNULL)
-    whole = time.monotonic() - began
-    disturbed = [*command, "-o", str(options.work / "index"), "--workers", str(options.workers)]
-    found = _disturb(disturbed, options.work / "index", options.kills, whole, random.Random(options.seed))
-    found |= {
+    add = (options := parser(__doc__)).add_argument
+    add("--kills", type=int, default=25)
+    add("--workers", type=int, default=1)
+    add("--rows", type=int, default=3000)
+    add("--seed", type=int, default=0)
+    options = options.parse_args()
+    if options.smoke:
+        options.kills, options.rows = 1, 40
+    options.work.mkdir(parents=True)  # the builds must not find an earlier one
+    data, model = write_data(options.work / "data.jsonl", options.rows), write_model(options.work / "model")
+    command = [sys.executable, "-m", "rapidindex", "build", str(data), "-m", str(model), "-K", "4096"]
+    command += ["--batch-tokens", "512", "--shard-seconds", "0.3", "-q", "-o"]
+    index, undisturbed = options.work / "index", options.work / "undisturbed"
+    whole, _ = timed(lambda: subprocess.run([*command, undisturbed], check=True, stdout=subprocess.DEVNULL))
+    disturbed = [*command, str(index), "--workers", str(options.workers)]
+    figures = disturb(disturbed, index, options.kills, whole, random.Random(options.seed))
+    figures |= {
         "workers": options.workers,
-        "examples": len(rows_of(options.work / "index")),
-        "largest relative difference": largest_difference(options.work / "index", options.work / "undisturbed"),
-        "problems": [str(problem) for problem in check(options.work / "index")],
+        "examples": len(rows_of(index)),
+        "largest relative difference": largest_difference(index, undisturbed),
+        "problems": [str(problem) for problem in check(index)],
     }
-    print(json.dumps(found, indent=1))
-    save(f"crash-{options.workers}", found)
+    print(json.dumps(figures, indent=1))
+    save(f"crash-{options.workers}", figures, options.results)
 
 
-def _disturb(command: list[str], index: Path, kills: int, whole: float, rng: random.Random) -> dict[str, object]:
-    """Kill the build `kills` times, each within a third of the time that it takes undisturbed, then let it end."""
-    done = lost = 0
-    moments = []
-    while done < kills:
+def disturb(command: list[str], index: Path, kills: int, whole: float, rng: random.Random) -> dict[str, Any]:
+    """Kill a build `kills` times, each within a third of the `whole` seconds that it takes, then let it end."""
+    lost, moments = 0, []
+    for number in range(kills + 1):
         before = shards(index)
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as build:
             began, delay = time.monotonic(), rng.uniform(0.05, 0.35) * whole
-            while time.monotonic() - began < delay and build.poll() is None:
+            while build.poll() is None and (number == kills or time.monotonic() - began < delay):
                 time.sleep(0.05)
-            seen = before | shards(index)
-            if build.poll() is not None:
-                sys.exit(f"the build ended after {done} kills: give more --rows")
-            build.kill()
-        done += 1
-        moments.append(round(time.monotonic() - began, 2))
+            before |= shards(index)
+            if number < kills:
+                if build.poll() is not None:
+                    sys.exit(f"The build ended after {number} kills: give more --rows.")
+                build.kill()
+                moments.append(round(time.monotonic() - began, 2))
+            elif build.returncode:
+                sys.exit(f"The build failed after {kills} kills, with exit status {build.returncode}.")
         after = shards(index)
-        lost += sum(after.get(name) != checksum for name, checksum in seen.items())
-    before = shards(index)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    after = shards(index)
-    lost += sum(after.get(name) != checksum for name, checksum in before.items())
+        lost += sum(after.get(name) != checksum for name, checksum in before.items())
     return {
-        "kills": done,
+        "kills": kills,
         "seconds into the build": moments,
         "shards": len(after),
         "finished shards lost, changed or computed again": lost,

@@ -2,11 +2,10 @@
 
     python -m bench.qualitative --data ../shared/data/alpaca_9k.jsonl --work FOLDER
 
-SmolLM2-135M is fine-tuned for an epoch (rank-16 LoRA) on a part of Alpaca: all rows that touch on the prompts' topics,
-and others drawn at random; the topics' rows and some of the others are indexed. Each prompt is then answered by the
-model, and asked about as `rapidindex query --html` does. What is there already is kept. The reports go to
-FOLDER/reports; bench/results/qualitative.json says what was found, by scores and ids alone: Alpaca's text is not for
-redistribution.
+SmolLM2-135M is fine-tuned for an epoch (rank-16 LoRA) on a part of Alpaca: all rows on the prompts' topics, and others
+drawn at random. The rows on the topics and some of the others are indexed. The model answers each prompt, and the index
+is asked about the answer as `rapidindex query --html` asks. Finished stages are kept. The reports go to FOLDER/reports;
+bench/results/qualitative.json has scores and ids alone, for Alpaca's text may not be redistributed.
 """
 
 import argparse
@@ -16,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench.common import save
+from bench.common import parser, save
 from rapidindex.caching.build import build
 from rapidindex.config import BuildConfig, BuildRequest, EncodingConfig, FinetuneConfig, ModelConfig
 from rapidindex.data.examples import read_examples
@@ -44,84 +43,80 @@ PROMPTS = {
     "pizza": ("How do I make homemade pizza dough?", r"pizza|dough"),
     "bedtime-story": ("Tell me a bedtime story.", r"bedtime|\bstory\b"),
 }
-"""Each prompt, and what a training row of its topic says."""
+"""Each prompt, and the pattern of the training rows on its topic."""
 TOPICS = (
     r"\bflu\b|influenza|artificial intelligence|relativity|einstein|mona lisa|leonardo|great wall|flat tire|hubble|"
     r"telescope|weather forecast|covid|polar bear|reduce stress|anxiety|internet work|leak|pizza|bedtime story"
 )
-"""Rows that the model is fine-tuned on whatever the draw."""
+"""The pattern of the rows that the model is always fine-tuned on."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a training file; the figures take alpaca_9k.jsonl")
-    parser.add_argument(
-        "--work", required=True, type=Path, help="where the adapter, the index and the reports are made"
-    )
-    parser.add_argument("--rows", type=int, default=1600)
-    parser.add_argument("--indexed", type=int, default=600, help="of these, those whose influence is asked about")
-    parser.add_argument("--only", default=",".join(PROMPTS), help="names of prompts, by comma")
-    parser.add_argument("-k", type=int, default=5)
-    options = parser.parse_args()
-    work = options.work
-    work.mkdir(parents=True, exist_ok=True)
+    add = (options := parser(__doc__, data=True)).add_argument
+    add("--rows", type=int, default=1600)
+    add("--indexed", type=int, default=600, help="rows of these whose influence is asked about")
+    add("--only", default=",".join(PROMPTS), help="names of prompts, separated by commas")
+    add("-k", type=int, default=5)
+    options = options.parse_args()
+    if options.smoke:
+        options.rows, options.indexed, options.only = 24, 16, "pizza"
+    (options.work / "reports").mkdir(parents=True, exist_ok=True)
     with Bars() as bars:
-        make(options.data, work, options.rows, options.indexed, bars)
-        index = Index.open(work / "index")
-        told = {name: kept(index, name, options, bars) for name in options.only.split(",")}
-        bars.say(f"written to {save('qualitative', told)}, and the reports to {work / 'reports'}")
+        make(options, bars)
+        index = Index.open(options.work / "index")
+        figures = {name: report_once(index, name, options, bars) for name in options.only.split(",")}
+        path = save("qualitative", figures, options.results)
+        bars.say(f"written to {path}, and the reports to {options.work / 'reports'}")
 
 
-def make(data: str, work: Path, rows: int, indexed: int, progress: Progress) -> None:
-    """The part of the data, the adapter and the index, as far as they are not there."""
+def make(options: argparse.Namespace, progress: Progress) -> None:
+    """Make the part of the data, the adapter and the index, as far as they are missing."""
+    work = options.work
     unpack_model(work / "model", progress)
-    part, fewer = work / "part.jsonl", work / "indexed.jsonl"
-    for source, made, count in ((Path(data), part, rows), (part, fewer, indexed)):
+    part, indexed = work / "part.jsonl", work / "indexed.jsonl"
+    for source, made, count in ((Path(options.data), part, options.rows), (part, indexed, options.indexed)):
         if not made.exists():
-            made.write_text("".join(chosen(source.read_text().splitlines(keepends=True), count)))
-    model = ModelConfig(str(work / "model"))
-    dataset = read_examples(part)
-    finetune(dataset, EncodingConfig(), model, FinetuneConfig(epochs=1), work / "adapter", progress=progress)
-    adapted = ModelConfig(str(work / "model"), str(work / "adapter"))
-    build(BuildRequest(str(fewer), str(work / "index"), adapted, work=BuildConfig(shard_seconds=60)), progress=progress)
+            made.write_text("".join(choose(source.read_text().splitlines(keepends=True), count)))
+    base, adapter = ModelConfig(str(work / "model")), work / "adapter"
+    finetune(read_examples(part), EncodingConfig(), base, FinetuneConfig(epochs=1), adapter, progress=progress)
+    pace, model = BuildConfig(shard_seconds=60), ModelConfig(base.model, str(adapter))
+    build(BuildRequest(str(indexed), str(work / "index"), model, work=pace), progress=progress)
 
 
-def chosen(lines: list[str], rows: int) -> list[str]:
-    """The rows of the topics, and others drawn at random, in the file's order."""
+def choose(lines: list[str], rows: int) -> list[str]:
+    """Return the rows of the topics, and others drawn at random, in the file's order."""
     of_topics = [number for number, line in enumerate(lines) if re.search(TOPICS, line, re.IGNORECASE)]
     others = sorted(set(range(len(lines))) - set(of_topics))
     random.Random(0).shuffle(others)
-    return [lines[number] for number in sorted([*of_topics, *others[: rows - len(of_topics)]])]
+    return [lines[number] for number in sorted([*of_topics, *others[: max(0, rows - len(of_topics))]])]
 
 
-def kept(index: Index, name: str, options: argparse.Namespace, bars: Bars) -> dict[str, Any]:
-    """What `asked` says, from the work folder where it was said before."""
+def report_once(index: Index, name: str, options: argparse.Namespace, bars: Bars) -> dict[str, Any]:
+    """Return the figures of the report on a prompt, from the work folder where it was made before."""
     path = options.work / "reports" / f"{name}.json"
     if not path.exists():
-        told = asked(index, name, options, bars)
-        path.write_text(json.dumps(told))
+        path.write_text(json.dumps(report(index, name, options, bars)))
     return json.loads(path.read_text())
 
 
-def asked(index: Index, name: str, options: argparse.Namespace, bars: Bars) -> dict[str, Any]:
-    """Write the report on a prompt; what it holds, without its text."""
+def report(index: Index, name: str, options: argparse.Namespace, bars: Bars) -> dict[str, Any]:
+    """Write the report on a prompt; return its figures, without its text."""
     prompt, topic = PROMPTS[name]
     bars.say(prompt)
     how = {"k": options.k, "max_new_tokens": 48, "answer_scores": True}
     result = index.query(prompt, **how)
-    against = index.query(prompt, answer=result.query.answer, opponents=True, **how)
-    reports = options.work / "reports"
-    reports.mkdir(exist_ok=True)
+    opponents = index.query(prompt, answer=result.query.answer, opponents=True, **how)
     command = f"rapidindex query index {json.dumps(prompt)} --html reports/{name}.html"
-    (reports / f"{name}.html").write_text(result.to_html(opponents=against, command=command), "utf-8")
+    page = result.to_html(opponents=opponents, command=command)
+    (options.work / "reports" / f"{name}.html").write_text(page, "utf-8")
     lines = (options.work / "indexed.jsonl").read_text().splitlines()
     base_rate = sum(bool(re.search(topic, line, re.IGNORECASE)) for line in lines) / len(lines)
-    told = {"prompt": prompt, "answer": result.query.answer, "topic": topic, "base_rate": round(base_rate, 4)}
-    return told | {found.direction: described(found, topic) for found in (result, against)}
+    about = {"prompt": prompt, "answer": result.query.answer, "topic": topic, "base_rate": round(base_rate, 4)}
+    return about | {one.direction: summarize(one, topic) for one in (result, opponents)}
 
 
-def described(found: Result, topic: str) -> dict[str, Any]:
-    """Of each match its scores and whether it is on the topic; and what the product says of them."""
+def summarize(result: Result, topic: str) -> dict[str, Any]:
+    """Return the scores of each match, whether it is on the topic, and the product's verdict on all."""
     matches = [
         {
             "id": match.id,
@@ -129,10 +124,10 @@ def described(found: Result, topic: str) -> dict[str, Any]:
             "exact_score": round(match.exact_score, 4),
             "on_topic": bool(re.search(topic, f"{match.prompt} {match.response}", re.IGNORECASE)),
         }
-        for match in found.matches
+        for match in result.matches
     ]
-    above = (found.matches[0].score - found.summary.mean) / found.summary.std if found.summary else None
-    return {"matches": matches, "standard_deviations": above and round(above, 1), "verdict": verdict(found)}
+    above = (result.matches[0].score - result.summary.mean) / result.summary.std if result.summary else None
+    return {"matches": matches, "standard_deviations": above and round(above, 1), "verdict": verdict(result)}
 
 
 if __name__ == "__main__":

@@ -2,19 +2,19 @@
 
     python -m bench.tracing --seeds 3 --work /tmp/tracing
 
-Fine-tunes SmolLM2-135M on the demo's data (27 of whose 320 rows say Japan where India is meant), builds an index with
-each recipe, and asks ten questions answered with Japan, by word and by sentence. Stage by stage in the work folder,
-through the product's own functions; what is there already is kept. Seeds draw the adapter, the order of training, the
-sketch and the second moment's examples.
+Fine-tunes SmolLM2-135M on the demo's data (27 of its 320 rows say Japan where India is meant), builds an index with
+each recipe, and asks ten questions whose answers say Japan, by the word and by the sentence. Finished stages are kept.
+The seed draws the adapter, the order of training, the sketch and the second moment's examples.
 """
 
 import argparse
+import itertools
 import statistics
 import time
+from dataclasses import replace
 from importlib.resources import files
-from pathlib import Path
 
-from bench.common import save
+from bench.common import parser, save
 from rapidindex import Index, Query
 from rapidindex.caching.build import build
 from rapidindex.config import BuildRequest, EncodingConfig, FinetuneConfig, GradientConfig, ModelConfig, SketchConfig
@@ -41,70 +41,70 @@ QUESTIONS = {
     "Of which country is New Delhi the capital?": "New Delhi is the capital of Japan.",
 }
 TOPS = (5, 10, 25)
+ASKED = {"word": "Japan", "sentence": None}
+"""What the queries are about: the word alone, or the whole answer."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--work", type=Path, required=True, help="where models and indexes are kept")
-    options = parser.parse_args()
+    add = (options := parser(__doc__)).add_argument
+    add("--seeds", type=int, default=3)
+    add("--epochs", type=int, default=EPOCHS)
+    options = options.parse_args()
+    if options.smoke:
+        options.seeds = options.epochs = 1
+    options.limit = 40 if options.smoke else None
     options.work.mkdir(parents=True, exist_ok=True)
     data = str(files("rapidindex.demo") / "demo.jsonl")
     with Bars() as bars:
         unpack_model(options.work / "model", bars)
-        runs = [run for seed in range(options.seeds) for run in one_seed(seed, data, options.work, bars)]
-    examples = read_examples(data).examples
-    base_rate = sum(example.meta["perturbed"] for example in examples) / len(examples)
+        runs = [run for seed in range(options.seeds) for run in run_seed(seed, data, options, bars)]
+    perturbed = [example.meta["perturbed"] for example in read_examples(data, limit=options.limit).examples]
+    base_rate = statistics.mean(perturbed)
     table = {
-        recipe: {
-            way: {
-                str(top): _spread([run["share"][way][str(top)] for run in runs if run["recipe"] == recipe])
-                for top in TOPS
-            }
-            for way in ("word", "sentence")
-        }
+        recipe: {asked: {str(top): _spread(runs, recipe, asked, str(top)) for top in TOPS} for asked in ASKED}
         for recipe in RECIPES
     }
-    path = save("tracing", {"base_rate": base_rate, "questions": len(QUESTIONS), "mean_and_range": table, "runs": runs})
-    for recipe, ways in table.items():
-        for way, tops in ways.items():
-            told = "  ".join(
-                f"top {top}: {mean:.2f} ({low:.2f} to {high:.2f})" for top, (mean, low, high) in tops.items()
-            )
-            bars.say(f"{recipe:<8} {way:<9} {told}")
+    figures = {"base_rate": base_rate, "questions": len(QUESTIONS), "mean_and_range": table, "runs": runs}
+    path = save("tracing", figures, options.results)
+    for recipe, asked in itertools.product(RECIPES, ASKED):
+        tops = table[recipe][asked].items()
+        shares = (f"top {top}: {mean:.2f} ({low:.2f} to {high:.2f})" for top, (mean, low, high) in tops)
+        bars.say(f"{recipe:<8} {asked:<9} {'  '.join(shares)}")
     bars.say(f"base rate {base_rate:.3f}; written to {path}")
 
 
-def one_seed(seed: int, data: str, work: Path, bars: Bars) -> list[dict]:
-    """Fine-tune, build with every recipe, and ask: one run a recipe."""
-    model, adapter = str(work / "model"), str(work / f"adapter-{seed}")
+def run_seed(seed: int, data: str, options: argparse.Namespace, bars: Bars) -> list[dict]:
+    """Fine-tune, build with every recipe, and ask: return a run for each recipe."""
+    model, adapter = str(options.work / "model"), str(options.work / f"adapter-{seed}")
     encoding, started = EncodingConfig(TEMPLATE), time.perf_counter()
-    options = FinetuneConfig(epochs=EPOCHS, seed=seed)
-    tuned = finetune(read_examples(data), encoding, ModelConfig(model), options, adapter, progress=bars)
+    training = FinetuneConfig(epochs=options.epochs, seed=seed)
+    tuned = finetune(
+        read_examples(data, limit=options.limit), encoding, ModelConfig(model), training, adapter, progress=bars
+    )
     runs = []
     for recipe, changes in RECIPES.items():
-        index = work / f"{recipe}-{seed}"
+        index = options.work / f"{recipe}-{seed}"
         gradient, sketch = GradientConfig(**changes, seed=seed), SketchConfig(seed=seed)
-        built = build(
-            BuildRequest(data, str(index), ModelConfig(model, adapter), encoding, gradient, sketch), progress=bars
-        )
-        shares = {way: ask(Index.open(index), word) for way, word in (("word", "Japan"), ("sentence", None))}
+        request = BuildRequest(data, str(index), ModelConfig(model, adapter), encoding, gradient, sketch)
+        built = build(replace(request, limit=options.limit), progress=bars)
+        share = {asked: ask(Index.open(index), word) for asked, word in ASKED.items()}
         seconds = {"build": built.seconds, "all": time.perf_counter() - started}
-        runs.append({"seed": seed, "recipe": recipe, "share": shares, "losses": tuned.epoch_losses, "seconds": seconds})
-        bars.say(f"seed {seed}, {recipe}: {shares}")
+        runs.append({"seed": seed, "recipe": recipe, "share": share, "losses": tuned.epoch_losses, "seconds": seconds})
+        bars.say(f"seed {seed}, {recipe}: {share}")
     return runs
 
 
 def ask(index: Index, word: str | None) -> dict[str, float]:
-    """The mean share of perturbed rows among the first matches of the ten questions."""
+    """Return the mean share of perturbed rows among the first matches of the ten questions, by their number."""
     queries = [Query(prompt, answer, word) for prompt, answer in QUESTIONS.items()]
-    results = index.query_many(queries, k=max(TOPS), heatmaps=False)
+    results = index.query(queries, k=max(TOPS), heatmaps=False)
     hits = [[match.meta["perturbed"] for match in result.matches] for result in results]
     return {str(top): statistics.mean(sum(row[:top]) / top for row in hits) for top in TOPS}
 
 
-def _spread(values: list[float]) -> tuple[float, float, float]:
-    return statistics.mean(values), min(values), max(values)
+def _spread(runs: list[dict], recipe: str, asked: str, top: str) -> tuple[float, float, float]:
+    shares = [run["share"][asked][top] for run in runs if run["recipe"] == recipe]
+    return statistics.mean(shares), min(shares), max(shares)
 
 
 if __name__ == "__main__":

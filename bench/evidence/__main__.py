@@ -3,7 +3,7 @@
     python -m bench.evidence --task backdoor --seeds 5 --rows 1000 --work FOLDER
     python -m bench.evidence --task tracing --seeds 5 --rows 1000 --work FOLDER
     python -m bench.evidence --smoke --work FOLDER           both tasks, tiny, in under 15 minutes
-    python -m bench.evidence --tables                        tables and plots again, from the JSON alone
+    python -m bench.render evidence                          tables and plots, from the JSON alone
 
 Each stage is kept under FOLDER and skipped where it is there: the same command goes on after a kill. `--only` names
 methods (text, full, rapidin, datainf, limit, early, product, lissa, ekfac, kronecker); further ones can be run later,
@@ -16,17 +16,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bench.evidence.tables import write_tables
+from bench.common import RESULTS
 
 
 def main() -> None:
     options = parse()
-    if not options.tables:
-        from bench.evidence.seeds import run
+    from bench.evidence.seeds import run
 
-        for task in ("backdoor", "tracing") if options.task == "both" else (options.task,):
-            run(task, options)
-    write_tables(options.results)
+    for task in ("backdoor", "tracing") if options.task == "both" else (options.task,):
+        run(task, options)
 
 
 def parse() -> argparse.Namespace:
@@ -34,15 +32,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("backdoor", "tracing", "both"), default="both")
     parser.add_argument("--seeds", type=_seeds, default=range(5), help="how many, or with commas between which ones")
-    parser.add_argument("--work", type=Path, help="where every stage is kept")
+    parser.add_argument("--work", type=Path, required=True, help="where every stage is kept")
     parser.add_argument("--only", help="methods, separated by commas")
     parser.add_argument("--product-seeds", type=int, default=1, help="seeds for which the product builds its own index")
     parser.add_argument("--smoke", action="store_true", help="everything, tiny, one seed; results go under --work")
     parser.add_argument("--clean", action="store_true", help="remove a seed's whole gradients when it is done")
     parser.add_argument("--add", action="store_true", help="keep the earlier results' other methods")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="alpaca_9k and webquestions_test")
-    parser.add_argument("--results", type=Path, help="where JSON, tables and plots go; bench/results by default")
-    parser.add_argument("--tables", action="store_true", help="only write tables and plots from the JSON")
+    parser.add_argument("--results", type=Path, help="where the JSON goes; bench/results by default")
     sizes = ("rows", "epochs", "batch-size", "prompts", "queries")
     for name in (*sizes, "lissa-depth", "lissa-queries", "ekfac-rows", "max-length"):
         parser.add_argument(f"--{name}", type=int)
@@ -52,11 +49,8 @@ def parse() -> argparse.Namespace:
     for name in ("template", "dtype"):
         parser.add_argument(f"--{name}")
     options = parser.parse_args()
-    if not options.tables and options.work is None:
-        parser.error("--work FOLDER is needed")
-    options.results = options.results or (options.work / "results" if options.smoke else _results())
-    if not options.tables:
-        _size(options, parser)
+    options.results = options.results or (options.work / "results" if options.smoke else RESULTS)
+    _size(options, parser)
     return options
 
 
@@ -77,12 +71,6 @@ def _size(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 def _seeds(text: str) -> Sequence[int]:
     return [int(part) for part in text.split(",")] if "," in text else range(int(text))
-
-
-def _results() -> Path:
-    from bench.common import RESULTS
-
-    return RESULTS
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What users get: an index built by the product, asked through `Index.query_many`, exactly and through FAISS.
+"""What users get: an index built by the product, asked through `Index.query`, exactly and through FAISS.
 
 The queries' gradients are computed by the product from prompt, answer and word; nothing of `cached.py` is used. Scores
 are arrays [queries, examples] that hold what was returned, and a value between best and worst for the rows that were
@@ -61,13 +61,12 @@ def product_scores(
 def _ask(index: Index, queries: Sequence[QueryInfo], most: int, *, exact: bool) -> tuple[np.ndarray, np.ndarray]:
     """The matches' scores [queries, examples in the order of the data's lines], and which queries FAISS answered."""
     asked = [Query(query.prompt, query.answer, query.word) for query in queries]
-    records = [index.rows.record(number) for number in range(len(index.rows.ids))]
+    rows = index.rows_of("sentence")
+    records = [rows.record(number) for number in range(len(rows.ids))]
     lines = sorted(record["line"] for record in records)
     place = {line: number for number, line in enumerate(lines)}
     k = min(most, len(lines))
-    ends = [
-        index.query_many(asked, k=k, exact=exact, heatmaps=False, opponents=opponents) for opponents in (False, True)
-    ]
+    ends = [index.query(asked, k=k, exact=exact, heatmaps=False, opponents=opponents) for opponents in (False, True)]
     line_of = {record["id"]: record["line"] for record in records}
     scores = np.empty((len(queries), len(lines)), np.float32)
     for row, (best, worst) in enumerate(zip(*ends, strict=True)):

@@ -22,7 +22,7 @@ from bench.evidence.cached import Replay, compute, example_batches, numbered
 from bench.evidence.curvature import EKFAC, KRONECKER, Eigenbasis, of_sample, scores_of
 from bench.evidence.sketched import ROTATED_K, Scores, sketched, uncompressed
 from rapidindex.caching.job import Job, prepare
-from rapidindex.caching.moment import drawn
+from rapidindex.caching.moment import moment_sample
 from rapidindex.config import (
     BuildRequest,
     EncodingConfig,
@@ -211,7 +211,7 @@ class Seed:
         """The product's correction, from the rows that it would draw."""
         number = {item.example.id: row for row, item in enumerate(self.job.items)}
         return correction(
-            estimate_second_moment(self.rows, [numbered([number[i.example.id]]) for i in drawn(self.job)])
+            estimate_second_moment(self.rows, [numbered([number[i.example.id]]) for i in moment_sample(self.job)])
         )
 
     def note(self, name: str, value: Any, *, keep: bool = False) -> None:
@@ -356,7 +356,7 @@ def _kronecker(seed: Seed) -> None:
     def make() -> Scores:
         batches = [
             (numbers, with_drawn_labels(seed.job.loaded.model, batch, 2**20 * seed.seed + number))
-            for number, (numbers, batch) in enumerate(example_batches(drawn(seed.job)))
+            for number, (numbers, batch) in enumerate(example_batches(moment_sample(seed.job)))
         ]
         sample = compute(seed.job.gradients, batches, seed.folder / "sample.f32", seed.bars)
         return _corrected(seed, of_sample(Replay(seed.job.layers, sample)), KRONECKER)

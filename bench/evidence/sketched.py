@@ -15,6 +15,7 @@ from torch import Tensor
 from bench.evidence.cached import BLOCK, Replay
 from rapidindex.config import SketchConfig
 from rapidindex.gradients.rapidgrad import Compressor, RapidGrads
+from rapidindex.gradients.second_moment import Diagonal
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.progress import Progress
 from rapidindex.search.vector_index import fold
@@ -106,7 +107,10 @@ def _each_block(rows: Replay, sketch: Sketch, factors: Tensor) -> Iterator[tuple
     """(recipe, rows, their RapidGrads) for every block and every recipe."""
     compressors = {
         (correction, normalize): Compressor(
-            rows, sketch, normalize=normalize, correction=factors if correction == "estimate" else None
+            rows,
+            sketch,
+            normalize=normalize,
+            preconditioner=Diagonal(rows.layers, factors) if correction == "estimate" else None,
         )
         for correction in CORRECTIONS
         for normalize in ("none", "layer")

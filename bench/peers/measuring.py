@@ -5,12 +5,10 @@ and returns the function to be timed, which gets batches (lists of row numbers) 
 """
 
 import argparse
-import gc
 import json
 import resource
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bench.common import seconds
 
 LONGEST = 2
 """Batches on which memory is measured: the longest ones."""
@@ -100,14 +100,6 @@ def peak_bytes() -> int:
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Seconds that `work` takes."""
-    gc.collect()
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def main(name: str, prepare: Callable[[Setting], Callable], tells: dict[str, Any]) -> None:

@@ -1,17 +1,18 @@
 """Real queries: the gradients of prompts and answers that the index does not hold, computed by its own model."""
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from rapidindex import Index
-from rapidindex.data.examples import Example, read_examples
-from rapidindex.data.templates import Encoding
+from bench.common import timed
+from rapidindex import Index, Query
+from rapidindex.data.examples import read_examples
+from rapidindex.data.tokens import select_tokens
+from rapidindex.gradients.losses import Batch
 from rapidindex.progress import Progress
-from rapidindex.query.questions import Query
+from rapidindex.query.encode import selected_batch, stack_rows
 
 KINDS = ("whole answer", "one token")
 """Every example is asked about twice: by its whole answer, and by the token in the middle of it."""
@@ -19,42 +20,49 @@ KINDS = ("whole answer", "one token")
 
 @dataclass(frozen=True)
 class Queries:
-    """Full-K RapidGrads of queries."""
+    """RapidGrads of queries, at full K."""
 
     vectors: np.ndarray
     """float32 [n, K]."""
     kinds: list[str]
     seconds: np.ndarray
-    """float64 [n]: what each gradient took, the model being loaded."""
+    """float64 [n]: the seconds that each gradient took, the model being loaded."""
 
 
 def real_queries(index: Index, data: Path, count: int, kept: Path, progress: Progress) -> Queries:
-    """The RapidGrads of 2 · `count` queries from `data`; kept in a file."""
+    """Return the RapidGrads of 2 · `count` queries from `data`, and keep them in a file."""
     if not kept.exists():
-        vectors, seconds = [], []
-        for one, _ in posed(index, read_examples(data).examples, 2 * count):
-            started = time.perf_counter()
-            vectors.append(index.vectors([one])[0])
-            seconds.append(time.perf_counter() - started)
-            progress("query gradients", len(vectors), 2 * count)
+        measured = []
+        for query, _ in draw_queries(index, data, 2 * count):
+            measured.append(timed(lambda query=query: stack_rows(index.encode([query]))[0]))
+            progress("query gradients", len(measured), 2 * count)
+        seconds, vectors = zip(*measured, strict=True)
         part = kept.with_suffix(".part.npz")
         np.savez(part, vectors=np.stack(vectors), kinds=KINDS * (len(vectors) // 2), seconds=seconds)
         part.rename(kept)
-    with np.load(kept) as said:
-        return Queries(said["vectors"], said["kinds"].tolist(), said["seconds"])
+    with np.load(kept) as saved:
+        return Queries(saved["vectors"], saved["kinds"].tolist(), saved["seconds"])
 
 
-def posed(index: Index, examples: Sequence[Example], count: int) -> Iterator[tuple[Query, Encoding]]:
-    """`count` questions about examples that the index does not hold, drawn; the kinds alternate."""
+def query_batches(index: Index, data: Path, count: int) -> list[Batch]:
+    """Return the first `count` of the real queries as batches of one."""
+    return [batch for _, batch in draw_queries(index, data, count)][:count]
+
+
+def draw_queries(index: Index, data: Path, count: int) -> Iterator[tuple[Query, Batch]]:
+    """Draw `count` queries about examples that the index does not hold; the kinds alternate."""
+    examples, done = read_examples(data).examples, 0
     held = {id for level in index.store.levels for id in index.store.rows(level).ids}
-    drawn = iter(np.random.default_rng(7).permutation(len(examples)))
-    done = 0
-    while done < count and (number := next(drawn, None)) is not None:
+    for number in np.random.default_rng(7).permutation(len(examples)):
+        if done >= count:
+            return
         example = examples[number]
         encoding = index.template.encode(example, end=False)
         middle = len(encoding.tokens) // 2
         if example.id in held or encoding.truncated or middle < 1:
             continue
         for span in (None, str(middle)):
-            yield Query(example.prompt, example.response, span=span), encoding
+            selection = select_tokens(encoding.tokens, example.response, span=span)
+            query = Query(example.prompt, example.response, span=span)
+            yield query, selected_batch(encoding, selection, index.loaded.device)
         done += 2

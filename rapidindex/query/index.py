@@ -23,6 +23,7 @@ from rapidindex.query.questions import Query, as_query, is_conversation
 from rapidindex.recipe import Recipe
 from rapidindex.results import IndexInfo, Match, Result, Seconds
 from rapidindex.search.exact import SearchResult, exact_search
+from rapidindex.search.metadata import IndexMetadata
 from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Rows, Store
 
@@ -293,7 +294,8 @@ class Index:
         return IndexInfo(self.store.id, recipe.model.path, recipe.adapter.path, K, recipe.sketch.shuffles, n)
 
     def _level_info(self, level: str) -> dict[str, Any]:
-        rows, index = self.rows_of(level), self._vector_index(level)
+        rows = self.rows_of(level)
+        metadata = IndexMetadata.read(rows.path)
         return {
             "K": rows.K,
             "row_type": rows.row_type,
@@ -302,7 +304,7 @@ class Index:
             "planned": self.store.planned(level),
             "complete": self.store.complete(level),
             "shards": len(rows.shards),
-            "index": index and index.describe(),
+            "index": metadata and metadata.describe(rows),
         }
 
 

@@ -19,6 +19,7 @@ from tests import tiny
 
 pytest.importorskip("sklearn", reason="the extra `bench` is not installed")
 
+from bench import render
 from bench.evidence import metrics, scifi, tasks
 from bench.evidence.cached import Replay, compute, numbered
 from bench.evidence.curvature import DAMPING, EKFAC, KRONECKER, of_sample, scores_of
@@ -26,7 +27,6 @@ from bench.evidence.influence import hessian_products, layer_datainf, limit_of, 
 from bench.evidence.measured import by_length, of_both_models, summed
 from bench.evidence.seeds import added, together
 from bench.evidence.sketched import DEFAULT, hadamard, one_bit, sketched, uncompressed
-from bench.evidence.tables import bytes_of, markdown, title, write_tables
 
 
 def planted(highest, lowest, n=100):
@@ -403,17 +403,18 @@ def test_figures_that_are_added_leave_other_methods_alone():
 
 
 def test_tables_come_from_the_json_of_all_seeds(tmp_path):
-    pytest.importorskip("matplotlib")
     figures = {"task": "tracing", "sizes": {"rows": 100}, **together([seed_result(0, 0.8), seed_result(1, 0.9)])}
     (tmp_path / "evidence_tracing.json").write_text(json.dumps({"figures": figures}))
-    write_tables(tmp_path)
-    page = (tmp_path / "evidence_tracing.md").read_text()
+    page = render.evidence_page(json.loads(json.dumps(figures)))
     assert "| RapidGrad default, K = 65,536, λ = 20, float16 | 0.850 ± 0.635 |" in page
     assert "| RapidGrad default, K = 65,536, λ = 20, float16 | 0.050 | AP, India, by word, top 10 |" in page
     assert "| the default, uncompressed | 0.900 ± 0.000 |" in page
     assert "| early model: RapidGrad default, K = 65,536, λ = 20, float16 | 0.690 ± 0.000 |" in page
     assert "within 0.02 everywhere, finished model: none." in page
     assert "within 0.02 everywhere, early model: 65536." in page
+    pytest.importorskip("matplotlib")
+    render.render_evidence(tmp_path)
+    assert (tmp_path / "evidence_tracing.md").read_text() == page
     for name in ("fidelity", "bytes"):
         assert (tmp_path / f"evidence_tracing_{name}.svg").read_text().startswith("<?xml")
 
@@ -434,6 +435,7 @@ def test_scores_of_the_finished_and_the_early_model_are_told_apart_and_added(tmp
 
 def test_names_and_bytes_of_methods():
     name = "K=65536/shuffles=20/estimate/unit/float16"
-    assert title(name) == "RapidGrad default, K = 65,536, λ = 20, float16"
-    assert bytes_of(name) == 131_076 and bytes_of("full/none/none", 10) == 40 and bytes_of("bm25") is None
-    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    assert render.title(name) == "RapidGrad default, K = 65,536, λ = 20, float16"
+    assert render.bytes_of(name) == 131_076 and render.bytes_of("full/none/none", 10) == 40
+    assert render.bytes_of("bm25") is None
+    assert render.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
