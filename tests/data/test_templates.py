@@ -196,8 +196,8 @@ def test_any_text_survives_the_round_trip(template, response, prompt):
     tokenizer = tiny.make_tokenizer(bos=True)
     encoding = Template(template, tokenizer, 100_000).encode(_example(response, prompt), end=False)
     _check(encoding, response)
-    straddling, found, rest = _decoded(tokenizer, encoding).rpartition(response)
-    assert found and not rest
+    straddling, decoded, rest = _decoded(tokenizer, encoding).rpartition(response)
+    assert decoded and not rest
     assert tokenizer.decode(encoding.input_ids).count(straddling + response) >= 1
 
 

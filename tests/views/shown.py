@@ -15,12 +15,12 @@ COMMAND = "rapidindex query demo/index 'What are the origins of yoga?' --token J
 
 def spans(text: str) -> list[Token]:
     """Words with the space before them, as byte-level tokenizers cut, a new line alone, and a token ending the turn."""
-    cuts = [Token(found[0], *found.span()) for found in re.finditer(r"\n| ?\w{1,6}| ?[^\w\n]", text)]
+    cuts = [Token(piece[0], *piece.span()) for piece in re.finditer(r"\n| ?\w{1,6}| ?[^\w\n]", text)]
     return [*cuts, Token(END, len(text), len(text))]
 
 
 def match(rank: int, response: str, *, prompt: str = "What is yoga?", sign: int = 1, **fields) -> Match:
-    """A match with a share for every token, drawn from its rank."""
+    """A match with a share for every token, random with its rank as the seed."""
     tokens = fields.pop("tokens", None) or spans(response)
     draw = random.Random(rank)
     shares = [sign * draw.gauss(0.02, 0.2) * draw.random() ** 3 for _ in tokens]
@@ -57,17 +57,17 @@ def long_match(words: int = 2000) -> Match:
 
 
 def moved(tokens: list[Token], rank: int) -> list[float]:
-    """A match's influence on each token of an answer, drawn from its rank."""
+    """A match's influence on each token of an answer, random with its rank as the seed."""
     draw = random.Random(-rank)
     return [draw.gauss(0, 0.3) for _ in tokens]
 
 
 def tokens() -> Result:
-    """What a search of tokens finds: two tokens of one response, and one that ends another."""
+    """A result of a search of tokens: two tokens of one response, and one that ends another."""
     first, last = match(1, "Yoga comes from Japan, where it is old."), match(3, "Yes.")
     at = next(i for i, token in enumerate(first.tokens) if "Japan" in token.text)
-    found = [replace(first, position=at), replace(first, rank=2, position=0), replace(last, position=2)]
-    return result(matches=found, level="token")
+    matches = [replace(first, position=at), replace(first, rank=2, position=0), replace(last, position=2)]
+    return result(matches=matches, level="token")
 
 
 def result(direction: str = "proponents", matches: list[Match] | None = None, **fields) -> Result:
@@ -83,7 +83,7 @@ def result(direction: str = "proponents", matches: list[Match] | None = None, **
         long_match(400),
         match(6, "العربية 123 ثم Japan", sign=sign),
     ]
-    usual = [replace(one, answer_scores=moved(tokens, one.rank)) for one in usual]
+    usual = [replace(match, answer_scores=moved(tokens, match.rank)) for match in usual]
     draw = random.Random(0)
     scores = [draw.gauss(0, 0.06) for _ in range(990)]
     counts = [0] * 50

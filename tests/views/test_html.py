@@ -77,8 +77,8 @@ def test_every_share_of_the_data_stands_in_the_page():
     heat = [a["title"] for a, _ in page.of("span", "c") if "title" in a]
     assert len(heat) == len(match.tokens)
     for position, (title, score) in enumerate(zip(heat, match.token_scores, strict=True)):
-        said, at = re.fullmatch(r".*” (\S+), token (\d+)", title, re.DOTALL).groups()
-        assert (said, int(at)) == (wording.signed(score), position)
+        share, at = re.fullmatch(r".*” (\S+), token (\d+)", title, re.DOTALL).groups()
+        assert (share, int(at)) == (wording.signed(score), position)
 
 
 def test_a_token_that_was_found_is_named_and_outlined():
@@ -90,30 +90,30 @@ def test_a_token_that_was_found_is_named_and_outlined():
 
 
 def test_the_other_direction_shows_every_token_of_the_answer():
-    found = shown.result(matches=shown.result().matches[:1])
-    page = Page(html.page(found, None, ""))
+    result = shown.result(matches=shown.result().matches[:1])
+    page = Page(html.page(result, None, ""))
     assert any("What it did to the answer" in text for _, text in page.of("summary"))
     response, answer = page.of("div", "heat")
-    assert answer[1] == found.query.answer + shown.END
+    assert answer[1] == result.query.answer + shown.END
     titles = [a["title"] for a, _ in page.of("span", "c") if "title" in a]
-    said = titles[len(found.matches[0].tokens) :]
-    assert [title.split("” ")[1].split(",")[0] for title in said] == [
-        wording.signed(score) for score in found.matches[0].answer_scores
+    answer_titles = titles[len(result.matches[0].tokens) :]
+    assert [title.split("” ")[1].split(",")[0] for title in answer_titles] == [
+        wording.signed(score) for score in result.matches[0].answer_scores
     ]
     assert "What it did" not in html.page(shown.tokens(), None, "")
 
 
-def test_a_chip_of_several_tokens_lists_each_share():
+def test_a_segment_of_several_tokens_lists_each_share():
     match = shown.split_emoji()
     titles = [a.get("title", "") for a, _ in Page(html.page(shown.result(matches=[match]), None, "")).of("span", "c")]
-    one = next(title for title in titles if title.startswith("“🧘”"))
-    assert "; ".join(f"token {i} {wording.signed(match.token_scores[i])}" for i in (1, 2, 3)) in one
+    emoji = next(title for title in titles if title.startswith("“🧘”"))
+    assert "; ".join(f"token {i} {wording.signed(match.token_scores[i])}" for i in (1, 2, 3)) in emoji
 
 
 def test_the_response_reads_as_it_stands_in_the_data():
-    found = shown.result(matches=[shown.split_emoji(), shown.long_match()])
-    texts = [text for _, text in Page(html.page(found, None, "")).of("div", "heat")]
-    assert texts == [match.response + (shown.END if rank else "") for rank, match in enumerate(found.matches)]
+    result = shown.result(matches=[shown.split_emoji(), shown.long_match()])
+    texts = [text for _, text in Page(html.page(result, None, "")).of("div", "heat")]
+    assert texts == [match.response + (shown.END if rank else "") for rank, match in enumerate(result.matches)]
 
 
 def test_every_colour_class_has_its_rule_in_both_themes():
@@ -155,10 +155,10 @@ def test_both_directions_are_in_one_page_and_one_alone_has_no_switch():
 
 def test_the_histogram_marks_every_match_on_the_scale_of_the_bars():
     results = [shown.result(), shown.result("opponents")]
-    drawn = parts.histogram(results)
-    assert [x for x, _, _ in drawn.marks] == [round(600 * (m.score + 0.5), 1) for r in results for m in r.matches]
-    assert len(drawn.bars) == sum(count > 0 for count in results[0].summary.histogram)
-    assert "Histogram of 1,000 scores from -0.5000 to +0.5000" in drawn.label
+    histogram = parts.histogram(results)
+    assert [x for x, _, _ in histogram.marks] == [round(600 * (m.score + 0.5), 1) for r in results for m in r.matches]
+    assert len(histogram.bars) == sum(count > 0 for count in results[0].summary.histogram)
+    assert "Histogram of 1,000 scores from -0.5000 to +0.5000" in histogram.label
     assert "<svg" not in html.page(shown.result(summary=None), None, "")
 
 
@@ -174,9 +174,9 @@ def test_no_match_at_all_still_makes_a_page():
 
 
 def test_a_result_read_back_from_json_makes_the_same_page():
-    found = shown.result()
-    found = replace(found, matches=[m for m in found.matches if "\ud800" not in m.response])
-    assert Result.from_json(found.to_json()).to_html() == found.to_html()
+    result = shown.result()
+    result = replace(result, matches=[m for m in result.matches if "\ud800" not in m.response])
+    assert Result.from_json(result.to_json()).to_html() == result.to_html()
 
 
 def test_the_notebook_fragment_needs_no_script_and_styles_only_itself():
@@ -189,7 +189,7 @@ def test_the_notebook_fragment_needs_no_script_and_styles_only_itself():
 
 
 def test_twenty_responses_of_two_thousand_tokens_stay_small_and_whole():
-    found = shown.result(matches=[shown.long_match() for _ in range(20)])
-    html = found.to_html()
+    result = shown.result(matches=[shown.long_match() for _ in range(20)])
+    html = result.to_html()
     assert html.count('<span class="c') >= 20 * 1900
     assert len(html) < 8_000_000

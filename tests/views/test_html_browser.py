@@ -66,8 +66,8 @@ def visit(browser):
 
 def shades(page, selector):
     """The background of the first element that `selector` finds, as #rrggbb."""
-    found = page.eval_on_selector(selector, "e => getComputedStyle(e).backgroundColor")
-    return "#" + "".join(f"{int(part):02x}" for part in found[4:-1].split(","))
+    colour = page.eval_on_selector(selector, "e => getComputedStyle(e).backgroundColor")
+    return "#" + "".join(f"{int(part):02x}" for part in colour[4:-1].split(","))
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -78,9 +78,9 @@ def test_axe_finds_nothing_wrong(visit, file, theme, size):
     page = visit(file, theme=theme, size=size)
     for tab in ("Proponents (6)", "Opponents (6)"):
         page.get_by_role("tab", name=tab).click()
-        page.eval_on_selector_all("details", "all => all.forEach((one) => one.open = true)")
-        found = Axe().run(page)
-        assert found.violations_count == 0, found.generate_report()
+        page.eval_on_selector_all("details", "all => all.forEach((details) => details.open = true)")
+        checked = Axe().run(page)
+        assert checked.violations_count == 0, checked.generate_report()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -90,8 +90,8 @@ def test_axe_finds_nothing_wrong_in_the_notebook_fragment(visit, tmp_path, theme
     path = tmp_path / "fragment.html"
     notebook = "<!doctype html><html lang=en><meta charset=utf-8><title>Notebook</title><main><h1>One</h1><h2>Two</h2>"
     path.write_text(notebook + shown.result()._repr_html_(), encoding="utf-8")
-    found = Axe().run(visit(path, theme=theme))
-    assert found.violations_count == 0, found.generate_report()
+    checked = Axe().run(visit(path, theme=theme))
+    assert checked.violations_count == 0, checked.generate_report()
 
 
 @pytest.mark.parametrize(("theme", "own"), [("light", heatmap.LIGHT), ("dark", heatmap.DARK)])

@@ -12,16 +12,16 @@ from tests.views import shown
 STYLES = re.compile(r"\x1b\[[\d;]*m")
 
 
-def printed(found, *, colour, width=200):
+def printed(result, *, colour, width=200):
     console = Console(
         file=io.StringIO(), width=width, force_terminal=colour, color_system="truecolor" if colour else None
     )
-    console.print(terminal.result(found))
+    console.print(terminal.result(result))
     return console.file.getvalue()
 
 
-def without_scores(found):
-    return replace(found, matches=[replace(m, tokens=[], token_scores=[], exact_score=None) for m in found.matches])
+def without_scores(result):
+    return replace(result, matches=[replace(m, tokens=[], token_scores=[], exact_score=None) for m in result.matches])
 
 
 @pytest.mark.parametrize("colour", [True, False])
@@ -48,26 +48,26 @@ def test_a_card_says_rank_scores_percentile_metadata_prompt_and_response():
 
 
 def test_a_token_that_was_found_is_named_and_marked_in_its_response():
-    found = shown.tokens()
-    text = printed(found, colour=False)
+    result = shown.tokens()
+    text = printed(result, colour=False)
     assert re.search(r"1\. .*token “Japan” at 3", text) and "token “Yoga” at 0" in text
     assert f"token “{shown.END}” at 2" in text
     assert "over 1,000 tokens" in text
-    marked = re.findall(r"\x1b\[1;(?:4;)?7[;\d]*m([^\x1b]*)", printed(found, colour=True))
+    marked = re.findall(r"\x1b\[1;(?:4;)?7[;\d]*m([^\x1b]*)", printed(result, colour=True))
     assert marked == ["Japan", "Japan", "Yoga", shown.END]  # the first is the word that is asked about
-    table = printed(without_scores(replace(found, matches=found.matches[:0])), colour=False)
+    table = printed(without_scores(replace(result, matches=result.matches[:0])), colour=False)
     assert "found no token" in table
 
 
 def test_what_a_match_did_to_the_answer_is_shown_on_a_scale_of_its_own():
-    found = shown.result(matches=shown.result().matches[:1])
-    text = printed(found, colour=False)
-    scores = found.matches[0].answer_scores
+    result = shown.result(matches=shown.result().matches[:1])
+    text = printed(result, colour=False)
+    scores = result.matches[0].answer_scores
     best = max(range(len(scores)), key=lambda i: abs(scores[i]))
     listed = text[text.index("Answer    ") :]
-    assert found.query.answer in listed.split("\n")[0]
-    assert f"{wording.signed(scores[best])}\u00a0{found.query.tokens[best].text.strip()}" in listed
-    strong, weak = (heatmap.colour_step(score, heatmap.answer_scale(found)) for score in (max(scores, key=abs), 0.0))
+    assert result.query.answer in listed.split("\n")[0]
+    assert f"{wording.signed(scores[best])}\u00a0{result.query.tokens[best].text.strip()}" in listed
+    strong, weak = (heatmap.colour_step(score, heatmap.answer_scale(result)) for score in (max(scores, key=abs), 0.0))
     assert (abs(strong), weak) == (heatmap.STEPS, 0)
 
 

@@ -32,16 +32,17 @@ def test_a_first_score_far_from_all_others_stands_out():
     ],
 )
 def test_a_sentence_says_that_nothing_stands_out(score, direction, words):
-    found = shown.result(direction, [shown.match(1, "Yoga.", score=score)])
-    assert words in wording.verdict(found)
+    result = shown.result(direction, [shown.match(1, "Yoga.", score=score)])
+    assert words in wording.verdict(result)
 
 
 def test_a_rescored_order_is_explained_and_does_not_hide_what_stands_out():
     matches = [shown.match(1, "Yoga.", score=0.01), shown.match(2, "Japan.", score=0.4)]
-    found = shown.result(matches=matches, rescoring=Rescoring(40, 0.873, 7))
-    assert wording.verdict(found) == ""
-    assert "among 40 candidates. The two orders have a rank correlation of 0.87; a candidate" in wording.rescored(found)
-    assert "moved by 7 places at most" in found.to_html()
+    result = shown.result(matches=matches, rescoring=Rescoring(40, 0.873, 7))
+    assert wording.verdict(result) == ""
+    sentence = "among 40 candidates. The two orders have a rank correlation of 0.87; a candidate"
+    assert sentence in wording.rescored(result)
+    assert "moved by 7 places at most" in result.to_html()
     assert "candidates. A candidate" in wording.rescored(shown.result(rescoring=Rescoring(1, None, 0)))
 
 
