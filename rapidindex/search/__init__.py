@@ -1,1 +1,8 @@
-"""Search among stored rows, exhaustively or through FAISS. Knows vectors only."""
+"""Search among stored rows, by an exact scan or through FAISS. Knows vectors only.
+
+exact         the scan of all rows, and the result of a search
+faiss_index   FAISS's index of folded rows
+calibration   how many candidates a search needs, and its recall
+metadata      `ann.json`: how an index was built, and its recall
+vector_index  build, update, open and search a level's index
+"""

@@ -63,7 +63,7 @@ class HeldOutQueries:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured in one direction. Searches in that direction follow it."""
+    """The measurements in one direction, and the margin and counts that searches in it use."""
 
     margin: float | None
     """A search reads the rows whose estimates come within this of the k-th best score, in lengths of the query. None

@@ -1,6 +1,6 @@
-"""FAISS: inner-product indexes over folded rows, made from an `index_factory` string. Knows no store and no query.
+"""FAISS: inner-product indexes over folded rows, made from an `index_factory` string. Knows neither store nor queries.
 
-FAISS is imported when it is first needed: its CPU and GPU builds install the same package, so neither is a dependency.
+FAISS is imported where it is first needed: its CPU and GPU builds install the same package, so neither is a dependency.
 """
 
 import hashlib
@@ -16,17 +16,17 @@ from rapidindex.errors import DamagedIndex, ResourceError, UsageError
 from rapidindex.store import atomic_file, index_of
 
 QB = 4
-"""Bits of a query's entries in RaBitQ. 4 took 1.06 ms where 8 took 1.42, and lost at most .002 of recall@10 at an
+"""Bits of each query entry in RaBitQ. 4 take 1.06 ms and 8 take 1.42, and 4 lose at most .002 of recall@10 at an
 over-fetch of 4 (20,000 rows, d = 4,096, one thread); 0 is 100 times slower."""
 FASTSCAN_DIM = 2048
-"""FastScan adds up in 16 bits: recall .38 at 4,096 dimensions and .02 at 5,120, without a word."""
-_GPU_MAX_RESULTS = 2048  # results (and lists probed) of one query on a GPU
+"""The most dimensions for FastScan. Its 16-bit sums overflow silently: recall .38 at 4,096, .02 at 5,120."""
+_GPU_MAX_RESULTS = 2048  # FAISS's limit for the results, and the visited lists, of a query on a GPU
 _HINT = "Try HR,RaBitQ, Flat, SQ8, IVF256,Flat or HNSW32."
 _WRITE_BYTES = 2**22
 
 
 def load_faiss() -> Any:
-    """The faiss module; ResourceError where it is missing or cannot be loaded."""
+    """Import faiss. Raises ResourceError where it is missing or does not load."""
     try:
         import faiss
     except ImportError as error:
@@ -39,29 +39,28 @@ def load_faiss() -> Any:
             f"FAISS is installed but does not load ({_first_line(error)}).",
             hint="Type: pip uninstall faiss-gpu faiss-gpu-cuvs faiss-cpu, then pip install 'rapidindex[cpu]'.",
         ) from error
-    # By default every search of fewer than 128,000 / d queries goes a way that is 20 to 30 times slower.
+    # By default searches of fewer than 128,000 / d queries take a path that is 20 to 30 times slower.
     faiss.cvar.distance_compute_blas_threshold = 1
     return faiss
 
 
 def require_gpu(factory: str) -> None:
-    """ResourceError where FAISS sees no GPU, UsageError where `factory` cannot live on one."""
-    count = getattr(load_faiss(), "get_num_gpus", lambda: 0)()
-    if not count:
+    """Raise ResourceError where FAISS sees no GPU, UsageError where FAISS has no such `factory` on a GPU."""
+    if not getattr(load_faiss(), "get_num_gpus", lambda: 0)():
         raise ResourceError(
             "--gpu needs a GPU and FAISS's GPU build, and this FAISS sees no GPU.",
             hint="Type: pip uninstall faiss-cpu, then pip install 'rapidindex[gpu]'; or leave out --gpu.",
         )
     if not re.fullmatch(r"(IVF\d+[kM]?,)?(Flat|SQ8|SQfp16|PQ\d+(x8)?)", factory):
         raise UsageError(
-            f"--factory {factory} cannot be used with --gpu: on a GPU FAISS has flat and IVF indexes, and no "
-            "RaBitQ, HNSW or FastScan.",
+            f"--factory {factory} cannot be used with --gpu: FAISS has flat and IVF indexes on a GPU, but no RaBitQ, "
+            "HNSW or FastScan.",
             hint="Try --factory Flat or IVF256,Flat, or leave out --gpu.",
         )
 
 
 def check_factory(factory: str, dim: int, rows: int) -> None:
-    """UsageError where `factory` is known to fail over so many `rows` of `dim` entries, or FAISS does not know it."""
+    """Raise UsageError where FAISS does not know `factory`, or it fails for `rows` rows of `dim` entries."""
     for pattern, reason in (
         (r"(^|,)NSG|NNDescent", "it cannot be built in batches"),
         (r"Refine|(^|,)RFlat", "candidates are re-ranked with the stored rows already"),
@@ -71,7 +70,7 @@ def check_factory(factory: str, dim: int, rows: int) -> None:
             raise UsageError(f"--factory {factory} cannot be used: {reason}.", hint=_HINT)
     if dim > FASTSCAN_DIM and re.search(r"fsr?(_\d+)?($|,)", factory):
         raise UsageError(
-            f"--factory {factory} cannot be used at --dim {dim}: FastScan adds up in 16 bits, which overflow silently "
+            f"--factory {factory} cannot be used at --dim {dim}: FastScan's 16-bit sums overflow silently "
             f"above {FASTSCAN_DIM} dimensions.",
             hint=f"Add --dim {FASTSCAN_DIM}, or use HR,RaBitQ.",
         )
@@ -85,7 +84,7 @@ def check_factory(factory: str, dim: int, rows: int) -> None:
 
 
 class AnnIndex:
-    """Folded rows under their row numbers, searched by inner product. Concurrent searches are safe."""
+    """FAISS's index of folded rows and their row numbers, searched by inner product. Concurrent searches are safe."""
 
     def __init__(self, index: Any, *, on_gpu: bool = False, threads: int | None = None) -> None:
         self._faiss = load_faiss()
@@ -95,23 +94,26 @@ class AnnIndex:
 
     @classmethod
     def create(cls, factory: str, dim: int, *, gpu: bool = False, threads: int | None = None) -> "AnnIndex":
-        """An empty index. UsageError where FAISS does not know `factory`."""
+        """Create an empty index for rows of `dim` entries. Raises UsageError where FAISS does not know `factory`."""
         faiss, index = load_faiss(), _make(factory, dim)
         inner = _inner(faiss, index)
         for part in (inner, getattr(inner, "pq", inner)):
             if hasattr(part, "cp"):
-                part.cp.min_points_per_centroid = 1  # else FAISS warns on stderr; recall is measured anyway
+                part.cp.min_points_per_centroid = 1  # silences a warning; recall is measured anyway
         if hasattr(inner, "qb"):
             inner.qb = QB
         if gpu:
             index = inner = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
         if not hasattr(inner, "nprobe") and not isinstance(index, faiss.IndexIDMap):
-            index = faiss.IndexIDMap(index)  # of all indexes only IVF takes row numbers itself
+            index = faiss.IndexIDMap(index)  # only IVF indexes store row numbers themselves
         return cls(index, on_gpu=gpu, threads=threads)
 
     @classmethod
     def load(cls, path: Path, *, gpu: bool = False, to_add: bool = False, threads: int | None = None) -> "AnnIndex":
-        """What `save` wrote, memory-mapped unless rows are `to_add`. DamagedIndex where it cannot be read."""
+        """Load the file that `save` wrote, memory-mapped unless rows are `to_add` or it goes to the GPU.
+
+        Raises FileNotFoundError where it is missing, DamagedIndex where FAISS cannot read it.
+        """
         faiss = load_faiss()
         flags = 0 if to_add or gpu else getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
         try:
@@ -130,55 +132,53 @@ class AnnIndex:
 
     @property
     def lists(self) -> int:
-        """Lists of an IVF index, of which a search visits a part; 0 for others."""
+        """The number of lists of an IVF index, some of which a search visits; 0 for other indexes."""
         return self._ivf.nlist if self._ivf else 0
 
     def bytes_per_row(self) -> int:
-        """Bytes of memory that a row takes, roughly."""
+        """Return roughly how many bytes of memory a row takes."""
         try:
             return 8 + self._inner.sa_code_size()
-        except RuntimeError:  # a graph: its vectors and links
-            storage = (
-                self._faiss.downcast_index(self._inner.storage) if hasattr(self._inner, "storage") else self._inner
-            )
+        except RuntimeError:  # a graph, which stores vectors and links
+            storage = self._faiss.downcast_index(getattr(self._inner, "storage", self._inner))
             return 8 + storage.sa_code_size() + 4 * self._inner.hnsw.nb_neighbors(0)
 
     def train(self, folded: Float32[np.ndarray, "n dim"]) -> None:
-        """Fit what the index learns from its rows. UsageError where they are too few."""
+        """Train the quantizers on some of the rows. Raises UsageError where they are too few."""
         if not self._index.is_trained:
-            self._guarded(self._index.train, folded)
+            self._call(self._index.train, folded)
 
     @property
     def is_trained(self) -> bool:
-        """Whether rows can be added."""
+        """Whether the index is ready for rows."""
         return self._index.is_trained
 
     def add(self, folded: Float32[np.ndarray, "n dim"], numbers: Int64[np.ndarray, " n"]) -> None:
-        """Add rows under their numbers."""
-        self._guarded(self._index.add_with_ids, folded, numbers)
+        """Add rows with their row numbers."""
+        self._call(self._index.add_with_ids, folded, numbers)
 
     def numbers(self) -> Int64[np.ndarray, " n"]:
-        """The numbers of the rows it holds, in no order. Of indexes on the CPU."""
+        """Return the row numbers that an index on the CPU holds, in any order."""
         if not self._ivf:
             return self._faiss.vector_to_array(self._faiss.downcast_index(self._index).id_map)
         lists = self._ivf.invlists
-        each = (self._faiss.rev_swig_ptr(lists.get_ids(at), lists.list_size(at)) for at in range(self._ivf.nlist))
-        return np.concatenate([numbers.copy() for numbers in each])
+        views = (self._faiss.rev_swig_ptr(lists.get_ids(at), lists.list_size(at)) for at in range(self._ivf.nlist))
+        return np.concatenate([view.copy() for view in views])
 
     def search(
         self, folded: Float32[np.ndarray, "queries dim"], count: int, lists: int | None = None
     ) -> tuple[Float32[np.ndarray, "queries count"], Int64[np.ndarray, "queries count"]]:
-        """Estimated inner products and numbers of about the `count` rows of the largest ones, best first, then -1.
+        """Find about the `count` rows of the largest inner products: their estimates and row numbers, best first.
 
-        An IVF index visits so many of its `lists`.
+        Row -1 fills the rest where fewer are found. An IVF index visits `lists` of its lists, by default all.
         """
         if self._threads:
-            self._faiss.omp_set_num_threads(self._threads)  # of this thread's searches only
+            self._faiss.omp_set_num_threads(self._threads)  # holds for this thread alone
         count = min(count, _GPU_MAX_RESULTS if self._on_gpu else len(self))
         return self._index.search(folded, count, params=self._parameters(count, lists))
 
     def save(self, path: Path) -> tuple[int, str]:
-        """Write to `path`, which appears whole or not at all; its size in bytes and its SHA-256.
+        """Write the index to `path`, whole or not at all, and return the file's size in bytes and its SHA-256.
 
         Raises ResourceError where there is no room.
         """
@@ -192,15 +192,15 @@ class AnnIndex:
 
     def _parameters(self, count: int, lists: int | None) -> Any:
         if self._ivf:
-            most = _GPU_MAX_RESULTS if self._on_gpu else self._ivf.nlist
-            return self._faiss.SearchParametersIVF(nprobe=min(lists or self._ivf.nlist, most))
+            limit = _GPU_MAX_RESULTS if self._on_gpu else self._ivf.nlist
+            return self._faiss.SearchParametersIVF(nprobe=min(lists or self._ivf.nlist, limit))
         if hasattr(self._inner, "hnsw"):
             return self._faiss.SearchParametersHNSW(efSearch=max(64, 4 * count))
         return None
 
-    def _guarded(self, call: Callable[..., None], *arguments: np.ndarray) -> None:
+    def _call(self, method: Callable[..., None], *arguments: np.ndarray) -> None:
         try:
-            call(*arguments)
+            method(*arguments)
         except RuntimeError as error:
             raise UsageError(
                 f"This --factory does not work on these rows: FAISS says: {_in_short(error)}.", hint=_HINT
@@ -218,7 +218,7 @@ def _make(factory: str, dim: int) -> Any:
 
 
 def _inner(faiss: Any, index: Any) -> Any:
-    """The index under row numbers and rotations."""
+    """Return the index inside the wrappers for row numbers and rotations."""
     index = faiss.downcast_index(index)
     while isinstance(index, faiss.IndexIDMap | faiss.IndexPreTransform):
         index = faiss.downcast_index(index.index)
@@ -238,6 +238,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def _in_short(error: BaseException) -> str:
-    """The end of `Error in void faiss::f(…) at /…/file.cpp:823: Error: 'x' failed: what happened`."""
-    said = re.sub(r"^Error in .*? at \S+:\d+: ", "", _first_line(error))
-    return re.sub(r"^Error: (?:'.*?' failed: )?", "", said).rstrip(". ") or "nothing"
+    """Return the last part of `Error in void faiss::f(…) at /…/file.cpp:823: Error: 'x' failed: what happened`."""
+    message = re.sub(r"^Error in .*? at \S+:\d+: ", "", _first_line(error))
+    return re.sub(r"^Error: (?:'.*?' failed: )?", "", message).rstrip(". ") or "nothing"

@@ -89,7 +89,8 @@ class VectorIndex:
         threads: int | None = None,
     ) -> None:
         self.rows, self.metadata = rows, metadata
-        self._ann, self._device, self._threads = ann, device, threads
+        self._ann: Any = ann
+        self._device, self._threads = device, threads
 
     @classmethod
     def build(
@@ -139,13 +140,14 @@ class VectorIndex:
         metadata = IndexMetadata.read(rows.path)
         if metadata is None:
             return None
+        device = _device(metadata.factory, gpu)
         try:
             ann = _load(rows, metadata, gpu=gpu, threads=threads)
         except FileNotFoundError:
             if IndexMetadata.read(rows.path) == metadata:
                 raise metadata.damaged(rows.path, "it is missing") from None
             return cls.open(rows, gpu=gpu, threads=threads)  # a writer replaced both files after the metadata was read
-        return cls(rows, metadata, ann, device=_device(metadata.factory, gpu), threads=threads)
+        return cls(rows, metadata, ann, device=device, threads=threads)
 
     @classmethod
     def update(
@@ -203,7 +205,7 @@ class VectorIndex:
             answers, round_seconds = self._round(queries[pending], count, k, calibration, largest)
             seconds += round_seconds
             for query, answer in zip(pending, answers, strict=True):
-                if answer is not None:
+                if answer:
                     scores[query], numbers[query] = answer
             pending = pending[[answer is None for answer in answers]]
         if len(pending):
@@ -229,11 +231,10 @@ class VectorIndex:
     def _round(
         self, queries: np.ndarray, count: int, k: int, calibration: Calibration, largest: bool
     ) -> tuple[list[_Best | None], tuple[float, float]]:
-        """Search `count` candidates for each query and re-rank them; also the seconds that both took.
+        """Search `count` candidates for each query and re-rank them. Return the answers and the seconds of both steps.
 
         A query's answer is None where rows beyond its candidates may be better.
         """
-        assert calibration.margin is not None
         started = time.perf_counter()
         estimates, numbers = self._candidates(queries, count, calibration.lists, largest)
         searched = time.perf_counter()
@@ -247,7 +248,6 @@ class VectorIndex:
         self, queries: np.ndarray, count: int, lists: int | None, largest: bool
     ) -> tuple[Float32[np.ndarray, "queries count"], Int64[np.ndarray, "queries count"]]:
         """Ask FAISS for candidates; see `calibration.CandidateSearch`."""
-        assert self._ann is not None
         units = queries / _lengths(queries)[:, None] * (1 if largest else -1)
         folded = np.ascontiguousarray(fold(units, self.metadata.dim), dtype=np.float32)
         estimates, numbers = self._ann.search(folded, count, lists)
@@ -284,14 +284,12 @@ class VectorIndex:
 
     def _missing(self) -> Bool[np.ndarray, " n"]:
         """Mark the live rows that FAISS's index lacks."""
-        assert self._ann is not None
         missing = self.rows.live_mask.copy()
         missing[self._ann.numbers()] = False
         return missing
 
     def _add(self, mask: Bool[np.ndarray, " n"], progress: Progress) -> None:
         """Add the rows marked in `mask` to FAISS's index. Raises DamagedIndex for rows that are not finite."""
-        assert self._ann is not None
         block_rows = max(1, _FOLD_BYTES // (4 * self.rows.K))
         for first, block, scale in self.rows.blocks(block_rows):
             numbers = first + np.flatnonzero(mask[first : first + len(block)])
@@ -306,7 +304,6 @@ class VectorIndex:
 
     def _measure(self, progress: Progress) -> None:
         """Measure recall in both directions, and set how far a search must look to reach the target."""
-        assert self._ann is not None
         progress("measure recall", 0, 2)
         held_out = draw_held_out(self.rows, seed=self.metadata.seed, device=self._device, threads=self._threads)
         if held_out is None:
@@ -363,7 +360,6 @@ def _load(
     """Load FAISS's file; None where the metadata names none. Raises FileNotFoundError where it is missing."""
     if not metadata.file:
         return None
-    _device(metadata.factory, gpu)
     path = rows.path / metadata.file
     size = path.stat().st_size
     if size != metadata.file_bytes:  # touching a map past its file's end kills the process

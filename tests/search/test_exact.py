@@ -30,18 +30,18 @@ def brute_force(rows, queries, k, largest):
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("k", [1, 10, 599, 600])
 def test_finds_what_brute_force_finds_in_the_same_order(rows, queries, k, largest):
-    found = exact_search(rows, queries, k, largest=largest)
+    result = exact_search(rows, queries, k, largest=largest)
     expected, scores = brute_force(rows, queries, k, largest)
-    np.testing.assert_array_equal(found.rows, expected)
-    np.testing.assert_allclose(found.scores, scores, atol=1e-6)
-    assert (found.method, found.recall, found.n, found.largest) == ("exact", 1.0, N, largest)
-    assert found.scores.dtype == np.float32 and found.rows.dtype == np.int64
+    np.testing.assert_array_equal(result.rows, expected)
+    np.testing.assert_allclose(result.scores, scores, atol=1e-6)
+    assert (result.method, result.recall, result.n, result.largest) == ("exact", 1.0, N, largest)
+    assert result.scores.dtype == np.float32 and result.rows.dtype == np.int64
 
 
 def test_a_batch_finds_what_its_queries_find_alone(rows, queries):
     together = exact_search(rows, queries, 20)
     alone = [exact_search(rows, query[None], 20) for query in queries]
-    np.testing.assert_array_equal(together.rows, np.concatenate([found.rows for found in alone]))
+    np.testing.assert_array_equal(together.rows, np.concatenate([result.rows for result in alone]))
 
 
 def test_more_queries_than_fit_into_memory_take_several_passes(rows, queries):
@@ -66,27 +66,27 @@ def test_equal_scores_come_in_the_order_of_the_rows(tmp_path, largest):
     query = np.eye(1, 16, dtype=np.float32)
     best = np.flatnonzero(values[:, 0] == (3 if largest else 1))
     for k in (1, 29, 30, 31):
-        found = exact_search(rows, query, k, largest=largest).rows[0]
-        np.testing.assert_array_equal(found[:30], best[:k])
+        result = exact_search(rows, query, k, largest=largest).rows[0]
+        np.testing.assert_array_equal(result[:30], best[:k])
 
 
 @pytest.mark.parametrize("largest", [True, False])
 def test_fewer_rows_than_k_are_filled_up_with_row_minus_one(rows, queries, largest):
-    found = exact_search(rows, queries, N + 5, largest=largest)
-    assert (found.rows[:, N:] == -1).all() and (found.rows[:, :N] >= 0).all()
-    assert (found.scores[:, N:] == (-np.inf if largest else np.inf)).all()
-    assert np.isnan(found.percentiles()[:, N:]).all()
+    result = exact_search(rows, queries, N + 5, largest=largest)
+    assert (result.rows[:, N:] == -1).all() and (result.rows[:, :N] >= 0).all()
+    assert (result.scores[:, N:] == (-np.inf if largest else np.inf)).all()
+    assert np.isnan(result.percentiles()[:, N:]).all()
 
 
 def test_removed_rows_are_found_nowhere(tmp_path, queries):
     store = make_store(tmp_path / "index", gradients(N, K), per_shard=130)
     before = exact_search(store.rows("sentence"), queries, N)
-    gone = np.unique(before.rows[:, :40])
-    remove(store, gone)
+    removed = np.unique(before.rows[:, :40])
+    remove(store, removed)
     after = exact_search(store.rows("sentence"), queries, N)
-    for one, other in zip(before.rows, after.rows, strict=True):
-        np.testing.assert_array_equal(other[other >= 0], one[~np.isin(one, gone)])
-    assert after.n == N - len(gone) == after.summaries[0].n
+    for earlier, later in zip(before.rows, after.rows, strict=True):
+        np.testing.assert_array_equal(later[later >= 0], earlier[~np.isin(earlier, removed)])
+    assert after.n == N - len(removed) == after.summaries[0].n
 
 
 @pytest.mark.parametrize("emptied", ["never filled", "all removed"])
@@ -95,9 +95,9 @@ def test_a_store_without_rows_finds_nothing(tmp_path, queries, emptied):
     if emptied == "all removed":
         store = make_store(tmp_path / "other", gradients(9, K))
         remove(store, np.arange(9))
-    found = exact_search(store.rows("sentence"), queries, 3)
-    assert (found.rows == -1).all() and found.n == 0
-    assert found.summaries[0].n == 0 and sum(found.summaries[0].histogram) == 0
+    result = exact_search(store.rows("sentence"), queries, 3)
+    assert (result.rows == -1).all() and result.n == 0
+    assert result.summaries[0].n == 0 and sum(result.summaries[0].histogram) == 0
 
 
 def test_no_queries_find_nothing(rows):
@@ -172,7 +172,7 @@ def test_stored_rows_that_are_not_finite_are_reported_as_damage(tmp_path, querie
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("largest", [True, False])
 def test_a_gpu_finds_the_same(rows, queries, largest):
-    found = exact_search(rows, queries, 10, largest=largest, device="cuda")
+    result = exact_search(rows, queries, 10, largest=largest, device="cuda")
     expected, scores = brute_force(rows, queries, 10, largest)
-    np.testing.assert_array_equal(found.rows, expected)
-    np.testing.assert_allclose(found.scores, scores, atol=1e-5)
+    np.testing.assert_array_equal(result.rows, expected)
+    np.testing.assert_allclose(result.scores, scores, atol=1e-5)

@@ -24,7 +24,7 @@ from rapidindex.store.folder import read_json, write_json
 from tests.search.stores import CountedRows, append, gradients, make_store, remove, spoil
 
 N, K, DIM = 1500, 256, 128
-# The share of the exact answer to be found by searches that promise .95 of it, over queries other than those measured.
+# The least share of the exact answer that searches find when they promise .95, for other queries than those measured.
 FLOORS = {"Flat": 0.95, "SQ8": 0.95, "IVF16,Flat": 0.9, "HNSW16": 0.9, "HR,RaBitQ": 0.92, "HR,IVF16,RaBitQ": 0.88}
 
 
@@ -57,8 +57,8 @@ def compact(tmp_path_factory, values):
     return VectorIndex.build(rows, factory="HR,RaBitQ", dim=DIM, target_recall=0.9)
 
 
-def share_found(found, expected):
-    return np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.rows, expected.rows, strict=True)])
+def share_found(result, expected):
+    return np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(result.rows, expected.rows, strict=True)])
 
 
 # What is found
@@ -67,18 +67,18 @@ def share_found(found, expected):
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("k", [1, 5, 10, 20])
 def test_each_factory_finds_nearly_what_the_exact_scan_finds(built, queries, k, largest):
-    found = built.search(queries, k, largest=largest)
+    result = built.search(queries, k, largest=largest)
     expected = exact_search(built.rows, queries, k, largest=largest)
-    assert found.method == "ann"
-    assert share_found(found, expected) >= FLOORS[built.metadata.factory]
-    assert found.scores.dtype == np.float32 and found.rows.dtype == np.int64
-    assert (found.n, found.summaries) == (N, None)
+    assert result.method == "ann"
+    assert share_found(result, expected) >= FLOORS[built.metadata.factory]
+    assert result.scores.dtype == np.float32 and result.rows.dtype == np.int64
+    assert (result.n, result.summaries) == (N, None)
 
 
 @pytest.mark.parametrize("largest", [True, False])
 def test_scores_are_inner_products_with_the_stored_rows_best_first(built, queries, largest):
-    found = built.search(queries, 10, largest=largest)
-    for query, scores, rows in zip(queries, found.scores, found.rows, strict=True):
+    result = built.search(queries, 10, largest=largest)
+    for query, scores, rows in zip(queries, result.scores, result.rows, strict=True):
         np.testing.assert_allclose(scores, built.rows.take(rows) @ query, atol=1e-6)
         assert (np.diff(scores) <= 0).all() if largest else (np.diff(scores) >= 0).all()
         assert len(set(rows)) == 10
@@ -88,7 +88,7 @@ def test_a_reopened_index_finds_the_same(built, queries):
     again = VectorIndex.open(built.rows)
     assert again.metadata == built.metadata
     for largest in (True, False):
-        before, after = (one.search(queries, 10, largest=largest) for one in (built, again))
+        before, after = (index.search(queries, 10, largest=largest) for index in (built, again))
         np.testing.assert_array_equal(before.rows, after.rows)
         np.testing.assert_array_equal(before.scores, after.scores)
 
@@ -100,8 +100,9 @@ def test_a_batch_finds_what_its_queries_find_alone(built, queries):
 
 def test_the_same_seed_builds_the_same_index(store, queries):
     rows = store.rows("sentence")
-    one, two = (VectorIndex.build(rows, factory="IVF16,SQ8", dim=DIM, target_recall=0.9, seed=3) for _ in range(2))
-    assert one.metadata.file_sha256 == two.metadata.file_sha256 and one.metadata.proponents == two.metadata.proponents
+    options = {"factory": "IVF16,SQ8", "dim": DIM, "target_recall": 0.9, "seed": 3}
+    first, second = (VectorIndex.build(rows, **options).metadata for _ in range(2))
+    assert first.file_sha256 == second.file_sha256 and first.proponents == second.proponents
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1e30])
@@ -111,27 +112,27 @@ def test_the_length_of_a_query_changes_no_ranks(compact, queries, size):
 
 
 def test_a_query_of_zeros_scores_zero(compact):
-    found = compact.search(np.zeros((1, K), np.float32), 5)
-    assert (found.scores == 0).all() and (found.rows >= 0).all()
+    result = compact.search(np.zeros((1, K), np.float32), 5)
+    assert (result.scores == 0).all() and (result.rows >= 0).all()
 
 
 def test_exact_order_where_a_quarter_of_the_rows_is_asked_for(compact, queries):
     expected = exact_search(compact.rows, queries, N // 4 + 1)
-    found = compact.search(queries, N // 4 + 1)
-    assert found.method == "exact"
-    np.testing.assert_array_equal(found.rows, expected.rows)
+    result = compact.search(queries, N // 4 + 1)
+    assert result.method == "exact"
+    np.testing.assert_array_equal(result.rows, expected.rows)
 
 
 def test_more_than_there_is_is_filled_up_with_row_minus_one(compact, queries):
-    found = compact.search(queries, N + 3)
-    assert (found.rows[:, N:] == -1).all() and (found.scores[:, N:] == -np.inf).all()
-    assert (np.sort(found.rows[:, :N]) == np.arange(N)).all()
+    result = compact.search(queries, N + 3)
+    assert (result.rows[:, N:] == -1).all() and (result.scores[:, N:] == -np.inf).all()
+    assert (np.sort(result.rows[:, :N]) == np.arange(N)).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_are_a_setting(compact, queries, threads):
-    found = VectorIndex.open(compact.rows, threads=threads).search(queries, 10)
-    np.testing.assert_array_equal(found.rows, compact.search(queries, 10).rows)
+    result = VectorIndex.open(compact.rows, threads=threads).search(queries, 10)
+    np.testing.assert_array_equal(result.rows, compact.search(queries, 10).rows)
 
 
 # Removed rows, empty stores
@@ -145,13 +146,13 @@ def test_removed_rows_are_never_found_even_where_they_crowd_the_candidates(store
     gone = np.unique(exact_search(rows, queries, 100).rows)
     remove(store, gone)
     after = VectorIndex.open(store.rows("sentence"))
-    found = after.search(queries, 10)
-    assert found.method == "ann" and found.n == N - len(gone)
-    assert not np.isin(found.rows, gone).any() and (found.rows >= 0).all()
+    result = after.search(queries, 10)
+    assert result.method == "ann" and result.n == N - len(gone)
+    assert not np.isin(result.rows, gone).any() and (result.rows >= 0).all()
     # What is left scores much alike, which is hard for any index: no harder for this one than for one built anew.
     rebuilt = VectorIndex.build(after.rows, factory=factory, dim=DIM, target_recall=0.9).search(queries, 10)
     expected = exact_search(after.rows, queries, 10)
-    assert share_found(found, expected) >= share_found(rebuilt, expected) - 0.15
+    assert share_found(result, expected) >= share_found(rebuilt, expected) - 0.15
 
 
 def test_rows_removed_before_building_are_left_out(store, queries):
@@ -167,8 +168,8 @@ def test_rows_removed_before_building_are_left_out(store, queries):
 def test_an_empty_store_can_be_indexed_and_searched(tmp_path, queries, factory):
     store = Store.create(tmp_path / "index", config={}, layers=[], versions={}, planned={"sentence": (K, 0)})
     VectorIndex.build(store.rows("sentence"), factory=factory)
-    found = VectorIndex.open(store.rows("sentence")).search(queries, 3)
-    assert (found.rows == -1).all() and found.n == 0
+    result = VectorIndex.open(store.rows("sentence")).search(queries, 3)
+    assert (result.rows == -1).all() and result.n == 0
 
 
 @pytest.mark.parametrize("n", [1, 3, 12])
@@ -184,10 +185,10 @@ def test_a_few_rows_can_be_indexed_and_searched(tmp_path, queries, n):
 def test_the_stated_recall_is_what_other_queries_get(built):
     queries = gradients(200, K, seed=2)
     for largest in (True, False):
-        found = built.search(queries, 10, largest=largest)
-        actual = share_found(found, exact_search(built.rows, queries, 10, largest=largest))
-        assert actual >= found.recall - 0.05
-        assert found.recall >= 0.95
+        result = built.search(queries, 10, largest=largest)
+        actual = share_found(result, exact_search(built.rows, queries, 10, largest=largest))
+        assert actual >= result.recall - 0.05
+        assert result.recall >= 0.95
 
 
 def test_each_direction_has_the_smallest_margin_that_reaches_the_target(store):
@@ -205,37 +206,37 @@ def test_each_direction_has_the_smallest_margin_that_reaches_the_target(store):
 @pytest.mark.parametrize("largest", [True, False])
 def test_the_margin_is_the_smallest_that_a_search_confirms(tmp_path, largest):
     rows = make_store(tmp_path / "index", gradients(2000, K)).rows("sentence")
-    known, folded = draw_held_out(rows, seed=0), fold(rows.take(range(2000)), 64)
+    held_out, folded = draw_held_out(rows, seed=0), fold(rows.take(range(2000)), 64)
 
-    def find(queries, count, lists):
+    def search(queries, count, lists):
         units = queries / np.linalg.norm(queries, axis=1, keepdims=True) * (1 if largest else -1)
         scores = fold(units, 64) @ folded.T
         best = np.argsort(-scores, axis=1)[:, :count]
         return np.take_along_axis(scores, best, axis=1), best
 
     def share(i, margin):
-        estimates, numbers = (each[0] for each in find(known.queries[[i]], 2000, None))
-        scores, best = known.answers[largest][i]
-        last = abs(scores[9]) / np.linalg.norm(known.queries[i])
+        estimates, numbers = (array[0] for array in search(held_out.queries[[i]], 2000, None))
+        scores, best = held_out.answers[largest][i]
+        last = abs(scores[9]) / np.linalg.norm(held_out.queries[i])
         within = numbers[estimates >= last - margin]
         return 1.0 if len(within) > 500 else len({*within} & {*best[:10]}) / 10  # a quarter of the rows: a scan
 
     def recall(margin):
-        return min(np.mean([share(i, margin) for i, k in enumerate(known.kinds) if k == kind]) for kind in KINDS)
+        return min(np.mean([share(i, margin) for i, k in enumerate(held_out.kinds) if k == kind]) for kind in KINDS)
 
     options = {"largest": largest, "target": 0.8, "lists": 0, "rows": 2000}
-    made = calibrate(find, known, **options)
-    assert recall(made.margin) > 0.8 - 1e-9 and recall(made.margin - 2e-6) < 0.8 - 1e-9
-    assert made.recall_at_10 == pytest.approx(recall(made.margin), abs=1e-6)
+    calibration = calibrate(search, held_out, **options)
+    assert recall(calibration.margin) > 0.8 - 1e-9 and recall(calibration.margin - 2e-6) < 0.8 - 1e-9
+    assert calibration.recall_at_10 == pytest.approx(recall(calibration.margin), abs=1e-6)
 
     def lazy(queries, count, lists):
-        """Like a graph: asked for less, it looks less far."""
-        estimates, numbers = find(queries, count, lists)
+        """Like a graph: asked for fewer candidates, it looks less far."""
+        estimates, numbers = search(queries, count, lists)
         estimates[:, count // 2 :], numbers[:, count // 2 :] = -np.inf, -1
         return estimates, numbers
 
-    slow = calibrate(lazy, known, **options)
-    assert slow.candidates > 1.5 * made.candidates and slow.recall_at_10 >= 0.8
+    slow = calibrate(lazy, held_out, **options)
+    assert slow.candidates > 1.5 * calibration.candidates and slow.recall_at_10 >= 0.8
 
 
 def test_a_query_whose_best_rows_stand_out_reads_fewer_of_them(compact):
@@ -253,10 +254,10 @@ def test_a_query_that_tells_no_rows_apart_is_scanned_beside_others_that_are_not(
     made = VectorIndex.build(rows, factory="HR,RaBitQ", dim=DIM, target_recall=0.9)
     mixed = np.stack([queries[0], np.zeros(K, np.float32), queries[1]])
     for largest in (True, False):
-        found, truth = (search(mixed, 5, largest=largest) for search in (made.search, partial(exact_search, rows)))
-        assert found.method == "ann"
-        np.testing.assert_array_equal(found.rows[1], truth.rows[1])
-        assert share_found(found, truth) >= 0.8
+        result, truth = (search(mixed, 5, largest=largest) for search in (made.search, partial(exact_search, rows)))
+        assert result.method == "ann"
+        np.testing.assert_array_equal(result.rows[1], truth.rows[1])
+        assert share_found(result, truth) >= 0.8
 
 
 def test_an_ivf_index_visits_no_more_lists_than_the_target_needs(store):
@@ -271,23 +272,24 @@ def test_a_target_out_of_reach_falls_back_to_the_exact_scan(store, queries):
     rows = store.rows("sentence")
     made = VectorIndex.build(rows, factory="HR,RaBitQ", dim=8, target_recall=1.0)
     assert made.metadata.proponents.margin is None and made.metadata.proponents.recall_at_10 < 1
-    found = made.search(queries, 10)
-    assert (found.method, found.recall) == ("exact", 1.0)
-    np.testing.assert_array_equal(found.rows, exact_search(rows, queries, 10).rows)
+    result = made.search(queries, 10)
+    assert (result.method, result.recall) == ("exact", 1.0)
+    np.testing.assert_array_equal(result.rows, exact_search(rows, queries, 10).rows)
 
 
 def test_held_out_queries_leave_out_every_row_of_the_examples_they_are_made_of(tmp_path):
     rows = make_store(tmp_path / "index", gradients(60, K), per_shard=30, rows_per_example=5).rows("sentence")
-    known = draw_held_out(rows, seed=0)
-    assert known.kinds == ["left out"] * 12 + ["faint"] * 12
-    assert [len(excluded) for excluded in known.excluded] == [5] * 24
-    for query, excluded, kind in zip(known.queries, known.excluded, known.kinds, strict=True):
-        scores, _ = known.answers[True][known.queries.tolist().index(query.tolist())]
+    held_out = draw_held_out(rows, seed=0)
+    assert held_out.kinds == ["left out"] * 12 + ["faint"] * 12
+    assert [len(excluded) for excluded in held_out.excluded] == [5] * 24
+    for query, excluded, kind in zip(held_out.queries, held_out.excluded, held_out.kinds, strict=True):
+        scores, _ = held_out.answers[True][held_out.queries.tolist().index(query.tolist())]
         if kind == "left out":
             assert exact_search(rows, query[None], 1).rows[0, 0] in excluded
         assert scores[0] < exact_search(rows, query[None], 1).scores[0, 0]
-    for (_, found), excluded in zip(known.answers[True] + known.answers[False], known.excluded * 2, strict=True):
-        assert len(found) == 60 - len(excluded) and not np.isin(found, excluded).any()
+    answers = held_out.answers[True] + held_out.answers[False]
+    for (_, numbers), excluded in zip(answers, held_out.excluded * 2, strict=True):
+        assert len(numbers) == 60 - len(excluded) and not np.isin(numbers, excluded).any()
 
 
 def test_recall_counts_any_of_the_rows_that_tie_for_the_last_place(tmp_path):
@@ -454,15 +456,15 @@ def test_an_index_that_lacks_rows_says_so_and_an_update_adds_only_them(store, qu
     assert "100 newest rows" in stale.stale
     with pytest.raises(StoreError, match="out of date.*rapidindex index"):
         stale.search(queries, 3)
-    stages = []
+    events = []
     with store.lock():
-        VectorIndex.update(store.rows("sentence"), progress=lambda *told: stages.append(told))
-    assert [stage for stage, _, _ in stages] == ["index the rows"]
+        VectorIndex.update(store.rows("sentence"), progress=lambda *event: events.append(event))
+    assert [stage for stage, _, _ in events] == ["index the rows"]
     updated = VectorIndex.open(store.rows("sentence"))
     assert updated.stale is None and updated.metadata.rows == N + 100
     assert updated.metadata.proponents == built.metadata.proponents  # 7 % more rows: not measured again
-    found = updated.search(gradients(100, K, seed=5), 1)
-    np.testing.assert_array_equal(found.rows[:, 0], np.arange(N, N + 100))
+    result = updated.search(gradients(100, K, seed=5), 1)
+    np.testing.assert_array_equal(result.rows[:, 0], np.arange(N, N + 100))
 
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW16", "HR,RaBitQ", "IVF16,Flat", "HR,IVF16,RaBitQ"])
@@ -473,15 +475,15 @@ def test_rows_that_were_out_when_the_index_was_built_and_are_back_are_added(stor
     remove(store, np.arange(1, N, 10))  # these it holds
     with store.lock():
         store.restore(store.removed)
-        stages = []
-        VectorIndex.update(store.rows("sentence"), progress=lambda *told: stages.append(told))
-    assert {stage for stage, _, _ in stages} == {"index the rows", "measure recall"}  # 11 % more rows
+        events = []
+        VectorIndex.update(store.rows("sentence"), progress=lambda *event: events.append(event))
+    assert {stage for stage, _, _ in events} == {"index the rows", "measure recall"}  # 11 % more rows
     updated = VectorIndex.open(store.rows("sentence"))
     assert updated.metadata.live == N and sorted(updated._ann.numbers()) == list(range(N))
-    found = updated.search(values[gone], 1)
-    assert found.method == "ann"
-    np.testing.assert_array_equal(found.rows[:, 0], gone)
-    np.testing.assert_array_equal(found.rows, exact_search(updated.rows, values[gone], 1).rows)
+    result = updated.search(values[gone], 1)
+    assert result.method == "ann"
+    np.testing.assert_array_equal(result.rows[:, 0], gone)
+    np.testing.assert_array_equal(result.rows, exact_search(updated.rows, values[gone], 1).rows)
 
 
 def test_an_update_with_nothing_to_add_writes_nothing(store):
