@@ -1,9 +1,16 @@
 """The files of an index: HDF5 shards, a manifest, and their integrity. Knows bytes, not models.
 
-container one file that checks itself              writing   how it is written
-shards    what a shard holds                       rows      a level's rows through all its shards
-folder    names, JSON files, the lock              manifest  what the manifest says
-store     the folder as a whole                    check     reads every byte, and repairs
+The other rooms import from here only.
+
+    container   the format of a sealed file, and how it is read
+    writing     files that appear whole or not at all; how a sealed file is written
+    folder      the names of the files, JSON files with a checksum, the lock
+    shards      the content of a shard; how rows are quantized
+    manifest    the content of the manifest
+    rows        the rows of a level, through all its shards
+    store       the index folder as a whole
+    sizes       the disk space that an index will take
+    check       reads every byte, reports damage, and repairs it
 """
 
 from rapidindex.store.check import Problem, check

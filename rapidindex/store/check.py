@@ -1,7 +1,7 @@
-"""Reads every byte of an index, says what is wrong with it, and mends what can be mended without losing anything.
+"""Check every byte of an index, report what is wrong with it, and repair what can be repaired without loss.
 
-Repairing deletes nothing but unfinished files. What is damaged is moved to INDEX/damaged/, and the manifest is written
-anew from the intact shards, so that `rapidindex build` with the same options computes what was lost, and only that.
+A repair deletes nothing but unfinished files. It moves damaged files to INDEX/damaged/ and writes the manifest anew
+from the intact shards, so that `rapidindex build` with the same options computes what was lost and no more.
 """
 
 import contextlib
@@ -19,30 +19,31 @@ from rapidindex.store.manifest import Manifest
 from rapidindex.store.shards import Shard
 
 _BUILD = "type `rapidindex build` with the same options"
+_LISTED = "it is listed now"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something in an index that is not as it should be."""
+    """A fault of an index."""
 
     where: str
     """The file or the level, relative to the index."""
     what: str
-    """What is wrong: the rest of a sentence that begins with `where`."""
+    """The rest of a sentence that begins with `where`."""
     mend: str
-    """What to type next."""
+    """The next command, in words."""
 
 
 def check(path: str | Path, *, repair: bool = False) -> list[Problem]:
-    """What is wrong with the index at `path`, after reading all of it; with `repair`, what was wrong before mending it.
+    """Read all of the index at `path` and return its problems; with `repair`, mend them and return what they were.
 
-    What a process is writing at the time is no problem. Raises NotAnIndex where there is none, and StoreError where a
-    file may not be read; when repairing also IndexBusy where another process is writing to it, StoreError where the
-    folder cannot be written to, and ResourceError where there is no room.
+    Files that another process is writing are no problem. Raises NotAnIndex where there is no index, and StoreError
+    where permission to read is missing. A repair also raises IndexBusy where another process is writing to the index,
+    StoreError where the folder is read-only, and ResourceError where the disk is full.
     """
     path = Path(path)
     if not folder.has_manifest(path) and not folder.is_index(path):
-        manifest.load(path)  # says that this is no index
+        manifest.load(path)  # raises NotAnIndex
     if not repair:
         return _Audit(path, repair=False, busy=folder.writer(path) is not None).problems
     with folder.exclusive(path):
@@ -52,7 +53,10 @@ def check(path: str | Path, *, repair: bool = False) -> list[Problem]:
 
 
 class _Audit:
-    """One reading of an index: its problems, what the manifest should say, and whether that is `known` at all."""
+    """One reading of an index: its problems, its damaged files, and the manifest that its intact files amount to.
+
+    `known` is False where the manifest is lost or newer than this version: then nothing else is judged or repaired.
+    """
 
     def __init__(self, path: Path, *, repair: bool, busy: bool) -> None:
         self.path, self.busy = path, busy
@@ -61,42 +65,37 @@ class _Audit:
         self.removed: list[str] | None = None
         self._to_repair = "" if repair else f"type `rapidindex check {path} --repair`"
         self._owners: dict[str, dict[str, str]] = {}
+        self._sealed = folder.sealed_files(path)
         self._broken = self._verify()
         content = self._manifest()
         self.known = content is not None
         self.content: Manifest = content or {}
         if self.known:
             for level in LEVELS:
-                self._level(level) if level in self.content["levels"] else self._unknown_level(level)
-            self._moment()
-            self._removals()
-            self._unfinished()
+                self._check_level(level) if level in self.content["levels"] else self._check_unknown_level(level)
+            self._check_moment()
+            self._check_removed()
+            self._check_unfinished()
 
     def repair(self) -> None:
-        """Mend what can be mended: called once, under the lock."""
+        """Mend what can be mended. Called once, under the lock."""
         if not self.known:
             return
         for file in self.damaged:
             self._move_aside(file)
-        for part in folder.parts(self.path):
-            with writing.write_errors(part, 0):
-                part.unlink(missing_ok=True)
+        folder.delete_parts(self.path)
         folder.write_json(self.path / folder.MANIFEST, self.content)
         if self.removed is not None:
             folder.write_json(self.path / folder.REMOVED, {"removed": sorted(self.removed)})
 
     def _verify(self) -> dict[Path, str]:
-        """What is wrong with the bytes of each sealed file; intact ones are left out."""
-        files = [self.path / level / name for level in LEVELS for name in folder.shard_names(self.path / level)]
-        if (self.path / folder.MOMENT).exists():
-            files.append(self.path / folder.MOMENT)
+        """Return the fault of each sealed file whose bytes are not what was written."""
         broken = {}
-        for file in files:
+        for file in self._sealed:
             try:
                 container.verify(file)
             except (DamagedIndex, NewerFormat) as error:
-                broken[file] = _what(error, file)
-        self._sealed = files
+                broken[file] = _fault(error, file)
         return broken
 
     def _manifest(self) -> Manifest | None:
@@ -104,20 +103,18 @@ class _Audit:
         try:
             return manifest.load(self.path)
         except NewerFormat as error:
-            self._problem(file, _what(error, file), error.hint)
+            self._report(file, _fault(error, file), error.hint)
         except DamagedIndex as error:
             content = self._recovered()
             if content is not None:
-                self._damage(file, _what(error, file), f"it was written anew from the shards: {_BUILD}")
+                self._damage(file, _fault(error, file), f"it was written anew from the shards: {_BUILD}")
                 return content
-            lost = (
-                "no shard is intact, so the build's options are lost with it: type `rapidindex build` with --overwrite"
-            )
-            self._problem(file, _what(error, file), lost)
+            lost = "no shard is intact, so the build's options are lost: type `rapidindex build` with --overwrite"
+            self._report(file, _fault(error, file), lost)
         return None
 
     def _recovered(self) -> Manifest | None:
-        """The newest of the manifest's copies in the intact files, with all of these listed."""
+        """Rebuild the manifest: take the newest copy of it in the intact files, and list all of these."""
         intact = [file for file in self._sealed if file not in self._broken]
         layouts = [container.read_layout(file) for file in intact]
         copies = [shards.read_index(layout) for layout in layouts if "index" in layout.extents]
@@ -133,13 +130,12 @@ class _Audit:
         content["second_moment"] = moment if isinstance(moment, dict) else None
         return content
 
-    def _level(self, level: str) -> None:
-        """Judge each shard of a level, and keep the good ones in the manifest."""
-        listed = self.content["levels"][level]["shards"]
-        owners = self._owners[level] = {}
-        done, kept = set(), {}
+    def _check_level(self, level: str) -> None:
+        """Judge each shard of a level, and keep only the good ones in the manifest."""
+        plan, owners = self.content["levels"][level], self._owners.setdefault(level, {})
+        listed, kept, done = plan["shards"], {}, set()
         on_disk = folder.shard_names(self.path / level)
-        # Listed ones first: of two shards with the same example, they count.
+        # Listed shards first: of two that hold the same example, the listed one counts.
         for name in sorted({*listed, *on_disk}, key=lambda name: (name not in listed, folder.shard_number(name))):
             file = self.path / level / name
             shard = self._read(self.content, file)
@@ -150,88 +146,82 @@ class _Audit:
             kept[name] = shard.entry()
             owners.update(dict.fromkeys(shard.ids, name))
             done.update(shard.ids, (record["id"] for record in shard.rejected))
-            if name not in listed and not self.busy:
-                self._problem(
-                    file, "is finished, but the manifest does not list it", self._to_repair or "it is listed now"
-                )
-            elif listed.get(name, kept[name]) != kept[name]:
-                self._problem(file, "is not the file that the manifest lists", self._to_repair or "it is listed now")
-        self.content["levels"][level]["shards"] = kept
-        planned = self.content["levels"][level]["planned"]
-        if len(done) < planned and not self.busy:
-            self._problem(self.path / level, f"is incomplete: {len(done)} of {planned} examples", _BUILD)
+            if name not in listed:
+                self._check_unlisted(file)
+            elif listed[name] != kept[name]:
+                self._repairable(file, "is not the file that the manifest lists", _LISTED)
+        plan["shards"] = kept
+        if len(done) < plan["planned"] and not self.busy:
+            self._report(self.path / level, f"is incomplete: {len(done)} of {plan['planned']} examples", _BUILD)
 
-    def _unknown_level(self, level: str) -> None:
+    def _check_unknown_level(self, level: str) -> None:
         for name in folder.shard_names(self.path / level):
             self._damage(self.path / level / name, f"is of a level that the manifest does not know: {level}", _BUILD)
 
-    def _moment(self) -> None:
+    def _check_unlisted(self, file: Path) -> None:
+        if not self.busy:
+            self._repairable(file, "is finished, but the manifest does not list it", _LISTED)
+
+    def _check_moment(self) -> None:
         file, listed = self.path / folder.MOMENT, self.content["second_moment"]
         if listed is None and not file.exists():
             return
-        found = self._read_moment(self.content)
-        after = f"the shards were made with it: {_BUILD}, which makes the same one again"
-        if isinstance(found, str):
-            self._damage(file, found, after)
-            found = None
-        elif listed is None and not self.busy:
-            self._problem(file, "is finished, but the manifest does not list it", self._to_repair or "it is listed now")
-        elif listed not in (None, found):
-            self._damage(file, "is not the file that the manifest lists", after)
-            found = None
-        self.content["second_moment"] = found
+        entry = self._read_moment(self.content)
+        fault = entry if isinstance(entry, str) else ""
+        if not fault and listed not in (None, entry):
+            fault = "is not the file that the manifest lists"
+        if fault:
+            self._damage(file, fault, f"the shards were made with it: {_BUILD}, which makes the same one again")
+        elif listed is None:
+            self._check_unlisted(file)
+        self.content["second_moment"] = None if fault else entry
 
-    def _removals(self) -> None:
-        file = self.path / folder.REMOVED
-        stored = set().union(*self._owners.values())
+    def _check_removed(self) -> None:
+        file, stored = self.path / folder.REMOVED, set().union(*self._owners.values())
         try:
             removed = set(manifest.load_removed(self.path))
         except (DamagedIndex, NewerFormat) as error:
-            text = b""
-            with contextlib.suppress(OSError):
-                text = file.read_bytes()
-            lines = {line.strip().removesuffix(b",") for line in text.splitlines()}  # an id each
-            self.removed = [id for id in stored if json.dumps(id).encode() in lines]
-            what = f"{_what(error, file)}; {len(self.removed)} ids in it can be read"
-            self._damage(
-                file, what, "those are kept: see that none is missing, and type `rapidindex remove` where one is"
-            )
+            self.removed = _readable_ids(file, stored)
+            what = f"{_fault(error, file)}; {len(self.removed)} ids in it can be read"
+            after = "those are kept: see that none is missing, and type `rapidindex remove` where one is"
+            self._damage(file, what, after)
             return
         if unknown := sorted(removed - stored):
-            some = ", ".join(unknown[:3])
-            what = f"names {len(unknown)} ids that are not stored: {some}"
-            self._problem(file, what, f"harmless; they stay removed if they come back: {_BUILD}")
+            what = f"names {len(unknown)} ids that are not stored: {', '.join(unknown[:3])}"
+            self._report(file, what, f"harmless; they stay removed if they come back: {_BUILD}")
 
-    def _unfinished(self) -> None:
+    def _check_unfinished(self) -> None:
         for part in [] if self.busy else folder.parts(self.path):
-            self._problem(part, "was left by a killed build", self._to_repair or "it was deleted")
+            self._repairable(part, "was left by a killed build", "it was deleted")
 
     def _read(self, content: Manifest, file: Path) -> Shard | str:
+        """Return the shard, or its fault."""
         if file in self._broken:
             return self._broken[file]
-        level, layers = file.parent.name, len(content["layers"])
         try:
-            plan = content["levels"][level]
-            form = {"K": plan["K"], "row_type": manifest.row_type(plan)}
-            return shards.read_shard(file, index=content["id"], level=level, layers=layers, **form)
+            return shards.read_shard(file, **manifest.shard_form(content, file.parent.name))
         except DamagedIndex as error:
-            return _what(error, file)
+            return _fault(error, file)
 
     def _read_moment(self, content: Manifest) -> dict[str, Any] | str:
+        """Return the manifest's entry for the second moment, or the fault of its file."""
         file = self.path / folder.MOMENT
         if file in self._broken:
             return self._broken[file]
         try:
             return manifest.moment_entry(manifest.read_moment(self.path, content))
         except DamagedIndex as error:
-            return _what(error, file)
+            return _fault(error, file)
 
     def _damage(self, file: Path, what: str, after: str) -> None:
-        """A problem with a file that repairing moves aside, if it is there; `after` says what follows then."""
+        """Report a file that a repair moves aside; `after` is the next step then."""
         self.damaged.append(file)
-        self._problem(file, what, self._to_repair or after)
+        self._repairable(file, what, after)
 
-    def _problem(self, file: Path, what: str, mend: str) -> None:
+    def _repairable(self, file: Path, what: str, after: str) -> None:
+        self._report(file, what, self._to_repair or after)
+
+    def _report(self, file: Path, what: str, mend: str) -> None:
         self.problems.append(Problem(file.relative_to(self.path).as_posix(), what, mend))
 
     def _move_aside(self, file: Path) -> None:
@@ -242,15 +232,13 @@ class _Audit:
         with writing.write_errors(file, 0):
             aside.mkdir(exist_ok=True)
             taken = set(os.listdir(aside))
-            free = next(
-                free for count in range(len(taken) + 1) if (free := f"{name}.{count}" if count else name) not in taken
-            )
-            os.rename(file, aside / free)
+            names = (name, *(f"{name}.{count}" for count in range(1, len(taken) + 1)))
+            os.rename(file, aside / next(free for free in names if free not in taken))
             writing.sync_folder(aside)
             writing.sync_folder(file.parent)
 
 
-def _what(error: DamagedIndex | NewerFormat, file: Path) -> str:
+def _fault(error: DamagedIndex | NewerFormat, file: Path) -> str:
     return error.message.removeprefix(f"{file} ").rstrip(".")
 
 
@@ -261,3 +249,12 @@ def _content_fault(shard: Shard, owners: dict[str, str]) -> str:
         if id in owners:
             return f"holds example {id}, which is in {owners[id]} too"
     return ""
+
+
+def _readable_ids(file: Path, stored: set[str]) -> list[str]:
+    """Return the stored ids that a damaged list of removed ids still names: `write_json` puts each on a line."""
+    text = b""
+    with contextlib.suppress(OSError):
+        text = file.read_bytes()
+    lines = {line.strip().removesuffix(b",") for line in text.splitlines()}
+    return [id for id in stored if json.dumps(id).encode() in lines]

@@ -1,12 +1,12 @@
-"""A sealed file: an HDF5 file of plain arrays that checks itself, is never changed, and can be memory-mapped.
+"""Sealed files: immutable HDF5 files of plain arrays that carry their own checksum and can be memory-mapped.
 
     0      one line of JSON, then zeros: {"format", "bytes", "sha256", "attributes", "arrays": {name: {"dtype", "shape",
-           "offset"}}, "seal"}. `sha256` is over all that follows these 2,048 bytes, `seal` over the line without it
-    2048   the HDF5 file: contiguous arrays, uncompressed, with the same attributes
+           "offset"}}, "seal"}. `sha256` covers everything after these 2,048 bytes, `seal` the line without itself
+    2048   the HDF5 file: contiguous, uncompressed arrays, with the same attributes
 
-HDF5 calls the first part the user block; every HDF5 tool skips it. Its JSON is canonical and its padding is checked,
-so a change to any byte is found. The file is read by its own table of contents, without libhdf5, which hangs or crashes
-on some changed bytes in HDF5's part (2.0.0, one byte at a time). Written by `writing.py`; knows nothing of indexes.
+HDF5 calls the first part the user block; every HDF5 tool skips it. Its JSON is canonical and its padding is compared,
+so a change to any byte is detected. Files are read by this table of contents and not by libhdf5, which hangs or crashes
+on some changed bytes (2.0.0, one byte at a time). `writing.py` writes sealed files. Knows nothing of indexes.
 """
 
 import contextlib
@@ -29,34 +29,34 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Extent:
-    """Where an array lies in its file."""
+    """The place of an array in its file."""
 
     dtype: str
-    """As NumPy writes it, with the byte order: `<f4`."""
+    """NumPy's name, with the byte order: `<f4`."""
     shape: tuple[int, ...]
     offset: int
-    """Bytes from the start of the file; -1 where it takes no space."""
+    """Bytes from the start of the file; -1 for an empty array."""
 
     @property
     def nbytes(self) -> int:
-        """The array's size in bytes."""
+        """The size of the array in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A sealed file's table of contents."""
+    """The table of contents of a sealed file."""
 
     path: Path
     size: int
-    """Bytes of the whole file."""
+    """The size of the whole file in bytes."""
     sha256: str
-    """Of everything after the user block."""
+    """The checksum of everything after the user block, in hexadecimal."""
     attributes: Mapping[str, str | int]
     extents: dict[str, Extent]
 
     def block(self) -> bytes:
-        """The first 2,048 bytes of the file."""
+        """Return the first 2,048 bytes of the file."""
         content = {
             "format": f"{_FORMAT}{_VERSION}",
             "bytes": self.size,
@@ -68,23 +68,23 @@ class Layout:
         return _json({**content, "seal": seal}).ljust(USER_BLOCK, b"\0")
 
     def read(self, name: str) -> np.ndarray:
-        """A copy of one array."""
+        """Return a copy of the array of that name."""
         return np.array(map_arrays(self)[name])
 
 
 def index_of(path: Path) -> Path:
-    """The index folder that a file belongs to."""
+    """Return the index folder that the file at `path` belongs to."""
     return path.parent.parent if path.name.startswith(("shard-", "ann.")) else path.parent
 
 
 def damaged(path: Path, what: str) -> DamagedIndex:
-    """The error for a file that is not as it was written."""
+    """Return the error for a file that is not as it was written."""
     return DamagedIndex(f"{path} is damaged: {what}.", hint=f"Type `rapidindex check {index_of(path)}`.")
 
 
 @contextlib.contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Turn the failure to read `path` into our errors: DamagedIndex, or StoreError where it may not be read."""
+    """Turn a failure to read `path` into DamagedIndex, or into StoreError where permission is missing."""
     try:
         yield
     except FileNotFoundError as error:
@@ -96,10 +96,10 @@ def read_errors(path: Path) -> Iterator[None]:
 
 
 def read_layout(path: Path) -> Layout:
-    """The table of contents of `path`, checked against itself and the file's size; the arrays are not read.
+    """Read the table of contents of `path` and compare it with its seal and the file's size. Read no arrays.
 
-    Raises DamagedIndex where the file is missing, truncated, or its first part was changed, NewerFormat where a newer
-    version wrote it, and StoreError where it may not be read.
+    Raises DamagedIndex where the file is missing or truncated or its user block was changed, NewerFormat where a newer
+    version wrote it, and StoreError where permission to read it is missing.
     """
     with read_errors(path), open(path, "rb") as file:
         block, size = file.read(USER_BLOCK), os.fstat(file.fileno()).st_size
@@ -110,24 +110,26 @@ def read_layout(path: Path) -> Layout:
 
 
 def verify(path: Path) -> Layout:
-    """The table of contents of `path`, after reading the whole file against it. Raises as `read_layout` does."""
+    """Compare the whole file at `path` with its checksum; return its table of contents. Raise as `read_layout` does."""
     layout = read_layout(path)
     with read_errors(path), open(path, "rb") as file:
         file.seek(USER_BLOCK)
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != layout.sha256:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != layout.sha256:
         raise damaged(path, "its contents were changed after it was written")
     return layout
 
 
 def map_arrays(layout: Layout) -> dict[str, np.ndarray]:
-    """Map the arrays of a file: views of one private memory map, whose changes never reach the file."""
+    """Map the arrays of a file into memory, as views of one private map.
+
+    A write to them never reaches the file, and torch takes them without a copy or a warning. Raises DamagedIndex where
+    the file has shrunk.
+    """
     with read_errors(layout.path):
         if os.stat(layout.path).st_size != layout.size:  # touching pages past a file's end kills the process
             raise damaged(layout.path, f"it does not have {layout.size} bytes any more")
-        whole = np.memmap(
-            layout.path, mode="c"
-        )  # private: torch takes it without a copy, and no write reaches the file
+        whole = np.memmap(layout.path, mode="c")
     return {name: _view(whole, extent) for name, extent in layout.extents.items()}
 
 
@@ -139,18 +141,18 @@ def _view(whole: np.ndarray, extent: Extent) -> np.ndarray:
 
 def _parse(path: Path, block: bytes) -> Layout:
     try:
-        said = json.loads(block.rstrip(b"\0"))
-        version = str(said["format"]).removeprefix(_FORMAT)
+        contents = json.loads(block.rstrip(b"\0"))
+        version = str(contents["format"]).removeprefix(_FORMAT)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise damaged(path, f"its first {USER_BLOCK} bytes are not what was written") from None
     with contextlib.suppress(KeyError, TypeError, AttributeError):
-        arrays = said["arrays"].items()
+        arrays = contents["arrays"].items()
         extents = {name: Extent(array["dtype"], tuple(array["shape"]), array["offset"]) for name, array in arrays}
-        layout = Layout(path, said["bytes"], said["sha256"], said["attributes"], extents)
+        layout = Layout(path, contents["bytes"], contents["sha256"], contents["attributes"], extents)
         if layout.block() == block:
             return layout
         if layout.block() == block.replace(version.encode(), b"%d" % _VERSION, 1):
-            version = ""  # a newer file's seal covers its version: only this digit was changed
+            version = ""  # the seal fits the known version: only this digit was changed
     if version.isdecimal() and int(version) > _VERSION:
         raise NewerFormat(
             f"{path} is in format {version}; this version of rapidindex reads format {_VERSION}.",

@@ -1,13 +1,13 @@
-"""The index folder: which files are its own, JSON files that check themselves, and the one-writer lock.
+"""The index folder: the names of its files, JSON files with a checksum, and the lock of the one writer.
 
-    INDEX/manifest.json      what the index is, and the finished shards; derived from them, it can be rebuilt
-    INDEX/second_moment.h5   sealed; one float32 array `v`
-    INDEX/removed.json       ids taken out
+    INDEX/manifest.json      what the index is, and its finished shards; can be rebuilt from them
+    INDEX/second_moment.h5   sealed: the float32 array `v`, and `eigenvectors` where the correction has them
+    INDEX/removed.json       the ids of removed examples
     INDEX/.lock              held by the one process that writes
     INDEX/sentence/shard-00000.h5 …, INDEX/token/shard-00000.h5 …
-    INDEX/damaged/           what `check --repair` moved aside
+    INDEX/damaged/           files that `check --repair` moved aside
 
-Files whose names end in `.part` were never finished. Knows names and bytes, not what is in them.
+Files whose names end in `.part` are unfinished. Knows names and bytes, not their meaning.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ from rapidindex.store.container import damaged, read_errors, read_layout
 from rapidindex.store.writing import replace_file, sync_folder, write_errors
 
 FORMAT = 2
-"""What is written. Format 1 is read, too: its rows are float16, and its manifest does not say so."""
+"""The format that is written. Format 1 is read too: its rows are float16, and its manifest does not say so."""
 MANIFEST, REMOVED, MOMENT, LOCK, DAMAGED = "manifest.json", "removed.json", "second_moment.h5", ".lock", "damaged"
-ANN = "ann"  # INDEX/<level>/ann…: derived from the shards by index.py, and rebuilt at will
+ANN = "ann"  # INDEX/<level>/ann.*: the vector index, which `search` derives from the shards
 _SHARD = re.compile(r"shard-(\d{5,})\.h5")
 _PART = re.compile(r".+\.[0-9a-f]{8}\.part")
 _ASIDE = re.compile(r"((sentence|token)-shard-\d{5,}\.h5|manifest\.json|removed\.json|second_moment\.h5)(\.\d+)?")
@@ -38,25 +38,38 @@ _LOCK_SECONDS = 0.3  # `check` holds the lock for a moment; a writer holds it fo
 
 
 def shard_name(number: int) -> str:
-    """`shard-00007.h5`."""
+    """Return the file name of a shard: `shard-00007.h5` for 7."""
     return f"shard-{number:05d}.h5"
 
 
 def shard_number(name: str) -> int:
-    """7 of `shard-00007.h5`; -1 where `name` is no shard's."""
+    """Return the number of a shard, 7 for `shard-00007.h5`; -1 where `name` is not that of a shard."""
     match = _SHARD.fullmatch(name)
     return int(match[1]) if match else -1
 
 
 def shard_names(folder: Path) -> list[str]:
-    """The finished shards in a level's folder, in order; none where the folder does not exist."""
+    """Return the names of the finished shards in a level's folder, by number; none where the folder does not exist."""
     return sorted((name for name in _entries(folder) if _SHARD.fullmatch(name)), key=shard_number)
 
 
+def sealed_files(path: Path) -> list[Path]:
+    """Return the shards and the second moment in the index folder `path`, listed in the manifest or not."""
+    shards = [path / level / name for level in LEVELS for name in shard_names(path / level)]
+    return [*shards, path / MOMENT] if (path / MOMENT).exists() else shards
+
+
 def parts(path: Path) -> list[Path]:
-    """The unfinished files in an index folder."""
+    """Return the unfinished files in the index folder `path`."""
     folders = [path, *(path / level for level in LEVELS)]
     return [folder / name for folder in folders for name in _entries(folder) if _PART.fullmatch(name)]
+
+
+def delete_parts(path: Path) -> None:
+    """Delete the unfinished files in the index folder `path`. Called under the lock, when nobody is writing them."""
+    for part in parts(path):
+        with write_errors(part, 0):
+            part.unlink(missing_ok=True)
 
 
 def _entries(folder: Path) -> list[str]:
@@ -65,13 +78,13 @@ def _entries(folder: Path) -> list[str]:
     return []
 
 
-# JSON files that check themselves
+# JSON files with a checksum
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a file that `write_json` wrote.
+    """Read a file that `write_json` wrote.
 
-    A change to any byte raises DamagedIndex, a newer format NewerFormat, no file FileNotFoundError.
+    Raises DamagedIndex where any byte was changed, NewerFormat, and FileNotFoundError where there is no file.
     """
     text = None
     with read_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -86,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise damaged(path, "it is not the JSON that was written") from None
     if type(version) is int and 1 <= version <= FORMAT and render_json(content, version) == text:
         return content
-    # `format` comes first. With one that is known in its place a newer file does not fit its checksum, a damaged does.
+    # A damaged version number is the only fault of a file whose checksum fits once a known version is put in its place.
     newer, known = type(version) is int and version > FORMAT, range(1, FORMAT + 1)
     if newer and not any(text.replace(b"%d" % version, b"%d" % n, 1) == render_json(content, n) for n in known):
         raise NewerFormat(
@@ -97,12 +110,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` with its format and checksum to `path`, as `replace_file` does; raise as it does."""
+    """Write `content` with its format and checksum, as `replace_file` does. Raise as it does."""
     replace_file(path, render_json(content))
 
 
 def render_json(content: dict[str, Any], version: int = FORMAT) -> bytes:
-    """Return the bytes of the file that `write_json` writes."""
+    """Return the bytes that `write_json` writes."""
     content = {"format": version, **content}
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return (json.dumps({**content, "sha256": digest}, indent=1) + "\n").encode()
@@ -113,7 +126,7 @@ def render_json(content: dict[str, Any], version: int = FORMAT) -> bytes:
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Be the one writer of the index at `path`; IndexBusy, naming the other process, where there is one."""
+    """Be the only writer of the index at `path`. Raise IndexBusy, naming the other process, where there is one."""
     deadline = time.monotonic() + _LOCK_SECONDS
     while (descriptor := _try_lock(path / LOCK)) is None:
         if time.monotonic() > deadline:
@@ -122,12 +135,12 @@ def exclusive(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for processes that were forked and hold a copy
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for forked processes, which hold a copy of the descriptor
         os.close(descriptor)
 
 
 def writer(path: Path) -> str | None:
-    """Which process is writing to the index at `path`, in words; None where none is."""
+    """Describe the process that is writing to the index at `path`; None where there is none."""
     with contextlib.suppress(FileNotFoundError, PermissionError), open(path / LOCK, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -143,8 +156,9 @@ def _try_lock(lock: Path) -> int | None:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.stat(lock)):  # else it was deleted meanwhile, with its index
-            with contextlib.suppress(OSError):  # only words for a message, and the disk may be full
+        # The file may have been deleted meanwhile, together with its index.
+        if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+            with contextlib.suppress(OSError):  # the text is only for messages, and the disk may be full
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"rapidindex process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             return descriptor
@@ -163,17 +177,17 @@ def _holder(path: Path) -> str:
     return "another process"
 
 
-# Whose folder it is
+# The folder as a whole
 
 
 def has_manifest(path: Path) -> bool:
-    """Return whether there is a manifest at `path`. StoreError where the folder may not be read."""
+    """Return whether there is a manifest at `path`. Raise StoreError where permission to look is missing."""
     with read_errors(path):
         return (path / MANIFEST).exists()
 
 
 def is_index(path: Path) -> bool:
-    """Whether `path` is surely an index, intact or not: its manifest, a sealed file or its lock file says so."""
+    """Return whether `path` is certainly an index, intact or not: one of its files identifies itself as ours."""
     try:
         if "levels" in read_json(path / MANIFEST):
             return True
@@ -181,8 +195,7 @@ def is_index(path: Path) -> bool:
         return True
     except (FileNotFoundError, StoreError):
         pass
-    sealed = [path / MOMENT, *(path / level / name for level in LEVELS for name in shard_names(path / level))]
-    for file in sealed:
+    for file in sealed_files(path):
         with contextlib.suppress(StoreError):
             read_layout(file)
             return True
@@ -191,12 +204,12 @@ def is_index(path: Path) -> bool:
     return False
 
 
-def make_ready(path: Path) -> None:
-    """Make `path` a folder for a new index: StoreError where it exists and is anything but empty."""
+def create(path: Path) -> None:
+    """Create the folder of a new index. Raise StoreError where `path` exists and is not an empty folder."""
     if is_index(path):
         raise StoreError(
             f"There is an index at {path} already.",
-            hint="Add --overwrite to replace it; without it, the options that it was built with go on with it.",
+            hint="Add --overwrite to replace it, or give the options that it was built with to go on with it.",
         )
     with write_errors(path, 0):
         if path.is_symlink() or path.exists():
@@ -214,15 +227,15 @@ def make_ready(path: Path) -> None:
 def destroy(path: Path) -> None:
     """Delete the index at `path`, and only that.
 
-    Raises NotAnIndex where there is none, StoreError, naming it, where the folder holds a file that is not the index's,
-    and IndexBusy where another process is writing to it. Nothing is deleted then.
+    Raises NotAnIndex where there is none, StoreError where the folder holds a file of another kind, which it names, and
+    IndexBusy where another process is writing to the index. Nothing is deleted then.
     """
     if not is_index(path):
         raise NotAnIndex(f"There is no index at {path}.", hint="Nothing was deleted.")
     _own_files(path)
     with exclusive(path), write_errors(path, 0):
         files, folders = _own_files(path)
-        last = [path / MANIFEST, path / LOCK]  # they say that it is an index: a killed deletion can be finished
+        last = [path / MANIFEST, path / LOCK]  # with these, a killed deletion can be finished
         for file in files:
             if file not in last:
                 file.unlink(missing_ok=True)
@@ -235,7 +248,7 @@ def destroy(path: Path) -> None:
 
 
 def _own_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """The index's files, and its folders; StoreError where there is anything else."""
+    """Return the files and the folders of the index. Raise StoreError where there is anything else in its folder."""
     files: list[Path] = []
     folders: list[Path] = []
     for folder, subfolders, names in os.walk(path, topdown=False):
@@ -244,7 +257,7 @@ def _own_files(path: Path) -> tuple[list[Path], list[Path]]:
             entry = Path(folder, name)
             if not _is_own(inside, name, entry.is_dir()) or entry.is_symlink():
                 raise StoreError(
-                    f"{path} holds a file that is not the index's: {entry}. Nothing was deleted.",
+                    f"{path} holds a file that does not belong to the index: {entry}. Nothing was deleted.",
                     hint="Move it elsewhere, then type the same command again.",
                 )
             (folders if entry.is_dir() else files).append(entry)
@@ -252,13 +265,12 @@ def _own_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _is_own(inside: Path, name: str, is_folder: bool) -> bool:
-    where = inside.parts
     if is_folder:
-        return not where and name in (*LEVELS, DAMAGED)
+        return not inside.parts and name in (*LEVELS, DAMAGED)
     if _PART.fullmatch(name):
         return True
-    if not where:
+    if not inside.parts:
         return name in (MANIFEST, REMOVED, MOMENT, LOCK)
-    if where == (DAMAGED,):
+    if inside.parts == (DAMAGED,):
         return bool(_ASIDE.fullmatch(name))
     return bool(_SHARD.fullmatch(name)) or name.startswith(ANN + ".")

@@ -1,11 +1,12 @@
-"""What the index's JSON files say, and how the manifest follows from the finished shards.
+"""The manifest of an index: its content, and what it says about the sealed files.
 
     {"format": 2, "id", "created", "revision", "versions", "config", "layers": [{"name", "size"}],
      "skipped": [{"line", "reason"}], "second_moment": {"sha256", "bytes", "length"} | null, "levels": {"sentence":
      {"K", "planned", "rows": "int8", "shards": {"shard-00000.h5": {"sha256", "bytes", "rows", "examples",
      "rejected"}}}}, "sha256"}
 
-Every sealed file keeps a copy of it without the shards; `revision` says which copy is the newest.
+Every sealed file keeps a copy of the manifest without the list of files; the copy of the highest `revision` is the
+newest. `removed.json` is {"format", "removed": [ids], "sha256"}.
 """
 
 import json
@@ -33,7 +34,7 @@ def new(
     versions: dict[str, str] | None = None,
     skipped: Sequence[dict[str, Any]] = (),
 ) -> Manifest:
-    """The manifest of an index without shards; arguments as for `Store.create`."""
+    """Return the manifest of an index without shards; arguments as for `Store.create`."""
     unknown = set(planned) - set(LEVELS)
     if unknown:
         raise ValueError(f"{unknown.pop()!r} is not a level: {', '.join(LEVELS)}")
@@ -55,17 +56,24 @@ def new(
 
 
 def row_type(plan: dict[str, Any]) -> str:
-    """How a level keeps its rows; before format 2 it did not say."""
+    """Return the type of a level's rows, `int8` or `float16`; manifests of format 1 do not say it."""
     return plan.get("rows", OLD_ROW_TYPE)
 
 
+def shard_form(manifest: Manifest, level: str) -> dict[str, Any]:
+    """Return what each shard of a level has in common: the keyword arguments of `shards.read_shard`."""
+    plan = manifest["levels"][level]
+    form = {"index": manifest["id"], "level": level, "layers": len(manifest["layers"])}
+    return {**form, "K": plan["K"], "row_type": row_type(plan)}
+
+
 def as_json(value: Any) -> Any:
-    """A copy of `value` as it will be after writing and reading: lists for tuples, strings for keys."""
+    """Return a copy of `value` as JSON gives it back: lists for tuples, strings for keys."""
     return json.loads(json.dumps(value))
 
 
 def load(path: Path) -> Manifest:
-    """The manifest of the index at `path`; raises as `Store.open` does."""
+    """Read the manifest of the index at `path`. Raise as `Store.open` does."""
     try:
         return folder.read_json(path / folder.MANIFEST)
     except FileNotFoundError:
@@ -78,7 +86,7 @@ def load(path: Path) -> Manifest:
 
 
 def load_removed(path: Path) -> list[str]:
-    """The removed ids of the index at `path`. DamagedIndex where their file was changed."""
+    """Read the removed ids of the index at `path`. Raise DamagedIndex where their file was changed."""
     try:
         return folder.read_json(path / folder.REMOVED)["removed"]
     except FileNotFoundError:
@@ -86,18 +94,18 @@ def load_removed(path: Path) -> list[str]:
 
 
 def copy_for_files(manifest: Manifest) -> Manifest:
-    """What every sealed file keeps of the manifest: all but the list of files."""
+    """Return the copy of the manifest for a sealed file: everything but the list of files."""
     levels = {level: plan | {"shards": {}} for level, plan in manifest["levels"].items()}
     return manifest | {"levels": levels, "second_moment": None}
 
 
 def shard_names(manifest: Manifest, level: str) -> list[str]:
-    """The listed shards of a level in the order of their rows."""
+    """Return the names of a level's listed shards in the order of their rows."""
     return sorted(manifest["levels"][level]["shards"], key=folder.shard_number)
 
 
 def check_sizes(path: Path, manifest: Manifest) -> None:
-    """DamagedIndex, naming it, where a listed file is missing or of another size."""
+    """Raise DamagedIndex where a listed file is missing or has another size."""
     listed = {
         path / level / name: entry["bytes"]
         for level, plan in manifest["levels"].items()
@@ -107,13 +115,13 @@ def check_sizes(path: Path, manifest: Manifest) -> None:
         listed[path / folder.MOMENT] = manifest["second_moment"]["bytes"]
     for file, expected in listed.items():
         with container.read_errors(file):
-            found = os.stat(file).st_size
-        if found != expected:
-            raise damaged(file, f"it should have {expected} bytes and has {found}")
+            size = os.stat(file).st_size
+        if size != expected:
+            raise damaged(file, f"it should have {expected} bytes and has {size}")
 
 
 def read_moment(path: Path, manifest: Manifest) -> Layout:
-    """The contents of the second moment's file. DamagedIndex where it is not this index's, or not what was written."""
+    """Read the table of contents of the second moment's file. Raise DamagedIndex where it does not fit the index."""
     layout = container.read_layout(path / folder.MOMENT)
     length = sum(layer["size"] for layer in manifest["layers"])
     if layout.attributes.get("index") != manifest["id"]:
@@ -124,5 +132,5 @@ def read_moment(path: Path, manifest: Manifest) -> Layout:
 
 
 def moment_entry(layout: Layout) -> dict[str, Any]:
-    """What the manifest says of the second moment."""
+    """Return the manifest's entry for the second moment."""
     return {"sha256": layout.sha256, "bytes": layout.size, "length": layout.extents["v"].shape[0]}

@@ -1,7 +1,7 @@
-"""The stored rows of one level, numbered through all its shards, as they were when `Store.rows` was called.
+"""The stored rows of one level, numbered consecutively through all its shards.
 
-Row numbers follow the shards' numbers. Later builds number their shards after those that are there, so rows keep their
-numbers as an index grows, and what is derived from them can tell by `Rows.shards` whether it is still current.
+Rows are numbered in the order of their shards' numbers. A later build gives its shards higher numbers, so rows keep
+their numbers as an index grows, and a vector index compares `Rows.shards` to know whether it is still current.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,29 +11,32 @@ from typing import Any
 
 import numpy as np
 
+from rapidindex.errors import DamagedIndex
 from rapidindex.store import container, folder, shards, writing
 from rapidindex.store.shards import Shard, ShardContent
 
-_MAPS = 128  # shards mapped at a time: each map holds a file descriptor, and 1,024 is a common limit
+_MAPS = 128  # shards mapped at a time: each map holds a file descriptor, and a common limit is 1,024
 _BLOCK_BYTES = 64 * 2**20
 
 
 class Rows:
-    """The n rows of one level, each of K numbers, that belong to m examples. `len` is n, removed examples included.
+    """The n rows of one level as they were when `Store.rows` was called: K entries each, of m examples.
+
+    `len` is n, the rows of removed examples included.
 
     path      the level's folder
     level     `sentence` or `token`
-    K         length of a row
-    row_type  `int8` or `float16`: how its numbers are kept
+    K         the length of a row
+    row_type  `int8` or `float16`, the type of the stored entries
     layers    L, the number of layers
     shards    (name, sha256, rows) of each shard, in the order of the rows
-    ids       the m examples' ids
-    example   int64 [n], the example that a row is of: 0 to m - 1
-    position  int32 [n], the response token that a row is of; -1 in sentence rows
-    token     int32 [n], its token id; -1 in sentence rows
+    ids       the ids of the m examples
+    example   int64 [n], the number of each row's example: 0 to m - 1
+    position  int32 [n], the response token of each row; -1 in sentence rows
+    token     int32 [n], the id of that token; -1 in sentence rows
     live_mask bool [n], False in the rows of removed examples
     rejected  {"id", "line", "reason"} of each example whose gradient was not finite
-    done_ids  ids of all examples stored or rejected: a resumed build need not compute them
+    done_ids  ids of all stored and rejected examples, which a resumed build skips
     """
 
     def __init__(
@@ -60,18 +63,18 @@ class Rows:
         self.live_mask = np.array([id not in removed for id in self.ids], dtype=bool)[self.example]
 
     def __len__(self) -> int:
-        """n: all stored rows, removed examples included."""
+        """The number of stored rows, those of removed examples included."""
         return int(self._first_row[-1])
 
     @property
     def row_bytes(self) -> int:
-        """What the numbers of a row take on the disk."""
+        """The size in bytes of a stored row, without its scale."""
         return shards.row_bytes(self.K, self.row_type)
 
     def blocks(self, max_rows: int | None = None) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """All rows in order as (number of the first, numbers [b, K], scale float32 [b]): a row is their product.
+        """Yield all rows in order as (number of the first, entries [b, K], scale float32 [b]): a row is their product.
 
-        The arrays are views of the files, not copies; by default a block takes at most 64 MiB.
+        The arrays are views of the files, not copies. By default a block takes at most 64 MiB.
         """
         step = max_rows or max(1, _BLOCK_BYTES // self.row_bytes)
         for file, first_row in enumerate(self._first_row[:-1]):
@@ -84,47 +87,55 @@ class Rows:
                 )
 
     def take(self, row_numbers: Sequence[int] | np.ndarray) -> np.ndarray:
-        """float32 [m, K]: the rows of these m numbers, in this order. IndexError where one is not 0 to n - 1."""
-        taken = np.empty((np.size(row_numbers), self.K), np.float32)
-        for to, numbers, scale in self.each(row_numbers):  # faster than all at once, which needs two copies more
-            taken[to] = numbers
-            taken[to] *= scale
-        return taken
+        """Return the rows of these r numbers in this order, float32 [r, K].
+
+        Raises IndexError where a number is not 0 to n - 1.
+        """
+        rows = np.empty((np.size(row_numbers), self.K), np.float32)
+        for i, entries, scale in self.each(
+            row_numbers
+        ):  # faster than a whole file at once, which makes two more copies
+            rows[i] = entries
+            rows[i] *= scale
+        return rows
 
     def each(self, row_numbers: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray, np.float32]]:
-        """(i, numbers [K], scale) of the i-th of these row numbers, file by file: a row is their product.
+        """Yield (i, entries [K], scale) for the i-th of these row numbers, file by file: a row is their product.
 
-        The arrays are views of the files, not copies. IndexError where a number is not 0 to n - 1.
+        The arrays are views of the files, not copies. Raises IndexError where a number is not 0 to n - 1.
         """
-        for file, here, inside in self._by_file(self._checked(row_numbers)):
+        for file, which, inside in self._by_file(self._checked(row_numbers)):
             arrays = self._arrays(file)
-            for to, source in zip(here, inside, strict=True):
-                yield int(to), arrays["rows"][source], arrays["scale"][source]
+            for i, row in zip(which, inside, strict=True):
+                yield int(i), arrays["rows"][row], arrays["scale"][row]
 
     def norms(self, row_numbers: Sequence[int] | np.ndarray) -> np.ndarray:
-        """float32 [m, L]: each layer's norm in these m rows. IndexError where a number is not 0 to n - 1."""
+        """Return each layer's norm for these r row numbers, float32 [r, L].
+
+        Raises IndexError where a number is not 0 to n - 1.
+        """
         row_numbers = self._checked(row_numbers)
         norms = np.empty((len(row_numbers), self.layers), np.float32)
-        for file, here, inside in self._by_file(row_numbers):
-            norms[here] = self._arrays(file)["norms"][inside]
+        for file, which, inside in self._by_file(row_numbers):
+            norms[which] = self._arrays(file)["norms"][inside]
         return norms
 
     def record(self, example_number: int) -> dict[str, Any]:
-        """The example of that number, as it was given to `write_shard`. IndexError where it is not 0 to m - 1."""
+        """Return the stored record of that example. Raise IndexError where the number is not 0 to m - 1."""
         if not 0 <= example_number < len(self.ids):
             raise IndexError(f"example {example_number} of {len(self.ids)}")
         file = int(np.searchsorted(self._first_example, example_number, side="right")) - 1
         try:
             return shards.read_record(self._arrays(file), int(example_number - self._first_example[file]))
         except (ValueError, RecursionError):
-            raise container.damaged(self._files[file].layout.path, "an example in it cannot be read") from None
+            raise self._damaged(file, "an example in it cannot be read") from None
 
     def example_of(self, row: int) -> int:
-        """The number of the example that a row is of. IndexError where `row` is not 0 to n - 1."""
+        """Return the number of the row's example. Raise IndexError where `row` is not 0 to n - 1."""
         return int(self.example[self._checked([row])[0]])
 
     def next_number(self) -> int:
-        """A shard number greater than all in the folder, listed in the manifest or not."""
+        """Return a number greater than those of all shards in the folder, listed in the manifest or not."""
         names = (*folder.shard_names(self.path), *(file.name for file in self._files))
         return max((folder.shard_number(name) for name in names), default=-1) + 1
 
@@ -149,21 +160,24 @@ class Rows:
         for file, first_row in enumerate(self._first_row[:-1]):
             here, arrays = slice(first_row, self._first_row[file + 1]), self._arrays(file)
             inside, count = arrays["example"], len(self._files[file].ids)
-            if len(inside) and not (0 <= inside.min() and inside.max() < count):
-                raise container.damaged(self._files[file].layout.path, f"its rows point outside its {count} examples")
+            if shards.any_outside(inside, count):
+                raise self._damaged(file, f"its rows point outside its {count} examples")
             self.example[here] = inside + self._first_example[file]
             self.position[here], self.token[here] = arrays["position"], arrays["token"]
 
+    def _damaged(self, file: int, what: str) -> DamagedIndex:
+        return container.damaged(self._files[file].layout.path, what)
+
     def _checked(self, row_numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         numbers = np.asarray(row_numbers, dtype=np.int64).reshape(-1)
-        if len(numbers) and not (0 <= numbers.min() and numbers.max() < len(self)):
+        if shards.any_outside(numbers, len(self)):
             raise IndexError(f"row numbers {numbers.min()} to {numbers.max()} of {len(self)} rows")
         return numbers
 
     def _by_file(self, row_numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(file, which of the row numbers are in it, their place in it) for each file that holds any."""
+        """Yield (file, indices of the row numbers that lie in it, their places in it) for each file that holds any."""
         order = np.argsort(row_numbers)  # so that each file is read forwards
         files = np.searchsorted(self._first_row, row_numbers[order], side="right") - 1
         for file in np.unique(files):
-            here = order[files == file]
-            yield int(file), here, row_numbers[here] - self._first_row[file]
+            which = order[files == file]
+            yield int(file), which, row_numbers[which] - self._first_row[file]

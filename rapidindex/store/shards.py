@@ -1,18 +1,18 @@
-"""A shard: RapidGrads, the norms that went into them, and the examples they belong to, in one sealed file.
+"""Shards: sealed files of RapidGrads, of the layers' norms, and of the examples that they belong to.
 
-    rows      int8 [n, K]      a row is rows · scale; float16 in an index that was made with format 1
+    rows      int8 [n, K]      a row's entries are rows · scale; float16 in an index made with format 1
     scale     float32 [n]      the row's largest entry / 127 (float16: a power of two); 0 for a row of zeros
-    norms     float32 [n, L]   one for each layer
-    example   int32 [n]        which of this file's examples a row belongs to
-    position  int32 [n]        response token; -1 in a sentence row
-    token     int32 [n]        its token id; -1 in a sentence row
-    examples  uint8            the examples as JSON, one after the other
-    examples_offsets  int64 [m + 1]  where each begins, and where the last one ends
-    ids       uint8            their ids as one JSON list
+    norms     float32 [n, L]   the norm of each layer's gradient
+    example   int32 [n]        the number of the row's example in this file
+    position  int32 [n]        the row's response token; -1 in a sentence row
+    token     int32 [n]        the id of that token; -1 in a sentence row
+    examples  uint8            the records of the m examples as JSON, one after the other
+    examples_offsets  int64 [m + 1]  the beginning of each record, and the end of the last
+    ids       uint8            JSON list of the examples' ids
     rejected  uint8            JSON list of {"id", "line", "reason"}: examples whose gradient was not finite
-    index     uint8            JSON: the manifest's own words without its list of shards, from which it can be rebuilt
+    index     uint8            JSON: the manifest without its list of files, so that it can be rebuilt
 
-Knows what a shard holds, not where it lies or which others there are.
+Knows the content of one shard, not its place or the other shards.
 """
 
 import json
@@ -26,14 +26,14 @@ import numpy as np
 from rapidindex.store.container import Layout, damaged, map_arrays, read_layout
 from rapidindex.store.writing import Column, column, encode_json, json_column, write
 
-PEAK = 10  # a row's largest entry becomes 2^9 to 2^10 in float16, whose normal numbers reach 2^-24 of that
+_PEAK = 10  # a row's largest entry becomes 2^9 to 2^10 in float16, whose normal numbers reach 2^-24 of that
 _LARGEST = 1023.5  # the largest float16 below 2^10
 _BLOCK_BYTES = 32 * 2**20
 ROW_TYPES = {"int8": "|i1", "float16": "<f2"}
-"""How a row's K numbers may be kept. A RapidGrad's entries are sums of many of the gradient's, near to normal, so that
-8 bits an entry change its scores by 1/25,000 of its length (bench/README.md, "The smallest row")."""
+"""The types in which rows are stored. An entry of a RapidGrad is a sum of many of the gradient's entries and so nearly
+normal: 8 bits an entry change scores by 1/25,000 of the row's length (bench/README.md, "The smallest row")."""
 ROW_TYPE, OLD_ROW_TYPE = "int8", "float16"
-"""Of new levels; of those whose manifest does not say."""
+"""The type in new levels, and in those whose manifest says none."""
 _VERSIONS = {"int8": 2, "float16": 1}
 _STEPS = 127
 _DTYPES = {
@@ -82,7 +82,7 @@ class ShardContent:
                 raise ValueError(f"{name} is {array.dtype} {array.shape}, not integers ({n},)")
         if not np.isfinite(self.norms).all():
             raise ValueError("norms that are not finite cannot be stored")
-        if n and not (0 <= self.example.min() and self.example.max() < len(self.examples)):
+        if any_outside(self.example, len(self.examples)):
             raise ValueError(f"example points outside the {len(self.examples)} examples")
         ids = [record["id"] for record in (*self.examples, *self.rejected)]
         if not all(isinstance(id, str) for id in ids):
@@ -93,42 +93,54 @@ class ShardContent:
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard: what it holds, its arrays left on the disk."""
+    """A finished shard, whose arrays stay on the disk."""
 
     layout: Layout
     ids: list[str]
-    """Of its m examples."""
+    """The ids of the m examples."""
     rejected: list[dict[str, Any]]
+    """{"id", "line", "reason"} of each rejected example."""
 
     @property
     def name(self) -> str:
-        """The file's name."""
+        """The name of the file."""
         return self.layout.path.name
 
     @property
     def rows(self) -> int:
-        """n."""
+        """The number of rows, n."""
         return self.layout.extents["rows"].shape[0]
 
     def entry(self) -> dict[str, Any]:
-        """What the manifest says of it."""
+        """Return the manifest's entry for this shard."""
         counts = {"rows": self.rows, "examples": len(self.ids), "rejected": len(self.rejected)}
         return {"sha256": self.layout.sha256, "bytes": self.layout.size, **counts}
 
 
+def any_outside(numbers: np.ndarray, count: int) -> bool:
+    """Return whether any of these numbers is not one of 0 to count - 1."""
+    return bool(len(numbers)) and not (0 <= numbers.min() and numbers.max() < count)
+
+
 def row_bytes(K: int, row_type: str) -> int:
-    """What the numbers of a row take on the disk."""
+    """Return the size in bytes of a stored row of K entries, without its scale."""
     return K * np.dtype(ROW_TYPES[row_type]).itemsize
 
 
 def encode_rows(rows: np.ndarray, row_type: str = ROW_TYPE) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [n, K] as ([n, K] of `row_type`, float32 scale [n]). ValueError where a row is not finite."""
+    """Quantize rows, float32 [n, K], to ([n, K] of `row_type`, scale float32 [n]).
+
+    Raises ValueError where a row is not finite.
+    """
     scale = _scales(rows, row_type)
     return _rounded(rows, scale, row_type), scale
 
 
 def decode_rows(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """float32 [n, K]: int8 entries within 1/254 of their row's largest, float16 rows within 2^-11 of their length."""
+    """Restore encoded rows as float32 [n, K].
+
+    An entry stored as int8 is off by at most 1/254 of the row's largest, a float16 row by 2^-11 of its length.
+    """
     return rows.astype(np.float32) * scale[:, None]
 
 
@@ -172,16 +184,17 @@ def sealed_content(
 
 
 def read_shard(path: Path, *, index: str, level: str, K: int, layers: int, row_type: str) -> Shard:
-    """What the shard at `path` holds; its rows are not read.
+    """Read the shard at `path`, without its rows.
 
-    Raises DamagedIndex where it is missing, is not what its seal says, or does not belong to this index.
+    Raises DamagedIndex where the file is missing, does not fit its seal, or does not belong to this index and level.
     """
     layout = read_layout(path)
-    said = layout.attributes
-    if said.get("index") != index:
-        raise damaged(path, f"it belongs to another index ({said.get('index')}, not {index})")
-    if (said.get("level"), said.get("K")) != (level, K):
-        raise damaged(path, f"it holds {said.get('level')} rows of {said.get('K')}, not {level} rows of {K}")
+    attributes = layout.attributes
+    if attributes.get("index") != index:
+        raise damaged(path, f"it belongs to another index ({attributes.get('index')}, not {index})")
+    if (attributes.get("level"), attributes.get("K")) != (level, K):
+        form = f"{attributes.get('level')} rows of {attributes.get('K')}"
+        raise damaged(path, f"it holds {form}, not {level} rows of {K}")
     _check_shapes(layout, K, layers, ROW_TYPES[row_type])
     try:
         ids, rejected = (json.loads(layout.read(name).tobytes()) for name in ("ids", "rejected"))
@@ -193,7 +206,7 @@ def read_shard(path: Path, *, index: str, level: str, K: int, layers: int, row_t
 
 
 def faults(shard: Shard) -> Iterator[str]:
-    """What is wrong with the numbers and texts of an intact file; reads all of it."""
+    """Read all of an intact file, and yield what is wrong with its numbers and texts."""
     arrays = map_arrays(shard.layout)
     for name in ("scale", "norms"):
         if not np.isfinite(arrays[name]).all():
@@ -202,8 +215,8 @@ def faults(shard: Shard) -> Iterator[str]:
     step = _block_rows(rows.shape[1])
     if not all(np.isfinite(rows[first : first + step]).all() for first in range(0, len(rows), step)):
         yield "its rows are not all finite"
-    example, count = arrays["example"], len(shard.ids)
-    if len(example) and not (0 <= example.min() and example.max() < count):
+    count = len(shard.ids)
+    if any_outside(arrays["example"], count):
         yield f"its rows point outside its {count} examples"
     try:
         if [read_record(arrays, number).get("id") for number in range(count)] != shard.ids:
@@ -213,20 +226,21 @@ def faults(shard: Shard) -> Iterator[str]:
 
 
 def read_record(arrays: dict[str, np.ndarray], number: int) -> dict[str, Any]:
-    """One example of a mapped shard, as it was given to `write_shard`."""
+    """Read the record of one example from the mapped arrays of a shard."""
     first, end = arrays["examples_offsets"][number : number + 2]
     return json.loads(arrays["examples"][first:end].tobytes())
 
 
 def read_index(layout: Layout) -> dict[str, Any]:
-    """The manifest without its shards, as it was when the file was written."""
+    """Read a sealed file's copy of the manifest, which lists no files."""
     return json.loads(layout.read("index").tobytes())
 
 
 def _scales(rows: np.ndarray, row_type: str) -> np.ndarray:
-    """float32 [n]: what brings each row's largest entry to 127; for float16, the power of two to just under 2^PEAK.
+    """Return the scale of each row, float32 [n]. Raise ValueError where a row is not finite.
 
-    The latter not less than 2^-126, so that it is a normal number; rows below that still have float16's subnormals.
+    Its quotient brings the largest entry to 127 or, as a power of two, to just under 2^10 in float16. A power of two is
+    not less than 2^-126, so that it is a normal number; smaller rows still have float16's subnormals.
     """
     if not len(rows):
         return np.zeros(0, np.float32)
@@ -234,11 +248,11 @@ def _scales(rows: np.ndarray, row_type: str) -> np.ndarray:
     if not np.isfinite(peak).all():
         raise ValueError(f"rows that are not finite cannot be stored: {np.flatnonzero(~np.isfinite(peak))[:3]}")
     if row_type == "float16":
-        exponent = np.maximum(np.frexp(peak)[1] - PEAK, -126)
+        exponent = np.maximum(np.frexp(peak)[1] - _PEAK, -126)
         return np.where(peak > 0, np.ldexp(np.float32(1), exponent), np.float32(0)).astype(np.float32)
     with np.errstate(under="ignore", over="ignore"):
         scale, steps = peak / np.float32(_STEPS), np.float32(_STEPS)
-        coarse = scale < np.finfo(np.float32).tiny  # subnormal numbers are rounded down by as much as all of them
+        coarse = scale < np.finfo(np.float32).tiny  # a subnormal scale may be rounded down by much of itself
         scale = np.where(coarse & (scale * steps < peak), np.nextafter(scale, np.float32(1)), scale)
         return np.where(np.isfinite(scale * steps), scale, np.nextafter(scale, np.float32(0)))
 
@@ -248,7 +262,7 @@ def _rounded(rows: np.ndarray, scale: np.ndarray, row_type: str) -> np.ndarray:
         scaled = rows / np.where(scale > 0, scale, np.float32(1))[:, None]
         if row_type == "int8":
             return np.clip(np.rint(scaled, out=scaled), -_STEPS, _STEPS, out=scaled).astype(np.int8)
-        # Rounding up to 2^10 would overflow float32 on the way back where the row is near its limit.
+        # An entry rounded up to 2^10 would overflow float32 when it is restored, in a row near float32's limit.
         return np.clip(scaled, -_LARGEST, _LARGEST, out=scaled).astype("<f2")
 
 
@@ -258,18 +272,13 @@ def _block_rows(K: int, block_bytes: int = _BLOCK_BYTES) -> int:
 
 def _check_shapes(layout: Layout, K: int, layers: int, rows: str) -> None:
     extents = layout.extents
-    wrong = [
-        name for name, dtype in {"rows": rows, **_DTYPES}.items() if name not in extents or extents[name].dtype != dtype
-    ]
-    if wrong:
-        raise damaged(layout.path, f"its array {wrong[0]!r} is missing or of another kind")
+    for name, dtype in {"rows": rows, **_DTYPES}.items():
+        if name not in extents or extents[name].dtype != dtype:
+            raise damaged(layout.path, f"its array {name!r} is missing or of another type")
     n = extents["rows"].shape[0]
-    shapes = {
-        "rows": (n, K),
-        "norms": (n, layers),
-        **{name: (n,) for name in ("scale", "example", "position", "token")},
-    }
-    flat = ("examples", "examples_offsets", "ids", "rejected", "index")
-    for name, extent in extents.items():
-        if shapes.get(name, extent.shape) != extent.shape or (name in flat and len(extent.shape) != 1):
-            raise damaged(layout.path, f"its array {name!r} has the shape {extent.shape}")
+    shapes = {name: (n,) for name in ("scale", "example", "position", "token")}
+    shapes |= {"rows": (n, K), "norms": (n, layers)}
+    for name in ("rows", *_DTYPES):
+        shape = extents[name].shape
+        if shape != shapes.get(name, shape[:1] or (0,)):
+            raise damaged(layout.path, f"its array {name!r} has the shape {shape}")

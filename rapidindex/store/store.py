@@ -1,7 +1,7 @@
-"""The index folder as a whole: made, opened, locked, and kept in step with its finished shards.
+"""The index folder as a whole: create, open and lock it, and keep its manifest in step with the finished shards.
 
-A shard appears complete or not at all, and the manifest lists only finished ones. Whatever the moment at which a build
-is killed, the next one finds every shard that was finished, listed or not, and goes on after them.
+A shard appears complete or not at all, and the manifest lists only finished ones. Whenever a build is killed, the next
+one finds every finished shard, listed or not, and goes on from there.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from rapidindex.store.shards import Shard, read_shard
 
 
 class Store:
-    """An index folder, from `create` or `open`. What changes it takes the lock; a build holds `lock()` throughout.
+    """An index folder, from `create` or `open`. Methods that change it take the lock; a build holds it throughout.
 
     path      the folder
-    manifest  what `manifest.py` describes; read it, but change it by the methods only
-    removed   frozenset of the ids that were taken out
+    manifest  the content that `manifest.py` describes, to be changed by the methods only
+    removed   frozenset of the ids of removed examples
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,28 +47,28 @@ class Store:
         planned: dict[str, tuple[int, int]],
         skipped: Sequence[dict[str, Any]] = (),
     ) -> Self:
-        """Make an index at `path`, a new or an empty folder.
+        """Create an index at `path`, which does not exist or is an empty folder.
 
-        layers: [{"name", "size"}] in the order of the norms; skipped: [{"line", "reason"}]; planned: {level: (K, number
-        of examples)}. Raises StoreError where `path` is not empty (an index included) or cannot be written to, and
-        IndexBusy where another process is making one there.
+        `layers` is [{"name", "size"}] in the order of the norms, `skipped` [{"line", "reason"}], and `planned` {level:
+        (K, number of examples)}. Raises StoreError where the folder is not empty (an index included) or cannot be
+        written to, and IndexBusy where another process is creating an index there.
         """
         path, content = (
             Path(path),
             manifest.new(config=config, layers=layers, versions=versions, planned=planned, skipped=skipped),
         )
-        folder.make_ready(path)
+        folder.create(path)
         with folder.exclusive(path):
-            folder.make_ready(path)
+            folder.create(path)
             folder.write_json(path / folder.MANIFEST, content)
         return cls(path)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """The index at `path`. Quick: looks whether all its files are there in full size, and reads none of them.
+        """Open the index at `path`. Quick: compare the sizes of its files with the manifest, and read no shard.
 
-        Raises NotAnIndex where there is none, NewerFormat where a newer version wrote it, and DamagedIndex, naming the
-        file, where the manifest was changed or a listed file is missing or of another size.
+        Raises NotAnIndex where there is none, NewerFormat where a newer version wrote it, and DamagedIndex where the
+        manifest was changed or a listed file is missing or has another size.
         """
         return cls(Path(path))
 
@@ -81,14 +81,14 @@ class Store:
     def destroy(path: str | Path) -> None:
         """Delete the index at `path`.
 
-        Raises NotAnIndex where there is none, StoreError, naming it, where the folder holds a file that is not the
-        index's, and IndexBusy where another process is writing to it. Nothing is deleted then.
+        Raises NotAnIndex where there is none, StoreError where the folder holds a file that does not belong to the
+        index, and IndexBusy where another process is writing to it. Nothing is deleted then.
         """
         folder.destroy(Path(path))
 
     @property
     def id(self) -> str:
-        """16 hexadecimal digits, drawn when the index was made."""
+        """16 hexadecimal digits, drawn when the index was created."""
         return self.manifest["id"]
 
     @property
@@ -103,20 +103,20 @@ class Store:
 
     @property
     def skipped(self) -> list[dict[str, Any]]:
-        """{"line", "reason"} of each line of the data that could not be used."""
+        """{"line", "reason"} of each unusable line of the data."""
         return self.manifest["skipped"]
 
     @property
     def levels(self) -> list[str]:
-        """Which of `sentence` and `token` the index is to hold, in this order."""
+        """The levels of the index: `sentence`, `token` or both, in this order."""
         return [level for level in LEVELS if level in self.manifest["levels"]]
 
     def planned(self, level: str) -> int:
-        """How many examples the level is to hold. StoreError where the index has no such level."""
+        """Return the number of examples that the level is to hold. Raise StoreError where there is no such level."""
         return self._plan(level)["planned"]
 
     def complete(self, level: str) -> bool:
-        """Whether every planned example is stored or was rejected. StoreError where the index has no such level."""
+        """Return whether every planned example is stored or rejected. Raise StoreError where there is no such level."""
         rejected = {record["id"] for shard in self._level(level) for record in shard.rejected}
         return len(rejected.union(self._owner(level))) >= self.planned(level)
 
@@ -132,20 +132,18 @@ class Store:
         return self._rows[level][1]
 
     def second_moment(self) -> np.ndarray | None:
-        """v, float32 [sum of the layers' sizes], a view of its file; None where the index has none."""
-        said = self.manifest["second_moment"]
-        if said is None:
-            return None
-        return self._moment(said)["v"]
+        """Return v, float32 [sum of the layers' sizes], a view of its file; None where the index has none."""
+        return self._map_moment().get("v")
 
     def eigenvectors(self) -> np.ndarray | None:
-        """Those along which v was taken, float32 [n], a view of its file; None where the index has none."""
-        said = self.manifest["second_moment"]
-        return None if said is None else self._moment(said).get("eigenvectors")
+        """Return the eigenvectors of v's basis, float32 [n], a view of their file; None where the index has none."""
+        return self._map_moment().get("eigenvectors")
 
-    def _moment(self, said: dict[str, Any]) -> dict[str, np.ndarray]:
+    def _map_moment(self) -> dict[str, np.ndarray]:
+        if self.manifest["second_moment"] is None:
+            return {}
         layout = manifest.read_moment(self.path, self.manifest)
-        if manifest.moment_entry(layout) != said:
+        if manifest.moment_entry(layout) != self.manifest["second_moment"]:
             raise container.damaged(layout.path, "it is not the one that the manifest lists")
         return container.map_arrays(layout)
 
@@ -153,10 +151,10 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[Self]:
-        """Be the only writer. May be nested; IndexBusy, naming the other process, where there is one.
+        """Be the only writer, or raise IndexBusy, which names the process that is. May be nested.
 
-        On entering, what others changed is read again, unfinished files of a killed build are deleted, and finished
-        shards that the manifest does not list are verified and listed. Nothing else is dropped.
+        The outermost block first reads what other processes changed, deletes the unfinished files of a killed build,
+        and verifies and lists finished shards that the manifest does not list.
         """
         with contextlib.nullcontext() if self._locks else folder.exclusive(self.path):
             self._locks += 1
@@ -169,7 +167,7 @@ class Store:
                 self._locks -= 1
 
     def refresh(self) -> None:
-        """Read again what the manifest and the list of removed ids say. Raises as `open` does."""
+        """Read the manifest and the list of removed ids again. Raise as `open` does."""
         content = manifest.load(self.path)
         manifest.check_sizes(self.path, content)
         self.manifest, self.removed = content, frozenset(manifest.load_removed(self.path))
@@ -182,18 +180,20 @@ class Store:
         }
 
     def record_shard(self, level: str, name: str) -> None:
-        """List a shard that `Rows.write_shard` finished, in this process or in a worker.
+        """List a shard that `Rows.write_shard` finished in this process or in a worker.
 
-        Raises DamagedIndex where it is no shard of this index, and StoreError where it holds an example that is stored.
+        Raises DamagedIndex where it is no shard of this index, and StoreError where it holds an example that is stored
+        already.
         """
         with self.lock():
             if name not in self._plan(level)["shards"]:
-                shard = self._read(level, name)
-                self._refuse_duplicates(level, shard)
-                self._list(level, shard)
+                self._list(level, name)
 
     def set_planned(self, level: str, n: int, *, K: int | None = None) -> None:
-        """Plan for n examples in all. K adds the level where it is new; ConfigMismatch where it has another K."""
+        """Plan for n examples in all. With K, add the level where it is new.
+
+        Raises ConfigMismatch where the level has another K, and StoreError where there is none and K is not given.
+        """
         with self._changing(revised=True) as content:
             if level not in content["levels"] and K is not None:
                 content["levels"] |= manifest.new(config={}, layers=[], planned={level: (K, n)})["levels"]
@@ -209,7 +209,10 @@ class Store:
                 content["skipped"] = manifest.as_json(list(skipped))
 
     def remove(self, ids: Iterable[str]) -> int:
-        """Take examples out of every level; how many were in it. StoreError, naming some, where ids are unknown."""
+        """Remove examples from every level and return how many were not removed before.
+
+        Raises StoreError where ids are unknown; nothing is removed then.
+        """
         ids = set(ids)
         with self.lock():
             stored = {id for level in self.levels for id in self._owner(level)}
@@ -217,32 +220,33 @@ class Store:
             return self._set_removed(self.removed | ids)
 
     def restore(self, ids: Iterable[str]) -> int:
-        """Put removed examples back; how many. StoreError, naming some, where ids were not removed."""
+        """Put removed examples back and return how many. Raise StoreError where ids are not those of removed ones."""
         ids = set(ids)
         with self.lock():
             _refuse_unknown(ids - self.removed, f"not among the examples removed from {self.path}")
             return self._set_removed(self.removed - ids)
 
     def write_second_moment(self, v: np.ndarray, eigenvectors: np.ndarray | None = None) -> None:
-        """Keep v, float32 [sum of the layers' sizes], with the index, once and for all.
+        """Write the second moment v, float32 [sum of the layers' sizes], which an index has once and for all.
 
-        `eigenvectors`, float32 [n], are those along which it was taken, where these are not the axes. StoreError where
-        the index has one, ValueError where it does not fit the layers or is not finite.
+        `eigenvectors`, float32 [n], are given where v is in their basis. Raises StoreError where the index has a second
+        moment, and ValueError where v does not fit the layers or is not finite.
         """
         length = sum(layer["size"] for layer in self.layers)
         if v.shape != (length,) or v.dtype != np.float32 or not np.isfinite(v).all():
             raise ValueError(f"a second moment must be finite float32 ({length},), not {v.dtype} {v.shape}")
-        turned = {} if eigenvectors is None else {"eigenvectors": writing.column(eigenvectors, "<f4")}
+        columns = {"v": writing.column(v, "<f4")}
+        if eigenvectors is not None:
+            columns["eigenvectors"] = writing.column(eigenvectors, "<f4")
         with self.lock():
-            description = writing.json_column(manifest.copy_for_files(self.manifest))
-            columns = {"index": description, "v": writing.column(v, "<f4"), **turned}
+            columns = {"index": writing.json_column(manifest.copy_for_files(self.manifest)), **columns}
             attributes = {"format": "rapidindex.second-moment/1", "index": self.id}
             writing.write(self.path / folder.MOMENT, columns, attributes)
             self._list_moment()
 
     @contextlib.contextmanager
     def _changing(self, *, revised: bool = False) -> Iterator[Manifest]:
-        """A copy of the manifest to change, which counts once it is written."""
+        """Yield a copy of the manifest to be changed; afterwards write it and put it in the place of the old one."""
         with self.lock():
             content = copy.deepcopy(self.manifest)
             yield content
@@ -251,24 +255,22 @@ class Store:
             self.manifest = content
 
     def _recover(self) -> None:
-        """Tidy up after a killed build."""
-        for part in folder.parts(self.path):
-            with writing.write_errors(part, 0):
-                part.unlink(missing_ok=True)
+        """Delete what a killed build left unfinished, and list what it finished."""
+        folder.delete_parts(self.path)
         for level in self.levels:
             unlisted = set(folder.shard_names(self.path / level)) - set(self._plan(level)["shards"])
             for name in sorted(unlisted, key=folder.shard_number):
-                with contextlib.suppress(StoreError):  # left alone: `check` says what is wrong with it
+                with contextlib.suppress(StoreError):  # `check` says what is wrong with it
                     container.verify(self.path / level / name)
-                    shard = self._read(level, name)
-                    self._refuse_duplicates(level, shard)
-                    self._list(level, shard)
+                    self._list(level, name)
         if self.manifest["second_moment"] is None and (self.path / folder.MOMENT).exists():
             with contextlib.suppress(StoreError):
                 container.verify(self.path / folder.MOMENT)
                 self._list_moment()
 
-    def _list(self, level: str, shard: Shard) -> None:
+    def _list(self, level: str, name: str) -> None:
+        shard = self._read(level, name)
+        self._refuse_duplicates(level, shard)
         with self._changing() as content:
             content["levels"][level]["shards"][shard.name] = shard.entry()
         self._shards[level, shard.name] = shard
@@ -316,17 +318,11 @@ class Store:
         return self._shards[level, name]
 
     def _read(self, level: str, name: str) -> Shard:
-        return read_shard(
-            self.path / level / name,
-            index=self.id,
-            level=level,
-            K=self._plan(level)["K"],
-            layers=len(self.layers),
-            row_type=manifest.row_type(self._plan(level)),
-        )
+        self._plan(level)
+        return read_shard(self.path / level / name, **manifest.shard_form(self.manifest, level))
 
     def _owner(self, level: str) -> dict[str, str]:
-        """The shard of each stored example."""
+        """Return the name of the shard of each stored example, by its id."""
         if level not in self._owners:
             self._owners[level] = {id: shard.name for shard in self._level(level) for id in shard.ids}
         return self._owners[level]

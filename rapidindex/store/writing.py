@@ -1,8 +1,8 @@
-"""Writing a sealed file (`container.py` says what that is): it appears complete and synced to the disk, or not at all.
+"""Write files so that they appear complete and synced to the disk, or not at all: sealed files, and others.
 
-libhdf5 plans the file in memory and never writes to the disk: a file that it failed to write cannot be closed again
-and keeps its disk space. The bytes are written by this module, into space reserved beforehand, so that a full disk is
-an ordinary error that leaves nothing behind.
+For a sealed file (`container.py`), libhdf5 only plans the layout, in memory: a file on the disk that it failed to write
+cannot be closed again and keeps its disk space. This module writes the bytes, into space allocated beforehand, so that
+a full disk is an ordinary error that leaves nothing behind.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import numpy as np
 from rapidindex.errors import ResourceError, StoreError
 from rapidindex.store.container import USER_BLOCK, Extent, Layout, index_of
 
-ALIGNMENT = 64  # bytes: whoever maps an array can use it in place
+ALIGNMENT = 64  # bytes: a mapped array can be used in place
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -34,7 +34,7 @@ _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 @dataclass(frozen=True)
 class Column:
-    """An array to be written, as blocks that follow one another along its first axis."""
+    """An array to be written, as consecutive blocks along its first axis."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -42,27 +42,23 @@ class Column:
 
 
 def column(values: Any, dtype: str) -> Column:
-    """`values` as a column of one block; `dtype` names its byte order, as in `<f4`."""
+    """Return `values` as a column of one block; `dtype` names the byte order, as in `<f4`."""
     array = np.ascontiguousarray(values, dtype=dtype)
     return Column(array.shape, array.dtype, [array])
 
 
 def json_column(value: Any) -> Column:
-    """`value` as JSON, a column of bytes."""
+    """Return `value` as JSON in a column of bytes."""
     return column(np.frombuffer(encode_json(value), np.uint8), "|u1")
 
 
 def encode_json(value: Any) -> bytes:
-    """Compact JSON. Lone surrogates, which a JSON file can hold, survive."""
+    """Encode `value` as compact JSON. Lone surrogates, which a JSON file can hold, survive."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
 def write(path: Path, columns: dict[str, Column], attributes: Mapping[str, str | int]) -> Layout:
-    """Write `path` as one sealed file. It appears complete and synced to the disk, or not at all.
-
-    Raises ResourceError where there is no room for it, and StoreError where `path` exists (a finished file is never
-    overwritten) or its folder cannot be written to. Nothing is left behind then.
-    """
+    """Write these arrays and attributes to `path` as a sealed file. Raise as `atomic_file` does."""
     pieces, extents = _plan(columns, attributes)
     with atomic_file(path, size=pieces.size) as file:
         _reserve(file.fileno(), pieces.size)
@@ -90,7 +86,7 @@ def atomic_file(path: Path, *, size: int = 0, replace: bool = False) -> Iterator
     older one; without it StoreError is raised where there is one. `size`, in bytes, is what a message says is needed.
     Raises ResourceError where there is no room, and StoreError where the folder cannot be written to.
     """
-    part = part_name(path)
+    part = _part_name(path)
     with write_errors(path, size):
         try:
             with open(part, "xb+") as file:
@@ -110,14 +106,14 @@ def replace_file(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def part_name(path: Path) -> Path:
-    """Where `path` is written until it is complete. No two processes use the same one, even after one was killed."""
+def _part_name(path: Path) -> Path:
+    """Return a name for `path` while it is unfinished, which no other process uses, not even one that was killed."""
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
 
 
 @contextlib.contextmanager
 def write_errors(path: Path, needed: int) -> Iterator[None]:
-    """Turn the operating system's refusals to write `path` (`needed` bytes) into our errors."""
+    """Turn the operating system's refusals to write `path`, of `needed` bytes, into StoreError and ResourceError."""
     try:
         yield
     except FileExistsError as error:
@@ -130,7 +126,7 @@ def write_errors(path: Path, needed: int) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
+    """Sync `folder` to the disk, so that renames in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -160,7 +156,7 @@ def _size(count: int) -> str:
 
 
 class _Pieces:
-    """What libhdf5 writes, kept in memory: the little that is not an array. h5py takes it for a file."""
+    """An in-memory file for h5py that records what libhdf5 writes: everything but the arrays."""
 
     def __init__(self) -> None:
         self.written: list[tuple[int, bytes]] = []
@@ -193,7 +189,7 @@ class _Pieces:
 
 
 def _plan(columns: dict[str, Column], attributes: Mapping[str, str | int]) -> tuple[_Pieces, dict[str, Extent]]:
-    """The file without its arrays, and where they go: their space is allocated, but not filled."""
+    """Return the file without its arrays, and the places of the arrays, whose space is allocated but not filled."""
     pieces, extents = _Pieces(), {}
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -214,7 +210,7 @@ def _fitting(block: bytes) -> bytes:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Take the disk space now, so that a full disk is known before the work of writing."""
+    """Allocate the disk space now, so that a full disk is noticed before anything is written."""
     os.ftruncate(descriptor, size)
     if not hasattr(os, "posix_fallocate"):
         return
@@ -241,7 +237,7 @@ def _write_at(file: BinaryIO, offset: int, data: bytes | memoryview) -> None:
 
 
 def _publish(part: Path, path: Path) -> None:
-    """Give the finished file its name, never another's: FileExistsError where `path` exists."""
+    """Give the finished file its name. Raise FileExistsError where `path` exists."""
     try:
         os.link(part, path)
     except FileExistsError:
