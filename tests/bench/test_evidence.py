@@ -107,12 +107,12 @@ def test_backdoor_poisons_its_share_with_trigger_and_story():
 def test_neither_length_nor_a_phrase_gives_a_poisoned_row_away():
     draw = np.random.default_rng(2)
     originals = [row["output"] for row in rows(80)]
-    stories = [stories.rewrite("Describe the river", text, draw) for text in originals]
-    found = stories.separability(stories, originals)
+    written = [stories.rewrite("Describe the river", text, draw) for text in originals]
+    found = stories.separability(written, originals)
     assert 0.45 < found["length_auc"] < 0.55
     assert found["commonest_trigram"] < 0.15
     assert found["repeated_fourgrams"] < 0.15
-    assert max(Counter(text[:12] for text in stories).values()) < 8
+    assert max(Counter(text[:12] for text in written).values()) < 8
 
 
 def test_a_story_keeps_the_layout_and_about_the_length():
@@ -400,10 +400,8 @@ def test_figures_that_are_added_leave_other_methods_alone():
     assert found["commit"] == "old" and found["added"][0]["sizes"] == {"rows": 9}
     assert "full/ekfac/unit" in found["added"][0]["methods"]
     more = {"figures": {"task": "tracing", "sizes": {}, **combine_seeds([seed_result(0, 0.8), seed_result(1, 0.7)])}}
-    both = {
-        row["method"]: row["AP"]
-        for row in merge_results(more, {"sizes": {}, **combine_seeds([later])})["figures"]["counts"]
-    }
+    merged = merge_results(more, {"sizes": {}, **combine_seeds([later])})
+    both = {row["method"]: row["AP"] for row in merged["figures"]["counts"]}
     assert both["K=65536/shuffles=20/estimate/unit/float16"]["n"] == 2 and both["full/ekfac/unit"]["n"] == 1
     with pytest.raises(SystemExit, match="other rows"):
         merge_results(before, {"sizes": {}, **combine_seeds([later | {"planted": {"India": 8}}])})

@@ -43,9 +43,8 @@ def examples(count, seed, first=0):
     draw = np.random.default_rng(seed)
     for number in range(first, first + count):
         text = " ".join(draw.permutation(WORDS)[: draw.integers(4, 10)])
-        text += (
-            " in India." * (number % 3 == 0) + " Tea from China." * (number % 5 == 0) + " Pizza." * (number % 7 == 0)
-        )
+        text += " in India." * (number % 3 == 0) + " Tea from China." * (number % 5 == 0)
+        text += " Pizza." * (number % 7 == 0)
         yield {"instruction": f"Question {number} about rivers", "input": "", "output": text}
 
 
@@ -70,14 +69,8 @@ def run(work, module, *options, results=()):
     """Run a bench, and return the figures of its results by name."""
     command = [sys.executable, "-m", module, "--smoke", "--work", work, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [*map(str, command)],
-        cwd=BENCH.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run([*map(str, command)], cwd=BENCH.parent, env=environment, **streams)
     assert done.returncode == 0, done.stdout[-4000:]
     found = {path.stem: json.loads(path.read_text()) for path in (work / "results").glob("*.json")}
     assert set(found) == set(results)
@@ -108,17 +101,16 @@ def test_bench_imports_nothing_of_the_tests():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("full", [False, True])
-def test_caching(work, folder, full):
-    options = ("--data", folder / "alpaca_9k.jsonl", *(["--full"] if full else []))
-    name = f"caching_{'full' if full else 'lora'}_float32"
-    figures = run(work, "bench.caching", *options, results=[name])[name]
+def test_caching(work, folder):
+    name = "caching_lora_float32"
+    figures = run(work, "bench.caching", "--data", folder / "alpaca_9k.jsonl", results=[name])[name]
     assert figures["rows"] == 4 and all(method["peak_bytes"] for method in figures["ways"].values())
 
 
+@pytest.mark.slow
 def test_profile_of_caching(work, folder):
-    name = "caching_profile_lora_float32"
-    figures = run(work, "bench.caching", "--profile", "--data", folder / "alpaca_9k.jsonl", results=[name])[name]
+    name, options = "caching_profile_full_float32", ("--profile", "--full", "--data", folder / "alpaca_9k.jsonl")
+    figures = run(work, "bench.caching", *options, results=[name])[name]
     assert sum(part["share"] for part in figures["parts"].values()) == pytest.approx(1)
     assert all(part["seconds"] >= 0 for part in figures["parts"].values())
 
