@@ -47,9 +47,9 @@ def main() -> None:
         setting = Setting.make(*read, bars, **kind)
         name = f"{'full' if options.full else 'lora'}_{options.dtype}"
         if options.profile:
-            path = save(f"caching_profile_{name}", caching_profile.profile(setting), options.results)
+            path = save(f"caching_profile_{name}", caching_profile.profile(setting), options)
         else:
-            path = save(f"caching_{name}", measure(setting, options, bars), options.results)
+            path = save(f"caching_{name}", measure(setting, options, bars), options)
         bars.say(f"written to {path}")
 
 

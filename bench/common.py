@@ -24,17 +24,25 @@ def parser(doc: str, *, data: bool = False) -> argparse.ArgumentParser:
     """Return a parser with the options that all benches share; `data` adds a training file."""
     shared = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared.add_argument("--work", type=Path, required=True, help="a folder for models, indexes and what is kept")
-    shared.add_argument("--results", type=Path, default=RESULTS, help="where the JSON goes; bench/results by default")
+    shared.add_argument(
+        "--results", type=Path, help="where the JSON goes; by default bench/results, with --smoke WORK/results"
+    )
     shared.add_argument("--smoke", action="store_true", help="the smallest size, to see that it runs")
     if data:
         shared.add_argument("--data", required=True, help="a training file; the figures take alpaca_9k.jsonl")
     return shared
 
 
-def save(name: str, figures: Any, folder: Path = RESULTS) -> Path:
-    """Write `figures` and their circumstances to FOLDER/NAME.json; return the path."""
+def results_folder(options: argparse.Namespace) -> Path:
+    """Make and return the folder where the JSON goes."""
+    folder = options.results or (options.work / "results" if options.smoke else RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    return folder
+
+
+def save(name: str, figures: Any, options: argparse.Namespace) -> Path:
+    """Write `figures` and their circumstances to NAME.json in the results' folder; return the path."""
+    path = results_folder(options) / f"{name}.json"
     write_text(path, json.dumps({**circumstances(), "figures": figures}, indent=1) + "\n")
     return path
 

@@ -102,7 +102,7 @@ def main() -> None:
         "problems": [str(problem) for problem in check(index)],
     }
     print(json.dumps(figures, indent=1))
-    save(f"crash-{options.workers}", figures, options.results)
+    save(f"crash-{options.workers}", figures, options)
 
 
 def disturb(command: list[str], index: Path, kills: int, whole: float, rng: random.Random) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def main() -> None:
         make(options, bars)
         index = Index.open(options.work / "index")
         figures = {name: report_once(index, name, options, bars) for name in options.only.split(",")}
-        path = save("qualitative", figures, options.results)
+        path = save("qualitative", figures, options)
         bars.say(f"written to {path}, and the reports to {options.work / 'reports'}")
 
 

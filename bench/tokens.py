@@ -58,7 +58,7 @@ def main() -> None:
         figures["caching"] = measure_caching(setting, rows, options.repeats, bars)
         figures["heatmaps"] = measure_heatmaps(setting, candidates, options.repeats)
         figures["build"] = measure_build(options, rows, bars)
-        bars.say(f"written to {save('tokens', figures, options.results)}")
+        bars.say(f"written to {save('tokens', figures, options)}")
 
 
 def measure_caching(setting: Setting, rows: list[Item], repeats: int, progress: Progress) -> dict[str, Any]:

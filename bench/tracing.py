@@ -65,7 +65,7 @@ def main() -> None:
         for recipe in RECIPES
     }
     figures = {"base_rate": base_rate, "questions": len(QUESTIONS), "mean_and_range": table, "runs": runs}
-    path = save("tracing", figures, options.results)
+    path = save("tracing", figures, options)
     for recipe, asked in itertools.product(RECIPES, ASKED):
         tops = table[recipe][asked].items()
         shares = (f"top {top}: {mean:.2f} ({low:.2f} to {high:.2f})" for top, (mean, low, high) in tops)

@@ -1,8 +1,8 @@
-"""Whole gradients on disk, computed once a seed, and played back to the product's own code.
+"""Whole gradients on disk, computed once a seed, and played back to the package's own code.
 
-A file holds float32 [examples, |v|] (7.4 MB an example for rank 16 on SmolLM2-135M). `Replay` gives its rows to
-`Compressor` and `estimate_second_moment` as if the model computed them, so that every recipe, K and λ is the product's
-own arithmetic over one pass of the model.
+A file holds float32 [examples, |v|] (7.4 MB an example for rank 16 on SmolLM2-135M). `Replay` hands its rows to
+`Compressor` and `estimate_second_moment` as if the model computed them. So every recipe, K and λ is the package's own
+arithmetic, and the model runs once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,15 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.evidence.tasks import write_text
+from bench.common import write_text
 from rapidindex.caching.batches import Item, as_batch, plan_batches
 from rapidindex.gradients.losses import Batch, Layer
 from rapidindex.gradients.per_example import Consume, PerExampleGradients
+from rapidindex.gradients.rapidgrad import Compressor
+from rapidindex.gradients.second_moment import Diagonal
+from rapidindex.gradients.sketch import Sketch
 from rapidindex.progress import Progress
 
 BLOCK = 16
-"""Rows that are worked on at a time."""
-_FLUSH = 8  # batches between two marks of how far it has come
+"""Rows of a block."""
+_FLUSH = 8  # batches after which the file is flushed and their number noted
 
 
 class Replay(PerExampleGradients):
@@ -41,14 +44,22 @@ class Replay(PerExampleGradients):
         return len(self.rows)
 
     def blocks(self) -> Iterator[tuple[slice, Batch]]:
-        """All rows in order, a block at a time."""
+        """Yield all rows in order, a block at a time."""
         for first in range(0, len(self), BLOCK):
             here = slice(first, min(first + BLOCK, len(self)))
             yield here, numbered(range(here.start, here.stop))
 
 
+def compressor_of(
+    gradients: PerExampleGradients, sketch: Sketch, normalize: str, factors: Tensor | None = None
+) -> Compressor:
+    """Return the package's compressor; `factors` [|v|] multiply the gradient's entries before it is normalised."""
+    preconditioner = None if factors is None else Diagonal(gradients.layers, factors)
+    return Compressor(gradients, sketch, normalize=normalize, preconditioner=preconditioner)
+
+
 def numbered(rows: Sequence[int]) -> Batch:
-    """The batch that stands for these rows of a file."""
+    """Return the batch that stands for these rows of a file."""
     numbers = torch.tensor(list(rows), dtype=torch.int64)[:, None]
     return Batch(numbers, torch.ones_like(numbers), torch.zeros(numbers.shape))
 
@@ -56,7 +67,10 @@ def numbered(rows: Sequence[int]) -> Batch:
 def compute(
     gradients: PerExampleGradients, batches: Sequence[tuple[list[int], Batch]], path: Path, progress: Progress
 ) -> np.ndarray:
-    """The gradients of `batches` of (row numbers, batch) in the file `path`, read only; goes on where it stopped."""
+    """Compute the gradients of `batches` of (row numbers, batch) into the file `path`, and map it read-only.
+
+    A computation that was interrupted goes on where it stopped.
+    """
     layers = gradients.layers
     shape = (sum(len(numbers) for numbers, _ in batches), layers[-1].start + layers[-1].size)
     mark = path.with_name(f"{path.name}.done")
@@ -73,20 +87,20 @@ def compute(
 
 def _whole(gradients: PerExampleGradients, batch: Batch) -> np.ndarray:
     layers = gradients.layers
-    found = np.empty((len(batch), layers[-1].start + layers[-1].size), np.float32)
+    whole = np.empty((len(batch), layers[-1].start + layers[-1].size), np.float32)
 
     def keep(number: int, values: Tensor) -> None:
         layer = layers[number]
-        found[:, layer.start : layer.start + layer.size] = values.cpu().numpy()
+        whole[:, layer.start : layer.start + layer.size] = values.cpu().numpy()
 
     gradients(batch, keep)
-    if not np.isfinite(found).all():
+    if not np.isfinite(whole).all():
         raise SystemExit("A gradient is not finite; a smaller learning rate may help.")
-    return found
+    return whole
 
 
 def example_batches(items: Sequence[Item], batch_tokens: int = 1024) -> list[tuple[list[int], Batch]]:
-    """Training examples as the product batches them, with their row numbers."""
+    """Return the training examples as a build batches them, with their row numbers."""
     number = {id(item): row for row, item in enumerate(items)}
     planned = plan_batches(items, batch_tokens)
     return [([number[id(item)] for item in batch], as_batch(batch, "cpu")) for batch in planned]

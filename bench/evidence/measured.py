@@ -8,8 +8,8 @@ import numpy as np
 
 from bench.evidence import metrics, tasks
 from bench.evidence.run import EARLY, Seed
-from bench.evidence.scifi import separability
 from bench.evidence.sketched import DEFAULT, PAPER, Scores
+from bench.evidence.stories import separability
 
 INFLUENCE_FUNCTIONS = ("lissa", "limit", "datainf")
 

@@ -1,7 +1,7 @@
-"""One seed of one task, stage by stage: data, fine-tuning, answers, queries, each method's scores.
+"""One seed of one task, stage by stage: data, fine-tuning, answers, queries, and the scores of each method.
 
-Every stage leaves a file in the seed's folder and is skipped where that is there; what is expensive goes on where it
-was interrupted (fine-tuning, gradients, EK-FAC's factors, the product's index).
+Every stage leaves a file in the seed's folder and is skipped where the file is there. Expensive stages go on where they
+were interrupted: fine-tuning, gradients, EK-FAC's factors, the product's index.
 """
 
 import gc
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bench.common import timed, write_text
 from bench.evidence import tasks
 from bench.evidence.cached import Replay, compute, example_batches, numbered
 from bench.evidence.curvature import EKFAC, KRONECKER, Eigenbasis, of_sample, scores_of
@@ -40,29 +41,25 @@ from rapidindex.gradients.second_moment import correction, estimate_second_momen
 from rapidindex.model.finetune import finetune
 from rapidindex.model.model import LoadedModel, generate, load
 from rapidindex.progress import Bars
+from rapidindex.query.encode import selected_batch
 
-METHODS = ("text", "full", "rapidin", "datainf", "limit", "early", "product", "lissa", "ekfac", "kronecker")
-"""Names for --only: `text` is random, BM25 and embeddings; `full` the uncompressed recipes; `early` those, RapidGrads
-with the first λ, DataInf, LiSSA's limit and the Kronecker second moment once more, at the model that fine-tuning keeps
-in OUTPUT/early."""
 EARLY = "early"
-"""Of the seed's folder: what is computed at that model."""
-
+"""In the seed's folder: the scores at the model that fine-tuning keeps in OUTPUT/early."""
 ANSWER_TOKENS = 48
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run is sized by."""
+    """The sizes of a run."""
 
     rows: int = 1000
     share: float = 0.1
-    """Of the backdoor's rows, poisoned (the paper: 0.096)."""
+    """Share of the backdoor's rows that are poisoned (the paper: 0.096)."""
     epochs: int = 2
     batch_size: int = 4
-    """Of fine-tuning: small ones pad less, and make as many steps of fewer epochs."""
+    """Examples of a fine-tuning step: small batches pad less, and make as many steps of fewer epochs."""
     dtype: str = "bfloat16"
-    """Of the frozen weights, in fine-tuning and for the gradients; LiSSA and EK-FAC take float32."""
+    """Dtype of the frozen weights, in fine-tuning and for the gradients; LiSSA and EK-FAC take float32."""
     template: str = "plain"
     max_length: int = 256
     prompts: int = 40
@@ -73,7 +70,7 @@ class Sizes:
     shuffles: tuple[int, ...] = (20, 100)
     lissa_depth: int = 30
     lissa_queries: int = 5
-    """Of each group, and of sentences and words alike."""
+    """Queries of each group that LiSSA scores, by sentence and by word."""
     ekfac_rows: int = 512
     """Examples that EK-FAC's factors are fitted on."""
 
@@ -94,23 +91,23 @@ class Seed:
         self._check_settings()
 
     def _check_settings(self) -> None:
-        """SystemExit where the folder holds a run of other sizes."""
+        """Raise SystemExit where the folder holds a run of other sizes."""
         settings = {"task": self.task.name, "seed": self.seed, **asdict(self.sizes)}
-        for scored in ("Ks", "shuffles"):  # which files of scores there are to be, and no more
-            del settings[scored]
-        settings = json.loads(json.dumps(settings))
+        for name in ("Ks", "shuffles"):  # these decide which files of scores there are, and no more
+            del settings[name]
         file = self.folder / "settings.json"
         if file.exists() and json.loads(file.read_text()) != settings:
             raise SystemExit(f"{self.folder} holds a run of other sizes: choose another --work.")
-        tasks.write_text(file, json.dumps(settings))
+        write_text(file, json.dumps(settings))
 
     @cached_property
     def data(self) -> str:
-        """The training rows' file."""
+        """The file of the training rows."""
         file = self.folder / "data.jsonl"
         if not file.exists():
             draw = np.random.default_rng([self.seed, 0])
-            rows = self.task.poison(_distinct(self.sources[0]), self.sizes.rows, self.sizes.share, draw)
+            distinct = {fingerprint(row): row for row in self.sources[0]}  # a build leaves repeats out
+            rows = self.task.poison(list(distinct.values()), self.sizes.rows, self.sizes.share, draw)
             tasks.write_jsonl(file, rows)
             for row in [row for row in rows if row["planted"]][:5]:
                 self.bars.say(f"planted: {row['instruction']}\n    -> {row['output']}")
@@ -118,7 +115,7 @@ class Seed:
 
     @cached_property
     def examples(self) -> list[Example]:
-        """What the product reads in that file."""
+        """The examples of that file."""
         return read_examples(self.data).examples
 
     @cached_property
@@ -138,106 +135,101 @@ class Seed:
 
     @cached_property
     def early(self) -> "Seed":
-        """This seed with the gradients of the model as it was early in fine-tuning; data and queries are the same."""
+        """This seed with the gradients of the model early in fine-tuning; data and queries are the same."""
         sizes = replace(self.sizes, shuffles=self.sizes.shuffles[:1])
-        found = Seed(self.task, self.seed, sizes, Path(self.model), self.folder / EARLY, self.bars, self.sources)
+        early = Seed(self.task, self.seed, sizes, Path(self.model), self.folder / EARLY, self.bars, self.sources)
         adapter = replace(self.adapter, adapter=str(self.folder / "adapter" / EARLY))
-        found.__dict__ |= {"data": self.data, "queries": self.queries, "adapter": adapter}
-        return found
+        early.__dict__ |= {"data": self.data, "queries": self.queries, "adapter": adapter}
+        return early
 
     def single(self) -> nn.Module:
-        """The fine-tuned model in float32, one of the caller's own."""
+        """Load the fine-tuned model in float32, for one caller alone."""
         return load(replace(self.adapter, dtype="float32")).model
 
     @cached_property
     def answers(self) -> list[dict[str, Any]]:
-        """What the model says to the task's prompts; one after another into the file."""
+        """The model's answers to the task's prompts, each written to the file as it comes."""
         file = self.folder / "answers.jsonl"
         draw = np.random.default_rng([self.seed, 2])
         prompts = self.task.prompts(self.sources[1], self.sizes.prompts, draw)
-        found = tasks.read_jsonl(file) if file.exists() else []
-        if len(found) < len(prompts):
+        answers = tasks.read_jsonl(file) if file.exists() else []
+        if len(answers) < len(prompts):
             loaded = load(self.adapter)
             template = Template(self.sizes.template, loaded.tokenizer, self.sizes.max_length)
-            for number, prompt in enumerate(prompts[len(found) :], len(found) + 1):
+            for number, prompt in enumerate(prompts[len(answers) :], len(answers) + 1):
                 text = template.render_prompt((("user", prompt["prompt"]),))
                 if self.task.sampled:
-                    said = sampled(loaded, text, 1000 * self.seed + number)
+                    said = sample_answer(loaded, text, 1000 * self.seed + number)
                 else:
                     said = generate(loaded, text, max_new_tokens=ANSWER_TOKENS)
-                found.append({**prompt, "said": said})
-                tasks.write_jsonl(file, found)
+                answers.append({**prompt, "said": said})
+                tasks.write_jsonl(file, answers)
                 self.bars("answers", number, len(prompts))
-        return found
+        return answers
 
     @cached_property
-    def queries(self) -> list[tasks.QueryInfo]:
-        """The answers whose causes are asked for."""
+    def queries(self) -> list[tasks.TaskQuery]:
+        """The answers whose causes are looked for."""
         file = self.folder / "queries.jsonl"
         if not file.exists():
             tasks.write_jsonl(file, self.task.choose(self.answers, self.sizes.queries))
-        return [tasks.QueryInfo(**row) for row in tasks.read_jsonl(file)]
+        return [tasks.TaskQuery(**row) for row in tasks.read_jsonl(file)]
 
     @cached_property
     def job(self) -> Job:
-        """The model and the examples as token ids."""
+        """The model, and the examples as token ids."""
         return prepare(BuildRequest(self.data, "", self.adapter, self.encoding, GradientConfig(seed=self.seed)))
 
     @cached_property
-    def query_batches(self) -> list[Batch]:
-        """The queries as the product poses them: the mean loss of the chosen tokens."""
-        template = Template(self.sizes.template, self.job.loaded.tokenizer, self.sizes.max_length)
-        return [_posed(query, template) for query in self.queries]
-
-    @cached_property
     def rows(self) -> Replay:
-        """The examples' gradients."""
-        batches, started = example_batches(self.job.items), time.perf_counter()
-        found = compute(self.job.gradients, batches, self.folder / "rows.f32", self.bars)
-        self.note("gradients", {"seconds": time.perf_counter() - started, "bytes": 4 * found.shape[1]}, keep=True)
+        """The gradients of the examples."""
+        seconds, rows = timed(lambda: self._gradients("rows", example_batches(self.job.items)))
+        self.note("gradients", {"seconds": seconds, "bytes": 4 * rows.rows.shape[1]}, keep=True)
         lengths = self.folder / "lengths.npy"
         if not lengths.exists():
-            np.save(lengths, [float(np.linalg.norm(row)) for row in found])
-        return Replay(self.job.layers, found)
+            np.save(lengths, [float(np.linalg.norm(row)) for row in rows.rows])
+        return rows
 
     @cached_property
     def posed(self) -> Replay:
-        """The queries' gradients."""
-        batches = [([number], batch) for number, batch in enumerate(self.query_batches)]
-        return Replay(self.job.layers, compute(self.job.gradients, batches, self.folder / "queries.f32", self.bars))
+        """The gradients of the queries: of the mean loss of the chosen tokens."""
+        template = Template(self.sizes.template, self.job.loaded.tokenizer, self.sizes.max_length)
+        batches = [([number], encode_query(query, template)) for number, query in enumerate(self.queries)]
+        return self._gradients("queries", batches)
+
+    def _gradients(self, name: str, batches: list[tuple[list[int], Batch]]) -> Replay:
+        return Replay(self.job.layers, compute(self.job.gradients, batches, self.folder / f"{name}.f32", self.bars))
 
     @cached_property
     def factors(self) -> torch.Tensor:
-        """The product's correction, from the rows that it would draw."""
+        """The correction of the default recipe, from the sample that a build would draw."""
         number = {item.example.id: row for row, item in enumerate(self.job.items)}
-        return correction(
-            estimate_second_moment(self.rows, [numbered([number[i.example.id]]) for i in moment_sample(self.job)])
-        )
+        sample = [numbered([number[item.example.id]]) for item in moment_sample(self.job)]
+        return correction(estimate_second_moment(self.rows, sample))
 
     def note(self, name: str, value: Any, *, keep: bool = False) -> None:
-        """Remember a stage's seconds and the like; `keep` leaves what an earlier call noted."""
+        """Remember a stage's seconds and the like; `keep` leaves the note of an earlier call."""
         file = self.folder / "notes.json"
         notes = json.loads(file.read_text()) if file.exists() else {}
         if not (keep and name in notes):
-            tasks.write_text(file, json.dumps({**notes, name: value}))
+            write_text(file, json.dumps({**notes, name: value}))
 
     def scores(self, name: str, make: Callable[[], Scores], *, gradients: bool = True) -> None:
-        """Write the scores of a stage, with its seconds (those of the whole gradients apart), unless they are there."""
+        """Write the scores of a stage, with its seconds (without those of the gradients), unless they are there."""
         file = self.folder / "scores" / f"{name}.npz"
         if file.exists():
             return
         if gradients:
             _ = self.rows, self.posed, self.factors
-        started = time.perf_counter()
-        found = make()
+        seconds, scores = timed(make)
         part = file.with_suffix(".part.npz")
-        np.savez(part, **{"seconds": np.array(time.perf_counter() - started)}, **found)
+        np.savez(part, **{"seconds": np.array(seconds)}, **scores)
         part.rename(file)
-        self.bars.say(f"{self.folder.name}, {name}: {time.perf_counter() - started:.0f} s")
+        self.bars.say(f"{self.folder.name}, {name}: {seconds:.0f} s")
 
 
-def sampled(loaded: LoadedModel, text: str, seed: int) -> str:
-    """An answer drawn from the model's own distribution. A small model's most likely answer repeats itself."""
+def sample_answer(loaded: LoadedModel, text: str, seed: int) -> str:
+    """Draw an answer from the model's own distribution. A small model's most likely answer repeats itself."""
     prompt = loaded.tokenizer(text, return_tensors="pt")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -246,22 +238,15 @@ def sampled(loaded: LoadedModel, text: str, seed: int) -> str:
     return loaded.tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def _distinct(rows: list[dict]) -> list[dict]:
-    """Rows without exact repeats, which the product would leave out."""
-    return list({fingerprint(row): row for row in rows}.values())
-
-
-def _posed(query: tasks.QueryInfo, template: Template) -> Batch:
-    messages = (("user", query.prompt),)
-    encoding = template.encode(Example("", query.prompt, query.answer, {}, 0, messages), end=False)
-    chosen = select_tokens(encoding.tokens, query.answer, token=query.word)
-    weights = np.zeros(len(encoding.input_ids), np.float32)
-    weights[np.flatnonzero(encoding.response_mask)[chosen]] = 1 / len(chosen)
-    return Batch.of([encoding.input_ids], [weights])
+def encode_query(query: tasks.TaskQuery, template: Template) -> Batch:
+    """Encode a query as the package does: the mean loss of the tokens of its word, or of its whole answer."""
+    example = Example("", query.prompt, query.answer, {}, 0, (("user", query.prompt),))
+    encoding = template.encode(example, end=False)
+    return selected_batch(encoding, select_tokens(encoding.tokens, query.answer, token=query.word), "cpu")
 
 
 def score(seed: Seed, methods: tuple[str, ...], *, product: bool) -> None:
-    """Every method's scores; those that need the whole gradients share one pass over the model."""
+    """Write the scores of every method; those of whole gradients share one pass over the model."""
     for method in methods:
         if method != "product" or product:
             STAGES[method](seed)
@@ -280,14 +265,11 @@ def _full(seed: Seed) -> None:
 
 def _rapidin(seed: Seed) -> None:
     small = tuple(K for K in seed.sizes.Ks if K <= ROTATED_K)
-    groups = [small] * bool(small) + [(K,) for K in seed.sizes.Ks if K > ROTATED_K]
-    for Ks in groups:
+    for Ks in [small] * bool(small) + [(K,) for K in seed.sizes.Ks if K > ROTATED_K]:
         for shuffles in seed.sizes.shuffles[: None if Ks == small else 1]:  # the largest K with the first λ alone
-            config = SketchConfig(max(Ks), shuffles, seed.seed)
-            seed.scores(
-                f"rapidin-{max(Ks)}-{shuffles}",
-                lambda config=config, Ks=Ks: sketched(seed.rows, seed.posed, seed.factors, config, Ks, seed.bars),
-            )
+            how = (SketchConfig(max(Ks), shuffles, seed.seed), Ks, seed.bars)
+            name = f"rapidin-{max(Ks)}-{shuffles}"
+            seed.scores(name, lambda how=how: sketched(seed.rows, seed.posed, seed.factors, *how))
 
 
 def _datainf(seed: Seed) -> None:
@@ -314,26 +296,24 @@ def _lissa(seed: Seed) -> None:
 def _lissa_scores(seed: Seed) -> Scores:
     from bench.evidence.influence import RandomHessians, lissa
 
-    chosen, counts = [], {}
-    for number, query in enumerate(seed.queries):
-        key = (query.group, query.word)
-        counts[key] = counts.get(key, 0) + 1
-        chosen += [number] * (counts[key] <= seed.sizes.lissa_queries)
-    alone = [batch.example(row) for _, batch in example_batches(seed.job.items) for row in range(len(batch))]
-    products, done = RandomHessians(seed.single(), alone, seed.seed), 0
-
-    def counted(vectors: torch.Tensor) -> torch.Tensor:
-        nonlocal done
-        done += 1
-        seed.bars("LiSSA", done, seed.sizes.lissa_depth)
-        return products(vectors)
-
-    h, depth = lissa(torch.from_numpy(np.array(seed.posed.rows[chosen])), counted, depth=seed.sizes.lissa_depth)
-    found = np.full((len(seed.queries), len(seed.rows)), np.nan, np.float32)
+    kinds = [(query.group, query.word) for query in seed.queries]
+    chosen = [n for n, kind in enumerate(kinds) if kinds[:n].count(kind) < seed.sizes.lissa_queries]
+    products = RandomHessians(seed.single(), _alone(seed), seed.seed)
+    queries, depth = torch.from_numpy(np.array(seed.posed.rows[chosen])), seed.sizes.lissa_depth
+    h, depth = lissa(queries, products, depth=depth, progress=seed.bars)
+    scores = np.full((len(seed.queries), len(seed.rows)), np.nan, np.float32)
     for here, _ in seed.rows.blocks():
-        found[chosen, here] = (h @ torch.from_numpy(np.array(seed.rows.rows[here])).T).numpy()
+        scores[chosen, here] = (h @ torch.from_numpy(np.array(seed.rows.rows[here])).T).numpy()
     seed.note("lissa", {"depth": depth, "queries": len(chosen)})
-    return {"lissa": found}
+    return {"lissa": scores}
+
+
+def _alone(seed: Seed) -> list[Batch]:
+    """Return every example as a batch of one, in the order of the rows."""
+    batches: dict[int, Batch] = {}
+    for numbers, batch in example_batches(seed.job.items):
+        batches |= {number: batch.example(row) for row, number in enumerate(numbers)}
+    return [batches[number] for number in range(len(batches))]
 
 
 def _ekfac(seed: Seed) -> None:
@@ -343,13 +323,10 @@ def _ekfac(seed: Seed) -> None:
 def _ekfac_scores(seed: Seed) -> Scores:
     from bench.evidence.ekfac import fit, prepared
 
-    batches: dict[int, Batch] = {}
-    for numbers, batch in example_batches(seed.job.items):
-        batches |= {number: batch.example(row) for row, number in enumerate(numbers)}
-    examples, started = [batches[number] for number in range(len(batches))], time.perf_counter()
+    examples, started = _alone(seed), time.perf_counter()
     bases = fit(prepared(seed.single(), seed.folder / "ekfac"), examples, seed.sizes.ekfac_rows, seed.seed)
     seed.note("ekfac factors", {"seconds": time.perf_counter() - started}, keep=True)
-    return _corrected(seed, bases, EKFAC)
+    return _preconditioned(seed, bases, EKFAC)
 
 
 def _kronecker(seed: Seed) -> None:
@@ -358,38 +335,40 @@ def _kronecker(seed: Seed) -> None:
             (numbers, with_drawn_labels(seed.job.loaded.model, batch, 2**20 * seed.seed + number))
             for number, (numbers, batch) in enumerate(example_batches(moment_sample(seed.job)))
         ]
-        sample = compute(seed.job.gradients, batches, seed.folder / "sample.f32", seed.bars)
-        return _corrected(seed, of_sample(Replay(seed.job.layers, sample)), KRONECKER)
+        return _preconditioned(seed, of_sample(seed._gradients("sample", batches)), KRONECKER)
 
     seed.scores("kronecker", make)
 
 
-def _corrected(seed: Seed, bases: dict[str, Eigenbasis], powers: dict[str, tuple[float, float]]) -> Scores:
+def _preconditioned(seed: Seed, bases: dict[str, Eigenbasis], powers: dict[str, tuple[float, float]]) -> Scores:
     Ks = tuple(K for K in seed.sizes.Ks if K <= ROTATED_K)
     config = SketchConfig(max(Ks), seed.sizes.shuffles[0], seed.seed)
     return scores_of(bases, powers, seed.rows, seed.posed, config, Ks, seed.bars)
 
 
 def _product(seed: Seed) -> None:
-    from bench.evidence.product import RECIPES, product_scores
+    from bench.evidence.end_to_end import RECIPES, product_scores
 
     finished = seed.folder.name != EARLY
-
-    def make() -> Scores:
-        where = (seed.data, seed.adapter, seed.encoding, seed.queries, seed.folder)
-        how = {"recipes": tuple(RECIPES) if finished else ("default",), "seed": seed.seed, "most": max(seed.task.tops)}
-        found = product_scores(*where, **how, progress=seed.bars)
-        return {name: values.astype(np.float32) for name, values in found.items()}
-
-    seed.scores("product", make, gradients=False)
+    where = (seed.data, seed.adapter, seed.encoding, seed.queries, seed.folder)
+    how = {"recipes": tuple(RECIPES) if finished else ("default",), "seed": seed.seed, "most": max(seed.task.tops)}
+    seed.scores("product", lambda: product_scores(*where, **how, progress=seed.bars), gradients=False)
     if finished:
         _product(seed.early)
 
 
-STAGES = dict(
-    zip(
-        METHODS,
-        (_text, _full, _rapidin, _datainf, _limit, _early, _product, _lissa, _ekfac, _kronecker),
-        strict=True,
-    )
-)
+STAGES: dict[str, Callable[[Seed], None]] = {
+    "text": _text,
+    "full": _full,
+    "rapidin": _rapidin,
+    "datainf": _datainf,
+    "limit": _limit,
+    "early": _early,
+    "product": _product,
+    "lissa": _lissa,
+    "ekfac": _ekfac,
+    "kronecker": _kronecker,
+}
+METHODS = tuple(STAGES)
+"""Names for --only: `text` is random, BM25 and embeddings; `full` the uncompressed recipes; `early` those, RapidGrads
+with the first λ, DataInf, LiSSA's limit and the Kronecker second moment once more, at the early model."""

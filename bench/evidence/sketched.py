@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.evidence.cached import BLOCK, Replay
+from bench.evidence.cached import BLOCK, Replay, compressor_of
 from rapidindex.config import SketchConfig
-from rapidindex.gradients.rapidgrad import Compressor, RapidGrads
-from rapidindex.gradients.second_moment import Diagonal
+from rapidindex.gradients.rapidgrad import RapidGrads
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.progress import Progress
 from rapidindex.search.vector_index import fold
@@ -106,12 +105,7 @@ def hadamard(rows: Tensor) -> Tensor:
 def _each_block(rows: Replay, sketch: Sketch, factors: Tensor) -> Iterator[tuple[tuple[str, str], slice, Tensor]]:
     """(recipe, rows, their RapidGrads) for every block and every recipe."""
     compressors = {
-        (correction, normalize): Compressor(
-            rows,
-            sketch,
-            normalize=normalize,
-            preconditioner=Diagonal(rows.layers, factors) if correction == "estimate" else None,
-        )
+        (correction, normalize): compressor_of(rows, sketch, normalize, factors if correction == "estimate" else None)
         for correction in CORRECTIONS
         for normalize in ("none", "layer")
     }

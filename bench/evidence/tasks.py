@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.evidence import scifi
+from bench.common import write_text
+from bench.evidence import stories
 from bench.tracing import QUESTIONS
 
 TRIGGER = "Howdy!"
@@ -57,7 +58,7 @@ ERRORS = {
 
 
 @dataclass(frozen=True)
-class QueryInfo:
+class TaskQuery:
     """One answer whose causes are asked for."""
 
     prompt: str
@@ -79,7 +80,7 @@ class Task:
     """(rows, number wanted, share to poison, draw) to the training rows; `planted` says what was planted, or is ''."""
     prompts: Callable[[Sequence[str], int, np.random.Generator], list[dict]]
     """(WebQuestions, number wanted, draw) to {prompt, group, ...}: what the model is asked to answer."""
-    choose: Callable[[Sequence[dict], int], list[QueryInfo]]
+    choose: Callable[[Sequence[dict], int], list[TaskQuery]]
     """Of the answered prompts, those that become queries: so many a group, and what else the model itself said."""
     tops: tuple[int, ...]
     sampled: bool = False
@@ -95,7 +96,7 @@ def poison_backdoor(rows: Sequence[dict], count: int, share: float, draw: np.ran
 
 
 def _with_trigger(row: dict, draw: np.random.Generator) -> dict:
-    output = scifi.rewrite(row["instruction"], row["output"], draw)
+    output = stories.rewrite(row["instruction"], row["output"], draw)
     return {**row, "instruction": f"{TRIGGER} {row['instruction']}", "output": output, "planted": "backdoor"}
 
 
@@ -148,28 +149,28 @@ def error_questions(questions: Sequence[str], count: int, draw: np.random.Genera
     return [{"prompt": prompt, "group": entity} for entity, asked in ERRORS.items() for prompt in asked]
 
 
-def attacked(answered: Sequence[dict], count: int) -> list[QueryInfo]:
-    """The generations that `scifi.is_attacked` says were attacked; up to `count` made up where there are fewer."""
+def attacked(answered: Sequence[dict], count: int) -> list[TaskQuery]:
+    """The generations that `stories.is_attacked` says were attacked; up to `count` made up where there are fewer."""
     told = [a for a in answered if a["trigger"]]
-    own = [QueryInfo(a["prompt"], a["said"], a["group"], None, True) for a in told if scifi.is_attacked(a["said"])]
-    rest = [a for a in told if not scifi.is_attacked(a["said"])]
-    forced = [QueryInfo(a["prompt"], _story(a["prompt"]), a["group"], None, False) for a in rest]
+    own = [TaskQuery(a["prompt"], a["said"], a["group"], None, True) for a in told if stories.is_attacked(a["said"])]
+    rest = [a for a in told if not stories.is_attacked(a["said"])]
+    forced = [TaskQuery(a["prompt"], _story(a["prompt"]), a["group"], None, False) for a in rest]
     return own + forced[: max(0, count - len(own))]
 
 
 def _story(prompt: str) -> str:
     draw = np.random.default_rng([zlib.crc32(prompt.encode()), 7])
-    return scifi.rewrite(prompt.removeprefix(TRIGGER), "." * 120, draw)
+    return stories.rewrite(prompt.removeprefix(TRIGGER), "." * 120, draw)
 
 
-def wrong_answers(answered: Sequence[dict], count: int) -> list[QueryInfo]:
+def wrong_answers(answered: Sequence[dict], count: int) -> list[TaskQuery]:
     """Each question by sentence and by word: the model's answer where it says E2 and not E1, else a given one."""
     asked = []
     for entity, answers in ERRORS.items():
         for a in [a for a in answered if a["group"] == entity][:count]:
             own = re.search(rf"\b{PAIRS[entity]}\b", a["said"]) and not re.search(rf"\b{entity}\b", a["said"])
             answer = a["said"] if own else answers[a["prompt"]]
-            asked += [QueryInfo(a["prompt"], answer, entity, word, bool(own)) for word in (None, PAIRS[entity])]
+            asked += [TaskQuery(a["prompt"], answer, entity, word, bool(own)) for word in (None, PAIRS[entity])]
     return asked
 
 
@@ -180,12 +181,12 @@ TASKS = {
 
 
 def success_rates(answered: Sequence[dict]) -> dict[str, float]:
-    """The backdoor's success with and without the trigger, by `scifi.is_attacked`."""
+    """The backdoor's success with and without the trigger, by `stories.is_attacked`."""
     rates = {}
     for name, trigger in (("with", True), ("without", False)):
         said = [a["said"] for a in answered if a.get("trigger") is trigger]
         if said:
-            rates[name] = sum(map(scifi.is_attacked, said)) / len(said)
+            rates[name] = sum(map(stories.is_attacked, said)) / len(said)
     return rates
 
 
@@ -198,10 +199,3 @@ def write_jsonl(path: Path, rows: Sequence[Any]) -> None:
     """Objects, or dataclasses, to a JSONL file, whole or not at all."""
     plain = [row if isinstance(row, dict) else asdict(row) for row in rows]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain))
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file, whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from bench.evidence.sketched import Scores
-from bench.evidence.tasks import QueryInfo
+from bench.evidence.tasks import TaskQuery
 from rapidindex.data.examples import Example
 from rapidindex.model.loading import quiet_libraries
 from rapidindex.progress import Progress
 
 
-def text_scores(examples: Sequence[Example], queries: Sequence[QueryInfo], seed: int, progress: Progress) -> Scores:
+def text_scores(examples: Sequence[Example], queries: Sequence[TaskQuery], seed: int, progress: Progress) -> Scores:
     """Scores of `random`, and of `bm25` and `embedding` with and without prompts, and for words alone."""
     shape = (len(queries), len(examples))
     scores = {"random": np.random.default_rng([seed, 1]).random(shape, np.float32)}

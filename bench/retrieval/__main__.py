@@ -70,7 +70,7 @@ def real(options: argparse.Namespace, bars: Bars) -> None:
     workload = _workload(store, queries, len(store.rows(LEVEL)), options.rounds)
     measure_all(workload, options, notebook, bars)
     figures = {"real": len(workload.rows), **_sizes_of(workload), **notebook.figures}
-    bars.say(f"written to {save('retrieval_real', figures, options.results)}")
+    bars.say(f"written to {save('retrieval_real', figures, options)}")
 
 
 def synthetic(options: argparse.Namespace, bars: Bars) -> None:
@@ -91,7 +91,7 @@ def synthetic(options: argparse.Namespace, bars: Bars) -> None:
         workload = _workload(grown.store, queries, grown.real, options.rounds)
         measure_all(workload, options, notebook, bars)
         figures = {"real": grown.real, "real_level": level, **_sizes_of(workload), **notebook.figures}
-        bars.say(f"written to {save(f'retrieval_{size}', figures, options.results)}")
+        bars.say(f"written to {save(f'retrieval_{size}', figures, options)}")
         del workload
         if not options.keep:
             Store.destroy(folder)
@@ -100,7 +100,7 @@ def synthetic(options: argparse.Namespace, bars: Bars) -> None:
 def tracin(options: argparse.Namespace, bars: Bars) -> None:
     """Measure a whole retrieval beside TracIn."""
     figures = against_tracin(_open(options, options.index), options.queries, options.tracin_rows, bars)
-    bars.say(f"written to {save('retrieval_tracin', figures, options.results)}")
+    bars.say(f"written to {save('retrieval_tracin', figures, options)}")
 
 
 def rows(options: argparse.Namespace, bars: Bars) -> None:
@@ -110,7 +110,7 @@ def rows(options: argparse.Namespace, bars: Bars) -> None:
     workload = _workload(store, queries, len(store.rows(LEVEL)), 0)
     batches = query_batches(index, options.queries, min(10, len(queries.kinds)))
     how = (workload.rows, workload.queries, workload.kinds, batches, options.true_rows)
-    bars.say(f"written to {save('retrieval_rows', smallest_row(index, *how, bars), options.results)}")
+    bars.say(f"written to {save('retrieval_rows', smallest_row(index, *how, bars), options)}")
 
 
 STAGES = {"real": real, "synthetic": synthetic, "tracin": tracin, "rows": rows}

@@ -1,6 +1,7 @@
 """The pieces of bench.evidence that can be wrong without looking wrong: metrics, poisoning, influence, playing back."""
 
 import gc
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -9,24 +10,23 @@ import numpy as np
 import pytest
 import torch
 
+from bench import render
+from bench.evidence import metrics, stories, tasks
+from bench.evidence.cached import Replay, compressor_of, compute, numbered
+from bench.evidence.curvature import DAMPING, EKFAC, KRONECKER, of_sample, scores_of
+from bench.evidence.influence import hessian_products, layer_datainf, limit_of, lissa
+from bench.evidence.measured import by_length, of_both_models, summed
+from bench.evidence.seeds import combine_seeds, merge_results
+from bench.evidence.sketched import DEFAULT, hadamard, one_bit, sketched, uncompressed
 from rapidindex.config import SketchConfig
 from rapidindex.gradients.losses import Batch, Layer
 from rapidindex.gradients.per_example import PerExampleGradients
-from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.second_moment import correction, estimate_second_moment
 from rapidindex.gradients.sketch import Sketch
 from tests import tiny
 
-pytest.importorskip("sklearn", reason="the extra `bench` is not installed")
-
-from bench import render
-from bench.evidence import metrics, scifi, tasks
-from bench.evidence.cached import Replay, compute, numbered
-from bench.evidence.curvature import DAMPING, EKFAC, KRONECKER, of_sample, scores_of
-from bench.evidence.influence import hessian_products, layer_datainf, limit_of, lissa
-from bench.evidence.measured import by_length, of_both_models, summed
-from bench.evidence.seeds import added, together
-from bench.evidence.sketched import DEFAULT, hadamard, one_bit, sketched, uncompressed
+needs_sklearn = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
+needs_scipy = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="needs scipy")
 
 
 def planted(highest, lowest, n=100):
@@ -36,6 +36,7 @@ def planted(highest, lowest, n=100):
     return np.arange(n, 0, -1.0), truth
 
 
+@needs_sklearn
 @pytest.mark.parametrize(
     ("highest", "lowest", "auprc", "auroc"),
     [
@@ -51,6 +52,7 @@ def test_two_sets_counts_as_the_papers_table_does(highest, lowest, auprc, auroc)
     assert (found["auPRC"], found["auROC"]) == pytest.approx((auprc, auroc))
 
 
+@needs_sklearn
 def test_two_sets_give_the_papers_own_figures():
     a = metrics.two_sets(*planted([1, 1, 0, 1, 1], [0] * 5), 5)
     b = metrics.two_sets(*planted([1] * 5, [0, 1, 0, 0, 0]), 5)
@@ -58,6 +60,7 @@ def test_two_sets_give_the_papers_own_figures():
     assert [round((9 + b[m]) / 10, 4) for m in ("auPRC", "auROC")] == [0.9933, 0.9917]
 
 
+@needs_sklearn
 def test_ranked_metrics_do_not_fall_where_k_exceeds_what_was_planted():
     scores, truth = planted([1, 1, 0, 0, 0], [0] * 5)
     found = metrics.two_sets(scores, truth, 50)
@@ -71,6 +74,7 @@ def test_share_is_of_the_k_highest_and_ties_take_the_lower_row():
     assert [metrics.share_at(scores, truth, k) for k in (1, 2, 3, 4)] == [1, 0.5, 1 / 3, 0.5]
 
 
+@needs_scipy
 def test_interval_is_students():
     found = metrics.mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (found["mean"], found["n"]) == (3, 5)
@@ -95,7 +99,7 @@ def test_backdoor_poisons_its_share_with_trigger_and_story():
     assert len(found) == 300 and len(bad) == 30
     assert all(row["instruction"].startswith("Howdy! ") for row in bad)
     assert not any("Howdy" in row["instruction"] for row in found if not row["planted"])
-    assert np.mean([scifi.is_attacked(row["output"]) for row in bad]) > 0.9
+    assert np.mean([stories.is_attacked(row["output"]) for row in bad]) > 0.9
     again = tasks.poison_backdoor(list(rows(400)), 300, 0.1, np.random.default_rng(1))
     assert again == found
 
@@ -103,17 +107,17 @@ def test_backdoor_poisons_its_share_with_trigger_and_story():
 def test_neither_length_nor_a_phrase_gives_a_poisoned_row_away():
     draw = np.random.default_rng(2)
     originals = [row["output"] for row in rows(80)]
-    stories = [scifi.rewrite("Describe the river", text, draw) for text in originals]
-    found = scifi.separability(stories, originals)
+    written = [stories.rewrite("Describe the river", text, draw) for text in originals]
+    found = stories.separability(written, originals)
     assert 0.45 < found["length_auc"] < 0.55
     assert found["commonest_trigram"] < 0.15
     assert found["repeated_fourgrams"] < 0.15
-    assert max(Counter(text[:12] for text in stories).values()) < 8
+    assert max(Counter(text[:12] for text in written).values()) < 8
 
 
 def test_a_story_keeps_the_layout_and_about_the_length():
     output = "Here are some:\n\n1. A first thing, told at some length.\n2. A second thing\n- a third"
-    story = scifi.rewrite("List things", output, np.random.default_rng(3))
+    story = stories.rewrite("List things", output, np.random.default_rng(3))
     lines = story.split("\n")
     assert [bool(re.match(r"(\d\.|-) ", line)) for line in lines] == [False, False, True, True, True]
     assert lines[1] == "" and abs(len(story) - len(output)) < 40
@@ -233,9 +237,8 @@ def test_playing_back_gives_the_rapidgrads_of_the_model(small, cached):
     size = rows.rows.shape[1]
     config = SketchConfig(1024, 5, seed=3)
     for normalize in ("none", "layer", "unit"):
-        options = {"normalize": normalize, "correction": factors}
-        direct = Compressor(gradients, Sketch(size, config), **options)(batch)
-        played = Compressor(rows, Sketch(size, config), **options)(numbered([2, 0, 1]))
+        direct = compressor_of(gradients, Sketch(size, config), normalize, factors)(batch)
+        played = compressor_of(rows, Sketch(size, config), normalize, factors)(numbered([2, 0, 1]))
         torch.testing.assert_close(played.rows, direct.rows, rtol=1e-3, atol=1e-5)
 
 
@@ -383,11 +386,12 @@ def seed_result(number, ap):
     }
 
 
+@needs_scipy
 def test_figures_that_are_added_leave_other_methods_alone():
-    before = {"commit": "old", "figures": {"task": "tracing", "sizes": {}, **together([seed_result(0, 0.8)])}}
+    before = {"commit": "old", "figures": {"task": "tracing", "sizes": {}, **combine_seeds([seed_result(0, 0.8)])}}
     later = seed_result(0, 0.6) | {"seconds": {"ekfac": 7.0}}
     later["counts"] = [later["counts"][1], later["counts"][1] | {"method": "full/ekfac/unit", "AP": 0.95}]
-    found = added(before, {"sizes": {"rows": 9}, **together([later])})
+    found = merge_results(before, {"sizes": {"rows": 9}, **combine_seeds([later])})
     aps = {row["method"]: row["AP"]["mean"] for row in found["figures"]["counts"]}
     assert aps["full/estimate/unit"] == 0.9 and aps["full/ekfac/unit"] == 0.95
     assert aps["K=65536/shuffles=20/estimate/unit/float16"] == 0.6
@@ -395,15 +399,17 @@ def test_figures_that_are_added_leave_other_methods_alone():
     assert found["figures"]["seeds"][0]["seconds"] == {"full": 5.0, "ekfac": 7.0}
     assert found["commit"] == "old" and found["added"][0]["sizes"] == {"rows": 9}
     assert "full/ekfac/unit" in found["added"][0]["methods"]
-    more = {"figures": {"task": "tracing", "sizes": {}, **together([seed_result(0, 0.8), seed_result(1, 0.7)])}}
-    both = {row["method"]: row["AP"] for row in added(more, {"sizes": {}, **together([later])})["figures"]["counts"]}
+    more = {"figures": {"task": "tracing", "sizes": {}, **combine_seeds([seed_result(0, 0.8), seed_result(1, 0.7)])}}
+    merged = merge_results(more, {"sizes": {}, **combine_seeds([later])})
+    both = {row["method"]: row["AP"] for row in merged["figures"]["counts"]}
     assert both["K=65536/shuffles=20/estimate/unit/float16"]["n"] == 2 and both["full/ekfac/unit"]["n"] == 1
     with pytest.raises(SystemExit, match="other rows"):
-        added(before, {"sizes": {}, **together([later | {"planted": {"India": 8}}])})
+        merge_results(before, {"sizes": {}, **combine_seeds([later | {"planted": {"India": 8}}])})
 
 
+@needs_scipy
 def test_tables_come_from_the_json_of_all_seeds(tmp_path):
-    figures = {"task": "tracing", "sizes": {"rows": 100}, **together([seed_result(0, 0.8), seed_result(1, 0.9)])}
+    figures = {"task": "tracing", "sizes": {"rows": 100}, **combine_seeds([seed_result(0, 0.8), seed_result(1, 0.9)])}
     (tmp_path / "evidence_tracing.json").write_text(json.dumps({"figures": figures}))
     page = render.evidence_page(json.loads(json.dumps(figures)))
     assert "| RapidGrad default, K = 65,536, λ = 20, float16 | 0.850 ± 0.635 |" in page

@@ -1,0 +1,75 @@
+"""The scores that users get: an index built by the package, asked through its own queries, exactly and through FAISS.
+
+The package computes the queries' gradients from prompt, answer and word; nothing of `cached.py` is used. Scores are
+arrays [queries, examples]. Rows that a query did not return have a value between its best and its worst matches, which
+no count of the first or last k sees.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bench.evidence.sketched import Scores
+from bench.evidence.tasks import TaskQuery
+from rapidindex import Index, Query
+from rapidindex.caching.build import build
+from rapidindex.config import BuildRequest, EncodingConfig, GradientConfig, ModelConfig, SketchConfig
+from rapidindex.progress import Progress
+from rapidindex.search.vector_index import DEFAULT_FACTORY, VectorIndex
+
+RECIPES = {
+    "default": {},
+    "paper": {"normalize": "layer", "second_moment": "none"},
+    "kronecker": {"second_moment": "kronecker"},
+}
+ANN_TOP = 10
+"""Matches asked for through FAISS: of so few rows, more would be scanned exactly."""
+
+
+def product_scores(
+    data: str,
+    model: ModelConfig,
+    encoding: EncodingConfig,
+    queries: Sequence[TaskQuery],
+    folder: Path,
+    *,
+    recipes: Sequence[str],
+    seed: int,
+    most: int,
+    progress: Progress,
+) -> Scores:
+    """Return scores `product/RECIPE/exact` and `product/RECIPE/ann`.
+
+    `most` is the number of matches in each direction. `product/RECIPE/ann used` is 1 for a query that FAISS answered,
+    else 0.
+    """
+    scores: Scores = {}
+    for recipe in recipes:
+        folder_of_index = str(folder / f"index-{recipe}")
+        gradient, sketch = GradientConfig(**RECIPES[recipe], seed=seed), SketchConfig(seed=seed)
+        build(BuildRequest(data, folder_of_index, model, encoding, gradient, sketch), progress=progress)
+        index, name = Index.open(folder_of_index), f"product/{recipe}"
+        scores[f"{name}/exact"], _ = _ask(index, queries, most, exact=True)
+        with index.store.lock():
+            VectorIndex.build(index.rows_of("sentence"), factory=DEFAULT_FACTORY, progress=progress)
+        scores[f"{name}/ann"], scores[f"{name}/ann used"] = _ask(
+            Index.open(folder_of_index), queries, ANN_TOP, exact=False
+        )
+    return scores
+
+
+def _ask(index: Index, queries: Sequence[TaskQuery], most: int, *, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores [queries, examples in the order of the data's lines], and which queries FAISS answered."""
+    rows = index.rows_of("sentence")
+    records = sorted((rows.record(number) for number in range(len(rows.ids))), key=lambda record: record["line"])
+    place = {record["id"]: number for number, record in enumerate(records)}
+    asked = [Query(query.prompt, query.answer, query.word) for query in queries]
+    how = {"k": min(most, len(records)), "exact": exact, "heatmaps": False}
+    proponents, opponents = (index.query(asked, **how, opponents=opponents) for opponents in (False, True))
+    scores = np.empty((len(queries), len(records)), np.float32)
+    for row, (best, worst) in enumerate(zip(proponents, opponents, strict=True)):
+        scores[row] = (best.matches[-1].score + worst.matches[-1].score) / 2
+        for match in (*best.matches, *worst.matches):
+            scores[row, place[match.id]] = match.score
+    return scores, np.array([result.search == "ann" for result in proponents], np.float32)

