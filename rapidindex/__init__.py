@@ -15,7 +15,7 @@ _HOME = {
     "add": "caching.update",
     "remove": "caching.update",
     "finetune": "model.finetune",
-    "check": "store",
+    "check": "search.check",
     "Index": "query.index",
     "Query": "query.questions",
     "QueryOptions": "config",

@@ -434,7 +434,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Read every byte of an index and say what is damaged, and how to mend it."""
-    from rapidindex.store import check as run
+    from rapidindex.search.check import check as run
 
     problems = run(path, repair=repair)
     if as_json:

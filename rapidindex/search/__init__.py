@@ -5,4 +5,5 @@ faiss_index   FAISS's index of folded rows
 calibration   how many candidates a search needs, and its recall
 metadata      `ann.json`: how an index was built, and its recall
 vector_index  build, update, open and search a level's index
+check         reads every byte of an index, and repairs it
 """

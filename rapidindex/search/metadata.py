@@ -1,6 +1,7 @@
 """`ann.json`: how a level's vector index was built, from which shards, and the recall measured. Knows no FAISS."""
 
 import hashlib
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from rapidindex.search.calibration import Calibration
 from rapidindex.store import ANN, Rows, index_of, read_json, write_json
 
 NAME = f"{ANN}.json"
+_FILE = re.compile(rf"{ANN}\.[0-9a-f]{{8}}\.faiss")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,12 @@ class IndexMetadata:
     opponents: Calibration | None = None
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The options of `VectorIndex.build` that build the index anew."""
+        options = {"dim": self.dim, "target_recall": self.target_recall, "seed": self.seed}
+        return {"factory": self.requested_factory, **options}
+
+    @property
     def rows(self) -> int:
         """The number of indexed rows, removed ones included."""
         return sum(rows for _, _, rows in self.shards)
@@ -68,12 +76,20 @@ class IndexMetadata:
         return {**fields, "rows": self.rows, "stale": self.stale(rows)}
 
     def verify(self, folder: Path) -> None:
-        """Read FAISS's file in `folder` and compare its checksum. Raises DamagedIndex."""
+        """Read FAISS's file in `folder` and compare its size and checksum. Raises DamagedIndex."""
         if self.file is None:
             return
+        path = folder / self.file
         try:
-            with open(folder / self.file, "rb") as file:
+            size, regular = path.lstat().st_size, path.is_file() and not path.is_symlink()
+            if not regular:
+                raise self.damaged(folder, "it is not an ordinary file")
+            if size != self.file_bytes:
+                raise self.damaged(folder, f"it should have {self.file_bytes:,} bytes and has {size:,}")
+            with open(path, "rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError as error:
+            raise self.damaged(folder, "it is missing") from error
         except OSError as error:
             raise self.damaged(folder, f"it cannot be read ({error.strerror})") from error
         if sha256 != self.file_sha256:
@@ -102,8 +118,10 @@ class IndexMetadata:
             fields["shards"] = [tuple(shard) for shard in fields["shards"]]
             for direction in ("proponents", "opponents"):
                 fields[direction] = fields[direction] and Calibration(**fields[direction])
+            if fields["file"] is not None and not _FILE.fullmatch(fields["file"]):
+                raise ValueError(f"no such name as {fields['file']!r} is written")
             return cls(**fields)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             message = f"{folder / NAME} is damaged, or another version wrote it: its fields do not match ({error})."
             raise DamagedIndex(message, hint=rebuild_hint(folder)) from error
 

@@ -170,8 +170,7 @@ class VectorIndex:
         live = int(np.count_nonzero(rows.live_mask))
         chosen = metadata.requested_factory or default_factory(live, rows.K, exact_max_entries)
         if not metadata.file or chosen != metadata.factory or not metadata.covers(rows):
-            options = {"dim": metadata.dim, "target_recall": metadata.target_recall, "seed": metadata.seed}
-            return build(factory=metadata.requested_factory, **options)
+            return build(**metadata.options)
         index = cls(rows, metadata, _load(rows, metadata, to_add=True, threads=threads), threads=threads)
         missing = index._missing()
         if metadata.shards == rows.shards and not missing.any():
@@ -251,6 +250,8 @@ class VectorIndex:
         units = queries / _lengths(queries)[:, None] * (1 if largest else -1)
         folded = np.ascontiguousarray(fold(units, self.metadata.dim), dtype=np.float32)
         estimates, numbers = self._ann.search(folded, count, lists)
+        if numbers.max(initial=-1) >= len(self.rows):
+            raise self.metadata.damaged(self.rows.path, f"it names rows past the {len(self.rows):,} that are stored")
         estimates[numbers < 0] = -np.inf
         numbers[(numbers >= 0) & ~self.rows.live_mask[numbers]] = -1
         return estimates, numbers
@@ -361,9 +362,9 @@ def _load(
     if not metadata.file:
         return None
     path = rows.path / metadata.file
-    size = path.stat().st_size
-    if size != metadata.file_bytes:  # touching a map past its file's end kills the process
-        raise metadata.damaged(rows.path, f"it should have {metadata.file_bytes:,} bytes and has {size:,}")
+    if not path.exists():
+        raise FileNotFoundError(path)
+    metadata.verify(rows.path)  # FAISS may crash on a changed file, or search it as if nothing had happened
     return AnnIndex.load(path, gpu=gpu, to_add=to_add, threads=threads)
 
 
