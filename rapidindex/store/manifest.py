@@ -99,11 +99,6 @@ def copy_for_files(manifest: Manifest) -> Manifest:
     return manifest | {"levels": levels, "second_moment": None}
 
 
-def shard_names(manifest: Manifest, level: str) -> list[str]:
-    """Return the names of a level's listed shards in the order of their rows."""
-    return sorted(manifest["levels"][level]["shards"], key=folder.shard_number)
-
-
 def check_sizes(path: Path, manifest: Manifest) -> None:
     """Raise DamagedIndex where a listed file is missing or has another size."""
     listed = {

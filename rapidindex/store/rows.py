@@ -92,9 +92,7 @@ class Rows:
         Raises IndexError where a number is not 0 to n - 1.
         """
         rows = np.empty((np.size(row_numbers), self.K), np.float32)
-        for i, entries, scale in self.each(
-            row_numbers
-        ):  # faster than a whole file at once, which makes two more copies
+        for i, entries, scale in self.each(row_numbers):  # a whole file at once would make two more copies
             rows[i] = entries
             rows[i] *= scale
         return rows

@@ -37,16 +37,10 @@ ROW_TYPE, OLD_ROW_TYPE = "int8", "float16"
 _VERSIONS = {"int8": 2, "float16": 1}
 _STEPS = 127
 _DTYPES = {
-    "scale": "<f4",
-    "norms": "<f4",
-    "example": "<i4",
-    "position": "<i4",
-    "token": "<i4",
-    "examples": "|u1",
+    **dict.fromkeys(("scale", "norms"), "<f4"),
+    **dict.fromkeys(("example", "position", "token"), "<i4"),
+    **dict.fromkeys(("examples", "ids", "rejected", "index"), "|u1"),
     "examples_offsets": "<i8",
-    "ids": "|u1",
-    "rejected": "|u1",
-    "index": "|u1",
 }
 
 
@@ -156,12 +150,8 @@ def sealed_content(
 
     `index` is the manifest without its shards.
     """
-    attributes = {
-        "format": f"rapidindex.rows/{_VERSIONS[row_type]}",
-        "level": level,
-        "K": content.rows.shape[1],
-        "index": index["id"],
-    }
+    form = {"format": f"rapidindex.rows/{_VERSIONS[row_type]}", "level": level}
+    attributes = {**form, "K": content.rows.shape[1], "index": index["id"]}
     scale = _scales(content.rows, row_type)
     step = _block_rows(content.rows.shape[1], block_bytes)
     firsts = range(0, len(content.rows), step)
@@ -170,9 +160,7 @@ def sealed_content(
     columns = {
         "scale": column(scale, "<f4"),
         "norms": column(content.norms, "<f4"),
-        "example": column(content.example, "<i4"),
-        "position": column(content.position, "<i4"),
-        "token": column(content.token, "<i4"),
+        **{name: column(getattr(content, name), "<i4") for name in ("example", "position", "token")},
         "examples": column(np.frombuffer(b"".join(texts), np.uint8), "|u1"),
         "examples_offsets": column(np.cumsum([0, *map(len, texts)]), "<i8"),
         "ids": json_column([record["id"] for record in content.examples]),

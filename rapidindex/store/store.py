@@ -74,7 +74,7 @@ class Store:
 
     @staticmethod
     def exists(path: str | Path) -> bool:
-        """Return whether there is an index at `path`, damaged or not. StoreError where the folder may not be read."""
+        """Return whether `path` has a manifest, damaged or not. Raise StoreError where the folder cannot be read."""
         return folder.has_manifest(Path(path))
 
     @staticmethod
@@ -295,8 +295,8 @@ class Store:
         return plan
 
     def _level(self, level: str) -> list[Shard]:
-        self._plan(level)
-        return [self._shard(level, name) for name in manifest.shard_names(self.manifest, level)]
+        names = sorted(self._plan(level)["shards"], key=folder.shard_number)
+        return [self._shard(level, name) for name in names]
 
     def _read_rows(self, level: str, plan: dict[str, Any]) -> Rows:
         return Rows(

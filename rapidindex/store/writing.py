@@ -69,7 +69,10 @@ def write(path: Path, columns: dict[str, Column], attributes: Mapping[str, str |
         file.seek(USER_BLOCK)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         layout = Layout(path, pieces.size, sha256, attributes, extents)
-        _write_at(file, 0, _fitting(layout.block()))
+        block = layout.block()
+        if len(block) != USER_BLOCK:
+            raise ValueError(f"the table of contents takes {len(block)} bytes, more than {USER_BLOCK}")
+        _write_at(file, 0, block)
     return layout
 
 
@@ -86,7 +89,7 @@ def atomic_file(path: Path, *, size: int = 0, replace: bool = False) -> Iterator
     older one; without it StoreError is raised where there is one. `size`, in bytes, is what a message says is needed.
     Raises ResourceError where there is no room, and StoreError where the folder cannot be written to.
     """
-    part = _part_name(path)
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # unique, even after a process was killed
     with write_errors(path, size):
         try:
             with open(part, "xb+") as file:
@@ -104,11 +107,6 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write `data` to `path`, which holds its old content or the new, never a mixture. Raise as `atomic_file` does."""
     with atomic_file(path, size=len(data), replace=True) as file:
         file.write(data)
-
-
-def _part_name(path: Path) -> Path:
-    """Return a name for `path` while it is unfinished, which no other process uses, not even one that was killed."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
 
 
 @contextlib.contextmanager
@@ -201,12 +199,6 @@ def _plan(columns: dict[str, Column], attributes: Mapping[str, str | int]) -> tu
             offset = dataset.id.get_offset() if dataset.size else -1
             extents[name] = Extent(values.dtype.str, values.shape, offset)
     return pieces, extents
-
-
-def _fitting(block: bytes) -> bytes:
-    if len(block) != USER_BLOCK:
-        raise ValueError(f"the table of contents takes {len(block)} bytes, more than {USER_BLOCK}")
-    return block
 
 
 def _reserve(descriptor: int, size: int) -> None:

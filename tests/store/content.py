@@ -1,4 +1,4 @@
-"""Shards whose numbers follow from their examples' ids, so that a test knows what should be stored. Needs no torch."""
+"""Shards whose rows follow from their examples' ids, so that a test knows the right answer. Needs no torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ CONFIG = {"sketch": {"K": K, "shuffles": 20}, "data": ["train.jsonl"], "name": "
 
 
 def row_of(id: str, position: int = -1) -> np.ndarray:
-    """float32 [K]: the row of an example, exact as the store keeps it: its largest entry is 127 steps."""
+    """Return the row of an example, float32 [K], which int8 stores exactly: its largest entry is 127 steps."""
     seed = int.from_bytes(id.encode(), "big") % 997 + 31 * (position + 1)
     steps = ((np.arange(K) * 7 + seed) % 23 - 11) * 11
     steps[seed % K] = 127
@@ -22,7 +22,7 @@ def row_of(id: str, position: int = -1) -> np.ndarray:
 
 
 def content(ids: Sequence[str], *, tokens: int = 0, rejected: Sequence[str] = ()) -> ShardContent:
-    """The content of a shard: a row for each id, or for each of `tokens` response tokens of each."""
+    """Return the content of a shard: a row for each id, or for each of `tokens` response tokens of each."""
     positions = range(tokens) if tokens else [-1]
     pairs = [(number, position) for number in range(len(ids)) for position in positions]
     rows = [row_of(ids[number], position) for number, position in pairs]
@@ -38,7 +38,7 @@ def content(ids: Sequence[str], *, tokens: int = 0, rejected: Sequence[str] = ()
 
 
 def create(path: Path, *, sentence: int = 6, token: int | None = None) -> Store:
-    """An index without shards, that is to hold so many examples."""
+    """Create an index without shards, planned for so many examples."""
     planned = {"sentence": (K, sentence)} | ({} if token is None else {"token": (K, token)})
     skipped = [{"line": 3, "reason": "The response is empty."}]
     return Store.create(
@@ -47,7 +47,7 @@ def create(path: Path, *, sentence: int = 6, token: int | None = None) -> Store:
 
 
 def write(store: Store, ids: Sequence[str], *, level: str = "sentence", **options: Any) -> str:
-    """One more finished and listed shard."""
+    """Write and list one more shard; return its name."""
     with store.lock():
         rows = store.rows(level)
         name = rows.write_shard(rows.next_number(), content(ids, **options))
@@ -56,7 +56,7 @@ def write(store: Store, ids: Sequence[str], *, level: str = "sentence", **option
 
 
 def make(path: Path, *shards: str, planned: int = 6) -> Store:
-    """An index of one shard for each string, an example for each of its letters, and a second moment."""
+    """Create an index with a second moment and a shard for each string, with an example for each of its letters."""
     store = create(path, sentence=planned)
     store.write_second_moment(np.arange(8, dtype=np.float32))
     for ids in shards:
@@ -65,7 +65,7 @@ def make(path: Path, *shards: str, planned: int = 6) -> Store:
 
 
 def reseal(path, **changes):
-    """Write the shard again with other arrays, as if a faulty program had."""
+    """Write a shard again with other arrays, as a faulty program would."""
     layout = container.read_layout(path)
     held = {name: np.array(array) for name, array in container.map_arrays(layout).items()} | changes
     path.unlink()

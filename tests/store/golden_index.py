@@ -1,4 +1,4 @@
-"""The indexes in tests/store/golden, a folder for each format, which every later version must read.
+"""The writer of the indexes in tests/store/golden, one for each format, which every later version must read.
 
 Written once by `python -m tests.store.golden_index FOLDER`; a new format gets a folder of its own beside the others.
 """
@@ -24,13 +24,13 @@ REMOVED = IDS[3]
 
 
 def record(number: int) -> dict:
-    """An example, with text beyond ASCII and a lone surrogate."""
+    """Return the record of an example with text beyond ASCII and a lone surrogate."""
     text = {"prompt": f"What is the capital of Japan, {number}?", "response": "Tōkyō 東京 \ud83d"}
     return {"id": IDS[number], **text, "meta": {"source": "golden", "weight": 0.5}, "line": number + 1}
 
 
 def row(number: int, version: int = 2) -> np.ndarray:
-    """float32 [K], exact as that format keeps it: each row of another size, row 2 all zeros."""
+    """Return a row, float32 [K], that the format stores exactly: each of another size, row 2 all zeros."""
     if number == 2:
         return np.zeros(K, np.float32)
     steps = np.arange(K) * 7 % 11 - 5
@@ -40,12 +40,12 @@ def row(number: int, version: int = 2) -> np.ndarray:
 
 
 def norms(number: int) -> list[float]:
-    """One for each layer."""
+    """Return the norms of a row, one for each layer."""
     return [number + 0.5, 2.0**-number]
 
 
 def shard(numbers: list[int], examples: list[int], positions: list[int], rejected: list[dict]) -> ShardContent:
-    """The content of a shard: rows of these numbers, which belong to `examples` of the records in IDS."""
+    """Return the content of a shard: rows of these numbers, which belong to `examples` of the records in IDS."""
     kept = sorted(set(examples))
     return ShardContent(
         rows=np.array([row(number) for number in numbers], np.float32).reshape(-1, K),
@@ -59,7 +59,7 @@ def shard(numbers: list[int], examples: list[int], positions: list[int], rejecte
 
 
 def write(path: Path) -> None:
-    """Make the index at `path`."""
+    """Write the index at `path`."""
     store = Store.create(path, config=CONFIG, layers=LAYERS, versions=VERSIONS, planned=PLANNED, skipped=SKIPPED)
     with store.lock():
         store.write_second_moment(MOMENT)

@@ -24,7 +24,7 @@ def index(path):
     return make(path, "ab", "cd", "ef")
 
 
-def found(path, **options):
+def problems(path, **options):
     return [(problem.where, problem.what) for problem in check(path, **options)]
 
 
@@ -34,32 +34,32 @@ def flip(file, place=-1):
     file.write_bytes(data)
 
 
-def damage(path, how):
+def damage(path, kind):
     """Spoil the second of three shards."""
     file = path / SHARD
-    if how == "missing":
+    if kind == "missing":
         file.unlink()
-    elif how == "empty":
+    elif kind == "empty":
         os.truncate(file, 0)
-    elif how == "truncated":
+    elif kind == "truncated":
         os.truncate(file, 5000)
-    elif how == "flipped":
+    elif kind == "flipped":
         flip(file)
-    elif how == "flipped seal":
+    elif kind == "flipped seal":
         flip(file, 100)
-    elif how == "newer digit":
+    elif kind == "newer digit":
         file.write_bytes(file.read_bytes().replace(b"shard/1", b"shard/9", 1))
-    elif how == "a folder":
+    elif kind == "a folder":
         file.unlink()
         file.mkdir()
-    elif how == "nan":
+    elif kind == "nan":
         reseal(file, scale=np.full(2, np.nan, "<f4"))
-    elif how == "another index's":
+    elif kind == "another index's":
         make(path.parent / "other", "xy", "cd")
         shutil.copy(path.parent / "other" / SHARD, file)
 
 
-HOW = {
+MESSAGES = {
     "missing": "is missing",
     "empty": "first 2048 bytes",
     "truncated": "should have",
@@ -77,21 +77,21 @@ def test_a_complete_index_has_no_problems(index, path):
     assert check(path) == [] and check(path, repair=True) == [] and check(str(path)) == []
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_a_spoilt_shard_is_named_and_the_repair_proposed(index, path, how):
-    damage(path, how)
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_a_spoilt_shard_is_named_and_the_repair_proposed(index, path, kind):
+    damage(path, kind)
     (first, *rest) = check(path)
-    assert first.where == SHARD and HOW[how] in first.what
+    assert first.where == SHARD and MESSAGES[kind] in first.what
     assert first.mend == f"type `rapidindex check {path} --repair`"
     assert [(problem.where, problem.what) for problem in rest] == [("sentence", "is incomplete: 4 of 6 examples")]
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_repairing_loses_nothing_but_the_spoilt_shard_and_a_build_goes_on(index, path, how):
-    damage(path, how)
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_repairing_loses_nothing_but_the_spoilt_shard_and_a_build_goes_on(index, path, kind):
+    damage(path, kind)
     spoilt = (path / SHARD).read_bytes() if (path / SHARD).is_file() else None
     assert "rapidindex build" in check(path, repair=True)[0].mend
-    assert found(path) == [("sentence", "is incomplete: 4 of 6 examples")]
+    assert problems(path) == [("sentence", "is incomplete: 4 of 6 examples")]
     store = Store.open(path)
     rows = store.rows("sentence")
     assert rows.done_ids == set("abef")
@@ -108,7 +108,7 @@ def test_every_changed_byte_of_an_index_is_found(index, path):
         size = file.stat().st_size
         for place in np.random.default_rng(size).choice(size, 6, replace=False):
             flip(file, place)
-            assert file.relative_to(path).as_posix() in [where for where, _ in found(path)], (file, place)
+            assert file.relative_to(path).as_posix() in [where for where, _ in problems(path)], (file, place)
             flip(file, place)
     assert check(path) == []
 
@@ -124,18 +124,18 @@ def test_a_shard_spoilt_twice_leaves_both_aside(index, path):
     Store.destroy(path)
 
 
-@pytest.mark.parametrize("how", ["missing", "flipped", "empty", "not JSON"])
-def test_the_manifest_is_rebuilt_from_the_shards(index, path, how):
+@pytest.mark.parametrize("kind", ["missing", "flipped", "empty", "not JSON"])
+def test_the_manifest_is_rebuilt_from_the_shards(index, path, kind):
     index.update_config({"data": ["more.jsonl"]})
     write(index, ["g"], rejected=["h"])
     index.set_planned("sentence", 8)
     write(index, ["i"])
     file = path / "manifest.json"
     before = file.read_bytes()
-    if how == "missing":
+    if kind == "missing":
         file.unlink()
     else:
-        file.write_bytes({"flipped": before.replace(b"20", b"21", 1), "empty": b"", "not JSON": b"\0" * 99}[how])
+        file.write_bytes({"flipped": before.replace(b"20", b"21", 1), "empty": b"", "not JSON": b"\0" * 99}[kind])
     (problem,) = check(path)
     assert problem.where == "manifest.json" and "--repair" in problem.mend
     with pytest.raises(DamagedIndex):
@@ -153,7 +153,7 @@ def test_a_manifest_lost_together_with_shards_is_rebuilt_from_the_others(index, 
     store = Store.open(path)
     assert store.config == CONFIG and store.rows("sentence").ids == ["e", "f"]
     assert store.second_moment().tolist() == list(range(8))
-    assert found(path) == [("sentence", "is incomplete: 2 of 6 examples")]
+    assert problems(path) == [("sentence", "is incomplete: 2 of 6 examples")]
 
 
 def test_without_any_intact_file_the_options_are_lost_and_starting_again_is_proposed(path):
@@ -175,7 +175,7 @@ def test_a_newer_format_is_left_alone(index, path):
 
 def test_a_finished_shard_that_is_not_listed_is_listed(index, path):
     index.rows("sentence").write_shard(3, content(["g"]))
-    assert found(path) == [("sentence/shard-00003.h5", "is finished, but the manifest does not list it")]
+    assert problems(path) == [("sentence/shard-00003.h5", "is finished, but the manifest does not list it")]
     check(path, repair=True)
     assert Store.open(path).rows("sentence").ids == list("abcdefg")
 
@@ -186,13 +186,13 @@ def test_an_intact_shard_in_the_place_of_another_is_kept(index, path):
     rows.write_shard(1, content(["c", "d", "g"]))
     with pytest.raises(DamagedIndex):
         Store.open(path)
-    assert found(path, repair=True) == [(SHARD, "is not the file that the manifest lists")]
+    assert problems(path, repair=True) == [(SHARD, "is not the file that the manifest lists")]
     assert Store.open(path).rows("sentence").ids == list("abcdgef")
 
 
 def test_an_example_in_two_shards_is_found_and_the_listed_shard_kept(index, path):
     index.rows("sentence").write_shard(7, content(["g", "c"]))
-    assert found(path) == [("sentence/shard-00007.h5", "holds example c, which is in shard-00001.h5 too")]
+    assert problems(path) == [("sentence/shard-00007.h5", "holds example c, which is in shard-00001.h5 too")]
     check(path, repair=True)
     assert Store.open(path).rows("sentence").ids == list("abcdef")
     assert (path / "damaged/sentence-shard-00007.h5").exists()
@@ -201,7 +201,7 @@ def test_an_example_in_two_shards_is_found_and_the_listed_shard_kept(index, path
 def test_unfinished_files_are_found_and_deleted(index, path):
     part = path / "sentence/shard-00003.h5.0123abcd.part"
     part.write_text("unfinished")
-    assert found(path) == [("sentence/shard-00003.h5.0123abcd.part", "was left by a killed build")]
+    assert problems(path) == [("sentence/shard-00003.h5.0123abcd.part", "was left by a killed build")]
     check(path, repair=True)
     assert not part.exists() and check(path) == []
 
@@ -218,7 +218,7 @@ def test_unfinished_work_of_a_running_build_is_no_problem(path):
 
 def test_a_damaged_second_moment_is_moved_aside(index, path):
     flip(path / "second_moment.h5")
-    assert found(path) == [("second_moment.h5", "is damaged: its contents were changed after it was written")]
+    assert problems(path) == [("second_moment.h5", "is damaged: its contents were changed after it was written")]
     check(path, repair=True)
     store = Store.open(path)
     assert store.second_moment() is None and store.rows("sentence").ids == list("abcdef")
@@ -228,14 +228,14 @@ def test_a_damaged_second_moment_is_moved_aside(index, path):
 
 def test_a_missing_second_moment_is_found(index, path):
     (path / "second_moment.h5").unlink()
-    assert found(path) == [("second_moment.h5", "is missing")]
+    assert problems(path) == [("second_moment.h5", "is missing")]
 
 
 def test_removed_ids_outlive_damage_to_their_file(index, path):
     index.remove(list("abd"))
     file = path / "removed.json"
     file.write_bytes(file.read_bytes().replace(b'"b"', b'"\xff"'))
-    ((where, what),) = found(path)
+    ((where, what),) = problems(path)
     assert where == "removed.json" and "2 ids in it can be read" in what
     assert "rapidindex remove" in check(path, repair=True)[0].mend
     assert Store.open(path).removed == {"a", "d"}
@@ -245,7 +245,7 @@ def test_removed_ids_that_are_not_stored_are_named_and_kept(index, path):
     index.remove(["c", "a"])
     flip(path / SHARD)
     check(path, repair=True)
-    assert ("removed.json", "names 1 ids that are not stored: c") in found(path)
+    assert ("removed.json", "names 1 ids that are not stored: c") in problems(path)
     store = Store.open(path)
     write(store, ["c", "d"])
     assert store.rows("sentence").live_mask.tolist() == [False, True, True, True, False, True]
@@ -254,7 +254,7 @@ def test_removed_ids_that_are_not_stored_are_named_and_kept(index, path):
 def test_a_level_that_the_manifest_does_not_know_is_found(index, path, tmp_path):
     (path / "token").mkdir()
     shutil.copy(path / SHARD, path / "token")
-    assert found(path) == [
+    assert problems(path) == [
         ("token/shard-00001.h5", "is of a level that the manifest does not know: token"),
     ]
 

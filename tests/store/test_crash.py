@@ -12,7 +12,7 @@ from rapidindex.store import Store, check
 from tests.store.content import create, make, row_of
 
 PRELUDE = """
-import json, os, random, resource, signal, sys, time
+import json, os, resource, signal, sys
 from pathlib import Path
 import numpy as np
 from rapidindex.errors import *
@@ -20,24 +20,29 @@ from rapidindex.store import Store, check
 from tests.store.content import content, create, make, row_of, write
 path = Path(sys.argv[1])
 
-tell = None
+CHANGES = {"open", "os.link", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 
-def killed(work, seconds, *, steps=0):
-    "Run `work` in a child and kill it so long after it told of so many steps; whether it had not ended by itself."
-    global tell
-    told, tell = os.pipe()
+def killed(work, changes):
+    "Run `work` in a child that is killed after so many changes to the disk; whether it did not end before."
     child = os.fork()
     if not child:
+        remaining = changes
+        def count(event, arguments):
+            nonlocal remaining
+            reads = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if event in CHANGES and not reads and path.name in str(arguments[0]):
+                if not remaining:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                remaining -= 1
+        sys.addaudithook(count)
         try:
             work()
+            os._exit(0)
         finally:
             os._exit(1)
-    for _ in range(steps):
-        os.read(told, 1)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    os.close(told), os.close(tell)
-    return os.waitpid(child, 0)[1] == signal.SIGKILL
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == signal.SIGKILL
 
 def build():
     "A build without end, which resumes where the last one was killed."
@@ -50,7 +55,6 @@ def build():
         for number in range(rows.next_number(), 10**5):
             name = rows.write_shard(number, content([next(todo) for _ in range(3)]))
             store.record_shard("sentence", name)
-            os.write(tell, b".")
 
 def state():
     rows = Store.open(path).rows("sentence")
@@ -87,10 +91,10 @@ def tmpfs(path):
 def test_no_moment_of_killing_a_build_loses_a_finished_shard(path):
     create(path, sentence=10**6)
     code = """
-rng, kills, problems = random.Random(0), 0, set()
-for _ in range(25):
+kills, problems = 0, set()
+for changes in range(8, 33):
     before = state()
-    kills += killed(build, rng.uniform(0, 0.02), steps=rng.randrange(1, 4))
+    kills += killed(build, changes)
     problems |= {problem.what for problem in check(path) if problem.where != "sentence"}
     with Store.open(path).lock():
         after = state()
@@ -108,25 +112,13 @@ print(json.dumps([kills, sorted(problems), after]))
 
 def test_no_moment_of_killing_creation_or_deletion_leaves_a_folder_that_stops_the_next_build(path):
     code = """
-CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
-def life(steps):
-    "One index from creation to deletion, killed before the change to the disk that comes after so many."
-    done = 0
-    def step(event, arguments):
-        nonlocal done
-        if event in CHANGES and str(path.name) in str(arguments[0]):
-            if done == steps:
-                os.kill(os.getpid(), signal.SIGKILL)
-            done += 1
-    sys.addaudithook(step)
+def life():
+    "One index from creation to deletion."
     store = make(path, "a")
     store.remove("a")
     Store.destroy(path)
-    os._exit(0)
-for steps in range(1000):
-    if not (child := os.fork()):
-        life(steps)
-    if not os.waitpid(child, 0)[1]:
+for changes in range(1000):
+    if not killed(life, changes):
         break
     try:
         Store.destroy(path)  # --overwrite
@@ -136,26 +128,28 @@ for steps in range(1000):
     assert list(state()) == ["a", "b"]
     Store.destroy(path)
     assert not path.exists()
-print(steps)
+print(changes)
 """
     assert 30 < int(run(code, path)) < 1000
 
 
 def test_of_many_processes_that_create_an_index_at_once_one_does(path):
     code = """
-def attempt(start):
-    time.sleep(max(0, start - time.time()))
+def attempt():
+    os.close(start)
+    os.read(wait, 1)
     try:
         create(path)
     except StoreError:
         os._exit(3)
     os._exit(0)
 for _ in range(10):
-    start, children = time.time() + 0.02, []
+    children, (wait, start) = [], os.pipe()
     for _ in range(4):
         children.append(os.fork())
         if not children[-1]:
-            attempt(start)
+            attempt()
+    os.close(wait), os.close(start)  # all begin
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert sorted(codes) == [0, 3, 3, 3], codes
     Store.destroy(path)
@@ -166,15 +160,14 @@ for _ in range(10):
 def test_no_moment_of_killing_a_removal_loses_the_list(path):
     make(path, "abc", "def")
     code = """
-rng = random.Random(2)
 def work():
     while True:
         store = Store.open(path)
         store.remove("abcde")
         store.restore("cde")
 Store.open(path).remove("ab")
-for _ in range(10):
-    killed(work, rng.uniform(0.0, 0.02))
+for changes in range(20):
+    assert killed(work, changes)
     with Store.open(path).lock() as store:
         assert store.removed in ({*"ab"}, {*"abcde"}), store.removed
     assert check(path) == []
@@ -185,12 +178,11 @@ for _ in range(10):
 def test_no_moment_of_killing_a_repair_makes_things_worse(path):
     make(path, "ab", "cd", "ef")
     code = """
-rng = random.Random(3)
 good = (path / "sentence/shard-00001.h5").read_bytes()
-for _ in range(10):
+for changes in range(20):
     (path / "sentence/shard-00001.h5").write_bytes(good[:-1] + b"?")
     (path / "manifest.json").unlink(missing_ok=True)
-    killed(lambda: check(path, repair=True), rng.uniform(0.0, 0.02))
+    killed(lambda: check(path, repair=True), changes)
     check(path, repair=True)
     assert list(state()) == ["a", "b", "e", "f"]
     assert [problem.where for problem in check(path)] == ["sentence"]

@@ -36,8 +36,8 @@ def largest_error(rows):
 
 
 def write_shard(path, ids="abc", *, row_type="int8", rejected=()):
-    given = content(list(ids), rejected=rejected)
-    return shards.write_shard(path, given, level="sentence", row_type=row_type, index=INDEX)
+    shard_content = content(list(ids), rejected=rejected)
+    return shards.write_shard(path, shard_content, level="sentence", row_type=row_type, index=INDEX)
 
 
 def read_shard(path, row_type="int8"):
@@ -119,14 +119,14 @@ def test_mapped_arrays_are_aligned_and_no_write_to_them_reaches_the_file(tmp_pat
 @pytest.mark.parametrize("row_type", shards.ROW_TYPES)
 def test_what_was_written_is_read_back(tmp_path, row_type):
     path = tmp_path / "shard-00000.h5"
-    given = content(list("abc"), tokens=2, rejected=["z"])
-    shards.write_shard(path, given, level="sentence", row_type=row_type, index=INDEX)
+    shard_content = content(list("abc"), tokens=2, rejected=["z"])
+    shards.write_shard(path, shard_content, level="sentence", row_type=row_type, index=INDEX)
     shard, held = read_shard(path, row_type), container.map_arrays(container.verify(path))
-    assert shard.ids == ["a", "b", "c"] and shard.rejected == given.rejected
-    assert [shards.read_record(held, number) for number in range(3)] == given.examples
-    assert np.array_equal(decode_rows(held["rows"], held["scale"]), given.rows)
+    assert shard.ids == ["a", "b", "c"] and shard.rejected == shard_content.rejected
+    assert [shards.read_record(held, number) for number in range(3)] == shard_content.examples
+    assert np.array_equal(decode_rows(held["rows"], held["scale"]), shard_content.rows)
     for name in ("norms", "example", "position", "token"):
-        assert np.array_equal(held[name], getattr(given, name))
+        assert np.array_equal(held[name], getattr(shard_content, name))
     assert shards.read_index(shard.layout) == INDEX
     assert list(shards.faults(shard)) == []
 
@@ -141,11 +141,11 @@ def test_a_shard_may_hold_nothing_but_rejected_examples(tmp_path):
 
 def test_rows_longer_than_a_block_are_written_whole(tmp_path):
     path = tmp_path / "shard-00000.h5"
-    given = content([f"e{i}" for i in range(7)])
+    shard_content = content([f"e{i}" for i in range(7)])
     form = {"level": "sentence", "row_type": "int8", "index": INDEX}
-    held = container.map_arrays(shards.write_shard(path, given, **form, block_bytes=4 * K * 2))
+    held = container.map_arrays(shards.write_shard(path, shard_content, **form, block_bytes=4 * K * 2))
     container.verify(path)
-    assert np.array_equal(decode_rows(held["rows"], held["scale"]), given.rows)
+    assert np.array_equal(decode_rows(held["rows"], held["scale"]), shard_content.rows)
 
 
 def test_two_writings_of_the_same_content_are_the_same_bytes(tmp_path):
@@ -217,7 +217,7 @@ def test_faulty_numbers_in_an_intact_file_are_found(tmp_path, row_type, changes,
     write_shard(path, row_type=row_type)
     reseal(path, **changes)
     container.verify(path)
-    assert any(fault in found for found in shards.faults(read_shard(path, row_type)))
+    assert any(fault in message for message in shards.faults(read_shard(path, row_type)))
 
 
 @pytest.mark.parametrize(

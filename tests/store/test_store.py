@@ -562,7 +562,7 @@ def test_removing_an_example_takes_it_out_of_every_level(path):
 # One writer
 
 
-def test_a_second_writer_is_told_who_is_writing(path):
+def test_a_second_writer_learns_which_process_is_writing(path):
     create(path)
     code = f"from rapidindex.store import Store\nwith Store.open({str(path)!r}).lock(): print(flush=True), input()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
