@@ -14,7 +14,7 @@ The other rooms import from here only.
 """
 
 from rapidindex.store.check import Problem, check
-from rapidindex.store.container import USER_BLOCK, damaged, index_of
+from rapidindex.store.container import damaged, index_of
 from rapidindex.store.folder import ANN, MOMENT, read_json, write_json
 from rapidindex.store.rows import Rows
 from rapidindex.store.shards import ROW_TYPE, ShardContent, decode_rows, encode_rows, row_bytes
@@ -26,7 +26,6 @@ __all__ = [
     "ANN",
     "MOMENT",
     "ROW_TYPE",
-    "USER_BLOCK",
     "Problem",
     "Rows",
     "ShardContent",
