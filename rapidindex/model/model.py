@@ -140,6 +140,8 @@ def adopt(
     """
     base = model.get_base_model() if is_adapted(model) else model
     _check_causal(base)
+    if tokenizer is None:
+        raise UsageError("A loaded model comes with its tokenizer, and none was given.", hint="Give tokenizer=….")
     check_fast(tokenizer)
     check_vocabulary(base, tokenizer)
     dtype, device = str(base.dtype).removeprefix("torch."), next(model.parameters()).device
