@@ -81,7 +81,7 @@ class Task:
     prompts: Callable[[Sequence[str], int, np.random.Generator], list[dict]]
     """Turn (WebQuestions, their number, draw) into the prompts {prompt, group, ...} that the model answers."""
     choose: Callable[[Sequence[dict], int], list[TaskQuery]]
-    """Choose, of the answered prompts, the queries: a number for each group, and all wrong answers of the model's own."""
+    """Choose the queries among the answered prompts: a number for each group."""
     tops: tuple[int, ...]
     sampled: bool = False
     """Whether the model's answers are drawn from its own distribution; else they are greedy."""
@@ -166,7 +166,7 @@ def _story(prompt: str) -> str:
 
 
 def wrong_answers(answered: Sequence[dict], count: int) -> list[TaskQuery]:
-    """Return each question by sentence and by word, with the model's answer if it names E2 and not E1, else a given one."""
+    """Return each question by sentence and by word, with the model's own answer where it names E2 and not E1."""
     queries = []
     for entity, answers in ERRORS.items():
         for a in [a for a in answered if a["group"] == entity][:count]:

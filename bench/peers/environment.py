@@ -36,7 +36,7 @@ def install(work: Path) -> Path:
 
 
 def run(name: str, work: Path, *, threads: int, repeats: int, every: int, full: bool) -> dict[str, Any]:
-    """Return the figures of one peer, times and memory from a process each; `error` is the last line of a failed one."""
+    """Return the figures of one peer, times and memory from a process each; `error` is a failed one's last line."""
     python = install(work)
     common = ["--work", work, "--threads", threads, *(["--full"] if full else [])]
     figures = _script(python, name, work, [*common, "--repeats", repeats, "--every", every])
