@@ -34,7 +34,7 @@ class Rows:
     batches: list[list[int]]
 
     def padded(self, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return token ids, attention and labels of a batch, int64 [examples, T] each; a label of -100 does not count."""
+        """Return token ids, attention and labels (-100 for none) of a batch, int64 [examples, T] each."""
         T = max(len(self.input_ids[number]) for number in numbers)
         input_ids, attention = torch.zeros(2, len(numbers), T, dtype=torch.int64)
         labels = torch.full((len(numbers), T), -100)

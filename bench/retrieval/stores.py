@@ -51,7 +51,7 @@ def hold_out(store: Store, level: str, first: int, end: int) -> None:
 
 
 def left_out(rows: Rows, real: int) -> tuple[np.ndarray, list[str]]:
-    """Return a row of each removed example, float32 [n, K], and its kind; the first `real` rows of the store are real."""
+    """Return a row of each removed example, float32 [n, K], and its kind; the store's first `real` rows are real."""
     gone = np.flatnonzero(~rows.live_mask)
     _, first = np.unique(rows.example[gone], return_index=True)
     numbers = gone[first]

@@ -7,9 +7,9 @@ half along these (the first half's own are too large where rows are few), times 
 two rows vary as much as those of real rows. The remaining variance becomes white noise. So mean, spectrum and lengths
 are the real ones. Such rows alone have no neighbours: real rows that share a subject score far above what the spectrum
 makes likely. So every row has a parent, a real row; there are so few parents that each has ten children in as many
-synthetic rows as there are real ones. Two siblings score c², plus chance. c² is the mean of the parent's ten best scores
-among the real rows, times the one factor at which the median synthetic row has the ten best scores of the median real
-row. More rows mean more siblings, as with more data of the same kind. `likeness` measures how well that fits.
+synthetic rows as there are real ones. Two siblings score c², plus chance. c² is the mean of the parent's ten best
+scores among the real rows, times the one factor at which the median synthetic row has the ten best scores of the median
+real row. More rows mean more siblings, as with more data of the same kind. `likeness` measures how well that fits.
 """
 
 from typing import Any
@@ -121,7 +121,7 @@ def likeness(rows: Rows, numbers: np.ndarray) -> dict[str, Any]:
 
 
 def _spectrum(centred: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return directions [d, K] of one half of the rows, the variances [d] along them, and the standard deviation of noise."""
+    """Return directions [d, K] of one half of the rows, variances [d] along them, and the deviation of the noise."""
     one, other = centred[::2], centred[1::2]
     values, vectors = torch.linalg.eigh(one @ one.T)
     count = min(DIRECTIONS, len(one) - 1)
