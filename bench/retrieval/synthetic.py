@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from rapidindex.search.vector_index import fold
-from rapidindex.store.rows import Rows
+from rapidindex.store import Rows
 
 DIRECTIONS = 1024
 SIBLINGS = 10
