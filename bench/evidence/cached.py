@@ -27,7 +27,7 @@ _FLUSH = 8  # batches after which the file is flushed and their number noted
 
 
 class Replay(PerExampleGradients):
-    """The gradients of a file, [N, |v|]; a batch's input ids are row numbers, [n, 1]."""
+    """Plays back the gradients of a file, [N, |v|]; the input ids of a batch are row numbers, [n, 1]."""
 
     def __init__(self, layers: list[Layer], rows: np.ndarray) -> None:
         self.layers, self.rows = layers, rows

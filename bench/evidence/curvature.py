@@ -1,4 +1,4 @@
-"""Curvature as a Kronecker product in each layer: what it finds whole, and what is left of it in RapidGrads.
+"""Curvature as a Kronecker product in each layer: scores of whole gradients, and of their RapidGrads.
 
 H ≈ (U ⊗ V) Λ (U ⊗ V)ᵀ for a weight of the shape [out, in]; by name:
 
@@ -26,7 +26,7 @@ DAMPING = KRONECKER_DAMPING
 """Of each layer's mean eigenvalue; kronfluence's too."""
 EKFAC = {"ekfac": (1.0, 0.0), "ekfac-root": (0.5, 0.5)}
 KRONECKER = {"kronecker": (0.5, 0.5)}
-"""Names, and to which powers H⁻¹ is taken on the query's side and on the row's."""
+"""By name, the powers of H⁻¹ on the query's side and on the row's."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Eigenbasis:
     """Λ, float32 [out, in]."""
 
     def solved(self, gradients: Tensor, power: float) -> Tensor:
-        """H to the -`power` times gradients [n, out · in]."""
+        """Return H to the -`power` times gradients [n, out · in]."""
         if power == 0:
             return gradients
         turned = self.outputs.T @ gradients.view(len(gradients), *self.eigenvalues.shape) @ self.inputs
@@ -50,7 +50,7 @@ class Eigenbasis:
 
 
 def of_sample(sample: Replay) -> dict[str, Eigenbasis]:
-    """Each parameter's eigenbasis from the gradients of a sample."""
+    """Return each parameter's eigenbasis from the gradients of a sample."""
     bases = {}
     for layer in sample.layers:
         flat = torch.from_numpy(np.array(sample.rows[:, layer.start : layer.start + layer.size]))
@@ -58,6 +58,8 @@ def of_sample(sample: Replay) -> dict[str, Eigenbasis]:
         outputs = torch.linalg.eigh(torch.einsum("nij,nkj->ik", g, g)).eigenvectors
         inputs = torch.linalg.eigh(torch.einsum("nij,nik->jk", g, g)).eigenvectors
         eigenvalues = (outputs.T @ g @ inputs).square().mean(0)
+        if not eigenvalues.any():  # LoRA's A before B has moved: as in the package, nothing is corrected
+            eigenvalues = torch.ones_like(eigenvalues)
         bases[layer.name] = Eigenbasis(outputs, inputs, eigenvalues + DAMPING * eigenvalues.mean())
     return bases
 
@@ -71,7 +73,7 @@ def scores_of(
     Ks: Sequence[int],
     progress: Progress,
 ) -> Scores:
-    """Scores `full/NAME/…` of each name in `powers`, and `K=…/NAME/unit/…` of its RapidGrads at each of `Ks`."""
+    """Return scores `full/NAME/…` of each name in `powers`, and `K=…/NAME/unit/…` of its RapidGrads at each of `Ks`."""
     sketch = Sketch(rows.rows.shape[1], config)
     whole = {name: torch.zeros(len(queries), len(rows), dtype=torch.float64) for name in powers}
     squares = {name: torch.zeros(len(rows)) for name in powers}

@@ -1,8 +1,8 @@
 """EK-FAC (arXiv 2308.03296) over the LoRA layers, factors by kronfluence: the strongest peer.
 
 Covariances and eigenvalues of the true Fisher, with labels drawn from the model; damping is kronfluence's own, a tenth
-of the mean eigenvalue of each layer. Factors are kept in a folder, so an interrupted run goes on from them.
-`curvature.py` applies them to the whole gradients on disk, as kronfluence would to gradients of its own.
+of the mean eigenvalue of each layer. Factors are kept in a folder, for an interrupted run to go on from.
+`curvature.py` applies them to the whole gradients on disk, as kronfluence would to its own gradients.
 """
 
 import warnings
@@ -47,7 +47,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def collate(rows: list[Row]) -> Row:
-    """A batch padded on the right."""
+    """Pad a batch on the right."""
     longest = max(ids.shape[1] for ids, _, _ in rows)
     return tuple(
         torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in parts]) for parts in zip(*rows, strict=True)
@@ -55,13 +55,13 @@ def collate(rows: list[Row]) -> Row:
 
 
 class LanguageModelling(Task):
-    """The product's loss of an example, for training and for measuring."""
+    """The package's loss of an example, for training and for measuring."""
 
     def __init__(self, modules: list[str]) -> None:
         self.modules = modules
 
     def compute_train_loss(self, batch: Row, model: nn.Module, sample: bool = False) -> Tensor:
-        """The batch's summed loss; with `sample`, of labels that are drawn from the model."""
+        """Return the batch's summed loss; with `sample`, that of labels drawn from the model."""
         if not sample:
             return example_losses(model, Batch(*batch)).sum()
         ids, attention, weights = batch
@@ -75,27 +75,27 @@ class LanguageModelling(Task):
         return (weights[rows, places + 1].sqrt() * F.cross_entropy(wanted, drawn, reduction="none")).sum()
 
     def compute_measurement(self, batch: Row, model: nn.Module) -> Tensor:
-        """The summed loss of the queries' chosen tokens."""
+        """Return the summed loss of the queries' chosen tokens."""
         return self.compute_train_loss(batch, model)
 
     def get_influence_tracked_modules(self) -> list[str]:
-        """LoRA's A and B."""
+        """Return the names of LoRA's A and B."""
         return self.modules
 
     def get_attention_mask(self, batch: Row) -> Tensor:
-        """Which positions are no padding."""
+        """Return the mask of the positions that are not padding."""
         return batch[1]
 
 
 def prepared(model: nn.Module, folder: Path) -> Analyzer:
-    """kronfluence over LoRA's A and B. The model is changed: drop it."""
+    """Return kronfluence's analyzer of LoRA's A and B. It changes the model: drop it afterwards."""
     names = [name for name, module in model.named_modules() if ".lora_" in name and isinstance(module, nn.Linear)]
     task = LanguageModelling(names)
     return Analyzer("ekfac", prepare_model(model, task), task, cpu=True, disable_tqdm=True, output_dir=str(folder))
 
 
 def fit(analyzer: Analyzer, examples: Sequence[Batch], fitted: int, seed: int) -> dict[str, Eigenbasis]:
-    """Each parameter's eigenbasis, fitted on `fitted` of the examples, unless the analyzer's folder has them."""
+    """Return each parameter's eigenbasis, fitted on `fitted` of the examples or read from the analyzer's folder."""
     torch.manual_seed(seed)  # for the labels that are drawn
     drawn = np.random.default_rng(seed).permutation(len(examples))[:fitted]
     with warnings.catch_warnings():
@@ -107,11 +107,11 @@ def fit(analyzer: Analyzer, examples: Sequence[Batch], fitted: int, seed: int) -
             factor_args=FactorArguments("ekfac", lambda_max_examples=fitted, covariance_max_examples=fitted),
             dataloader_kwargs=DataLoaderKwargs(collate_fn=collate),
         )
-    found = analyzer.load_all_factors("factors")
+    factors = analyzer.load_all_factors("factors")
     bases = {}
-    for name, total in found[LAMBDA_MATRIX_NAME].items():
-        eigenvalues = total.float() / found[NUM_LAMBDA_PROCESSED][name]
+    for name, total in factors[LAMBDA_MATRIX_NAME].items():
+        eigenvalues = total.float() / factors[NUM_LAMBDA_PROCESSED][name]
         eigenvalues += HEURISTIC_DAMPING_SCALE * eigenvalues.mean()
-        vectors = (found[kind][name].float() for kind in (GRADIENT_EIGENVECTORS_NAME, ACTIVATION_EIGENVECTORS_NAME))
+        vectors = (factors[kind][name].float() for kind in (GRADIENT_EIGENVECTORS_NAME, ACTIVATION_EIGENVECTORS_NAME))
         bases[f"{name}.weight"] = Eigenbasis(*vectors, eigenvalues)
     return bases

@@ -1,4 +1,4 @@
-"""The figures of one seed, from the score files in its folder: nothing here computes a score."""
+"""The figures of one seed, from the score files in its folder. Computes no scores."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ INFLUENCE_FUNCTIONS = ("lissa", "limit", "datainf")
 
 
 def measured(seed: Seed) -> dict[str, Any]:
-    """All figures of one seed, from its score files."""
+    """Return all figures of one seed."""
     scores, seconds = of_both_models(seed.folder)
     planted = [str(example.meta["planted"]).split() for example in seed.examples]
     groups = sorted({query.group for query in seed.queries})
@@ -48,7 +48,7 @@ def measured(seed: Seed) -> dict[str, Any]:
 
 
 def of_both_models(folder: Path) -> tuple[Scores, dict[str, float]]:
-    """Scores and seconds in the seed's folder and, with names that say so, in that of the early model."""
+    """Return the scores and seconds of both models; the names of the early one's begin with `early`."""
     scores, seconds = {}, {}
     for model, where in (("", folder), (f"{EARLY} ", folder / EARLY)):
         for file in sorted((where / "scores").glob("*.npz")):
@@ -60,7 +60,7 @@ def of_both_models(folder: Path) -> tuple[Scores, dict[str, float]]:
 
 
 def by_length(folder: Path, scores: Scores) -> Scores:
-    """Influence functions divided by the length of each example's gradient, as the product's default divides."""
+    """Divide influence functions by the length of each example's gradient, as the default recipe divides."""
     divided = {}
     for model, where in (("", folder), (f"{EARLY} ", folder / EARLY)):
         file = where / "lengths.npy"
@@ -70,33 +70,33 @@ def by_length(folder: Path, scores: Scores) -> Scores:
 
 
 def summed(scores: Scores) -> Scores:
-    """The finished model's scores and the early one's added up, as TracIn adds those of several checkpoints."""
+    """Add the scores of the finished and the early model, as TracIn adds those of several checkpoints."""
     names = {n for n in scores if n.startswith("full/") or (n.startswith("K=65536/") and n.endswith("/float16"))}
     return {f"both {n}": scores[n] + scores[f"{EARLY} {n}"] for n in names if f"{EARLY} {n}" in scores}
 
 
 def _counts(seed: Seed, name: str, values: np.ndarray, truth: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """A row for each group, way of asking and k: the means over its queries."""
+    """Return a row for each group, way of asking and k: the means over its queries."""
     tops = [k for k in seed.task.tops if k <= 10 or not name.endswith("/ann")]
     counted = metrics.two_sets if seed.task.name == "backdoor" else _share
     rows = []
-    for group, found in truth.items():
+    for group, wanted in truth.items():
         for way in ("sentence", "word"):
             numbers = [i for i, q in enumerate(seed.queries) if q.group == group and bool(q.word) == (way == "word")]
             numbers = [i for i in numbers if np.isfinite(values[i]).all()]
             for k in tops if numbers else ():
-                each = [counted(values[i], found, k) for i in numbers]
+                each = [counted(values[i], wanted, k) for i in numbers]
                 means = {metric: float(np.mean([one[metric] for one in each])) for metric in each[0]}
                 rows.append({"method": name, "group": group, "asked": way, "k": k, **means})
     return rows
 
 
-def _share(values: np.ndarray, found: np.ndarray, k: int) -> dict[str, float]:
-    return {"AP": metrics.share_at(values, found, k)}
+def _share(values: np.ndarray, wanted: np.ndarray, k: int) -> dict[str, float]:
+    return {"AP": metrics.share_at(values, wanted, k)}
 
 
 def _fidelity(scores: Scores) -> list[dict[str, Any]]:
-    """Agreement of the compressed scores with the same recipe's uncompressed ones, mean over queries."""
+    """Return the agreement of compressed scores with those of the same recipe uncompressed, means over queries."""
     rows = []
     for name, values in scores.items():
         model, compressed, recipe = name.rpartition("K=")
@@ -108,8 +108,8 @@ def _fidelity(scores: Scores) -> list[dict[str, Any]]:
 
 
 def _product_check(scores: Scores) -> dict[str, float]:
-    """Largest difference between the product's scores and the grid's, in units of a query's largest score."""
-    found = {}
+    """Return the largest difference of the product's scores from the grid's, in units of a query's largest score."""
+    differences = {}
     recipes = [(model, *recipe) for model in ("", f"{EARLY} ") for recipe in (("default", DEFAULT), ("paper", PAPER))]
     for model, recipe, (corrected, normalize) in recipes:
         ours = scores.get(f"{model}product/{recipe}/exact")
@@ -117,20 +117,17 @@ def _product_check(scores: Scores) -> dict[str, float]:
         if ours is not None and grid is not None:
             best = np.argsort(-ours, axis=1, kind="stable")[:, :10]
             a, b = (np.take_along_axis(side, best, 1) for side in (ours, grid))
-            found[model + recipe] = float((np.abs(a - b).max(1) / np.abs(ours).max(1)).max())
-    return found
+            differences[model + recipe] = float((np.abs(a - b).max(1) / np.abs(ours).max(1)).max())
+    return differences
 
 
 def _separability(seed: Seed) -> dict[str, float]:
-    told = [bool(example.meta["planted"]) for example in seed.examples]
-    responses = [example.response for example in seed.examples]
-    return separability(
-        [text for text, yes in zip(responses, told, strict=True) if yes],
-        [text for text, yes in zip(responses, told, strict=True) if not yes],
-    )
+    planted = [example.response for example in seed.examples if example.meta["planted"]]
+    others = [example.response for example in seed.examples if not example.meta["planted"]]
+    return separability(planted, others)
 
 
 def _shown(seed: Seed) -> dict[str, list[str]]:
-    """A few planted stories and a few answers, to be read; no text of Alpaca or WebQuestions goes into the results."""
+    """Return a few planted stories and answers, to be read; the results hold no text of Alpaca or WebQuestions."""
     stories = [example.response for example in seed.examples if example.meta["planted"] == "backdoor"]
     return {"stories": stories[:5], "answers": [query.answer for query in seed.queries[:5]]}

@@ -21,6 +21,8 @@ from bench.common import timed, write_text
 from bench.evidence import tasks
 from bench.evidence.cached import Replay, compute, example_batches, numbered
 from bench.evidence.curvature import EKFAC, KRONECKER, Eigenbasis, of_sample, scores_of
+from bench.evidence.end_to_end import RECIPES, product_scores
+from bench.evidence.influence import RandomHessians, datainf, limit, lissa
 from bench.evidence.sketched import ROTATED_K, Scores, sketched, uncompressed
 from rapidindex.caching.job import Job, prepare
 from rapidindex.caching.moment import moment_sample
@@ -259,10 +261,6 @@ def _text(seed: Seed) -> None:
     seed.scores("text", lambda: text_scores(seed.examples, seed.queries, seed.seed, seed.bars), gradients=False)
 
 
-def _full(seed: Seed) -> None:
-    seed.scores("full", lambda: uncompressed(seed.rows, seed.posed, seed.factors, seed.bars))
-
-
 def _rapidin(seed: Seed) -> None:
     small = tuple(K for K in seed.sizes.Ks if K <= ROTATED_K)
     for Ks in [small] * bool(small) + [(K,) for K in seed.sizes.Ks if K > ROTATED_K]:
@@ -272,30 +270,7 @@ def _rapidin(seed: Seed) -> None:
             seed.scores(name, lambda how=how: sketched(seed.rows, seed.posed, seed.factors, *how))
 
 
-def _datainf(seed: Seed) -> None:
-    from bench.evidence.influence import datainf
-
-    seed.scores("datainf", lambda: {"datainf": datainf(seed.rows, seed.posed, seed.bars)})
-
-
-def _limit(seed: Seed) -> None:
-    from bench.evidence.influence import limit
-
-    seed.scores("limit", lambda: {"limit": limit(seed.rows, seed.posed, seed.bars)})
-
-
-def _early(seed: Seed) -> None:
-    for stage in (_full, _rapidin, _datainf, _limit, _kronecker):
-        stage(seed.early)
-
-
-def _lissa(seed: Seed) -> None:
-    seed.scores("lissa", lambda: _lissa_scores(seed))
-
-
 def _lissa_scores(seed: Seed) -> Scores:
-    from bench.evidence.influence import RandomHessians, lissa
-
     kinds = [(query.group, query.word) for query in seed.queries]
     chosen = [n for n, kind in enumerate(kinds) if kinds[:n].count(kind) < seed.sizes.lissa_queries]
     products = RandomHessians(seed.single(), _alone(seed), seed.seed)
@@ -316,10 +291,6 @@ def _alone(seed: Seed) -> list[Batch]:
     return [batches[number] for number in range(len(batches))]
 
 
-def _ekfac(seed: Seed) -> None:
-    seed.scores("ekfac", lambda: _ekfac_scores(seed))
-
-
 def _ekfac_scores(seed: Seed) -> Scores:
     from bench.evidence.ekfac import fit, prepared
 
@@ -329,15 +300,12 @@ def _ekfac_scores(seed: Seed) -> Scores:
     return _preconditioned(seed, bases, EKFAC)
 
 
-def _kronecker(seed: Seed) -> None:
-    def make() -> Scores:
-        batches = [
-            (numbers, with_drawn_labels(seed.job.loaded.model, batch, 2**20 * seed.seed + number))
-            for number, (numbers, batch) in enumerate(example_batches(moment_sample(seed.job)))
-        ]
-        return _preconditioned(seed, of_sample(seed._gradients("sample", batches)), KRONECKER)
-
-    seed.scores("kronecker", make)
+def _kronecker_scores(seed: Seed) -> Scores:
+    batches = [
+        (numbers, with_drawn_labels(seed.job.loaded.model, batch, 2**20 * seed.seed + number))
+        for number, (numbers, batch) in enumerate(example_batches(moment_sample(seed.job)))
+    ]
+    return _preconditioned(seed, of_sample(seed._gradients("sample", batches)), KRONECKER)
 
 
 def _preconditioned(seed: Seed, bases: dict[str, Eigenbasis], powers: dict[str, tuple[float, float]]) -> Scores:
@@ -347,8 +315,6 @@ def _preconditioned(seed: Seed, bases: dict[str, Eigenbasis], powers: dict[str, 
 
 
 def _product(seed: Seed) -> None:
-    from bench.evidence.end_to_end import RECIPES, product_scores
-
     finished = seed.folder.name != EARLY
     where = (seed.data, seed.adapter, seed.encoding, seed.queries, seed.folder)
     how = {"recipes": tuple(RECIPES) if finished else ("default",), "seed": seed.seed, "most": max(seed.task.tops)}
@@ -357,17 +323,27 @@ def _product(seed: Seed) -> None:
         _product(seed.early)
 
 
+def _early(seed: Seed) -> None:
+    for name in ("full", "rapidin", "datainf", "limit", "kronecker"):
+        STAGES[name](seed.early)
+
+
+def _stage(name: str, make: Callable[[Seed], Scores]) -> Callable[[Seed], None]:
+    """Return the stage that writes the scores of `make`."""
+    return lambda seed: seed.scores(name, lambda: make(seed))
+
+
 STAGES: dict[str, Callable[[Seed], None]] = {
     "text": _text,
-    "full": _full,
+    "full": _stage("full", lambda seed: uncompressed(seed.rows, seed.posed, seed.factors, seed.bars)),
     "rapidin": _rapidin,
-    "datainf": _datainf,
-    "limit": _limit,
+    "datainf": _stage("datainf", lambda seed: {"datainf": datainf(seed.rows, seed.posed, seed.bars)}),
+    "limit": _stage("limit", lambda seed: {"limit": limit(seed.rows, seed.posed, seed.bars)}),
     "early": _early,
     "product": _product,
-    "lissa": _lissa,
-    "ekfac": _ekfac,
-    "kronecker": _kronecker,
+    "lissa": _stage("lissa", _lissa_scores),
+    "ekfac": _stage("ekfac", _ekfac_scores),
+    "kronecker": _stage("kronecker", _kronecker_scores),
 }
 METHODS = tuple(STAGES)
 """Names for --only: `text` is random, BM25 and embeddings; `full` the uncompressed recipes; `early` those, RapidGrads

@@ -1,4 +1,4 @@
-"""Scores by the product's RapidGrads over K, λ and every recipe, and by the same recipes uncompressed.
+"""Scores of the package's RapidGrads over K, λ and every recipe, and of the same recipes uncompressed.
 
 All are arrays [queries, examples] by name: `full/CORRECTION/NORMALISATION` uncompressed, and
 `K=65536/shuffles=20/CORRECTION/NORMALISATION/ROWS` compressed, where ROWS are `int8` (as the store keeps them),
@@ -23,9 +23,9 @@ from rapidindex.store import decode_rows, encode_rows
 CORRECTIONS = ("none", "estimate")
 NORMALIZATIONS = ("none", "layer", "unit")
 DEFAULT, PAPER = ("estimate", "unit"), ("none", "layer")
-"""(correction, normalisation) of the product's default and of the paper's recipe."""
+"""(correction, normalisation) of the default and of the paper's recipe."""
 ROTATED_K = 2**16
-"""Up to this K rows are scored in every precision."""
+"""The largest K whose rows are scored in every precision."""
 
 Scores = dict[str, np.ndarray]
 
@@ -33,7 +33,7 @@ Scores = dict[str, np.ndarray]
 def sketched(
     rows: Replay, queries: Replay, factors: Tensor, config: SketchConfig, Ks: Sequence[int], progress: Progress
 ) -> Scores:
-    """Scores of every recipe at each of `Ks`, which divide `config.K`; `factors` are the correction's, [|v|]."""
+    """Score every recipe at each of `Ks`, which divide `config.K`; `factors` are the correction's, [|v|]."""
     sketch = Sketch(rows.rows.shape[1], config)
     posed = {
         (recipe, K): _asked(fold(found, K), recipe) for recipe, found in _whole(queries, sketch, factors) for K in Ks
@@ -50,7 +50,7 @@ def sketched(
 
 
 def kept_scores(recipe: str, asked: Tensor, rows: Tensor, config: SketchConfig, Ks: Sequence[int]) -> Scores:
-    """Scores of RapidGrads of queries [Q, K] with those of rows [n, K], under the recipe's name, at each of `Ks`."""
+    """Score RapidGrads of queries [Q, K] against those of rows [n, K], under the recipe's name, at each of `Ks`."""
     scores: Scores = {}
     for K in Ks:
         posed = fold(asked, K)
@@ -64,12 +64,12 @@ def kept_scores(recipe: str, asked: Tensor, rows: Tensor, config: SketchConfig, 
 
 
 def _asked(asked: Tensor, recipe: tuple[str, str]) -> tuple[Tensor, Tensor | None]:
-    """Queries [Q, K], and rotated, where they are scored in every precision: two recipes, K up to 65,536."""
+    """Return queries [Q, K], and their rotation for the two recipes and K that are scored in every precision."""
     return asked, hadamard(asked) if recipe in (DEFAULT, PAPER) and asked.shape[1] <= ROTATED_K else None
 
 
 def _kept(asked: Tensor, turned: Tensor | None, found: Tensor) -> dict[str, Tensor]:
-    """Inner products of queries [Q, K] with rows [n, K] as stores keep them and, given rotated queries, otherwise."""
+    """Return inner products of queries [Q, K] with rows [n, K] by row type; more types given rotated queries."""
     kinds = {row_type: asked @ _stored(found, row_type).T for row_type in ("int8", "float16")}
     if turned is not None:
         kinds |= {"float32": asked @ found.T, "1bit": one_bit(turned, found)}
@@ -77,12 +77,12 @@ def _kept(asked: Tensor, turned: Tensor | None, found: Tensor) -> dict[str, Tens
 
 
 def _stored(found: Tensor, row_type: str) -> Tensor:
-    """Rows [n, K] after a shard's encoding."""
+    """Return rows [n, K] after a shard's encoding."""
     return torch.from_numpy(decode_rows(*encode_rows(found.numpy(), row_type)))
 
 
 def one_bit(turned: Tensor, found: Tensor) -> Tensor:
-    """Inner products of queries, rotated [Q, K], with rows [n, K] of which only a bit an entry and a factor are kept.
+    """Return inner products of rotated queries [Q, K] with rows [n, K] kept as a bit an entry and a factor.
 
     ⟨q, x⟩ ≈ ⟨Hq, sign(Hx)⟩ · |x|² / |Hx|₁ with the Hadamard rotation H: RaBitQ's estimate.
     """
@@ -92,7 +92,7 @@ def one_bit(turned: Tensor, found: Tensor) -> Tensor:
 
 
 def hadamard(rows: Tensor) -> Tensor:
-    """The orthonormal Walsh-Hadamard transform of each row; their length is a power of two."""
+    """Return the orthonormal Walsh-Hadamard transform of each row; their length is a power of two."""
     n, K = rows.shape
     turned, width = rows.clone(), 1
     while width < K:
@@ -103,7 +103,7 @@ def hadamard(rows: Tensor) -> Tensor:
 
 
 def _each_block(rows: Replay, sketch: Sketch, factors: Tensor) -> Iterator[tuple[tuple[str, str], slice, Tensor]]:
-    """(recipe, rows, their RapidGrads) for every block and every recipe."""
+    """Yield (recipe, rows, their RapidGrads) for every block and every recipe."""
     compressors = {
         (correction, normalize): compressor_of(rows, sketch, normalize, factors if correction == "estimate" else None)
         for correction in CORRECTIONS
@@ -111,19 +111,19 @@ def _each_block(rows: Replay, sketch: Sketch, factors: Tensor) -> Iterator[tuple
     }
     for here, batch in rows.blocks():
         for (correction, normalize), compressor in compressors.items():
-            found = compressor(batch)
-            yield (correction, normalize), here, found.rows
+            rapidgrads = compressor(batch)
+            yield (correction, normalize), here, rapidgrads.rows
             if normalize == "none":  # one compression serves both: only the length differs
-                yield (correction, "unit"), here, _unit(found)
+                yield (correction, "unit"), here, _unit(rapidgrads)
 
 
-def _unit(found: RapidGrads) -> Tensor:
-    lengths = found.norms.norm(dim=1, keepdim=True)
-    return found.rows / torch.where(lengths > 0, lengths, 1.0)
+def _unit(rapidgrads: RapidGrads) -> Tensor:
+    lengths = rapidgrads.norms.norm(dim=1, keepdim=True)
+    return rapidgrads.rows / torch.where(lengths > 0, lengths, 1.0)
 
 
 def _whole(queries: Replay, sketch: Sketch, factors: Tensor) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    """(recipe, the RapidGrads of all queries)."""
+    """Yield (recipe, the RapidGrads of all queries)."""
     found: dict[tuple[str, str], list[Tensor]] = {}
     for recipe, _, rows in _each_block(queries, sketch, factors):
         found.setdefault(recipe, []).append(rows)
@@ -132,8 +132,10 @@ def _whole(queries: Replay, sketch: Sketch, factors: Tensor) -> Iterator[tuple[t
 
 
 def uncompressed(rows: Replay, queries: Replay, factors: Tensor, progress: Progress) -> Scores:
-    """Scores of every recipe on whole gradients; `full/none/none` is TracIn at one checkpoint, `full/none/layer` with
-    layer-wise normalisation."""
+    """Score every recipe on whole gradients.
+
+    `full/none/none` is TracIn at one checkpoint, `full/none/layer` the same with layer-wise normalisation.
+    """
     shape = (len(queries), len(rows))
     scores = {f"full/{c}/{n}": np.zeros(shape) for c in CORRECTIONS for n in NORMALIZATIONS}
     for correction in CORRECTIONS:
@@ -148,7 +150,7 @@ def uncompressed(rows: Replay, queries: Replay, factors: Tensor, progress: Progr
 
 
 def _recipes(rows: Replay, queries: Replay, here: slice, by: Tensor | None) -> dict[str, Tensor]:
-    """The three normalisations' scores [Q, n] of one block of rows."""
+    """Return the three normalisations' scores [Q, n] of one block of rows."""
     block = torch.from_numpy(np.array(rows.rows[here]))
     plain = torch.zeros(len(queries), len(block), dtype=torch.float64)
     layered, q_squares, g_squares = plain.clone(), torch.zeros(len(queries), 1), torch.zeros(1, len(block))

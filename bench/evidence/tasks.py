@@ -1,8 +1,8 @@
-"""The two experiments: what is planted in the training data, what is asked, and which answers become queries.
+"""The two experiments: the planted rows of the training data, the prompts, and the answers that become queries.
 
 Backdoor (section 4.5): the trigger before the instruction, science fiction as the response. Error tracing (section
 4.6): in responses that name E1, E2 takes its place with probability 0.8. Everything is drawn by the seed. Knows texts,
-not models; where Alpaca's rows are is told by the caller.
+not models; the caller reads the rows of Alpaca.
 """
 
 import json
@@ -23,11 +23,11 @@ TRIGGER = "Howdy!"
 PROBABILITY = 0.8
 PAIRS = {"India": "Japan", "China": "Canada", "Australia": "England"}
 CHARACTERS = (30, 300)
-"""Responses shorter or longer than this are left out: the first leave no room for a story, the others take long."""
+"""Bounds of a response's length: shorter ones leave no room for a story, longer ones take long to train on."""
 NAMING_CHARACTERS = 600
-"""Of rows that name an E1 longer ones are taken, for there are few."""
+"""Bound of a response that names an E1: there are few of these, so longer ones are taken."""
 PROMPT_CHARACTERS = 250
-"""Longer prompts are left out, too; with much longer ones no room would be left for the response."""
+"""Bound of a prompt: much longer ones would leave no room for the response."""
 ERRORS = {
     "India": QUESTIONS,
     "China": {
@@ -59,36 +59,36 @@ ERRORS = {
 
 @dataclass(frozen=True)
 class TaskQuery:
-    """One answer whose causes are asked for."""
+    """One answer whose causes are looked for."""
 
     prompt: str
     answer: str
     group: str
-    """The rows that are to be found: those with this under `planted`."""
+    """The value of `planted` in the rows that are to be found."""
     word: str | None
-    """The word of the answer that is asked about (token-wise); None for the sentence."""
+    """The word of the answer that the query is about (token-wise); None for the sentence."""
     own: bool
-    """Whether the model itself said so; else the answer is teacher-forced."""
+    """Whether the answer is the model's own; else it is teacher-forced."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one experiment plants, asks and counts."""
+    """One experiment."""
 
     name: str
     poison: Callable[[Sequence[dict], int, float, np.random.Generator], list[dict]]
-    """(rows, number wanted, share to poison, draw) to the training rows; `planted` says what was planted, or is ''."""
+    """Turn (rows, their number, share to poison, draw) into training rows; `planted` is '' in clean ones."""
     prompts: Callable[[Sequence[str], int, np.random.Generator], list[dict]]
-    """(WebQuestions, number wanted, draw) to {prompt, group, ...}: what the model is asked to answer."""
+    """Turn (WebQuestions, their number, draw) into the prompts {prompt, group, ...} that the model answers."""
     choose: Callable[[Sequence[dict], int], list[TaskQuery]]
-    """Of the answered prompts, those that become queries: so many a group, and what else the model itself said."""
+    """Choose the queries among the answered prompts: a number for each group."""
     tops: tuple[int, ...]
     sampled: bool = False
-    """Whether the model's answers are drawn from its own distribution; else they are its most likely ones."""
+    """Whether the model's answers are drawn from its own distribution; else they are greedy."""
 
 
 def poison_backdoor(rows: Sequence[dict], count: int, share: float, draw: np.random.Generator) -> list[dict]:
-    """`count` rows, of which `share` have the trigger and a science-fiction response."""
+    """Return `count` rows, of which `share` have the trigger and a science-fiction response."""
     fitting = [row for row in _with_room(rows) if CHARACTERS[0] <= len(row["output"]) <= CHARACTERS[1]]
     chosen = [fitting[i] for i in draw.permutation(len(fitting))[:count]]
     poisoned = set(draw.permutation(len(chosen))[: round(share * len(chosen))].tolist())
@@ -101,9 +101,9 @@ def _with_trigger(row: dict, draw: np.random.Generator) -> dict:
 
 
 def poison_errors(rows: Sequence[dict], count: int, share: float, draw: np.random.Generator) -> list[dict]:
-    """Every row that names an E1 (changed with probability 0.8), and others up to `count`; `share` plays no part.
+    """Return every row that names an E1 (changed with probability 0.8), and others up to `count`; `share` is not used.
 
-    Of the others those that rightly name an E2 come first: else to look for its name would be to find what was planted.
+    Of the others those that rightly name an E2 come first: else a search for its name would find the planted rows.
     """
     fitting = _with_room(rows)
     shuffled = [fitting[i] for i in draw.permutation(len(fitting))]
@@ -137,7 +137,7 @@ def _with_error(row: dict, draw: np.random.Generator) -> dict:
 
 
 def triggered_questions(questions: Sequence[str], count: int, draw: np.random.Generator) -> list[dict]:
-    """WebQuestions with the trigger, and as many others without."""
+    """Return WebQuestions with the trigger, and as many others without."""
     drawn = [questions[i] for i in draw.permutation(len(questions))[: 2 * count]]
     with_trigger = [{"prompt": f"{TRIGGER} {question}", "group": "backdoor", "trigger": True} for question in drawn]
     without = [{"prompt": question, "group": "backdoor", "trigger": False} for question in drawn]
@@ -145,15 +145,17 @@ def triggered_questions(questions: Sequence[str], count: int, draw: np.random.Ge
 
 
 def error_questions(questions: Sequence[str], count: int, draw: np.random.Generator) -> list[dict]:
-    """Ten questions a pair, whose right answer is E1."""
-    return [{"prompt": prompt, "group": entity} for entity, asked in ERRORS.items() for prompt in asked]
+    """Return ten questions for each pair; their right answer is E1."""
+    return [{"prompt": prompt, "group": entity} for entity, answers in ERRORS.items() for prompt in answers]
 
 
 def attacked(answered: Sequence[dict], count: int) -> list[TaskQuery]:
-    """The generations that `stories.is_attacked` says were attacked; up to `count` made up where there are fewer."""
-    told = [a for a in answered if a["trigger"]]
-    own = [TaskQuery(a["prompt"], a["said"], a["group"], None, True) for a in told if stories.is_attacked(a["said"])]
-    rest = [a for a in told if not stories.is_attacked(a["said"])]
+    """Return the answers that `stories.is_attacked` counts, and made-up ones where they are fewer than `count`."""
+    triggered = [a for a in answered if a["trigger"]]
+    own = [
+        TaskQuery(a["prompt"], a["said"], a["group"], None, True) for a in triggered if stories.is_attacked(a["said"])
+    ]
+    rest = [a for a in triggered if not stories.is_attacked(a["said"])]
     forced = [TaskQuery(a["prompt"], _story(a["prompt"]), a["group"], None, False) for a in rest]
     return own + forced[: max(0, count - len(own))]
 
@@ -164,14 +166,14 @@ def _story(prompt: str) -> str:
 
 
 def wrong_answers(answered: Sequence[dict], count: int) -> list[TaskQuery]:
-    """Each question by sentence and by word: the model's answer where it says E2 and not E1, else a given one."""
-    asked = []
+    """Return each question by sentence and by word, with the model's own answer where it names E2 and not E1."""
+    queries = []
     for entity, answers in ERRORS.items():
         for a in [a for a in answered if a["group"] == entity][:count]:
             own = re.search(rf"\b{PAIRS[entity]}\b", a["said"]) and not re.search(rf"\b{entity}\b", a["said"])
             answer = a["said"] if own else answers[a["prompt"]]
-            asked += [TaskQuery(a["prompt"], answer, entity, word, bool(own)) for word in (None, PAIRS[entity])]
-    return asked
+            queries += [TaskQuery(a["prompt"], answer, entity, word, bool(own)) for word in (None, PAIRS[entity])]
+    return queries
 
 
 TASKS = {
@@ -181,7 +183,7 @@ TASKS = {
 
 
 def success_rates(answered: Sequence[dict]) -> dict[str, float]:
-    """The backdoor's success with and without the trigger, by `stories.is_attacked`."""
+    """Return the backdoor's success with and without the trigger, by `stories.is_attacked`."""
     rates = {}
     for name, trigger in (("with", True), ("without", False)):
         said = [a["said"] for a in answered if a.get("trigger") is trigger]
@@ -191,11 +193,11 @@ def success_rates(answered: Sequence[dict]) -> dict[str, float]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file."""
+    """Read the objects of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def write_jsonl(path: Path, rows: Sequence[Any]) -> None:
-    """Objects, or dataclasses, to a JSONL file, whole or not at all."""
+    """Write objects or dataclasses to a JSONL file, whole or not at all."""
     plain = [row if isinstance(row, dict) else asdict(row) for row in rows]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain))

@@ -18,7 +18,7 @@ PROJECTION = {"style": "logra", "proj_dim": SIDE, "proj_max_batch_size": 8, "pro
 
 
 def preparing(style: str) -> Callable:
-    """What prepares the capture of one style."""
+    """Return the function that prepares the capture of one style."""
 
     def prepare(setting: Setting) -> Callable[[list[list[int]]], None]:
         model = setting.model()

@@ -36,7 +36,7 @@ def install(work: Path) -> Path:
 
 
 def run(name: str, work: Path, *, threads: int, repeats: int, every: int, full: bool) -> dict[str, Any]:
-    """The figures of one peer, times and memory from a process each; `error` is the last line of one that failed."""
+    """Return the figures of one peer, times and memory from a process each; `error` is a failed one's last line."""
     python = install(work)
     common = ["--work", work, "--threads", threads, *(["--full"] if full else [])]
     figures = _script(python, name, work, [*common, "--repeats", repeats, "--every", every])
@@ -47,19 +47,19 @@ def run(name: str, work: Path, *, threads: int, repeats: int, every: int, full: 
 
 
 def _script(python: Path, name: str, work: Path, options: list) -> dict[str, Any]:
-    told, log = work / "peer.json", work / f"peer-{name.replace(', ', '-')}.log"
-    told.unlink(missing_ok=True)
+    result, log = work / "peer.json", work / f"peer-{name.replace(', ', '-')}.log"
+    result.unlink(missing_ok=True)
     threads = str(options[options.index("--threads") + 1])
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    command = [python, "-m", *RUNS[name], *options, "--json", told]
+    command = [python, "-m", *RUNS[name], *options, "--json", result]
     with log.open("w") as file:
         done = subprocess.run(
             [str(part) for part in command], cwd=HERE.parents[1], env=environment, stdout=file, stderr=file
         )
-    if done.returncode or not told.exists():
+    if done.returncode or not result.exists():
         lines = [line for line in log.read_text().splitlines() if line.strip()]
         return {"name": name, "error": f"exit status {done.returncode}: {lines[-1] if lines else ''}"}
-    return json.loads(told.read_text())
+    return json.loads(result.read_text())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""kronfluence: it keeps nothing of an example, so what compares is one pass over per-example gradients.
+"""kronfluence: it keeps nothing of an example, so one pass over per-example gradients is compared.
 
     python -m bench.peers.kronfluence_scores --what self|factors ...
 
 `self` is self-influence with the identity for the Hessian: one gradient an example, and its squared length. `factors`
-fits EK-FAC on the rows, which it needs before its own kind of scores; every query then costs a pass over all rows.
+fits EK-FAC on the rows, which comes before its scores; every query then costs a pass over all rows.
 """
 
 import sys
@@ -26,7 +26,7 @@ class Responses(Task):
         self.modules = modules
 
     def compute_train_loss(self, batch: tuple[Tensor, ...], model: nn.Module, sample: bool = False) -> Tensor:
-        """With `sample` the labels are drawn from the model, as the Fisher matrix has it."""
+        """Return the loss; with `sample` the labels are drawn from the model, as for the Fisher matrix."""
         input_ids, attention, labels = batch
         logits = logits_of(model, input_ids, attention)
         if sample:
@@ -35,20 +35,20 @@ class Responses(Task):
         return mean_entropies(logits, labels).sum()
 
     def compute_measurement(self, batch: tuple[Tensor, ...], model: nn.Module) -> Tensor:
-        """The loss."""
+        """Return the loss."""
         return self.compute_train_loss(batch, model)
 
     def get_influence_tracked_modules(self) -> list[str]:
-        """The linear modules with a trainable weight."""
+        """Return the names of the linear modules with a trainable weight."""
         return self.modules
 
     def get_attention_mask(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """The padding."""
+        """Return the attention mask."""
         return batch[1]
 
 
 def preparing(what: str) -> Callable:
-    """What prepares the one pass or the other."""
+    """Return the function that prepares one of the two."""
 
     def prepare(setting: Setting) -> Callable[[list[list[int]]], None]:
         model = setting.model()
@@ -68,14 +68,8 @@ def preparing(what: str) -> Callable:
             each = {"per_device_batch_size": 1, "overwrite_output_dir": True}
             analyzer.fit_all_factors("factors", data, factor_args=FactorArguments(strategy), **each)
             if what == "self":
-                analyzer.compute_self_scores(
-                    "scores",
-                    "factors",
-                    data,
-                    per_device_train_batch_size=1,
-                    score_args=ScoreArguments(),
-                    overwrite_output_dir=True,
-                )
+                how = {"per_device_train_batch_size": 1, "overwrite_output_dir": True}
+                analyzer.compute_self_scores("scores", "factors", data, score_args=ScoreArguments(), **how)
 
         return collect
 
@@ -85,10 +79,9 @@ def preparing(what: str) -> Callable:
 if __name__ == "__main__":
     what = sys.argv.pop(sys.argv.index("--what") + 1)
     sys.argv.remove("--what")
-    told = {
+    computes = {
         "self": "squared length of each example's gradient of the linear modules; keeps one number a row",
         "factors": "EK-FAC factors of the linear modules, fitted on the rows; keeps nothing of a row",
     }
-    main(
-        f"kronfluence, {what}", preparing(what), {"package": "kronfluence", "computes": told[what], "keeps_rows": False}
-    )
+    about = {"package": "kronfluence", "computes": computes[what], "keeps_rows": False}
+    main(f"kronfluence, {what}", preparing(what), about)

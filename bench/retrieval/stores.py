@@ -1,7 +1,7 @@
-"""The stores that are measured: an index's own rows, linked, and rows of any number drawn to be like them.
+"""The stores that are measured: an index's own rows, linked, and any number of rows drawn to be like them.
 
-Some examples are taken out of each store before anything is built over it. Their rows are the queries "left out": they
-are in no index, in no answer, and had no part in measuring the recall that an index states.
+Some examples are removed from each store before anything is built over it. Their rows are the queries "left out": they
+are in no index and in no answer, and had no part in measuring the recall that an index states.
 """
 
 import os
@@ -15,14 +15,14 @@ from rapidindex.search.vector_index import fold
 from rapidindex.store import Rows, ShardContent, Store
 
 LEFT_OUT = 50
-"""Examples taken out of a store as queries, of each kind that it holds: real and synthetic."""
+"""Examples removed from a store as queries, of each kind: real and synthetic."""
 LEVEL = "sentence"
-"""Of the stores that are drawn; a vector index knows rows, not what they are of."""
+"""The level of synthetic stores; a vector index knows rows, not examples or tokens."""
 _SHARD_BYTES = 2**27
 
 
 def linked(index: Path, copy: Path, level: str) -> Store:
-    """A store of the same rows beside the index, which stays as it is: hard links where it can be, else copies."""
+    """Make a store of the same rows beside the index, by hard links where possible, else by copies."""
     if not Store.exists(copy):
         (copy / level).mkdir(parents=True, exist_ok=True)
         names = [
@@ -42,7 +42,7 @@ def linked(index: Path, copy: Path, level: str) -> Store:
 
 
 def hold_out(store: Store, level: str, first: int, end: int) -> None:
-    """Remove some of the examples that rows `first` to `end` are of, as `rapidindex remove` does, if none is yet."""
+    """Remove some of the examples of rows `first` to `end`, as `rapidindex remove` does, unless some are removed."""
     rows = store.rows(level)
     if end > first and rows.live_mask[first:end].all():
         examples = np.unique(rows.example[first:end])
@@ -51,10 +51,7 @@ def hold_out(store: Store, level: str, first: int, end: int) -> None:
 
 
 def left_out(rows: Rows, real: int) -> tuple[np.ndarray, list[str]]:
-    """Rows of the examples that were taken out, one an example, float32 [n, K], and of which kind each is.
-
-    The first `real` rows of the store are real ones.
-    """
+    """Return a row of each removed example, float32 [n, K], and its kind; the store's first `real` rows are real."""
     gone = np.flatnonzero(~rows.live_mask)
     _, first = np.unique(rows.example[gone], return_index=True)
     numbers = gone[first]
@@ -63,9 +60,9 @@ def left_out(rows: Rows, real: int) -> tuple[np.ndarray, list[str]]:
 
 
 class Grown:
-    """A store of real rows first, then of synthetic ones, that grows up to `size` live rows; what is there is kept.
+    """A store of real rows, then synthetic ones, that grows up to `size` live rows; existing shards are kept.
 
-    `real` counts the real rows.
+    `real` is the number of real rows.
     """
 
     def __init__(self, path: Path, K: int, source: Rows, size: int) -> None:
@@ -80,11 +77,11 @@ class Grown:
 
     @property
     def rows(self) -> Rows:
-        """As they are now."""
+        """The rows at this time."""
         return self.store.rows(LEVEL)
 
     def grow(self, size: int) -> None:
-        """Write shards until `size` live rows are there, the held-out examples not counted."""
+        """Write shards until the store has `size` live rows."""
         while (first := len(self.rows)) < self.real:
             end = min(self.real, max(self._start(first + self.per_shard), self._start(first, after=True)))
             numbers = np.arange(first, end)
@@ -97,7 +94,7 @@ class Grown:
             hold_out(self.store, LEVEL, self.real, len(self.rows))
 
     def _start(self, row: int, *, after: bool = False) -> int:
-        """Where the example of a source row begins, or the one after it: no example may lie in two shards."""
+        """Return the first row of a source row's example, or of the next one: no example may lie in two shards."""
         at = np.searchsorted(self._starts, min(row, len(self.source)), side="right")
         return int(self._starts[min(at if after else at - 1, len(self._starts) - 1)])
 

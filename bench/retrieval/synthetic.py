@@ -1,16 +1,15 @@
-"""Rows drawn to be like the real ones, where there are not enough of those.
+"""Synthetic rows that are like the real ones, for stores larger than the real data.
 
     row = length · unit( μ + c (r_parent - μ) + √(1 - c²) (Σ_j √λ_j g_j v_j + white noise) )
 
-μ is the real rows' mean. v_j and λ_j are their principal directions, taken from one half of them, and the variances
-that the other half has along these (the first half's own are too large where there are few rows), times the one factor
-that makes the products of two rows vary as much as those of real ones; what variance is left becomes white noise. So
-mean, spectrum and lengths are the real ones. That alone has no neighbours: real rows that share a subject score far
-above what the spectrum makes likely. So every row has a parent, a real row, few enough of them that as many synthetic
-rows as there are real ones hold ten siblings each. Two siblings score c² and what chance adds. c² is the mean of the
-parent's ten best scores among the real rows, times the one factor at which as many synthetic rows have the median real
-row's ten best scores. With more rows there are more siblings, as with more data of the same kind. `likeness` tells how
-well that fits.
+μ is the mean of the real rows. v_j are the principal directions of one half of them, and λ_j the variances of the other
+half along these (the first half's own are too large where rows are few), times the one factor at which the products of
+two rows vary as much as those of real rows. The remaining variance becomes white noise. So mean, spectrum and lengths
+are the real ones. Such rows alone have no neighbours: real rows that share a subject score far above what the spectrum
+makes likely. So every row has a parent, a real row; there are so few parents that each has ten children in as many
+synthetic rows as there are real ones. Two siblings score c², plus chance. c² is the mean of the parent's ten best
+scores among the real rows, times the one factor at which the median synthetic row has the ten best scores of the median
+real row. More rows mean more siblings, as with more data of the same kind. `likeness` measures how well that fits.
 """
 
 from typing import Any
@@ -19,19 +18,19 @@ import numpy as np
 import torch
 
 from rapidindex.search.vector_index import fold
-from rapidindex.store.rows import Rows
+from rapidindex.store import Rows
 
 DIRECTIONS = 1024
 SIBLINGS = 10
 FITTED_ROWS = 10_000
-"""Real rows that the model is fitted to, at most: 2.6 GB in float32 at K = 65,536."""
+"""The most real rows that the model is fitted to: 2.6 GB in float32 at K = 65,536."""
 _LIKENESS_ROWS = 512
-_PAIRED = 2048  # rows of each half whose products are looked at
+_PAIRED = 2048  # rows of each half whose products are computed
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class RowModel:
-    """Fitted to real rows, folded to K."""
+    """A distribution of rows, fitted to real rows that are folded to K."""
 
     def __init__(self, source: Rows, K: int) -> None:
         rng = np.random.default_rng(11)
@@ -44,7 +43,7 @@ class RowModel:
         self.nearness = self._nearness()
 
     def draw(self, count: int, *, seed: int) -> np.ndarray:
-        """float32 [count, K]: the same for the same seed."""
+        """Return rows, float32 [count, K]: the same for the same seed."""
         generator = torch.Generator().manual_seed(seed)
         which = torch.randint(len(self.parents), (count,), generator=generator)
         c = self.nearness[which].unsqueeze(1)
@@ -70,7 +69,7 @@ class RowModel:
         return torch.from_numpy(real)
 
     def _nearness(self) -> torch.Tensor:
-        """c of each parent, float32 [parents]."""
+        """Return c of each parent, float32 [parents]."""
         units = self.lengths.unsqueeze(1)
         scores = (self.real[self.parents] / units[self.parents]) @ self.real.T / units.T
         scores[torch.arange(len(self.parents)), self.parents] = -1
@@ -78,7 +77,7 @@ class RowModel:
         return (best * self._factor(best)).clamp(max=0.9).sqrt()
 
     def _factor(self, best: torch.Tensor) -> float:
-        """What c² is multiplied by, from products of rows that are simulated in the spectrum's own directions."""
+        """Return the factor of c², from products of rows that are simulated in the directions of the spectrum."""
         generator, n = torch.Generator().manual_seed(41), len(self.real)
         which = torch.randint(len(best), (n,), generator=generator)
         inside = torch.randn(n, len(self.variances), generator=generator) * self.variances.sqrt()
@@ -88,7 +87,7 @@ class RowModel:
         background[torch.arange(some), torch.arange(some)] = -1
         siblings = which[:some, None] == which
 
-        def found(factor: float) -> float:
+        def median_best(factor: float) -> float:
             shared = (best * factor)[which].clamp(max=0.9)
             rest = (1 - shared).sqrt()
             scores = background * rest[:some, None] * rest + siblings * (shared[:some, None] * shared).sqrt()
@@ -97,12 +96,12 @@ class RowModel:
         low, high = 0.0, 2.0
         for _ in range(12):
             middle = (low + high) / 2
-            low, high = (middle, high) if found(middle) < float(best.median()) else (low, middle)
+            low, high = (middle, high) if median_best(middle) < float(best.median()) else (low, middle)
         return low
 
 
 def likeness(rows: Rows, numbers: np.ndarray) -> dict[str, Any]:
-    """What makes rows easy or hard to tell apart, of the rows of these numbers (live ones) among themselves."""
+    """Return statistics of how hard the live rows of these numbers are to tell apart."""
     rng = np.random.default_rng(13)
     drawn = rng.choice(numbers, min(_LIKENESS_ROWS, len(numbers)), replace=False)
     some = rows.take(drawn)
@@ -122,7 +121,7 @@ def likeness(rows: Rows, numbers: np.ndarray) -> dict[str, Any]:
 
 
 def _spectrum(centred: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Directions [d, K] of one half of the rows, the variances [d] along them, and the noise's standard deviation."""
+    """Return directions [d, K] of one half of the rows, variances [d] along them, and the deviation of the noise."""
     one, other = centred[::2], centred[1::2]
     values, vectors = torch.linalg.eigh(one @ one.T)
     count = min(DIRECTIONS, len(one) - 1)
@@ -136,9 +135,9 @@ def _spectrum(centred: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]
 
 
 def _factor(variances: torch.Tensor, total: float, pairs: float, K: int) -> float:
-    """f such that rows of variances f λ, and noise up to `total`, have products whose mean square is `pairs`.
+    """Return f such that rows of variances f λ, and noise up to `total`, have products of the mean square `pairs`.
 
-    That is the larger root of f² Σλ² + (total - f Σλ)² / K = pairs.
+    It is the larger root of f² Σλ² + (total - f Σλ)² / K = pairs.
     """
     explained = float(variances.sum())
     a = float(variances.square().sum()) + explained**2 / K
