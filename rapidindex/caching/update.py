@@ -132,21 +132,21 @@ def _note_source(store: Store, recipe: Recipe, job: Job, plans: list[LevelPlan])
 
 def _matching(store: Store, where: Sequence[str]) -> set[str]:
     """Return the ids of the live examples whose columns have these values."""
-    wanted = dict(_condition(text) for text in where)
+    wanted = [_condition(text) for text in where]
     columns: dict[str, set[str]] = {}
     ids = set()
     for id, meta in _columns(store):
         for name, value in meta.items():
             columns.setdefault(name, set()).add(_as_text(value))
-        if all(name in meta and _as_text(meta[name]) == value for name, value in wanted.items()):
+        if all(name in meta and _as_text(meta[name]) == value for name, value in wanted):
             ids.add(id)
     if ids:
         return ids
-    for name in wanted:
+    for name, _ in wanted:
         if name not in columns:
             known = ", ".join(sorted(columns)) or "none"
             raise StoreError(f"No example has a column {name!r}.", hint=f"Columns: {known}.")
-    values = "; ".join(f"{name}: {', '.join(sorted(columns[name])[:5])}" for name in wanted)
+    values = "; ".join(f"{name}: {', '.join(sorted(columns[name])[:5])}" for name, _ in wanted)
     raise StoreError(f"No example has {' and '.join(where)}.", hint=f"Values there, among others: {values}.")
 
 

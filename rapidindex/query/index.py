@@ -155,6 +155,7 @@ class Index:
             "examples": first["examples"],
             "planned": first["planned"],
             "complete": all(map(store.complete, store.levels)),
+            "lost_second_moment": store.lost_second_moment,
             "removed": len(store.removed),
             "rejected": list({record["id"]: record for level in rows for record in level.rejected}.values()),
             "skipped": store.skipped,
@@ -188,6 +189,7 @@ class Index:
         """Return the compressor of queries to a level."""
         K = self.rows_of(level).K
         if K not in self._compressors:
+            self.store.refuse_lost_moment()
             moment = {"v": self.store.second_moment(), "vectors": self.store.eigenvectors()}
             self._compressors[K] = Compressor.of(self.recipe, self._gradients, **moment, K=K)
         return self._compressors[K]

@@ -19,6 +19,7 @@ from rapidindex.store.manifest import Manifest
 from rapidindex.store.shards import Shard
 
 _BUILD = "type `rapidindex build` with the same options"
+_MAKES_MOMENT = f"{_BUILD}, which makes the same one again"
 _LISTED = "it is listed now"
 
 
@@ -165,13 +166,15 @@ class _Audit:
     def _check_moment(self) -> None:
         file, listed = self.path / folder.MOMENT, self.content["second_moment"]
         if listed is None and not file.exists():
+            if manifest.lost_moment(self.content):
+                self._report(file, "is missing, and the rows were made with it", _MAKES_MOMENT)
             return
         entry = self._read_moment(self.content)
         fault = entry if isinstance(entry, str) else ""
         if not fault and listed not in (None, entry):
             fault = "is not the file that the manifest lists"
         if fault:
-            self._damage(file, fault, f"the shards were made with it: {_BUILD}, which makes the same one again")
+            self._damage(file, fault, f"the rows were made with it: {_MAKES_MOMENT}")
         elif listed is None:
             self._check_unlisted(file)
         self.content["second_moment"] = None if fault else entry

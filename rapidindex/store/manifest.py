@@ -99,6 +99,13 @@ def copy_for_files(manifest: Manifest) -> Manifest:
     return manifest | {"levels": levels, "second_moment": None}
 
 
+def lost_moment(manifest: Manifest) -> bool:
+    """Return whether there are rows, the index's options want a second moment, and there is none."""
+    wanted = manifest["config"].get("gradient", {}).get("second_moment", "none") != "none"
+    stored = any(entry["rows"] for plan in manifest["levels"].values() for entry in plan["shards"].values())
+    return wanted and stored and manifest["second_moment"] is None
+
+
 def check_sizes(path: Path, manifest: Manifest) -> None:
     """Raise DamagedIndex where a listed file is missing or has another size."""
     listed = {

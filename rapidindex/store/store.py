@@ -139,6 +139,19 @@ class Store:
         """Return the eigenvectors of v's basis, float32 [n], a view of their file; None where the index has none."""
         return self._map_moment().get("eigenvectors")
 
+    @property
+    def lost_second_moment(self) -> bool:
+        """Whether the rows were made with a second moment that the index has no more."""
+        return manifest.lost_moment(self.manifest)
+
+    def refuse_lost_moment(self) -> None:
+        """Raise StoreError where the second moment was lost: without it nothing can be compared with the rows."""
+        if self.lost_second_moment:
+            raise StoreError(
+                f"{self.path / folder.MOMENT} is missing, and the rows were made with it.",
+                hint="Give the index's rapidindex build command again: it makes the same one from the same data.",
+            )
+
     def _map_moment(self) -> dict[str, np.ndarray]:
         if self.manifest["second_moment"] is None:
             return {}

@@ -154,6 +154,14 @@ def test_removed_examples_are_not_found_until_they_are_added_again(files, tmp_pa
     assert check(index) == []
 
 
+def test_all_conditions_must_hold_those_on_one_column_too(files, tmp_path, llama_folders):
+    index = tmp_path / "index"
+    build(request(files["all"], index, llama_folders))
+    with pytest.raises(StoreError, match="even=true and even=false"):
+        remove(index, where=["even=true", "even=false"])
+    assert not Store.open(index).removed
+
+
 def test_ids_are_given_as_they_are_or_in_files(files, tmp_path, llama_folders):
     index = tmp_path / "index"
     build(request(files["all"], index, llama_folders))

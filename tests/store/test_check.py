@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from rapidindex.errors import DamagedIndex, IndexBusy, NotAnIndex
+from rapidindex.errors import DamagedIndex, IndexBusy, NotAnIndex, StoreError
 from rapidindex.store import Store, check
 from tests.store.content import CONFIG, content, create, make, reseal, row_of, write
 
@@ -229,6 +229,34 @@ def test_a_damaged_second_moment_is_moved_aside(index, path):
 def test_a_missing_second_moment_is_found(index, path):
     (path / "second_moment.h5").unlink()
     assert problems(path) == [("second_moment.h5", "is missing")]
+
+
+def test_a_lost_second_moment_is_remembered_until_it_is_made_again(index, path):
+    index.update_config({"gradient": {"second_moment": "estimate"}})
+    assert not index.lost_second_moment
+    flip(path / "second_moment.h5")
+    assert "rapidindex build" in check(path, repair=True)[0].mend
+    (problem,) = check(path)
+    assert problem.where == "second_moment.h5" and "is missing" in problem.what and "rapidindex build" in problem.mend
+    assert check(path, repair=True) == [problem]
+    store = Store.open(path)
+    assert store.lost_second_moment
+    with pytest.raises(StoreError, match=r"second_moment\.h5 is missing") as caught:
+        store.refuse_lost_moment()
+    assert "rapidindex build" in caught.value.hint
+    store.write_second_moment(np.arange(8, dtype=np.float32))
+    assert not store.lost_second_moment and check(path) == []
+    store.refuse_lost_moment()
+
+
+@pytest.mark.parametrize("wanted", ["none", "estimate"])
+def test_a_second_moment_that_is_not_there_yet_is_not_lost(path, wanted):
+    store = create(path, sentence=0)
+    store.update_config({"gradient": {"second_moment": wanted}})
+    write(store, [], rejected=["z"])
+    assert not store.lost_second_moment and check(path) == []
+    write(store, ["a"])
+    assert store.lost_second_moment == (wanted == "estimate")
 
 
 def test_removed_ids_outlive_damage_to_their_file(index, path):
