@@ -87,6 +87,8 @@ class QueryInfo:
     """The answer's tokens."""
     selection: list[int]
     """Positions of the selected tokens in `tokens`; all of them for a query about the whole answer."""
+    parts_of_words: bool = False
+    """Whether the text that was asked about stands in the answer only within longer words."""
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ def _distinct(rows: list[dict]) -> list[dict]:
 def _posed(query: tasks.QueryInfo, template: Template) -> Batch:
     messages = (("user", query.prompt),)
     encoding = template.encode(Example("", query.prompt, query.answer, {}, 0, messages), end=False)
-    chosen = select_tokens(encoding.tokens, query.answer, token=query.word)
+    chosen = select_tokens(encoding.tokens, query.answer, token=query.word).positions
     weights = np.zeros(len(encoding.input_ids), np.float32)
     weights[np.flatnonzero(encoding.response_mask)[chosen]] = 1 / len(chosen)
     return Batch.of([encoding.input_ids], [weights])

@@ -67,7 +67,9 @@ def _question(query: QueryInfo) -> Text:
     for piece, marked in pieces:
         text.append(piece, "bold reverse" if marked else "")
     selected = " … ".join(piece for piece, marked in pieces if marked)
-    return text.append(f"\nAbout   {selected}", "dim") if selected else text
+    if selected:
+        text.append(f"\nAbout   {selected}", "dim")
+    return text.append(f"\n{wording.selected(query)}", "bold") if query.parts_of_words else text
 
 
 def _table(result: Result) -> Table:

@@ -3,7 +3,7 @@
 from statistics import NormalDist
 from typing import Any
 
-from rapidindex.results import Match, Result
+from rapidindex.results import Match, QueryInfo, Result
 
 
 def word(text: str) -> str:
@@ -19,6 +19,15 @@ def signed(value: float) -> str:
 def meta_text(value: Any) -> str:
     """Return a value of an example's metadata as text; empty for None."""
     return "" if value is None else str(value)
+
+
+def selected(query: QueryInfo) -> str:
+    """Return a sentence about which words of the answer are asked about."""
+    if len(query.selection) == len(query.tokens):
+        return "The question is about the whole answer."
+    if query.parts_of_words:
+        return "The question is about the marked words, which hold the text that was asked about as a part."
+    return "The question is about the marked words."
 
 
 def unit_name(result: Result) -> str:

@@ -124,3 +124,10 @@ def test_a_plain_sentence_says_when_nothing_stands_out():
 
 def test_the_answer_has_the_chosen_token_marked():
     assert "\x1b[1;7mJapan\x1b[0m" in printed(shown.result(), colour=True)
+
+
+def test_a_question_about_parts_of_words_says_so():
+    query = replace(shown.result().query, parts_of_words=True)
+    assert "as a part" in printed(shown.result(query=query), colour=False)
+    assert "as a part" in shown.result(query=query).to_html()
+    assert "as a part" not in printed(shown.result(), colour=False)
