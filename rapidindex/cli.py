@@ -373,7 +373,7 @@ def query(
     """Find the training examples that most influenced an answer, or a word of it."""
     from rapidindex.query.index import Index
     from rapidindex.query.questions import Query, read_queries
-    from rapidindex.views import terminal
+    from rapidindex.views import terminal, wording
 
     if (prompt is None) == (queries is None):
         raise UsageError(
@@ -401,6 +401,8 @@ def query(
         print("Loading the model …", file=sys.stderr, flush=True)
     encoded = index.encode(asked, options)
     results = index.query(encoded, options=options)
+    if missing := wording.unfinished(results[0]):
+        print(f"{missing} Give its rapidindex build command again to search them all.", file=sys.stderr)
     if html is not None:
         other = index.query(encoded[0], options=replace(options, opponents=not opponents))
         first, second = (other, results[0]) if opponents else (results[0], other)

@@ -102,6 +102,10 @@ class IndexInfo:
     shuffles: int
     n: int
     """Rows searched."""
+    examples: int | None = None
+    """Examples that the level holds, where its build was interrupted and has not stored all; None where it has."""
+    planned: int | None = None
+    """Examples that it was to hold; None where it holds them all."""
 
 
 @dataclass(frozen=True)

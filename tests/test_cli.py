@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from rapidindex import cli
+from rapidindex.store import Store
 from tests.tiny import WORDS
 
 PROMPT, ANSWER = "Tell me about tea", "tea is from Japan"
@@ -136,6 +138,21 @@ def test_check_finds_a_changed_byte_and_fails(data, tmp_path, llama_folders):
     assert rapidindex("check", tmp_path / "index", "--repair").returncode == 0
     assert rapidindex(*build).returncode == 0
     assert rapidindex("check", tmp_path / "index").returncode == 0
+
+
+def test_an_unfinished_index_is_never_searched_as_if_it_were_whole(typed, index, tmp_path):
+    unfinished = tmp_path / "index"
+    shutil.copytree(index, unfinished)
+    Store.open(unfinished).set_planned("sentence", 120)
+    asked = ("query", unfinished, PROMPT, "--answer", ANSWER, "-k", 2, "-q")
+    code, out, said = typed(*asked, "--json", "--html", tmp_path / "page.html")
+    assert code == 0 and "holds 10 of 120 planned examples" in said and "build" in said
+    described = json.loads(out)["index"]
+    assert (described["examples"], described["planned"]) == (10, 120)
+    assert "holds 10 of 120 planned examples" in (tmp_path / "page.html").read_text()
+    assert "holds 10 of 120 planned examples" in typed(*asked)[1]
+    whole = json.loads(typed("query", index, PROMPT, "--answer", ANSWER, "-k", 2, "-q", "--json")[1])["index"]
+    assert (whole["examples"], whole["planned"]) == (None, None)
 
 
 ERRORS = {

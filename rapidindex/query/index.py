@@ -68,8 +68,7 @@ class Index:
 
     def __len__(self) -> int:
         """The number of examples, removed ones excluded."""
-        rows = self.rows_of(self.store.levels[0])
-        return len(np.unique(rows.example[rows.live_mask]))
+        return self._examples(self.store.levels[0])
 
     def __repr__(self) -> str:
         model = " + ".join(filter(None, (self.recipe.model.path, self.recipe.adapter.path)))
@@ -291,7 +290,14 @@ class Index:
     def _index_info(self, level: str, n: int) -> IndexInfo:
         recipe = self.recipe
         K = self.rows_of(level).K
-        return IndexInfo(self.store.id, recipe.model.path, recipe.adapter.path, K, recipe.sketch.shuffles, n)
+        unfinished = () if self.store.complete(level) else (self._examples(level), self.store.planned(level))
+        model, adapter = recipe.model.path, recipe.adapter.path
+        return IndexInfo(self.store.id, model, adapter, K, recipe.sketch.shuffles, n, *unfinished)
+
+    def _examples(self, level: str) -> int:
+        """Return how many examples have live rows of a level."""
+        rows = self.rows_of(level)
+        return len(np.unique(rows.example[rows.live_mask]))
 
     def _level_info(self, level: str) -> dict[str, Any]:
         rows = self.rows_of(level)
@@ -300,7 +306,7 @@ class Index:
             "K": rows.K,
             "row_type": rows.row_type,
             "rows": int(rows.live_mask.sum()),
-            "examples": len(np.unique(rows.example[rows.live_mask])),
+            "examples": self._examples(level),
             "planned": self.store.planned(level),
             "complete": self.store.complete(level),
             "shards": len(rows.shards),

@@ -112,7 +112,8 @@ def _footer(result: Result) -> str:
     if summary and summary.std > 0 and result.matches:
         first = (result.matches[0].score - summary.mean) / summary.std
         spread = f"; the first lies {abs(first):.1f} standard deviations {'above' if first > 0 else 'below'} the mean"
-    return f"{search} over {result.index.n:,} {wording.unit_name(result)} in {total:.2f} s{spread}"
+    footer = f"{search} over {result.index.n:,} {wording.unit_name(result)} in {total:.2f} s{spread}"
+    return f"{footer}\n{wording.unfinished(result)}".rstrip()
 
 
 def _shorten(text: str, length: int) -> str:

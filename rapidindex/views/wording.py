@@ -35,6 +35,14 @@ def unit_name(result: Result) -> str:
     return "tokens" if result.level == "token" else "examples"
 
 
+def unfinished(result: Result) -> str:
+    """Return a sentence where the index lacks examples that its build was to store, otherwise an empty text."""
+    index = result.index
+    if index.planned is None:
+        return ""
+    return f"The index holds {index.examples:,} of {index.planned:,} planned examples: its build was interrupted."
+
+
 def matched_token(match: Match) -> str:
     """Return the token that matched, quoted, with its position; an empty text where an example matched."""
     if match.position is None:
