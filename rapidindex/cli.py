@@ -26,7 +26,7 @@ from rapidindex.config import (
     check_level,
     levels_of,
 )
-from rapidindex.errors import RapidIndexError, UsageError
+from rapidindex.errors import ModelError, QueryError, RapidIndexError, UsageError
 from rapidindex.views.tables import build_tables, estimate_tables, finetune_tables, info_tables
 
 app = typer.Typer(
@@ -336,6 +336,7 @@ def query(
         str | None, typer.Option(help="Ask about WORD of the answer, every time it occurs, or the n-th: WORD#n.")
     ] = None,
     span: Annotated[str | None, typer.Option(help="Ask about the answer's tokens FIRST:LAST, counted from 0.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system turn before the prompt.")] = None,
     k: Annotated[int, typer.Option("-k", help="How many examples.")] = QueryOptions.k,
     opponents: Annotated[
         bool, typer.Option("--opponents", help="The examples that speak against the answer instead.")
@@ -358,7 +359,11 @@ def query(
         Path | None, typer.Option(help="Write a report with both directions to this file.", show_default=False)
     ] = None,
     queries: Annotated[
-        Path | None, typer.Option(help="JSONL of {prompt, answer, token, span}: many queries at once.")
+        Path | None,
+        typer.Option(
+            help="JSONL of {prompt or messages, system, answer, token, span}: many queries at once. Further keys, such "
+            "as an id, come back in the JSON."
+        ),
     ] = None,
     model: MovedModel = None,
     adapter: MovedAdapter = None,
@@ -372,15 +377,17 @@ def query(
 ) -> None:
     """Find the training examples that most influenced an answer, or a word of it."""
     from rapidindex.query.index import Index
-    from rapidindex.query.questions import Query, read_queries
+    from rapidindex.query.questions import as_query, read_queries
     from rapidindex.views import terminal, wording
 
     if (prompt is None) == (queries is None):
         raise UsageError(
             "Give either a PROMPT or --queries FILE.", hint='For example: rapidindex query INDEX "…" --token WORD'
         )
-    if queries is not None and (answer or token or span):
-        raise UsageError("--answer, --token and --span stand in the lines of --queries.", hint="Leave them out here.")
+    if queries is not None and not (answer is token is span is system is None):
+        raise UsageError(
+            "--answer, --token, --span and --system stand in the lines of --queries.", hint="Leave them out here."
+        )
     if html is not None and (queries is not None or not html.parent.is_dir()):
         fault = "--html takes one query, not --queries" if queries else f"The folder {html.parent} does not exist"
         raise UsageError(f"{fault}.", hint="Give a PROMPT and a file in a folder that is there.")
@@ -395,27 +402,61 @@ def query(
         max_new_tokens=max_new_tokens,
     )
     index = Index.open(path, model=model, adapter=adapter, device=device)
-    prompt = sys.stdin.read().strip() if prompt == "-" else prompt
-    asked = read_queries(queries) if queries else [Query(prompt, answer, token, span)]
+    if queries is not None:
+        asked = read_queries(queries)
+    else:
+        prompt = _stdin() if prompt == "-" else prompt
+        asked = {0: as_query(prompt, system=system, answer=answer, token=token, span=span)}
     if not quiet:
         print("Loading the model …", file=sys.stderr, flush=True)
-    encoded = index.encode(asked, options)
-    results = index.query(encoded, options=options)
-    if missing := wording.unfinished(results[0]):
+    encoded, failed = _encode_each(index, asked, options, queries)
+    results = dict(zip(encoded, index.query(list(encoded.values()), options=options), strict=True))
+    first = next(iter(results.values()), None)
+    if first and (missing := wording.unfinished(first)):
         print(f"{missing} Give its rapidindex build command again to search them all.", file=sys.stderr)
     if html is not None:
         other = index.query(encoded[0], options=replace(options, opponents=not opponents))
-        first, second = (other, results[0]) if opponents else (results[0], other)
-        html.write_text(first.to_html(opponents=second, command=shlex.join(["rapidindex", *sys.argv[1:]])), "utf-8")
+        best, worst = (other, first) if opponents else (first, other)
+        html.write_text(best.to_html(opponents=worst, command=shlex.join(["rapidindex", *sys.argv[1:]])), "utf-8")
     if as_jsonl or (as_json and queries is not None):
-        lines = [result.to_json() for result in results]
+        lines = [results[line].to_json() if line in results else _error_json(failed[line]) for line in asked]
         typer.echo("\n".join(lines) if as_jsonl else "[" + ",\n".join(lines) + "]")
     elif as_json:
-        typer.echo(results[0].to_json(indent=2))
+        typer.echo(first.to_json(indent=2))
     else:
-        _show(*(terminal.result(result) for result in results))
+        _show(*(terminal.result(result) for result in results.values()))
     if html is not None and not quiet:
         print(f"Wrote {html}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _encode_each(index: Any, asked: dict[int, Any], options: QueryOptions, file: Path | None) -> tuple[dict, dict]:
+    """Return the queries of a file that can be answered, encoded, and the errors of the others, both by line.
+
+    An error is printed as soon as it is met. A query of the command line (no `file`) raises it instead.
+    """
+    encoded, failed = {}, {}
+    index.encode([], options)
+    index.template  # noqa: B018 - loads the model: one that cannot be loaded is no fault of a line
+    for line, query in asked.items():
+        try:
+            (encoded[line],) = index.encode([query], options)
+        except (QueryError, UsageError, ModelError) as error:
+            if file is None:
+                raise
+            failed[line] = type(error)(f"{file}, line {line}: {error.message}", hint=error.hint)
+            _fail(failed[line])
+    return encoded, failed
+
+
+def _stdin() -> str:
+    """Return what stdin holds, without the line break at its end."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The prompt on stdin is not UTF-8 ({error}).", hint="Give text in UTF-8.") from error
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 @app.command()
@@ -487,10 +528,14 @@ def _terminate(number: int, frame: Any) -> None:
 
 def _fail(error: RapidIndexError) -> None:
     if "--json" in sys.argv or "--jsonl" in sys.argv:
-        said = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
-        print(json.dumps({"error": said}, ensure_ascii=False), file=sys.stderr)
+        print(_error_json(error), file=sys.stderr)
     else:
         print(f"Error: {error}", file=sys.stderr)
+
+
+def _error_json(error: RapidIndexError) -> str:
+    said = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
+    return json.dumps({"error": said}, ensure_ascii=False)
 
 
 def _print(value: Any, as_json: bool, tables: dict[str, dict[str, Any]]) -> None:

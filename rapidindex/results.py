@@ -89,6 +89,8 @@ class QueryInfo:
     """Positions of the selected tokens in `tokens`; all of them for a query about the whole answer."""
     parts_of_words: bool = False
     """Whether the text that was asked about stands in the answer only within longer words."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """The query's further keys, such as an id."""
 
 
 @dataclass(frozen=True)

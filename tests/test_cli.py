@@ -1,5 +1,6 @@
 """The command line as a user has it: real processes, their streams and their exit codes."""
 
+import io
 import json
 import re
 import shutil
@@ -140,6 +141,48 @@ def test_check_finds_a_changed_byte_and_fails(data, tmp_path, llama_folders):
     assert rapidindex("check", tmp_path / "index").returncode == 0
 
 
+def test_a_query_that_cannot_be_answered_names_its_line_and_the_others_are_answered(typed, index, tmp_path):
+    queries = tmp_path / "queries.jsonl"
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
+    asked = [
+        {"messages": turns, "answer": ANSWER, "token": None, "id": "a"},
+        {"prompt": PROMPT, "answer": ANSWER, "token": "India"},
+        {"prompt": PROMPT, "answer": ANSWER, "span": "x"},
+        {"prompt": PROMPT, "answer": ANSWER, "token": "Japan", "id": "d"},
+    ]
+    queries.write_text("\n".join(map(json.dumps, asked)))
+    code, out, said = typed("query", index, "--queries", queries, "--jsonl", "-k", 2, "-q")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 1 and [line.get("error", {}).get("type") for line in lines] == [
+        None,
+        "TokenNotFound",
+        "UsageError",
+        None,
+    ]
+    assert "queries.jsonl, line 2" in lines[1]["error"]["message"] and "line 3" in said
+    assert [lines[i]["query"]["meta"] for i in (0, 3)] == [{"id": "a"}, {"id": "d"}]
+    assert lines[0]["query"]["prompt"] == f"system: Be brief.\nuser: {PROMPT}"
+    code, out, said = typed("query", index, "--queries", queries, "-k", 2, "-q")
+    assert code == 1 and out.count("exact search") == 2 and "line 2" in said
+
+
+def test_a_system_turn_is_part_of_the_question(typed, index):
+    asked = ("query", index, PROMPT, "--answer", ANSWER, "-k", 2, "-q", "--json")
+    value = json.loads(typed(*asked, "--system", "Be brief.")[1])
+    assert value["query"]["prompt"] == f"system: Be brief.\nuser: {PROMPT}"
+    assert value["matches"][0]["score"] != json.loads(typed(*asked)[1])["matches"][0]["score"]
+
+
+def test_a_prompt_on_stdin_keeps_its_indentation(typed, index, monkeypatch):
+    def asked(content):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        return typed("query", index, "-", "--answer", ANSWER, "--json", "-q", "-k", 1)
+
+    assert json.loads(asked(b"  def f():\n    pass \r\n")[1])["query"]["prompt"] == "  def f():\n    pass "
+    code, _, said = asked(b"caf\xe9")
+    assert code == 2 and "not UTF-8" in said
+
+
 def test_an_unfinished_index_is_never_searched_as_if_it_were_whole(typed, index, tmp_path):
     unfinished = tmp_path / "index"
     shutil.copytree(index, unfinished)
@@ -184,6 +227,8 @@ ERRORS = {
         2,
         "UsageError",
     ),
+    "a prompt that is not UTF-8": (["query", "INDEX", "caf\udce9", "--answer", ANSWER], 2, "UsageError"),
+    "an answer that is not UTF-8": (["query", "INDEX", PROMPT, "--answer", "caf\udce9"], 2, "UsageError"),
     "an unknown factory": (["index", "INDEX", "--factory", "Flatt"], 2, "UsageError"),
 }
 

@@ -41,7 +41,7 @@ def encode_query(
     QueryError for an empty prompt or answer, a text longer than the template's limit, or a gradient that is not finite;
     TokenNotFound where the token is not in the answer.
     """
-    if not query.text.strip():
+    if not query.turns[-1][1].strip():
         raise QueryError("The prompt is empty.", hint="Give the prompt that the model was asked.")
     answer = query.answer
     if answer is None:
@@ -60,7 +60,7 @@ def encode_query(
     rapidgrads = compressor(selected_batch(encoding, selection.positions, loaded.device))
     if not rapidgrads.rows.isfinite().all():
         raise QueryError(f"The gradient of the answer {answer!r} is not finite.", hint="Use --dtype float32.")
-    info = QueryInfo(query.text, answer, encoding.tokens, *selection)
+    info = QueryInfo(query.text, answer, encoding.tokens, *selection, query.meta)
     return EncodedQuery(info, encoding, rapidgrads)
 
 

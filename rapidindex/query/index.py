@@ -81,6 +81,7 @@ class Index:
         answer: str | None = None,
         token: str | None = None,
         span: str | None = None,
+        system: str | None = None,
         options: QueryOptions | None = None,
         **changes: Any,
     ) -> Any:
@@ -88,7 +89,8 @@ class Index:
 
         `prompt` is a text, a Query, a dict with its fields, a conversation (a list of {"role", "content"}), or an
         EncodedQuery; a list of these is answered with one search, and gives a list of Results. `answer`, `token` and
-        `span` are those of Query. `options` may be given field by field: `k=10, opponents=True`.
+        `span` are those of Query, `system` is a turn before all others. `options` may be given field by field:
+        `k=10, opponents=True`.
 
         Raises QueryError (TokenNotFound) for a query that cannot be answered, UsageError for an option without a
         meaning, and StoreError for a level that the index does not hold.
@@ -97,7 +99,7 @@ class Index:
         if isinstance(prompt, Sequence) and not isinstance(prompt, str) and not is_conversation(prompt):
             return self._answer(self.encode(prompt, options), options)
         if not isinstance(prompt, EncodedQuery):
-            prompt = as_query(prompt, answer=answer, token=token, span=span)
+            prompt = as_query(prompt, system=system, answer=answer, token=token, span=span)
         return self._answer(self.encode([prompt], options), options)[0]
 
     def encode(self, queries: Iterable[Any], options: QueryOptions | None = None) -> list[EncodedQuery]:
