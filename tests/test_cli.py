@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -255,9 +256,73 @@ def test_an_expected_error_is_one_sentence_and_an_exit_code(
     assert error["type"] == kind and error["message"] and error["hint"]
 
 
-def test_a_mistyped_option_is_a_usage_error():
-    done = rapidindex("build", "--nonsense")
-    assert done.returncode == 2 and "--nonsense" in done.stderr
+@pytest.mark.parametrize(
+    "arguments", [["build", "--nonsense\x1b[31m"], ["build"], ["nonsense"], ["query", "x", "-k", "many"]]
+)
+def test_a_mistyped_command_is_a_usage_error(typed, arguments):
+    code, out, said = typed(*arguments)
+    assert (code, out) == (2, "") and said.startswith("Error: ") and "--help" in said and "\x1b" not in said
+    error = json.loads(typed(*arguments, "--json")[2])["error"]
+    assert error["type"] == "UsageError" and "\x1b" not in error["message"]
+
+
+def test_no_arguments_are_answered_with_the_help(typed):
+    code, out, said = typed()
+    assert code in (0, 2) and "Usage:" in out + said
+
+
+def test_no_character_that_commands_a_terminal_reaches_either_stream(typed, index):
+    told = "\x1b[31m\x07\r\u202e\x9b"
+    for arguments in (["query", index, PROMPT, "--answer", ANSWER, "--token", f"no{told}"], ["info", f"no{told}"]):
+        for more in ([], ["--json"]):
+            code, out, said = typed(*arguments, *more)
+            assert code == 1 and not (set(told) - set("[31m")) & set(out + said)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_result_is_printed_whatever_the_terminal_can_show(index, encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    answer = "tea — 日本 from Japan"
+    asked = ("query", index, PROMPT, "--answer", answer, "-k", 2)
+    for more in ([], ["--no-heatmaps"], ["--json"]):
+        command = [sys.executable, "-m", "rapidindex", *map(str, asked), *more]
+        done = subprocess.run(command, capture_output=True, timeout=300, env=environment)
+        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert json.loads(done.stdout.decode(encoding))["query"]["answer"] == answer
+
+
+def test_the_home_folder_is_found_after_an_equals_sign(typed, index, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(index, tmp_path / "index")
+    html = "--html=~/page.html"
+    code, _, said = typed("query", "~/index", PROMPT, "--answer", ANSWER, "-k", 1, "-q", "--json", html)
+    assert code == 0, said
+    assert (tmp_path / "page.html").is_file()
+    code, _, said = typed("build", "nothing.jsonl", "--model=~/no model", "--output=~/x", "-q")
+    assert code == 1 and "~" not in said
+
+
+def test_a_faiss_that_was_half_removed_is_one_sentence(typed, index, tmp_path, monkeypatch):
+    (tmp_path / "faiss").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+    code, _, said = typed("index", index, "--factory", "Flat", "-q")
+    assert code == 1 and "does not load" in said and "pip" in said
+
+
+def test_a_signal_before_the_command_line_is_there_ends_without_a_traceback():
+    code = """
+import signal, sys, threading
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Slow())
+from rapidindex.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and "Traceback" not in done.stderr and "again to go on" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["INT", "TERM"])
