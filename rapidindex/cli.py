@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs, so `--help` answers at once.
 """
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -26,7 +27,8 @@ from rapidindex.config import (
     check_level,
     levels_of,
 )
-from rapidindex.errors import RapidIndexError, UsageError
+from rapidindex.errors import ModelError, QueryError, RapidIndexError, UsageError
+from rapidindex.views.sanitize import json_text, line
 from rapidindex.views.tables import build_tables, estimate_tables, finetune_tables, info_tables
 
 app = typer.Typer(
@@ -38,22 +40,43 @@ app = typer.Typer(
 )
 
 _INTERRUPTED = 130
+_ParserError = typer.BadParameter.__base__.__base__
+"""ClickException, which Typer takes from its own copy of Click or from the package, as its version has it."""
 
-IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="The index folder.", show_default=False)]
+
+def _in_home(path: Any) -> Path:
+    return Path(os.path.expanduser(path))
+
+
+# A shell leaves the ~ of --output=~/index as it is.
+_PATH: dict[str, Any] = {"parser": _in_home, "metavar": "PATH"}
+_PLACE: dict[str, Any] = {"parser": os.path.expanduser, "metavar": "TEXT"}
+
+IndexPath = Annotated[
+    Path, typer.Argument(parser=_in_home, metavar="INDEX", help="The index folder.", show_default=False)
+]
 DataPath = Annotated[
     Path,
-    typer.Argument(metavar="DATA", help="JSONL, JSON, CSV, Parquet, or a saved datasets folder.", show_default=False),
+    typer.Argument(
+        parser=_in_home,
+        metavar="DATA",
+        help="JSONL, JSON, CSV, Parquet, or a saved datasets folder.",
+        show_default=False,
+    ),
 ]
-Model = Annotated[str, typer.Option("--model", "-m", help="Model folder, hub name or GGUF file.", show_default=False)]
+Model = Annotated[
+    str, typer.Option("--model", "-m", **_PLACE, help="Model folder, hub name or GGUF file.", show_default=False)
+]
 MovedModel = Annotated[
-    str | None, typer.Option("--model", "-m", help="Where the model lies now, if not where it was.", show_default=False)
+    str | None,
+    typer.Option("--model", "-m", **_PLACE, help="Where the model lies now, if not where it was.", show_default=False),
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option("--adapter", "-a", help="PEFT adapter folder; none: all parameters.", show_default=False),
+    typer.Option("--adapter", "-a", **_PLACE, help="PEFT adapter folder; none: all parameters.", show_default=False),
 ]
 MovedAdapter = Annotated[
-    str | None, typer.Option("--adapter", "-a", help="Where the adapter lies now.", show_default=False)
+    str | None, typer.Option("--adapter", "-a", **_PLACE, help="Where the adapter lies now.", show_default=False)
 ]
 Quantize = Annotated[
     str | None, typer.Option(help="Hold the base under the adapter in 4bit (NF4) or 8bit.", show_default=False)
@@ -97,7 +120,7 @@ def finetune(
     data: DataPath,
     model: Model,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the adapter, or the model.", show_default=False)
+        Path, typer.Option("--output", "-o", **_PATH, help="Folder for the adapter, or the model.", show_default=False)
     ],
     method: Annotated[str, typer.Option(help="lora, qlora (4-bit base) or full.")] = FinetuneConfig.method,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA matrices.")] = FinetuneConfig.rank,
@@ -168,7 +191,7 @@ def finetune(
 def build(
     data: DataPath,
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The index folder.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", **_PATH, help="The index folder.", show_default=False)],
     adapter: Adapter = None,
     K: Annotated[int, typer.Option("-K", help="Length of a RapidGrad, a power of two.")] = SketchConfig.K,
     shuffles: Annotated[int, typer.Option(help="Row and column shuffles (the paper's λ).")] = SketchConfig.shuffles,
@@ -181,8 +204,9 @@ def build(
     second_moment: Annotated[
         str,
         typer.Option(
+            **_PLACE,
             help="Divide gradients by its root: estimate; kronecker (along each layer's eigenvectors: finds more, "
-            "takes more room); none; or a training checkpoint's path."
+            "takes more room); none; or a training checkpoint's path.",
         ),
     ] = GradientConfig.second_moment,
     moment_examples: Annotated[
@@ -196,7 +220,8 @@ def build(
     ] = TokenConfig.tokens,
     token_K: Annotated[int, typer.Option("--token-K", help="Length of a token's RapidGrad.")] = TokenConfig.K,
     token_examples: Annotated[
-        list[str] | None, typer.Option(help="Tokens of this id alone, or of a file with an id a line; may be repeated.")
+        list[str] | None,
+        typer.Option(**_PLACE, help="Tokens of this id alone, or of a file with an id a line; may be repeated."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws shuffles, signs and the estimate's examples.")] = SketchConfig.seed,
     dtype: Dtype = ModelConfig.dtype,
@@ -279,7 +304,8 @@ def add(
 def remove(
     path: IndexPath,
     ids: Annotated[
-        list[str] | None, typer.Option("--ids", help="An example's id, or a file with one a line; may be repeated.")
+        list[str] | None,
+        typer.Option("--ids", **_PLACE, help="An example's id, or a file with one a line; may be repeated."),
     ] = None,
     where: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Examples like this; repeated: all of it.")
@@ -336,6 +362,7 @@ def query(
         str | None, typer.Option(help="Ask about WORD of the answer, every time it occurs, or the n-th: WORD#n.")
     ] = None,
     span: Annotated[str | None, typer.Option(help="Ask about the answer's tokens FIRST:LAST, counted from 0.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system turn before the prompt.")] = None,
     k: Annotated[int, typer.Option("-k", help="How many examples.")] = QueryOptions.k,
     opponents: Annotated[
         bool, typer.Option("--opponents", help="The examples that speak against the answer instead.")
@@ -355,10 +382,15 @@ def query(
         bool, typer.Option("--rescore", help="Order four times as many candidates by their uncompressed influence.")
     ] = False,
     html: Annotated[
-        Path | None, typer.Option(help="Write a report with both directions to this file.", show_default=False)
+        Path | None, typer.Option(**_PATH, help="Write a report with both directions to this file.", show_default=False)
     ] = None,
     queries: Annotated[
-        Path | None, typer.Option(help="JSONL of {prompt, answer, token, span}: many queries at once.")
+        Path | None,
+        typer.Option(
+            **_PATH,
+            help="JSONL of {prompt or messages, system, answer, token, span}: many queries at once. Further keys, such "
+            "as an id, come back in the JSON.",
+        ),
     ] = None,
     model: MovedModel = None,
     adapter: MovedAdapter = None,
@@ -372,15 +404,17 @@ def query(
 ) -> None:
     """Find the training examples that most influenced an answer, or a word of it."""
     from rapidindex.query.index import Index
-    from rapidindex.query.questions import Query, read_queries
-    from rapidindex.views import terminal
+    from rapidindex.query.questions import as_query, read_queries
+    from rapidindex.views import terminal, wording
 
     if (prompt is None) == (queries is None):
         raise UsageError(
             "Give either a PROMPT or --queries FILE.", hint='For example: rapidindex query INDEX "…" --token WORD'
         )
-    if queries is not None and (answer or token or span):
-        raise UsageError("--answer, --token and --span stand in the lines of --queries.", hint="Leave them out here.")
+    if queries is not None and not (answer is token is span is system is None):
+        raise UsageError(
+            "--answer, --token, --span and --system stand in the lines of --queries.", hint="Leave them out here."
+        )
     if html is not None and (queries is not None or not html.parent.is_dir()):
         fault = "--html takes one query, not --queries" if queries else f"The folder {html.parent} does not exist"
         raise UsageError(f"{fault}.", hint="Give a PROMPT and a file in a folder that is there.")
@@ -395,25 +429,61 @@ def query(
         max_new_tokens=max_new_tokens,
     )
     index = Index.open(path, model=model, adapter=adapter, device=device)
-    prompt = sys.stdin.read().strip() if prompt == "-" else prompt
-    asked = read_queries(queries) if queries else [Query(prompt, answer, token, span)]
+    if queries is not None:
+        asked = read_queries(queries)
+    else:
+        prompt = _stdin() if prompt == "-" else prompt
+        asked = {0: as_query(prompt, system=system, answer=answer, token=token, span=span)}
     if not quiet:
-        print("Loading the model …", file=sys.stderr, flush=True)
-    encoded = index.encode(asked, options)
-    results = index.query(encoded, options=options)
+        _say("Loading the model …")
+    encoded, failed = _encode_each(index, asked, options, queries)
+    results = dict(zip(encoded, index.query(list(encoded.values()), options=options), strict=True))
+    first = next(iter(results.values()), None)
+    if first and (missing := wording.unfinished(first)):
+        _say(f"{missing} Give its rapidindex build command again to search them all.")
     if html is not None:
         other = index.query(encoded[0], options=replace(options, opponents=not opponents))
-        first, second = (other, results[0]) if opponents else (results[0], other)
-        html.write_text(first.to_html(opponents=second, command=shlex.join(["rapidindex", *sys.argv[1:]])), "utf-8")
+        best, worst = (other, first) if opponents else (first, other)
+        html.write_text(best.to_html(opponents=worst, command=shlex.join(["rapidindex", *sys.argv[1:]])), "utf-8")
     if as_jsonl or (as_json and queries is not None):
-        lines = [result.to_json() for result in results]
-        typer.echo("\n".join(lines) if as_jsonl else "[" + ",\n".join(lines) + "]")
+        lines = [results[at].to_json() if at in results else _error_json(failed[at]) for at in asked]
+        _echo_json("\n".join(lines) if as_jsonl else "[" + ",\n".join(lines) + "]")
     elif as_json:
-        typer.echo(results[0].to_json(indent=2))
+        _echo_json(first.to_json(indent=2))
     else:
-        _show(*(terminal.result(result) for result in results))
+        _show(*(terminal.result(result) for result in results.values()))
     if html is not None and not quiet:
-        print(f"Wrote {html}", file=sys.stderr)
+        _say(f"Wrote {html}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _encode_each(index: Any, asked: dict[int, Any], options: QueryOptions, file: Path | None) -> tuple[dict, dict]:
+    """Return the queries of a file that can be answered, encoded, and the errors of the others, both by line.
+
+    An error is printed as soon as it is met. A query of the command line (no `file`) raises it instead.
+    """
+    encoded, failed = {}, {}
+    index.encode([], options)
+    index.template  # noqa: B018 - loads the model: one that cannot be loaded is no fault of a line
+    for number, query in asked.items():
+        try:
+            (encoded[number],) = index.encode([query], options)
+        except (QueryError, UsageError, ModelError) as error:
+            if file is None:
+                raise
+            failed[number] = type(error)(f"{file}, line {number}: {error.message}", hint=error.hint)
+            _fail(failed[number])
+    return encoded, failed
+
+
+def _stdin() -> str:
+    """Return what stdin holds, without the line break at its end."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The prompt on stdin is not UTF-8 ({error}).", hint="Give text in UTF-8.") from error
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 @app.command()
@@ -438,18 +508,20 @@ def check(
 
     problems = run(path, repair=repair)
     if as_json:
-        typer.echo(json.dumps([vars(problem) for problem in problems], default=str, indent=2))
+        _echo_json(json.dumps([vars(problem) for problem in problems], default=str, indent=2))
     elif not problems:
-        typer.echo(f"{path}: all files are as they were written.")
+        _echo(f"{path}: all files are as they were written.")
     for problem in () if as_json else problems:
-        typer.echo(f"{problem.where} {problem.what.rstrip('.')}: {problem.mend.rstrip('.')}.")
+        _echo(f"{problem.where} {problem.what.rstrip('.')}: {problem.mend.rstrip('.')}.")
     if problems and not repair:
         raise typer.Exit(1)
 
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--folder", help="Where the demo keeps its files.")] = Path("rapidindex-demo"),
+    folder: Annotated[
+        Path, typer.Option("--folder", **_PATH, help="Where the demo keeps its files.")
+    ] = "rapidindex-demo",  # type: ignore[assignment]  # the parser makes a path of it
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -464,18 +536,24 @@ def demo(
 def main() -> None:
     """Run the command line, and turn every expected failure into one sentence and an exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # no result is lost to a character that the terminal lacks
     try:
-        app(prog_name="rapidindex")
+        code = app(prog_name="rapidindex", standalone_mode=False)
     except RapidIndexError as error:
         _fail(error)
-        sys.exit(error.exit_code)
+        code = error.exit_code
+    except _ParserError as error:
+        code = error.exit_code
+        _fail_to_parse(error)
+    except typer.Abort:
+        code = _INTERRUPTED
     except OSError as error:
         _fail(RapidIndexError(f"{error.strerror or error}: {error.filename or 'a file'}."))
-        sys.exit(1)
-    except SystemExit as ended:
-        if ended.code == _INTERRUPTED:  # Typer's own exit code for Ctrl-C
-            print("\nInterrupted; what was finished is kept. Type the same command again to go on.", file=sys.stderr)
-        raise
+        code = 1
+    if code == _INTERRUPTED:  # Typer's own exit code for Ctrl-C
+        _say("Interrupted; what was finished is kept. Type the same command again to go on.")
+    sys.exit(code or 0)
 
 
 def _terminate(number: int, frame: Any) -> None:
@@ -483,12 +561,40 @@ def _terminate(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _fail_to_parse(error: Any) -> None:
+    """Print what Typer says of a command line that it cannot read; its help for one without arguments."""
+    message = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "rapidindex"
+    _fail(UsageError(f"{message.rstrip('.')}.", hint=f"Type `{command} --help`."))
+
+
 def _fail(error: RapidIndexError) -> None:
     if "--json" in sys.argv or "--jsonl" in sys.argv:
-        said = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
-        print(json.dumps({"error": said}, ensure_ascii=False), file=sys.stderr)
+        print(json_text(_error_json(error), sys.stderr.encoding), file=sys.stderr)
     else:
-        print(f"Error: {error}", file=sys.stderr)
+        _say(f"Error: {error}")
+
+
+def _error_json(error: RapidIndexError) -> str:
+    said = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
+    return json.dumps({"error": said}, ensure_ascii=False)
+
+
+def _say(text: str) -> None:
+    """Print a line on stderr, whatever characters it holds."""
+    print(line(text), file=sys.stderr, flush=True)
+
+
+def _echo(text: str) -> None:
+    """Print a line on stdout, whatever characters it holds."""
+    typer.echo(line(text))
+
+
+def _echo_json(text: str) -> None:
+    typer.echo(json_text(text, sys.stdout.encoding))
 
 
 def _print(value: Any, as_json: bool, tables: dict[str, dict[str, Any]]) -> None:
@@ -496,13 +602,12 @@ def _print(value: Any, as_json: bool, tables: dict[str, dict[str, Any]]) -> None
     from rapidindex.views import terminal
 
     if as_json:
-        typer.echo(
-            json.dumps(value if isinstance(value, dict) else vars(value), ensure_ascii=False, indent=2, default=str)
-        )
+        plain = value if isinstance(value, dict) else vars(value)
+        _echo_json(json.dumps(plain, ensure_ascii=False, indent=2, default=str))
     else:
         _show(*(terminal.fields(title, values) for title, values in tables.items()))
         for command in (values["next"] for values in tables.values() if "next" in values):
-            typer.echo(f" next: {command}")  # on one line, whatever the terminal's width, so that it can be copied
+            _echo(f" next: {command}")  # on one line, whatever the terminal's width, so that it can be copied
 
 
 def _show(*parts: Any) -> None:

@@ -33,7 +33,7 @@ class Bars:
             from rich.console import Console
 
             self.live = progress.Progress(
-                progress.TextColumn("{task.description:<22}"),
+                progress.TextColumn("{task.description:<22}", markup=False),
                 progress.BarColumn(),
                 progress.TaskProgressColumn(),
                 progress.TimeElapsedColumn(),

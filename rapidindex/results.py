@@ -87,6 +87,10 @@ class QueryInfo:
     """The answer's tokens."""
     selection: list[int]
     """Positions of the selected tokens in `tokens`; all of them for a query about the whole answer."""
+    parts_of_words: bool = False
+    """Whether the text that was asked about stands in the answer only within longer words."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """The query's further keys, such as an id."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,10 @@ class IndexInfo:
     shuffles: int
     n: int
     """Rows searched."""
+    examples: int | None = None
+    """Examples that the level holds, where its build was interrupted and has not stored all; None where it has."""
+    planned: int | None = None
+    """Examples that it was to hold; None where it holds them all."""
 
 
 @dataclass(frozen=True)

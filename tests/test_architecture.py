@@ -142,4 +142,4 @@ def test_the_library_never_prints():
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    assert calls <= {"rapidindex.cli", "rapidindex.progress"}
+    assert calls <= {"rapidindex.__main__", "rapidindex.cli", "rapidindex.progress"}

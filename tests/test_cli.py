@@ -1,7 +1,10 @@
 """The command line as a user has it: real processes, their streams and their exit codes."""
 
+import io
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +12,7 @@ import sys
 import pytest
 
 from rapidindex import cli
+from rapidindex.store import Store
 from tests.tiny import WORDS
 
 PROMPT, ANSWER = "Tell me about tea", "tea is from Japan"
@@ -138,6 +142,63 @@ def test_check_finds_a_changed_byte_and_fails(data, tmp_path, llama_folders):
     assert rapidindex("check", tmp_path / "index").returncode == 0
 
 
+def test_a_query_that_cannot_be_answered_names_its_line_and_the_others_are_answered(typed, index, tmp_path):
+    queries = tmp_path / "queries.jsonl"
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
+    asked = [
+        {"messages": turns, "answer": ANSWER, "token": None, "id": "a"},
+        {"prompt": PROMPT, "answer": ANSWER, "token": "India"},
+        {"prompt": PROMPT, "answer": ANSWER, "span": "x"},
+        {"prompt": PROMPT, "answer": ANSWER, "token": "Japan", "id": "d"},
+    ]
+    queries.write_text("\n".join(map(json.dumps, asked)))
+    code, out, said = typed("query", index, "--queries", queries, "--jsonl", "-k", 2, "-q")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 1 and [line.get("error", {}).get("type") for line in lines] == [
+        None,
+        "TokenNotFound",
+        "UsageError",
+        None,
+    ]
+    assert "queries.jsonl, line 2" in lines[1]["error"]["message"] and "line 3" in said
+    assert [lines[i]["query"]["meta"] for i in (0, 3)] == [{"id": "a"}, {"id": "d"}]
+    assert lines[0]["query"]["prompt"] == f"system: Be brief.\nuser: {PROMPT}"
+    code, out, said = typed("query", index, "--queries", queries, "-k", 2, "-q")
+    assert code == 1 and out.count("exact search") == 2 and "line 2" in said
+
+
+def test_a_system_turn_is_part_of_the_question(typed, index):
+    asked = ("query", index, PROMPT, "--answer", ANSWER, "-k", 2, "-q", "--json")
+    value = json.loads(typed(*asked, "--system", "Be brief.")[1])
+    assert value["query"]["prompt"] == f"system: Be brief.\nuser: {PROMPT}"
+    assert value["matches"][0]["score"] != json.loads(typed(*asked)[1])["matches"][0]["score"]
+
+
+def test_a_prompt_on_stdin_keeps_its_indentation(typed, index, monkeypatch):
+    def asked(content):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        return typed("query", index, "-", "--answer", ANSWER, "--json", "-q", "-k", 1)
+
+    assert json.loads(asked(b"  def f():\n    pass \r\n")[1])["query"]["prompt"] == "  def f():\n    pass "
+    code, _, said = asked(b"caf\xe9")
+    assert code == 2 and "not UTF-8" in said
+
+
+def test_an_unfinished_index_is_never_searched_as_if_it_were_whole(typed, index, tmp_path):
+    unfinished = tmp_path / "index"
+    shutil.copytree(index, unfinished)
+    Store.open(unfinished).set_planned("sentence", 120)
+    asked = ("query", unfinished, PROMPT, "--answer", ANSWER, "-k", 2, "-q")
+    code, out, said = typed(*asked, "--json", "--html", tmp_path / "page.html")
+    assert code == 0 and "holds 10 of 120 planned examples" in said and "build" in said
+    described = json.loads(out)["index"]
+    assert (described["examples"], described["planned"]) == (10, 120)
+    assert "holds 10 of 120 planned examples" in (tmp_path / "page.html").read_text()
+    assert "holds 10 of 120 planned examples" in typed(*asked)[1]
+    whole = json.loads(typed("query", index, PROMPT, "--answer", ANSWER, "-k", 2, "-q", "--json")[1])["index"]
+    assert (whole["examples"], whole["planned"]) == (None, None)
+
+
 ERRORS = {
     "no such index": (["query", "nowhere", PROMPT], 1, "NotAnIndex"),
     "no prompt": (["query", "INDEX"], 2, "UsageError"),
@@ -167,6 +228,8 @@ ERRORS = {
         2,
         "UsageError",
     ),
+    "a prompt that is not UTF-8": (["query", "INDEX", "caf\udce9", "--answer", ANSWER], 2, "UsageError"),
+    "an answer that is not UTF-8": (["query", "INDEX", PROMPT, "--answer", "caf\udce9"], 2, "UsageError"),
     "an unknown factory": (["index", "INDEX", "--factory", "Flatt"], 2, "UsageError"),
 }
 
@@ -193,9 +256,73 @@ def test_an_expected_error_is_one_sentence_and_an_exit_code(
     assert error["type"] == kind and error["message"] and error["hint"]
 
 
-def test_a_mistyped_option_is_a_usage_error():
-    done = rapidindex("build", "--nonsense")
-    assert done.returncode == 2 and "--nonsense" in done.stderr
+@pytest.mark.parametrize(
+    "arguments", [["build", "--nonsense\x1b[31m"], ["build"], ["nonsense"], ["query", "x", "-k", "many"]]
+)
+def test_a_mistyped_command_is_a_usage_error(typed, arguments):
+    code, out, said = typed(*arguments)
+    assert (code, out) == (2, "") and said.startswith("Error: ") and "--help" in said and "\x1b" not in said
+    error = json.loads(typed(*arguments, "--json")[2])["error"]
+    assert error["type"] == "UsageError" and "\x1b" not in error["message"]
+
+
+def test_no_arguments_are_answered_with_the_help(typed):
+    code, out, said = typed()
+    assert code in (0, 2) and "Usage:" in out + said
+
+
+def test_no_character_that_commands_a_terminal_reaches_either_stream(typed, index):
+    told = "\x1b[31m\x07\r\u202e\x9b"
+    for arguments in (["query", index, PROMPT, "--answer", ANSWER, "--token", f"no{told}"], ["info", f"no{told}"]):
+        for more in ([], ["--json"]):
+            code, out, said = typed(*arguments, *more)
+            assert code == 1 and not (set(told) - set("[31m")) & set(out + said)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_result_is_printed_whatever_the_terminal_can_show(index, encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    answer = "tea — 日本 from Japan"
+    asked = ("query", index, PROMPT, "--answer", answer, "-k", 2)
+    for more in ([], ["--no-heatmaps"], ["--json"]):
+        command = [sys.executable, "-m", "rapidindex", *map(str, asked), *more]
+        done = subprocess.run(command, capture_output=True, timeout=300, env=environment)
+        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert json.loads(done.stdout.decode(encoding))["query"]["answer"] == answer
+
+
+def test_the_home_folder_is_found_after_an_equals_sign(typed, index, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(index, tmp_path / "index")
+    html = "--html=~/page.html"
+    code, _, said = typed("query", "~/index", PROMPT, "--answer", ANSWER, "-k", 1, "-q", "--json", html)
+    assert code == 0, said
+    assert (tmp_path / "page.html").is_file()
+    code, _, said = typed("build", "nothing.jsonl", "--model=~/no model", "--output=~/x", "-q")
+    assert code == 1 and "~" not in said
+
+
+def test_a_faiss_that_was_half_removed_is_one_sentence(typed, index, tmp_path, monkeypatch):
+    (tmp_path / "faiss").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+    code, _, said = typed("index", index, "--factory", "Flat", "-q")
+    assert code == 1 and "does not load" in said and "pip" in said
+
+
+def test_a_signal_before_the_command_line_is_there_ends_without_a_traceback():
+    code = """
+import signal, sys, threading
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Slow())
+from rapidindex.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and "Traceback" not in done.stderr and "again to go on" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["INT", "TERM"])

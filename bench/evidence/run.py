@@ -244,7 +244,8 @@ def encode_query(query: tasks.TaskQuery, template: Template) -> Batch:
     """Encode a query as the package does: the mean loss of the tokens of its word, or of its whole answer."""
     example = Example("", query.prompt, query.answer, {}, 0, (("user", query.prompt),))
     encoding = template.encode(example, end=False)
-    return selected_batch(encoding, select_tokens(encoding.tokens, query.answer, token=query.word), "cpu")
+    selection = select_tokens(encoding.tokens, query.answer, token=query.word).positions
+    return selected_batch(encoding, selection, "cpu")
 
 
 def score(seed: Seed, methods: tuple[str, ...], *, product: bool) -> None:

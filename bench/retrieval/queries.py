@@ -62,7 +62,7 @@ def draw_queries(index: Index, data: Path, count: int) -> Iterator[tuple[Query, 
         if example.id in held or encoding.truncated or middle < 1:
             continue
         for span in (None, str(middle)):
-            selection = select_tokens(encoding.tokens, example.response, span=span)
+            selection = select_tokens(encoding.tokens, example.response, span=span).positions
             query = Query(example.prompt, example.response, span=span)
             yield query, selected_batch(encoding, selection, index.loaded.device)
         done += 2

@@ -4,13 +4,21 @@ Knows text, not tokenizers or models.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from rapidindex.config import TokenConfig
 from rapidindex.errors import QueryError, TokenNotFound, UsageError
 from rapidindex.results import Token
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
+
+_SPACELESS = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff]"
+)
+"""Letters of scripts that put no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese and Japanese."""
 
 _STOP_WORDS = frozenset(
     """
@@ -55,13 +63,23 @@ def _overlapping(tokens: Sequence[Token], text: str, spans: Iterable[tuple[int, 
     return [position for position, token in enumerate(tokens) if any(covered[token.start : token.end])]
 
 
+class Selection(NamedTuple):
+    """The tokens of an answer that a query is about."""
+
+    positions: list[int]
+    parts_of_words: bool = False
+    """Whether the text that was asked for stands in the answer only within longer words."""
+
+
 def select_tokens(
     tokens: Sequence[Token], answer: str, *, token: str | None = None, span: str | None = None
-) -> list[int]:
-    """Return the positions of the tokens that a query is about: all unless `token` or `span` is given.
+) -> Selection:
+    """Return the tokens that a query is about: all unless `token` or `span` is given.
 
-    `token` names characters of the answer and selects every token that overlaps them, at every occurrence (the paper's
-    Γ(E2), section 4.6), or with `#n` at the n-th. `span` is `FIRST:LAST`, both included, or one position, from 0.
+    `token` names words of the answer and selects every token that overlaps them, at every occurrence (the paper's
+    Γ(E2), section 4.6), or with `#n` at the n-th. Occurrences within longer words (India in Indian) count only where
+    there are no others. Scripts without spaces have no such words, and canonically equivalent spellings are the same.
+    `span` is `FIRST:LAST`, both included, or one position, from 0.
 
     Raises UsageError for both together or a form that has no meaning, TokenNotFound where the answer has no such token,
     QueryError for an answer without tokens.
@@ -71,30 +89,78 @@ def select_tokens(
     if not tokens:
         raise QueryError("The answer has no tokens.", hint="Give an answer that is not empty with --answer.")
     if token is not None:
-        return _overlapping(tokens, answer, _occurrences(tokens, answer, token))
-    return list(range(len(tokens))) if span is None else _span_positions(tokens, span)
+        spans, parts = _occurrences(tokens, answer, token)
+        return Selection(_overlapping(tokens, answer, spans), parts)
+    return Selection(list(range(len(tokens))) if span is None else _span_positions(tokens, span))
 
 
-def _occurrences(tokens: Sequence[Token], answer: str, text: str) -> list[tuple[int, int]]:
-    """Return where `text` stands in the answer, as (start, end) in characters; the n-th occurrence for `text#n`."""
+def _occurrences(tokens: Sequence[Token], answer: str, text: str) -> tuple[list[tuple[int, int]], bool]:
+    """Return where `text`, or the n-th `text` for `text#n`, stands in the answer, and whether only in longer words."""
     word, number = text, None
-    numbered = re.fullmatch(r"(.+)#([1-9]\d*)", text, re.DOTALL)
-    if numbered and text not in answer:
+    whole, parts = _find(answer, text)
+    numbered = re.fullmatch(r"(.+)#([1-9][0-9]{0,17})", text, re.DOTALL)
+    if numbered and not whole and not parts:
         word, number = numbered[1], int(numbered[2])
+        whole, parts = _find(answer, word)
     if not word.strip():
         raise UsageError("--token is empty.", hint="Give a word of the answer.")
-    occurrences = [match.span() for match in re.finditer(re.escape(word), answer)]
-    if not occurrences or (number or 1) > len(occurrences):
-        times = f"only {len(occurrences)} times" if occurrences else "not"
+    found = whole or parts
+    chosen = found if number is None else found[number - 1 : number]
+    if not _overlapping(tokens, answer, chosen):
+        times = "once" if len(found) == 1 else f"{len(found)} times"
+        often = f"only {times}{' as a whole word' if whole and parts else ''}" if found else "not"
         raise TokenNotFound(
-            f"{word!r} is {times} in the answer {answer!r}.",
+            f"{word!r} is {often} in the answer {answer!r}.",
             hint=f"Its tokens are  {_numbered(tokens)}  (choose with --token WORD or --span FIRST:LAST).",
         )
-    return occurrences if number is None else [occurrences[number - 1]]
+    return chosen, not whole
+
+
+def _find(answer: str, text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return where `text` stands in the answer as (start, end) in characters: as whole words, and within longer ones.
+
+    White space around `text` does not count: tokens are often shown with the space before them.
+    """
+    word = unicodedata.normalize("NFC", text.strip())
+    normal, places = _normalized(answer)
+    whole, parts = [], []
+    for match in re.finditer(re.escape(word), normal) if word else ():
+        start, end = match.span()
+        inside = _within_a_word(normal, start) or _within_a_word(normal, end)
+        (parts if inside else whole).append((places[start][0], places[end - 1][1]))
+    return whole, parts
+
+
+def _normalized(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return a text in NFC, and for each of its characters where it stood in `text`."""
+    pieces, places = [], []
+    starts = [at for at, letter in enumerate(text) if not at or not _joins(letter)]
+    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+        normal = unicodedata.normalize("NFC", text[start:end])
+        pieces.append(normal)
+        same = normal == text[start:end]
+        places += [(at, at + 1) for at in range(start, end)] if same else [(start, end)] * len(normal)
+    return "".join(pieces), places
+
+
+def _joins(letter: str) -> bool:
+    """Return whether a character is one with that before it: accents, vowel signs, the later jamo of a syllable."""
+    return unicodedata.category(letter).startswith("M") or "\u1160" <= letter <= "\u11ff"
+
+
+def _within_a_word(text: str, at: int) -> bool:
+    """Return whether the characters on both sides of `at` belong to one word."""
+    if not 0 < at < len(text):
+        return False
+    before, after = text[at - 1], text[at]
+    if _joins(after):
+        return True
+    word = all(letter.isalnum() or letter == "_" or _joins(letter) for letter in (before, after))
+    return word and not (_SPACELESS.match(before) or _SPACELESS.match(after))
 
 
 def _span_positions(tokens: Sequence[Token], span: str) -> list[int]:
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", span.strip())
+    match = re.fullmatch(r"([0-9]{1,18})(?::([0-9]{1,18}))?", span.strip())
     if not match:
         raise UsageError(f"--span {span!r} is not FIRST:LAST.", hint="For example --span 3:5, or --span 4.")
     first = int(match[1])

@@ -41,7 +41,7 @@ def encode_query(
     QueryError for an empty prompt or answer, a text longer than the template's limit, or a gradient that is not finite;
     TokenNotFound where the token is not in the answer.
     """
-    if not query.text.strip():
+    if not query.turns[-1][1].strip():
         raise QueryError("The prompt is empty.", hint="Give the prompt that the model was asked.")
     answer = query.answer
     if answer is None:
@@ -57,10 +57,11 @@ def encode_query(
             hint="Shorten them, or build the index with a larger --max-length.",
         )
     selection = select_tokens(encoding.tokens, answer, token=query.token, span=query.span)
-    rapidgrads = compressor(selected_batch(encoding, selection, loaded.device))
+    rapidgrads = compressor(selected_batch(encoding, selection.positions, loaded.device))
     if not rapidgrads.rows.isfinite().all():
         raise QueryError(f"The gradient of the answer {answer!r} is not finite.", hint="Use --dtype float32.")
-    return EncodedQuery(QueryInfo(query.text, answer, encoding.tokens, selection), encoding, rapidgrads)
+    info = QueryInfo(query.text, answer, encoding.tokens, *selection, query.meta)
+    return EncodedQuery(info, encoding, rapidgrads)
 
 
 def generate_answer(query: Query, loaded: LoadedModel, template: Template, max_new_tokens: int) -> str:

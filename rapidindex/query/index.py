@@ -68,8 +68,7 @@ class Index:
 
     def __len__(self) -> int:
         """The number of examples, removed ones excluded."""
-        rows = self.rows_of(self.store.levels[0])
-        return len(np.unique(rows.example[rows.live_mask]))
+        return self._examples(self.store.levels[0])
 
     def __repr__(self) -> str:
         model = " + ".join(filter(None, (self.recipe.model.path, self.recipe.adapter.path)))
@@ -82,6 +81,7 @@ class Index:
         answer: str | None = None,
         token: str | None = None,
         span: str | None = None,
+        system: str | None = None,
         options: QueryOptions | None = None,
         **changes: Any,
     ) -> Any:
@@ -89,7 +89,8 @@ class Index:
 
         `prompt` is a text, a Query, a dict with its fields, a conversation (a list of {"role", "content"}), or an
         EncodedQuery; a list of these is answered with one search, and gives a list of Results. `answer`, `token` and
-        `span` are those of Query. `options` may be given field by field: `k=10, opponents=True`.
+        `span` are those of Query, `system` is a turn before all others. `options` may be given field by field:
+        `k=10, opponents=True`.
 
         Raises QueryError (TokenNotFound) for a query that cannot be answered, UsageError for an option without a
         meaning, and StoreError for a level that the index does not hold.
@@ -98,7 +99,7 @@ class Index:
         if isinstance(prompt, Sequence) and not isinstance(prompt, str) and not is_conversation(prompt):
             return self._answer(self.encode(prompt, options), options)
         if not isinstance(prompt, EncodedQuery):
-            prompt = as_query(prompt, answer=answer, token=token, span=span)
+            prompt = as_query(prompt, system=system, answer=answer, token=token, span=span)
         return self._answer(self.encode([prompt], options), options)[0]
 
     def encode(self, queries: Iterable[Any], options: QueryOptions | None = None) -> list[EncodedQuery]:
@@ -293,7 +294,14 @@ class Index:
     def _index_info(self, level: str, n: int) -> IndexInfo:
         recipe = self.recipe
         K = self.rows_of(level).K
-        return IndexInfo(self.store.id, recipe.model.path, recipe.adapter.path, K, recipe.sketch.shuffles, n)
+        unfinished = () if self.store.complete(level) else (self._examples(level), self.store.planned(level))
+        model, adapter = recipe.model.path, recipe.adapter.path
+        return IndexInfo(self.store.id, model, adapter, K, recipe.sketch.shuffles, n, *unfinished)
+
+    def _examples(self, level: str) -> int:
+        """Return how many examples have live rows of a level."""
+        rows = self.rows_of(level)
+        return len(np.unique(rows.example[rows.live_mask]))
 
     def _level_info(self, level: str) -> dict[str, Any]:
         rows = self.rows_of(level)
@@ -302,7 +310,7 @@ class Index:
             "K": rows.K,
             "row_type": rows.row_type,
             "rows": int(rows.live_mask.sum()),
-            "examples": len(np.unique(rows.example[rows.live_mask])),
+            "examples": self._examples(level),
             "planned": self.store.planned(level),
             "complete": self.store.complete(level),
             "shards": len(rows.shards),

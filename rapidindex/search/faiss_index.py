@@ -29,18 +29,19 @@ def load_faiss() -> Any:
     """Import faiss. Raises ResourceError where it is missing or does not load."""
     try:
         import faiss
+
+        # By default searches of fewer than 128,000 / d queries take a path that is 20 to 30 times slower.
+        faiss.cvar.distance_compute_blas_threshold = 1
     except ImportError as error:
         raise ResourceError(
             f"An approximate index needs FAISS, which cannot be imported ({error}).",
             hint="Type: pip install 'rapidindex[cpu]' (or search with --exact, which needs no FAISS).",
         ) from error
-    except (RuntimeError, OSError) as error:  # faiss-gpu without its CUDA libraries
+    except (RuntimeError, OSError, AttributeError) as error:  # no CUDA libraries; a package that is half removed
         raise ResourceError(
             f"FAISS is installed but does not load ({_first_line(error)}).",
             hint="Type: pip uninstall faiss-gpu faiss-gpu-cuvs faiss-cpu, then pip install 'rapidindex[cpu]'.",
         ) from error
-    # By default searches of fewer than 128,000 / d queries take a path that is 20 to 30 times slower.
-    faiss.cvar.distance_compute_blas_threshold = 1
     return faiss
 
 

@@ -1,8 +1,10 @@
 """Make training text harmless to show: it may hold characters that command a terminal or reverse a page's direction.
 
-Every function keeps the text's length, so that positions in it stay valid.
+`line` and `paragraph` keep the text's length, so that positions in it stay valid; `json_text` keeps its meaning.
 """
 
+import json
+import re
 import unicodedata
 
 _BREAKS = "\n\r\t\v\f\x85\u2028\u2029"
@@ -18,6 +20,20 @@ def line(text: str) -> str:
 def paragraph(text: str) -> str:
     """Return a text for a page: line breaks stay; other controls, lone surrogates and direction overrides do not."""
     return text if text.isprintable() else "".join(_in_a_paragraph(character) for character in text)
+
+
+def json_text(text: str, encoding: str | None = None) -> str:
+    """Return JSON with the same value, in which characters that do not print, or that `encoding` lacks, are escaped."""
+    return re.sub(r"[^\n -~]", lambda found: _escaped(found[0], encoding or "utf-8"), text)
+
+
+def _escaped(character: str, encoding: str) -> str:
+    try:
+        character.encode(encoding)
+        shown = character.isprintable()
+    except UnicodeEncodeError:
+        shown = False
+    return character if shown else json.dumps(character)[1:-1]
 
 
 def _on_a_line(character: str) -> str:

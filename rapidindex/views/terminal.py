@@ -36,7 +36,7 @@ def result(result: Result) -> RenderableType:
     """Return a query's answer with the selected tokens marked, its matches, and where they lie among all scores."""
     parts: list[RenderableType] = [_question(result.query), Text()]
     if any(match.token_scores for match in result.matches):
-        parts += [Text(result.direction, style="bold"), _cards(result), Text()]
+        parts += [Text(line(result.direction), style="bold"), _cards(result), Text()]
     else:
         parts.append(_table(result))
     if result.summary and sum(result.summary.histogram):
@@ -52,12 +52,12 @@ def fields(title: str, values: dict[str, Any]) -> RenderableType:
 
     The value named `next` is left out: it is a command, which a table could break over two lines.
     """
-    table = Table(title=title, show_header=False, box=None, title_justify="left", title_style="bold")
+    table = Table(title=Text(line(title), "bold"), show_header=False, box=None, title_justify="left")
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in values.items():
         if name != "next":
-            table.add_row(name, line(str(value)))
+            table.add_row(Text(line(name)), Text(line(str(value))))
     return table
 
 
@@ -67,18 +67,21 @@ def _question(query: QueryInfo) -> Text:
     for piece, marked in pieces:
         text.append(piece, "bold reverse" if marked else "")
     selected = " … ".join(piece for piece, marked in pieces if marked)
-    return text.append(f"\nAbout   {selected}", "dim") if selected else text
+    if selected:
+        text.append(f"\nAbout   {selected}", "dim")
+    return text.append(f"\n{wording.selected(query)}", "bold") if query.parts_of_words else text
 
 
 def _table(result: Result) -> Table:
     names = _meta_columns(result.matches)
-    table = Table(title=result.direction, title_justify="left", title_style="bold", header_style="dim", expand=True)
+    title = Text(line(result.direction), "bold")
+    table = Table(title=title, title_justify="left", header_style="dim", expand=True)
     table.box, table.padding = SIMPLE_HEAD, (0, 1, 0, 0)
     for name in ("#", "score", "pct"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in names:
         widest = max(len(_meta(match, name)) for match in result.matches)
-        table.add_column(line(name), max_width=max(_META_LEAST, widest), overflow="fold")
+        table.add_column(Text(line(name)), max_width=max(_META_LEAST, widest), overflow="fold")
     table.add_column("prompt → response", ratio=1)
     for match in result.matches:
         scores = (str(match.rank), f"{match.score:+.4f}", f"{match.percentile:.1f}")
@@ -110,7 +113,8 @@ def _footer(result: Result) -> str:
     if summary and summary.std > 0 and result.matches:
         first = (result.matches[0].score - summary.mean) / summary.std
         spread = f"; the first lies {abs(first):.1f} standard deviations {'above' if first > 0 else 'below'} the mean"
-    return f"{search} over {result.index.n:,} {wording.unit_name(result)} in {total:.2f} s{spread}"
+    footer = f"{search} over {result.index.n:,} {wording.unit_name(result)} in {total:.2f} s{spread}"
+    return f"{footer}\n{wording.unfinished(result)}".rstrip()
 
 
 def _shorten(text: str, length: int) -> str:

@@ -3,7 +3,7 @@
 from statistics import NormalDist
 from typing import Any
 
-from rapidindex.results import Match, Result
+from rapidindex.results import Match, QueryInfo, Result
 
 
 def word(text: str) -> str:
@@ -21,9 +21,26 @@ def meta_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def selected(query: QueryInfo) -> str:
+    """Return a sentence about which words of the answer are asked about."""
+    if len(query.selection) == len(query.tokens):
+        return "The question is about the whole answer."
+    if query.parts_of_words:
+        return "The question is about the marked words, which hold the text that was asked about as a part."
+    return "The question is about the marked words."
+
+
 def unit_name(result: Result) -> str:
     """Return what was searched: `examples` or `tokens`."""
     return "tokens" if result.level == "token" else "examples"
+
+
+def unfinished(result: Result) -> str:
+    """Return a sentence where the index lacks examples that its build was to store, otherwise an empty text."""
+    index = result.index
+    if index.planned is None:
+        return ""
+    return f"The index holds {index.examples:,} of {index.planned:,} planned examples: its build was interrupted."
 
 
 def matched_token(match: Match) -> str:

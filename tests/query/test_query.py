@@ -9,7 +9,7 @@ from rapidindex.caching.build import build
 from rapidindex.config import GradientConfig, ModelConfig
 from rapidindex.errors import ConfigMismatch, DataError, NotAnIndex, QueryError, TokenNotFound
 from rapidindex.gradients.second_moment import correction
-from rapidindex.query.questions import Query, read_queries
+from rapidindex.query.questions import Query
 from rapidindex.results import Result
 from tests import tiny
 from tests.oracles import ANSWER, PROMPT, RECIPES, all_rows, autograd, request
@@ -179,19 +179,3 @@ def test_a_full_parameter_model_is_queried_without_an_adapter(data, tmp_path, ll
 def test_a_folder_that_is_no_index_is_refused(tmp_path):
     with pytest.raises(NotAnIndex):
         Index.open(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "no query"),
-        ("{", "line 1: not JSON"),
-        ('{"prompt": "a"}\n["b"]', "line 2"),
-        ('{"prompt": "a", "tokken": "b"}', "line 1"),
-        ('{"prompt": 3}', "line 1"),
-    ],
-)
-def test_a_query_file_that_cannot_be_used_names_the_line(tmp_path, text, said):
-    (tmp_path / "q.jsonl").write_text(text)
-    with pytest.raises(DataError, match=said):
-        read_queries(tmp_path / "q.jsonl")

@@ -145,3 +145,11 @@ def test_an_unfinished_index_and_rows_that_were_left_out_are_described():
     assert [name for name in shown["Level token"] if "search" in name] == ["search factory", "search dim"]
     assert shown["Unusable rows of the data"] == {"line 3": "a"}
     assert shown["No finite gradient"] == {"b.jsonl line 4": "b"}
+
+
+def test_a_recall_stands_where_a_search_is_approximate_and_not_where_it_is_exact():
+    measured = {"recall_at_10": 0.1, "recall_at_100": 0.2, "queries": 128, "margin": None}
+    index = {"factory": "Flat", "proponents": measured, "opponents": {**measured, "margin": 0.02}}
+    shown = tables.info_tables({**INFO, "levels": {"sentence": {**LEVEL, "index": index}}})["Level sentence"]
+    assert shown["search proponents"].startswith("exact") and "0.1" not in shown["search proponents"]
+    assert shown["search opponents"].startswith("approximate, recall@10 0.100, recall@100 0.200")

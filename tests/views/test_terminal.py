@@ -32,6 +32,27 @@ def test_no_control_character_of_the_data_reaches_the_terminal(form, colour):
     assert "[bold red]{{" in left
 
 
+MARKUP = "[/b]x [link=http://a.example]y[/link] [INST] {prompt} [/INST] \x1b[31m\r\u202e"
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_markup_in_data_is_text(scores):
+    match = shown.match(1, MARKUP, prompt=MARKUP, meta={MARKUP: "a", "b": MARKUP[:10]})
+    query = replace(shown.result().query, prompt=MARKUP)
+    result = shown.result(matches=[match], query=query)
+    text = printed(result if scores else without_scores(result), colour=True, width=400)
+    assert "\x1b]8" not in text and "\x1b[31m" not in text and "[link=http://a.example]" in text
+    assert text.count("[INST] {prompt} [/INST]") >= 2 if scores else 1
+
+
+def test_markup_in_the_names_and_values_of_a_table_is_text():
+    console = Console(file=io.StringIO(), width=400, force_terminal=True)
+    console.print(terminal.fields(f"Index idx[v2] {MARKUP}", {f"name {MARKUP}": f"value {MARKUP}"}))
+    text = console.file.getvalue()
+    assert "idx[v2]" in text and text.count("[/b]x") == 3
+    assert "\x1b]8" not in text and "\x1b[31m" not in text and "\u202e" not in text and "\r" not in text
+
+
 def test_without_token_scores_matches_are_a_table():
     text = printed(without_scores(shown.result()), colour=False)
     assert "prompt → response" in text
@@ -124,3 +145,10 @@ def test_a_plain_sentence_says_when_nothing_stands_out():
 
 def test_the_answer_has_the_chosen_token_marked():
     assert "\x1b[1;7mJapan\x1b[0m" in printed(shown.result(), colour=True)
+
+
+def test_a_question_about_parts_of_words_says_so():
+    query = replace(shown.result().query, parts_of_words=True)
+    assert "as a part" in printed(shown.result(query=query), colour=False)
+    assert "as a part" in shown.result(query=query).to_html()
+    assert "as a part" not in printed(shown.result(), colour=False)

@@ -79,7 +79,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     safe_text = {"safe_text": lambda value: paragraph(str(value))}
-    environment.filters |= {"signed": wording.signed, "word": wording.word, **safe_text}
+    environment.filters |= {"signed": wording.signed, "word": wording.word, "selected": wording.selected, **safe_text}
     return environment
 
 

@@ -28,6 +28,8 @@ class Direction:
     """Empty where something stands out."""
     order: str
     """Empty where the scores order the matches."""
+    unfinished: str
+    """Empty where the index holds all planned examples."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Histogram:
 def direction(result: Result, full: float, answer_full: float) -> Direction:
     """Return a result for the page; `full` and `answer_full` are the shares of full colour in responses and answers."""
     matches = [_match(match, result.query, full, answer_full) for match in result.matches]
-    return Direction(result, result.direction.capitalize(), matches, wording.verdict(result), wording.rescored(result))
+    sentences = wording.verdict(result), wording.rescored(result), wording.unfinished(result)
+    return Direction(result, result.direction.capitalize(), matches, *sentences)
 
 
 def segment(piece: heatmap.Segment, full: float, *, matched: bool = False) -> Markup:
