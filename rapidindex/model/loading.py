@@ -25,6 +25,8 @@ from rapidindex.errors import ModelError, RapidIndexError, ResourceError
 from rapidindex.model.files import ModelFiles
 
 _NOISY_LOGGERS = ("accelerate", "bitsandbytes", "huggingface_hub", "peft")
+_NO_CODE = {"trust_remote_code": False}
+"""Without this transformers asks on stdout whether to run the code in a model's folder, and runs it after a `y`."""
 
 
 @contextlib.contextmanager
@@ -69,14 +71,18 @@ def translate_errors(config: ModelConfig) -> Iterator[None]:
             f"{config.model} does not fit into the memory of {config.device}.", hint=f"Try {smaller}."
         ) from error
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{config.model} needs program code of its own (`auto_map` in its config.json or"
+                " tokenizer_config.json), which rapidindex never runs.",
+                hint=f"Give a model that transformers {transformers.__version__} knows without it.",
+            ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
         raise ModelError(f"{config.model} could not be loaded ({reason}).", hint=_advice(str(error))) from error
 
 
 def _advice(text: str) -> str:
-    if "trust_remote_code" in text:
-        return "It needs program code from its repository, which rapidindex does not run."
     if "AutoModelForCausalLM" in text:
         return "rapidindex works with causal language models only."
     return "Check that the files are complete, and that transformers is new enough for them."
@@ -92,10 +98,10 @@ def load_tokenizer(files: ModelFiles, adapter: Path | None) -> PreTrainedTokeniz
         folder for folder in (adapter, files.folder) if folder and any((folder / name).is_file() for name in names)
     ]
     if places:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(places[0])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(places[0], **_NO_CODE)
     elif files.gguf:
         _need_gguf()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf, **_NO_CODE)
     else:
         raise ModelError(
             f"{files.folder} holds no tokenizer.", hint="Copy tokenizer.json and tokenizer_config.json into it."
@@ -168,7 +174,7 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     place = {} if device.type == "cpu" and not config.quantize else {"device_map": {"": str(device)}}
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, config.dtype), output_loading_info=True, **place, **options
+        folder, dtype=getattr(torch, config.dtype), output_loading_info=True, **place, **options, **_NO_CODE
     )
     missing = sorted(report["missing_keys"])
     if missing:

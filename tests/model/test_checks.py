@@ -1,0 +1,75 @@
+"""Models and adapters that would give wrong gradients, or run code of their own, are refused before anything else."""
+
+import builtins
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from rapidindex.errors import ModelError
+from rapidindex.model.model import generate, load
+from tests.model.test_model import copy, cpu, edit_json
+
+CODE = """
+from pathlib import Path
+Path({marker!r}).write_text("ran")
+import transformers
+class Config(transformers.LlamaConfig): model_type = "strange"
+class Model(transformers.LlamaForCausalLM): config_class = Config
+class Tokenizer(transformers.PreTrainedTokenizerFast): pass
+"""
+FILES = {"config": "config.json", "tokenizer": "tokenizer_config.json"}
+STRANGE = {"config": {"model_type": "strange"}, "tokenizer": {"tokenizer_class": "Tokenizer"}}
+
+
+def with_code(folder: Path, marker: Path) -> Path:
+    """Let config and tokenizer of the model in `folder` name classes in a file there, which writes `marker`."""
+    (folder / "code.py").write_text(CODE.format(marker=str(marker)))
+    edit_json(folder / "config.json", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})
+    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "code.Tokenizer"]})
+    return folder
+
+
+@pytest.fixture
+def no_prompt(monkeypatch):
+    """Whoever is asked says yes."""
+    asked = []
+    monkeypatch.setattr(builtins, "input", lambda text="": asked.append(text) or "y")
+    yield
+    assert not asked
+
+
+@pytest.mark.usefixtures("no_prompt")
+def test_code_in_a_models_folder_never_runs(tmp_path, llama_folders, capfd):
+    marker = tmp_path / "marker"
+    model = with_code(copy(llama_folders[0], tmp_path / "model"), marker)
+    assert load(cpu(model)).trainable  # transformers has a Llama of its own
+    for part, file in FILES.items():
+        edit_json(model / file, **STRANGE[part])
+    started = time.monotonic()
+    for folder, adapter in ((model, None), (model, llama_folders[1])):
+        with pytest.raises(ModelError, match="program code.*never runs"):
+            load(cpu(folder, adapter))
+    assert time.monotonic() - started < 5 and not marker.exists()
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("no_prompt")
+@pytest.mark.parametrize("part", ["config", "tokenizer"])
+def test_code_of_a_config_or_a_tokenizer_alone_never_runs(tmp_path, llama_folders, part):
+    marker = tmp_path / "marker"
+    model = with_code(copy(llama_folders[0], tmp_path / "model"), marker)
+    shutil.copy(llama_folders[0] / FILES["tokenizer" if part == "config" else "config"], model)
+    edit_json(model / FILES[part], **STRANGE[part])
+    with pytest.raises(ModelError, match="program code.*never runs"):
+        load(cpu(model))
+    assert not marker.exists()
+
+
+@pytest.mark.usefixtures("no_prompt")
+def test_a_way_of_generating_that_a_folder_holds_never_runs(tmp_path, llama_folders):
+    marker, model = tmp_path / "marker", copy(llama_folders[0], tmp_path / "model")
+    (model / "custom_generate").mkdir()
+    (model / "custom_generate" / "generate.py").write_text(CODE.format(marker=str(marker)))
+    assert generate(load(cpu(model)), "Paris", max_new_tokens=2) and not marker.exists()
