@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rapidindex.config import ModelConfig
 from rapidindex.errors import ModelError, RapidIndexError, ResourceError
+from rapidindex.model.checks import check_fast
 from rapidindex.model.files import ModelFiles
 
 _NOISY_LOGGERS = ("accelerate", "bitsandbytes", "huggingface_hub", "peft")
@@ -108,15 +109,6 @@ def load_tokenizer(files: ModelFiles, adapter: Path | None) -> PreTrainedTokeniz
         )
     check_fast(tokenizer)
     return tokenizer
-
-
-def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ModelError for a tokenizer that cannot map its tokens to characters."""
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"The tokenizer of {tokenizer.name_or_path} is not a fast one, so tokens cannot be mapped to characters.",
-            hint="Give the model a tokenizer.json.",
-        )
 
 
 def load_base(
@@ -277,19 +269,6 @@ def train_everything(model: PreTrainedModel, config: ModelConfig) -> None:
         )
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ModelError where the tokenizer has more tokens than the model has embeddings.
-
-    Tokens added past the vocabulary, such as a pad token, do not count.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.vocab_size > rows:
-        raise ModelError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, the model embeddings for {rows}.",
-            hint="They do not belong together: give the model that the adapter was trained on.",
-        )
 
 
 def _need_gguf() -> None:

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rapidindex.config import DTYPES, ModelConfig
+from rapidindex.config import ModelConfig
 from rapidindex.errors import ModelError, RapidIndexError, ResourceError, UsageError
+from rapidindex.model.checks import check_causal, check_fast, check_language_model, check_vocabulary
 from rapidindex.model.files import adapter_fingerprint, find_adapter, find_model, model_fingerprint
 from rapidindex.model.fingerprints import WEIGHTS, tokenizer_fingerprint, weights_fingerprints
 from rapidindex.model.loading import (
     add_adapter,
     check_adapter,
-    check_fast,
-    check_vocabulary,
     disable_cache,
     is_adapted,
     keep_differentiable,
@@ -118,7 +117,7 @@ def load(config: ModelConfig, *, attn_implementation: str | None = None) -> Load
             model = add_adapter(model, adapter)
         else:
             train_everything(model, config)
-        model.eval()
+        check_causal(model.eval(), tokenizer)
     fingerprints = {
         "model": model_fingerprint(files),
         "adapter": adapter_fingerprint(adapter) if adapter else "",
@@ -139,7 +138,7 @@ def adopt(
     which that adapter is saved, if it is. Raises ModelError for a model or tokenizer that `load` would refuse.
     """
     base = model.get_base_model() if is_adapted(model) else model
-    _check_causal(base)
+    check_language_model(base)
     check_fast(tokenizer)
     check_vocabulary(base, tokenizer)
     dtype, device = str(base.dtype).removeprefix("torch."), next(model.parameters()).device
@@ -152,24 +151,10 @@ def adopt(
         train_adapter(model)
     keep_differentiable(base)
     disable_cache(base)
+    with quiet_libraries(), translate_errors(config):
+        check_causal(model.eval(), tokenizer)
     fingerprints = {**weights_fingerprints(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
-    return LoadedModel(model.eval(), tokenizer, config, fingerprints, device)
-
-
-def _check_causal(base: torch.nn.Module) -> None:
-    """Raise ModelError unless `base` is a causal language model of transformers on one device, in a dtype of ours."""
-    if not isinstance(base, PreTrainedModel) or not base.can_generate() or base.config.is_encoder_decoder:
-        raise ModelError(
-            f"A {type(base).__name__} is no causal language model of transformers.",
-            hint="Give what AutoModelForCausalLM makes, or a peft.PeftModel over it.",
-        )
-    devices = {str(value.device) for value in base.parameters()}
-    if len(devices) > 1 or "meta" in devices:
-        raise ModelError(
-            f"The model lies on {', '.join(sorted(devices))}.", hint="Load it onto one device, without device_map."
-        )
-    if str(base.dtype).removeprefix("torch.") not in DTYPES:
-        raise ModelError(f"The model computes in {base.dtype}.", hint=f"Convert it to one of: {', '.join(DTYPES)}.")
+    return LoadedModel(model, tokenizer, config, fingerprints, device)
 
 
 def generate(

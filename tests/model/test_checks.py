@@ -6,9 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
+from rapidindex.config import EncodingConfig, FinetuneConfig
+from rapidindex.data.examples import read_examples
 from rapidindex.errors import ModelError
-from rapidindex.model.model import generate, load
+from rapidindex.model.finetune import finetune
+from rapidindex.model.model import adopt, generate, load
+from tests import tiny
 from tests.model.test_model import copy, cpu, edit_json
 
 CODE = """
@@ -73,3 +79,42 @@ def test_a_way_of_generating_that_a_folder_holds_never_runs(tmp_path, llama_fold
     (model / "custom_generate").mkdir()
     (model / "custom_generate" / "generate.py").write_text(CODE.format(marker=str(marker)))
     assert generate(load(cpu(model)), "Paris", max_new_tokens=2) and not marker.exists()
+
+
+def bert(folder: Path, **changes: object) -> Path:
+    """Write a tiny BERT with its language model head, drawn as BERT is before training."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=tiny.VOCABULARY, **sizes, **changes)
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    tiny.make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_reads_later_tokens_is_refused(tmp_path, llama_folders, tokenizer, dtype):
+    llama = copy(llama_folders[0], tmp_path / "llama")
+    edit_json(llama / "config.json", is_causal=False)
+    folders = [llama, bert(tmp_path / "bert")] if dtype == "float32" else [llama]
+    for folder in folders:
+        with pytest.raises(ModelError, match=f"{folder} is no causal language model: a token changes"):
+            load(cpu(folder, dtype=dtype))
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        with pytest.raises(ModelError, match="no causal language model"):
+            adopt(model.train(), tokenizer)
+
+
+def test_a_bert_that_is_a_decoder_is_causal(tmp_path):
+    assert load(cpu(bert(tmp_path, is_decoder=True))).trainable
+
+
+def test_finetune_refuses_a_model_that_is_not_causal_before_it_trains(tmp_path, data):
+    options = FinetuneConfig(target_modules="query")
+    with pytest.raises(ModelError, match="no causal language model"):
+        finetune(read_examples(data), EncodingConfig(), cpu(bert(tmp_path / "bert")), options, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_rounding_does_not_pass_for_reading_later_tokens(wide_folders, quantize):
+    for dtype in ("float32", "bfloat16"):
+        assert load(cpu(*wide_folders, quantize=quantize, dtype=dtype)).trainable

@@ -90,7 +90,7 @@ def test_a_quantized_base_gives_the_gradients_of_its_own_weights(wide_folders, q
             if quantize == "4bit":
                 value = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             else:
-                value = module.weight.data.float() * module.weight.SCB[:, None] / 127
+                value = module.weight.data.float() * module.state.SCB[:, None] / 127
             plain[key].weight.copy_(value)
         loaded.model(input_ids=IDS)  # a pass without gradients must not cost the next one its gradients
     least = {"4bit": 0.99999, "8bit": 0.99}[quantize]  # 8-bit products round their inputs too
