@@ -164,7 +164,7 @@ class Seed:
                 if self.task.sampled:
                     said = sampled(loaded, text, 1000 * self.seed + number)
                 else:
-                    said = generate(loaded, text, max_new_tokens=ANSWER_TOKENS)
+                    said = generate(loaded, text, max_new_tokens=ANSWER_TOKENS).text
                 found.append({**prompt, "said": said})
                 tasks.write_jsonl(file, found)
                 self.bars("answers", number, len(prompts))
