@@ -20,7 +20,7 @@ from rapidindex.data.templates import continuation
 from rapidindex.errors import ModelError, RapidIndexError, ResourceError, UsageError
 from rapidindex.model.checks import check_causal, check_fast, check_language_model, check_vocabulary
 from rapidindex.model.files import adapter_fingerprint, find_adapter, find_model, model_fingerprint
-from rapidindex.model.fingerprints import WEIGHTS, tokenizer_fingerprint, weights_fingerprints
+from rapidindex.model.fingerprints import WEIGHTS, tensors_fingerprint, tokenizer_fingerprint, weights_fingerprints
 from rapidindex.model.loading import (
     add_adapter,
     check_adapter,
@@ -38,6 +38,9 @@ from rapidindex.model.loading import (
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+_REPEATABLE = ("pissa", "olora")
+"""Ways in which LoRA begins by changing its base, but always alike: a whole SVD or QR of each weight."""
 
 
 @dataclass
@@ -116,7 +119,7 @@ def load(config: ModelConfig, *, attn_implementation: str | None = None) -> Load
         model = load_base(files, config, device, attn_implementation)
         check_vocabulary(model, tokenizer)
         if adapter:
-            model = add_adapter(model, adapter)
+            model = _adapted(model, adapter)
         else:
             train_everything(model, config)
         check_causal(model.eval(), tokenizer)
@@ -129,6 +132,22 @@ def load(config: ModelConfig, *, attn_implementation: str | None = None) -> Load
     if not loaded.trainable:
         raise ModelError(f"Nothing is trainable in {config.adapter or config.model}.", hint="Give a LoRA adapter.")
     return loaded
+
+
+def _adapted(model: PreTrainedModel, folder: Path) -> "PeftModel":
+    """Return `model` under the adapter in `folder`; raise ModelError for one that is another each time it is loaded."""
+    parameters = dict(model.named_parameters())
+    before = tensors_fingerprint(parameters)
+    adapted = add_adapter(model, folder)
+    start = getattr(adapted.active_peft_config, "init_lora_weights", None)
+    if start not in _REPEATABLE and tensors_fingerprint(parameters) != before:
+        raise ModelError(
+            f"The adapter {folder} changes the weights of its base when it is loaded (init_lora_weights={start!r}),"
+            " and never twice in the same way.",
+            hint="Convert it to plain LoRA where it was trained: model.save_pretrained(FOLDER,"
+            " path_initial_model_for_weight_conversion=FOLDER_OF_THE_UNTRAINED_ADAPTER).",
+        )
+    return adapted
 
 
 def adopt(

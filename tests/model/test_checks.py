@@ -5,6 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -15,7 +16,7 @@ from rapidindex.errors import ModelError
 from rapidindex.model.finetune import finetune
 from rapidindex.model.model import adopt, generate, load
 from tests import tiny
-from tests.model.test_model import copy, cpu, edit_json
+from tests.model.test_model import IDS, copy, cpu, edit_json
 
 CODE = """
 from pathlib import Path
@@ -118,3 +119,47 @@ def test_finetune_refuses_a_model_that_is_not_causal_before_it_trains(tmp_path, 
 def test_rounding_does_not_pass_for_reading_later_tokens(wide_folders, quantize):
     for dtype in ("float32", "bfloat16"):
         assert load(cpu(*wide_folders, quantize=quantize, dtype=dtype)).trainable
+
+
+def adapter(folder: Path, base: Path, **options: object) -> peft.PeftModel:
+    """Write to `folder` a LoRA adapter over the tiny Llama in `base`, made with these options and trained a little."""
+    model = tiny.make_model("llama")
+    model.name_or_path = str(base)
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+    adapted = peft.get_peft_model(model, settings)
+    with torch.no_grad():
+        for value in adapted.parameters():
+            if value.requires_grad:
+                value.add_(0.05 * torch.randn_like(value))
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    return adapted.eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*eva")
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva", "mica", "pissa", "olora"])
+def test_an_adapter_is_the_same_however_often_it_is_loaded(tmp_path, llama_folders, start):
+    made = adapter(tmp_path / "adapter", llama_folders[0], init_lora_weights=start)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        loaded = load(cpu(llama_folders[0], tmp_path / "adapter"))
+        assert torch.equal(loaded.model(input_ids=IDS).logits, made(input_ids=IDS).logits)
+
+
+def test_an_adapter_that_changes_its_base_by_chance_is_refused_until_it_is_converted(tmp_path, llama_folders):
+    base, start, saved = llama_folders[0], tmp_path / "start", tmp_path / "adapter"
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    made = peft.get_peft_model(tiny.make_model("llama"), peft.LoraConfig(init_lora_weights="pissa_niter_4", **settings))
+    made.peft_config["default"].init_lora_weights = True  # what peft's own example does
+    made.save_pretrained(start)
+    made.peft_config["default"].init_lora_weights = "pissa_niter_4"
+    with torch.no_grad():
+        for value in made.parameters():
+            value.add_(0.05 * torch.randn_like(value) * value.requires_grad)
+    made.save_pretrained(saved)
+    with pytest.raises(ModelError, match="changes the weights of its base.*path_initial_model_for_weight_conversion"):
+        load(cpu(base, saved))
+    made.eval().save_pretrained(saved, path_initial_model_for_weight_conversion=str(start))
+    loaded = load(cpu(base, saved))
+    torch.testing.assert_close(loaded.model(input_ids=IDS).logits, made(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
