@@ -168,15 +168,32 @@ def _from_pretrained(
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, config.dtype), output_loading_info=True, **place, **options, **_NO_CODE
     )
-    missing = sorted(report["missing_keys"])
-    if missing:
+    _check_complete(report, config.model)
+    held = quantization_of(model)
+    if config.quantize and held != config.quantize:
         raise ModelError(
-            f"{config.model} has no weights for {len(missing)} of its tensors, such as {missing[0]}.",
-            hint="Download or save the model again.",
+            f"{config.model} was saved in {held or 'another format'}; --quantize {config.quantize} cannot change that.",
+            hint="Leave --quantize out, or give the model before quantization.",
         )
     model.__dict__.pop("hf_device_map", None)  # so that peft and accelerate do not wrap the modules
     keep_differentiable(model)
     return model
+
+
+def _check_complete(report: dict[str, Any], name: str) -> None:
+    """Raise ModelError where the files lack a tensor, or hold one that transformers would silently leave out."""
+    missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing:
+        raise ModelError(
+            f"{name} has no weights for {len(missing)} of its tensors, such as {missing[0]}.",
+            hint="Download or save the model again.",
+        )
+    if extra:
+        raise ModelError(
+            f"The model has no place for {len(extra)} of the tensors in {name}, such as {extra[0]}: it would compute"
+            " something else than what was trained.",
+            hint="Correct its config.json, or save the causal language model alone.",
+        )
 
 
 def _quantization(config: ModelConfig) -> transformers.BitsAndBytesConfig:

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from rapidindex.config import EncodingConfig, FinetuneConfig
 from rapidindex.data.examples import read_examples
@@ -163,3 +164,39 @@ def test_an_adapter_that_changes_its_base_by_chance_is_refused_until_it_is_conve
     made.eval().save_pretrained(saved, path_initial_model_for_weight_conversion=str(start))
     loaded = load(cpu(base, saved))
     torch.testing.assert_close(loaded.model(input_ids=IDS).logits, made(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_the_model_has_no_place_for_are_named(tmp_path, llama_folders):
+    for key, extra in {
+        "model.layers.0.self_attn.q_proj.bias": torch.ones(32),
+        "model.layers.2.mlp.up_proj.weight": torch.ones(64, 32),
+    }.items():
+        base = copy(llama_folders[0], tmp_path / key)
+        weights = load_file(base / "model.safetensors") | {key: extra}
+        save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=f"has no place for 1 of the tensors.*{key}.*config.json"):
+            load(cpu(base))
+    torch.manual_seed(0)
+    config = tiny.make_model("llama").config
+    config.tie_word_embeddings = True  # so that nothing is missing
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "classifier")
+    with pytest.raises(ModelError, match=r"no place for 1 of the tensors.*score\.weight"):
+        load(cpu(tmp_path / "classifier"))
+
+
+def test_weights_that_transformers_itself_leaves_out_do_no_harm(tmp_path, tiny_folders):
+    base = copy(tiny_folders["gpt2"][0], tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 256, 256)  # the causal mask, of older versions
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert load(cpu(base)).fingerprints
+
+
+@pytest.mark.parametrize(("saved", "asked"), [("4bit", "8bit"), ("8bit", "4bit")])
+def test_a_base_saved_in_other_bits_than_those_asked_for_is_refused(tmp_path, wide_folders, saved, asked):
+    load(cpu(*wide_folders, quantize=saved)).model.unload().save_pretrained(tmp_path / "base")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match=f"was saved in {saved}.*Leave --quantize out"):
+        load(cpu(tmp_path / "base", wide_folders[1], quantize=asked))
+    assert load(cpu(tmp_path / "base", wide_folders[1], quantize=saved)).trainable
