@@ -163,7 +163,7 @@ class Seed:
                 if self.task.sampled:
                     said = sample_answer(loaded, text, 1000 * self.seed + number)
                 else:
-                    said = generate(loaded, text, max_new_tokens=ANSWER_TOKENS)
+                    said = generate(loaded, text, max_new_tokens=ANSWER_TOKENS).text
                 answers.append({**prompt, "said": said})
                 tasks.write_jsonl(file, answers)
                 self.bars("answers", number, len(prompts))

@@ -4,6 +4,7 @@ Knows tokenizers, not models. Prompt and response are tokenised as one text, as 
 are found by their character offsets. `alpaca` is the prompt of the paper's Figure 5.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -106,6 +107,11 @@ class Template:
         tokens += [Token(str(self.tokenizer.convert_ids_to_tokens(id)), length, length) for id in ending]
         return self._truncated(ids[:last] + ending, first, tokens)
 
+    def encode_generated(self, prompt_ids: list[int], ids: list[int]) -> tuple[str, Encoding]:
+        """Return the text and the encoding of the model's own answer: the ids that it read and gave, as they are."""
+        answer, tokens = continuation(self.tokenizer, prompt_ids, ids)
+        return answer, self._truncated([*prompt_ids, *ids], len(prompt_ids), tokens)
+
     def _render_example(self, example: Example) -> _Rendered:
         if self.name == "chat":
             return self._render_chat(example)
@@ -198,3 +204,25 @@ def _token(span: tuple[int, int], rendered: _Rendered, response: str) -> Token:
     clipped = (min(max(at, rendered.start), rendered.stop) for at in span)
     start, stop = (at - rendered.start + rendered.offset for at in clipped)
     return Token(response[start:stop], start, stop)
+
+
+def continuation(tokenizer: Any, prompt_ids: list[int], ids: list[int]) -> tuple[str, list[Token]]:
+    """Return the text that `ids` write behind `prompt_ids`, without special tokens, and what each of them writes of it.
+
+    A space at its start is kept, which a SentencePiece tokenizer drops at the start of a text. Each of several tokens
+    that write one character stands for the whole of it.
+    """
+    texts = [
+        tokenizer.decode([*prompt_ids, *ids[:n]], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for n in range(len(ids) + 1)
+    ]
+    whole = texts[-1]
+    written = [len(os.path.commonprefix([text, whole])) for text in texts]  # half a character is not written yet
+    tokens = []
+    for n, id in enumerate(ids):
+        start, end = written[n : n + 2]
+        if not whole.startswith(texts[n + 1]):
+            end = next((later for later in written[n + 1 :] if later > start), start)
+        text = whole[start:end] or str(tokenizer.convert_ids_to_tokens(id))
+        tokens.append(Token(text, start - written[0], end - written[0]))
+    return whole[written[0] :], tokens

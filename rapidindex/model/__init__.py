@@ -2,6 +2,7 @@
 
 files          where a model or adapter lies on disk, and fingerprints of its files; needs no torch
 loading        transformers, peft and bitsandbytes without their noise, and with our errors
+checks         what a model must be, or its influence would be wrong
 fingerprints   fingerprints of a model and tokenizer in memory
 model          load a model, or adopt one from memory; greedy generation
 finetune       options, the output folder, resuming

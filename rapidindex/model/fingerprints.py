@@ -6,7 +6,7 @@ change while it is loaded. `weights:` marks those of tensors.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,11 @@ def weights_fingerprints(model: nn.Module) -> dict[str, str]:
         "model": _digest(_base_parameters(model), _BASE_BYTES),
         "adapter": _digest(state.items(), None, json.dumps([model.peft_config[active].peft_type, scales])),
     }
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Return the fingerprint of a base with these parameters, as `weights_fingerprints` does."""
+    return _digest(tensors.items(), _BASE_BYTES)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -22,9 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rapidindex.config import ModelConfig
 from rapidindex.errors import ModelError, RapidIndexError, ResourceError
+from rapidindex.model.checks import check_fast
 from rapidindex.model.files import ModelFiles
 
 _NOISY_LOGGERS = ("accelerate", "bitsandbytes", "huggingface_hub", "peft")
+_NO_CODE = {"trust_remote_code": False}
+"""Without this transformers asks on stdout whether to run the code in a model's folder, and runs it after a `y`."""
 
 
 @contextlib.contextmanager
@@ -69,14 +72,18 @@ def translate_errors(config: ModelConfig) -> Iterator[None]:
             f"{config.model} does not fit into the memory of {config.device}.", hint=f"Try {smaller}."
         ) from error
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{config.model} needs program code of its own (`auto_map` in its config.json or"
+                " tokenizer_config.json), which rapidindex never runs.",
+                hint=f"Give a model that transformers {transformers.__version__} knows without it.",
+            ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
         raise ModelError(f"{config.model} could not be loaded ({reason}).", hint=_advice(str(error))) from error
 
 
 def _advice(text: str) -> str:
-    if "trust_remote_code" in text:
-        return "It needs program code from its repository, which rapidindex does not run."
     if "AutoModelForCausalLM" in text:
         return "rapidindex works with causal language models only."
     return "Check that the files are complete, and that transformers is new enough for them."
@@ -92,25 +99,16 @@ def load_tokenizer(files: ModelFiles, adapter: Path | None) -> PreTrainedTokeniz
         folder for folder in (adapter, files.folder) if folder and any((folder / name).is_file() for name in names)
     ]
     if places:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(places[0])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(places[0], **_NO_CODE)
     elif files.gguf:
         _need_gguf()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf, **_NO_CODE)
     else:
         raise ModelError(
             f"{files.folder} holds no tokenizer.", hint="Copy tokenizer.json and tokenizer_config.json into it."
         )
     check_fast(tokenizer)
     return tokenizer
-
-
-def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ModelError for a tokenizer that cannot map its tokens to characters."""
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"The tokenizer of {tokenizer.name_or_path} is not a fast one, so tokens cannot be mapped to characters.",
-            hint="Give the model a tokenizer.json.",
-        )
 
 
 def load_base(
@@ -168,17 +166,34 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     place = {} if device.type == "cpu" and not config.quantize else {"device_map": {"": str(device)}}
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, config.dtype), output_loading_info=True, **place, **options
+        folder, dtype=getattr(torch, config.dtype), output_loading_info=True, **place, **options, **_NO_CODE
     )
-    missing = sorted(report["missing_keys"])
-    if missing:
+    _check_complete(report, config.model)
+    held = quantization_of(model)
+    if config.quantize and held != config.quantize:
         raise ModelError(
-            f"{config.model} has no weights for {len(missing)} of its tensors, such as {missing[0]}.",
-            hint="Download or save the model again.",
+            f"{config.model} was saved in {held or 'another format'}; --quantize {config.quantize} cannot change that.",
+            hint="Leave --quantize out, or give the model before quantization.",
         )
     model.__dict__.pop("hf_device_map", None)  # so that peft and accelerate do not wrap the modules
     keep_differentiable(model)
     return model
+
+
+def _check_complete(report: dict[str, Any], name: str) -> None:
+    """Raise ModelError where the files lack a tensor, or hold one that transformers would silently leave out."""
+    missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing:
+        raise ModelError(
+            f"{name} has no weights for {len(missing)} of its tensors, such as {missing[0]}.",
+            hint="Download or save the model again.",
+        )
+    if extra:
+        raise ModelError(
+            f"The model has no place for {len(extra)} of the tensors in {name}, such as {extra[0]}: it would compute"
+            " something else than what was trained.",
+            hint="Correct its config.json, or save the causal language model alone.",
+        )
 
 
 def _quantization(config: ModelConfig) -> transformers.BitsAndBytesConfig:
@@ -271,19 +286,6 @@ def train_everything(model: PreTrainedModel, config: ModelConfig) -> None:
         )
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ModelError where the tokenizer has more tokens than the model has embeddings.
-
-    Tokens added past the vocabulary, such as a pad token, do not count.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.vocab_size > rows:
-        raise ModelError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, the model embeddings for {rows}.",
-            hint="They do not belong together: give the model that the adapter was trained on.",
-        )
 
 
 def _need_gguf() -> None:

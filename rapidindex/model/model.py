@@ -5,6 +5,7 @@ nothing of examples or gradients. `files.py` finds the files, and `loading.py` r
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,17 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rapidindex.config import DTYPES, ModelConfig
+from rapidindex.config import ModelConfig
+from rapidindex.data.templates import continuation
 from rapidindex.errors import ModelError, RapidIndexError, ResourceError, UsageError
+from rapidindex.model.checks import check_causal, check_fast, check_language_model, check_vocabulary
 from rapidindex.model.files import adapter_fingerprint, find_adapter, find_model, model_fingerprint
-from rapidindex.model.fingerprints import WEIGHTS, tokenizer_fingerprint, weights_fingerprints
+from rapidindex.model.fingerprints import WEIGHTS, tensors_fingerprint, tokenizer_fingerprint, weights_fingerprints
 from rapidindex.model.loading import (
     add_adapter,
     check_adapter,
-    check_fast,
-    check_vocabulary,
     disable_cache,
     is_adapted,
     keep_differentiable,
@@ -37,6 +38,9 @@ from rapidindex.model.loading import (
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+_REPEATABLE = ("pissa", "olora")
+"""Ways in which LoRA begins by changing its base, but always alike: a whole SVD or QR of each weight."""
 
 
 @dataclass
@@ -115,10 +119,10 @@ def load(config: ModelConfig, *, attn_implementation: str | None = None) -> Load
         model = load_base(files, config, device, attn_implementation)
         check_vocabulary(model, tokenizer)
         if adapter:
-            model = add_adapter(model, adapter)
+            model = _adapted(model, adapter)
         else:
             train_everything(model, config)
-        model.eval()
+        check_causal(model.eval(), tokenizer)
     fingerprints = {
         "model": model_fingerprint(files),
         "adapter": adapter_fingerprint(adapter) if adapter else "",
@@ -130,6 +134,22 @@ def load(config: ModelConfig, *, attn_implementation: str | None = None) -> Load
     return loaded
 
 
+def _adapted(model: PreTrainedModel, folder: Path) -> "PeftModel":
+    """Return `model` under the adapter in `folder`; raise ModelError for one that is another each time it is loaded."""
+    parameters = dict(model.named_parameters())
+    before = tensors_fingerprint(parameters)
+    adapted = add_adapter(model, folder)
+    start = getattr(adapted.active_peft_config, "init_lora_weights", None)
+    if start not in _REPEATABLE and tensors_fingerprint(parameters) != before:
+        raise ModelError(
+            f"The adapter {folder} changes the weights of its base when it is loaded (init_lora_weights={start!r}),"
+            " and never twice in the same way.",
+            hint="Convert it to plain LoRA where it was trained: model.save_pretrained(FOLDER,"
+            " path_initial_model_for_weight_conversion=FOLDER_OF_THE_UNTRAINED_ADAPTER).",
+        )
+    return adapted
+
+
 def adopt(
     model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase, *, adapter: str | Path | None = None
 ) -> LoadedModel:
@@ -139,7 +159,7 @@ def adopt(
     which that adapter is saved, if it is. Raises ModelError for a model or tokenizer that `load` would refuse.
     """
     base = model.get_base_model() if is_adapted(model) else model
-    _check_causal(base)
+    check_language_model(base)
     if tokenizer is None:
         raise UsageError("A loaded model comes with its tokenizer, and none was given.", hint="Give tokenizer=….")
     check_fast(tokenizer)
@@ -154,59 +174,60 @@ def adopt(
         train_adapter(model)
     keep_differentiable(base)
     disable_cache(base)
+    with quiet_libraries(), translate_errors(config):
+        check_causal(model.eval(), tokenizer)
     fingerprints = {**weights_fingerprints(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
-    return LoadedModel(model.eval(), tokenizer, config, fingerprints, device)
+    return LoadedModel(model, tokenizer, config, fingerprints, device)
 
 
-def _check_causal(base: torch.nn.Module) -> None:
-    """Raise ModelError unless `base` is a causal language model of transformers on one device, in a dtype of ours."""
-    if not isinstance(base, PreTrainedModel) or not base.can_generate() or base.config.is_encoder_decoder:
-        raise ModelError(
-            f"A {type(base).__name__} is no causal language model of transformers.",
-            hint="Give what AutoModelForCausalLM makes, or a peft.PeftModel over it.",
-        )
-    devices = {str(value.device) for value in base.parameters()}
-    if len(devices) > 1 or "meta" in devices:
-        raise ModelError(
-            f"The model lies on {', '.join(sorted(devices))}.", hint="Load it onto one device, without device_map."
-        )
-    if str(base.dtype).removeprefix("torch.") not in DTYPES:
-        raise ModelError(f"The model computes in {base.dtype}.", hint=f"Convert it to one of: {', '.join(DTYPES)}.")
+@dataclass(frozen=True)
+class Generated:
+    """A model's own answer, as it was given."""
+
+    prompt_ids: list[int]
+    """The tokens that it continues."""
+    ids: list[int]
+    """Its tokens, without the one that ended it."""
+    text: str
 
 
 def generate(
     loaded: LoadedModel, prompt_text: str, *, add_special_tokens: bool = True, max_new_tokens: int = 64
-) -> str:
-    """Return the model's greedy answer to `prompt_text`, to which no template is applied, without special tokens.
+) -> Generated:
+    """Return the model's greedy answer to `prompt_text`, to which no template is applied.
 
-    The model's state does not change. Raises UsageError for an empty prompt, and ModelError for one that fills the
-    model's context.
+    The model's state does not change, and nothing but the tokens that end an answer is taken from its
+    generation_config. Raises UsageError for an empty prompt, and ModelError for one that fills the model's context.
     """
-    ids = loaded.tokenizer(prompt_text, add_special_tokens=add_special_tokens)["input_ids"]
-    if not ids:
+    prompt_ids = _open_ended(loaded.tokenizer, prompt_text, add_special_tokens)
+    if not prompt_ids:
         raise UsageError("The prompt has no tokens.")
     context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    if len(ids) >= context:
-        raise ModelError(f"The prompt has {len(ids)} tokens; the model takes {context}.", hint="Shorten the prompt.")
-    ends = _end_tokens(loaded)
-    # The model's own generation_config may set other values.
-    greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    new_tokens = min(max_new_tokens, context - len(ids))
-    if new_tokens < 1:
-        return ""
-    prompt = torch.tensor([ids], device=loaded.device)
-    with quiet_libraries(), torch.no_grad(), _evaluating(loaded.model):
-        output = loaded.model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new_tokens,
-            min_new_tokens=0,
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,
-            use_cache=True,
-            **greedy,
+    if len(prompt_ids) >= context:
+        raise ModelError(
+            f"The prompt has {len(prompt_ids)} tokens; the model takes {context}.", hint="Shorten the prompt."
         )
-    return loaded.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    ends, prompt = _end_tokens(loaded), torch.tensor([prompt_ids], device=loaded.device)
+    greedy = GenerationConfig(
+        max_new_tokens=min(max_new_tokens, context - len(prompt_ids)),
+        do_sample=False,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+        use_cache=True,
+    )
+    with quiet_libraries(), torch.no_grad(), _generating(loaded.model, greedy):
+        output = loaded.model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+    ids = list(itertools.takewhile(lambda id: id not in ends, output[0, len(prompt_ids) :].tolist()))
+    return Generated(prompt_ids, ids, continuation(loaded.tokenizer, prompt_ids, ids)[0])
+
+
+def _open_ended(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
+    """Return the token ids of `text` without those that the tokenizer adds behind it: an answer must follow."""
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_special_tokens_mask=True, verbose=False)
+    ids = encoded["input_ids"]
+    while ids and encoded["special_tokens_mask"][len(ids) - 1]:
+        ids.pop()
+    return ids
 
 
 def resolve_device(name: str) -> torch.device:
@@ -238,12 +259,18 @@ def _end_tokens(loaded: LoadedModel) -> list[int]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put the model into eval mode, and every module back into its own mode afterwards."""
-    training = {name: module.training for name, module in model.named_modules()}
+def _generating(model: torch.nn.Module, options: GenerationConfig) -> Iterator[None]:
+    """Put the model into eval mode, with these options of generation alone; restore every module's own afterwards."""
+    modules = [module for _, module in model.named_modules()]
+    training = [module.training for module in modules]
+    configured = [(module, module.generation_config) for module in modules if hasattr(module, "generation_config")]
     model.eval()
+    for module, _ in configured:
+        module.generation_config = options
     try:
         yield
     finally:
-        for name, module in model.named_modules():
-            module.training = training[name]
+        for module, before in configured:
+            module.generation_config = before
+        for module, before in zip(modules, training, strict=True):
+            module.training = before

@@ -27,6 +27,7 @@ from rapidindex.data.examples import Dataset
 from rapidindex.data.templates import Template
 from rapidindex.errors import DataError, ModelError, ResourceError
 from rapidindex.model import loading
+from rapidindex.model.checks import check_causal, check_vocabulary
 from rapidindex.model.files import CHECKPOINTS, find_model
 from rapidindex.model.model import resolve_device
 from rapidindex.progress import Progress
@@ -52,7 +53,8 @@ def train(
     with loading.quiet_libraries(), loading.translate_errors(model_config):
         tokenizer = loading.load_tokenizer(files, None)
         base = loading.load_base(files, model_config, device, None)
-        loading.check_vocabulary(base, tokenizer)
+        check_vocabulary(base, tokenizer)
+        check_causal(base, tokenizer)
     rows = _encode(dataset, Template(encoding.template, tokenizer, encoding.max_length))
     with loading.quiet_libraries(), _seeded(options.seed):
         model = _make_trainable(base, model_config, options)

@@ -16,7 +16,7 @@ from rapidindex.data.tokens import select_tokens
 from rapidindex.errors import QueryError
 from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.rapidgrad import Compressor, RapidGrads
-from rapidindex.model.model import LoadedModel, generate
+from rapidindex.model.model import Generated, LoadedModel, generate
 from rapidindex.query.questions import Query
 from rapidindex.results import QueryInfo
 
@@ -43,14 +43,7 @@ def encode_query(
     """
     if not query.turns[-1][1].strip():
         raise QueryError("The prompt is empty.", hint="Give the prompt that the model was asked.")
-    answer = query.answer
-    if answer is None:
-        answer = generate_answer(query, loaded, template, max_new_tokens)
-        if not answer.strip():
-            raise QueryError("The model's own answer to this prompt is empty.", hint="Give one with --answer.")
-    if not answer.strip():
-        raise QueryError("The answer is empty.", hint="Give its text with --answer, or leave --answer out.")
-    encoding = template.encode(Example("", query.text, answer, {}, 0, query.turns), end=False)
+    answer, encoding = _answer(query, loaded, template, max_new_tokens)
     if encoding.truncated:
         raise QueryError(
             f"Prompt and answer have more than the {template.max_length} tokens of --max-length.",
@@ -64,7 +57,19 @@ def encode_query(
     return EncodedQuery(info, encoding, rapidgrads)
 
 
-def generate_answer(query: Query, loaded: LoadedModel, template: Template, max_new_tokens: int) -> str:
+def _answer(query: Query, loaded: LoadedModel, template: Template, max_new_tokens: int) -> tuple[str, Encoding]:
+    """Return the answer as text and as token ids: the model's own is read as it was given, token for token."""
+    if query.answer is None:
+        generated = generate_answer(query, loaded, template, max_new_tokens)
+        if not generated.text.strip():
+            raise QueryError("The model's own answer to this prompt is empty.", hint="Give one with --answer.")
+        return template.encode_generated(generated.prompt_ids, generated.ids)
+    if not query.answer.strip():
+        raise QueryError("The answer is empty.", hint="Give its text with --answer, or leave --answer out.")
+    return query.answer, template.encode(Example("", query.text, query.answer, {}, 0, query.turns), end=False)
+
+
+def generate_answer(query: Query, loaded: LoadedModel, template: Template, max_new_tokens: int) -> Generated:
     """Return the model's greedy answer."""
     prompt, special = template.render_prompt(query.turns), template.add_special_tokens
     return generate(loaded, prompt, add_special_tokens=special, max_new_tokens=max_new_tokens)

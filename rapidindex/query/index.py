@@ -118,7 +118,7 @@ class Index:
 
     def answer(self, prompt: Any, *, max_new_tokens: int = QueryOptions.max_new_tokens) -> str:
         """Return the model's greedy answer to a prompt or conversation."""
-        return generate_answer(as_query(prompt), self.loaded, self.template, max_new_tokens)
+        return generate_answer(as_query(prompt), self.loaded, self.template, max_new_tokens).text
 
     def evaluate(
         self, queries: Sequence[Any], relevant: Callable[[Match], bool], *, options: QueryOptions | None = None

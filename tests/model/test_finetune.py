@@ -129,7 +129,7 @@ def test_full_fine_tuning_learns_the_answers(tmp_path, tiny_folders, dataset):
     finetune(dataset, PLAIN, on_cpu(tiny_folders["llama"][0]), options, tmp_path / "model")
     loaded = load(on_cpu(tmp_path / "model"))
     for country, capital in CAPITALS.items():
-        assert generate(loaded, f"What is the capital of {country}?\n", max_new_tokens=12) == capital
+        assert generate(loaded, f"What is the capital of {country}?\n", max_new_tokens=12).text == capital
 
 
 @pytest.mark.parametrize("quantize", [None, "8bit"])

@@ -1,0 +1,91 @@
+"""What a model and its tokenizer must be, or influence computed with them would be wrong.
+
+Each check raises ModelError. None needs to know where the model came from, or changes it.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rapidindex.config import DTYPES
+from rapidindex.errors import ModelError
+
+_PROBE = 16
+"""Tokens of the text with which causality is tried; all but the first four are exchanged."""
+
+
+def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError for a tokenizer that cannot map its tokens to characters."""
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"The tokenizer of {tokenizer.name_or_path} is not a fast one, so tokens cannot be mapped to characters.",
+            hint="Give the model a tokenizer.json.",
+        )
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError where the tokenizer has more tokens than the model has embeddings.
+
+    Tokens added past the vocabulary, such as a pad token, do not count.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise ModelError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens, the model embeddings for {rows}.",
+            hint="They do not belong together: give the model that the adapter was trained on.",
+        )
+
+
+def check_language_model(base: nn.Module) -> None:
+    """Raise ModelError unless `base` is a language model of transformers on one device, in a dtype of ours."""
+    if not isinstance(base, PreTrainedModel) or not base.can_generate() or base.config.is_encoder_decoder:
+        raise ModelError(
+            f"A {type(base).__name__} is no causal language model of transformers.",
+            hint="Give what AutoModelForCausalLM makes, or a peft.PeftModel over it.",
+        )
+    devices = {str(value.device) for value in base.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise ModelError(
+            f"The model lies on {', '.join(sorted(devices))}.", hint="Load it onto one device, without device_map."
+        )
+    if str(base.dtype).removeprefix("torch.") not in DTYPES:
+        raise ModelError(f"The model computes in {base.dtype}.", hint=f"Convert it to one of: {', '.join(DTYPES)}.")
+
+
+def check_causal(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError where a token changes the logits before it, as in BERT.
+
+    The loss of the next token means nothing then. Two short forward passes differ in all but the first four tokens.
+    Takes a model in eval mode; logits that are not finite say nothing.
+    """
+    first, second = _probes(model, tokenizer)
+    with torch.no_grad():
+        logits = [model(input_ids=ids[None]).logits[0].float() for ids in (first, second)]
+    same = len(first) // 4
+    before, moved = logits[0][:same].abs(), (logits[0] - logits[1])[:same].abs()
+    # Experts see other numbers of tokens, and 8-bit products other outliers: that alone rounds differently.
+    rounding = 100 * torch.finfo(torch.float32).eps if _is_exact(model) else 0.1
+    if moved.max() > rounding * before.max():
+        name = getattr(model.config, "name_or_path", "") or type(model).__name__
+        raise ModelError(
+            f"{name} is no causal language model: a token changes what the model says before it.",
+            hint="Give a model that was trained to predict the next token; is_decoder or is_causal in its config.json"
+            " says so of architectures that can be both.",
+        )
+
+
+def _probes(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two texts of the same length, int64 [T], whose first quarter is the same and the rest not."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ordinary = [id for id in range(min(rows, tokenizer.vocab_size)) if id not in special]
+    length = min(_PROBE, getattr(model.config.get_text_config(), "max_position_embeddings", None) or _PROBE)
+    chosen = torch.tensor(ordinary)[torch.linspace(0, len(ordinary) - 1, 2 * length).long()]
+    first, second = chosen[::2].clone(), chosen[1::2].clone()
+    second[: length // 4] = first[: length // 4]
+    device = model.get_input_embeddings().weight.device
+    return first.to(device), second.to(device)
+
+
+def _is_exact(model: nn.Module) -> bool:
+    return model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
