@@ -6,10 +6,11 @@ import numpy as np
 
 from rapidindex.caching.batches import Item, as_batch, plan_batches
 from rapidindex.caching.job import Job
-from rapidindex.errors import ModelError
+from rapidindex.errors import ModelError, StoreError
 from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.second_moment import preconditioner_of, read_second_moment
 from rapidindex.progress import Progress
+from rapidindex.recipe import Recipe
 from rapidindex.store import Store
 
 _ESTIMATES = ("estimate", "kronecker")
@@ -23,9 +24,19 @@ def moment_sample(job: Job) -> list[Item]:
     return [ordered[number] for number in numbers]
 
 
+def refuse_without_second_moment(store: Store, recipe: Recipe) -> None:
+    """Raise StoreError where the recipe wants a second moment that `store` lacks: other data would give another one."""
+    if recipe.gradient.second_moment != "none" and store.second_moment() is None:
+        raise StoreError(
+            f"{store.path} lacks its second moment, and one from other data would not fit its rows.",
+            hint=f"Give its rapidindex build command with the data of {recipe.data.path} again, which makes it.",
+        )
+
+
 def ensure_second_moment(job: Job, store: Store, progress: Progress) -> None:
     """Compute or read the second moment that the recipe wants, and store it, unless the locked `store` has one.
 
+    One that was lost is made again, from the same examples: the job's are those that the index was built from.
     ModelError where it cannot be read or is not finite.
     """
     source = job.request.gradient.second_moment
