@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rapidindex.caching.batches import Item, Unit, as_batch, padded_tokens
+from rapidindex.caching.batches import Item, Unit, as_batch, does_not_fit, padded_tokens
 from rapidindex.config import BuildConfig
-from rapidindex.errors import ResourceError
 from rapidindex.gradients.per_example import is_out_of_memory
 from rapidindex.gradients.rapidgrad import Compressor, RapidGrads, concatenate
 from rapidindex.store import Rows, ShardContent
@@ -72,10 +71,7 @@ class _BatchCompressor:
             if not is_out_of_memory(error):
                 raise
             if len(items) == 1:
-                raise ResourceError(
-                    f"The memory of {self.device} does not suffice for one example of {items[0].tokens} tokens.",
-                    hint="Build with a smaller --max-length or -K, an adapter, or a larger machine.",
-                ) from error
+                raise does_not_fit(items, self.device) from error
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
