@@ -13,6 +13,7 @@ import torch
 
 from rapidindex.data.examples import Example
 from rapidindex.data.templates import Encoding
+from rapidindex.errors import ResourceError
 from rapidindex.gradients.losses import Batch
 
 _UNIT_BATCHES = 8
@@ -84,6 +85,16 @@ def plan_units(items: Sequence[Item], batch_tokens: int) -> list[Unit]:
 def padded_tokens(batch: Sequence[Item]) -> int:
     """Return the tokens of a batch with its padding, to which its work is proportional."""
     return len(batch) * max(item.tokens for item in batch)
+
+
+def does_not_fit(items: Sequence[Item], device: torch.device) -> ResourceError:
+    """Return the error of the longest of these items, which does not fit into memory by itself."""
+    longest = max(items, key=lambda item: item.tokens)
+    where = f" (line {longest.example.line})" if longest.example.line else ""
+    return ResourceError(
+        f"The memory of {device} does not suffice for one example of {longest.tokens} tokens{where}.",
+        hint="Build with a smaller --max-length or -K, an adapter, or a larger machine.",
+    )
 
 
 def as_batch(items: Sequence[Item], device: torch.device | str) -> Batch:

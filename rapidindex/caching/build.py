@@ -84,6 +84,7 @@ def cache_levels(
     `started` is the run's start on the clock of `time.perf_counter`; `restored` counts examples put back before.
     """
     with store.lock():
+        ensure_second_moment(job, store, progress)
         _extend_levels(store, job, plans)
         before = {plan.level: store.rows(plan.level).done_ids for plan in plans}
         batched = [cache_level(store, job, plan, progress) for plan in plans if plan.examples]
@@ -93,11 +94,10 @@ def cache_levels(
 
 
 def cache_level(store: Store, job: Job, plan: LevelPlan, progress: Progress) -> bool:
-    """Compute the rows of `plan` into the locked `store`, by one process or several.
+    """Compute the rows of `plan` into the locked `store`, which has its second moment, by one process or several.
 
     Return whether gradients were computed in batches. Several processes release the job's model.
     """
-    ensure_second_moment(job, store, progress)
     if len(plan.devices) > 1:
         return _cache_with_workers(store, job, plan, progress)
     rows, total, done = store.rows(plan.level), plan.tokens, 0

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from rapidindex.caching.batches import Item, Unit, as_batch, padded_tokens
+from rapidindex.caching.batches import Item, Unit, as_batch, does_not_fit, padded_tokens
 from rapidindex.config import BuildConfig
-from rapidindex.errors import ResourceError
+from rapidindex.gradients.per_example import is_out_of_memory
 from rapidindex.gradients.rapidgrad import Compressor, RapidGrads, concatenate
 from rapidindex.store import Rows, ShardContent
 
 STAGES = {"sentence": "cache", "token": "cache tokens"}
 """The name of each level's work, for the progress."""
-_ALLOCATION_FAILED = "can't allocate memory"  # in the RuntimeError of torch's allocator for CPUs
 
 
 def cache(
@@ -69,14 +68,10 @@ class _BatchCompressor:
         try:
             return self.compressor(as_batch(items, self.device))
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            full = isinstance(error, MemoryError | torch.OutOfMemoryError) or _ALLOCATION_FAILED in str(error)
-            if not full:
+            if not is_out_of_memory(error):
                 raise
             if len(items) == 1:
-                raise ResourceError(
-                    f"The memory of {self.device} does not suffice for one example of {items[0].tokens} tokens.",
-                    hint="Build with a smaller --max-length or -K, an adapter, or a larger machine.",
-                ) from error
+                raise does_not_fit(items, self.device) from error
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return None

@@ -15,6 +15,7 @@ from typing import Any
 from rapidindex.caching.build import BuildSummary, cache_levels
 from rapidindex.caching.estimate import check_resources, free_resources, resources_of
 from rapidindex.caching.job import Job, LevelPlan, plan_levels, prepare
+from rapidindex.caching.moment import refuse_without_second_moment
 from rapidindex.config import BuildConfig, BuildRequest, TokenConfig
 from rapidindex.data.examples import listed_ids
 from rapidindex.errors import StoreError, UsageError
@@ -56,6 +57,7 @@ def add(
     started = time.perf_counter()
     with Store.open(path).lock() as store:
         recipe = Recipe.from_manifest(store.config)
+        refuse_without_second_moment(store, recipe)
         if model is None or isinstance(model, str | Path):
             model = recipe.model_config(model=model and str(model), adapter=adapter, device=device)
         request = BuildRequest(

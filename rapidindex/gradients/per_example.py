@@ -1,14 +1,17 @@
 """Per-example gradients of a padded batch, one layer at a time, from hooks (a layer is one trainable parameter tensor).
 
 The gradient of a linear layer for example b is Σ_t δ_bt ⊗ x_bt: one batched product of the layer's inputs x and the
-gradients δ of its outputs. Embeddings and norms have rules of their own. `PerExampleGradients` compares its first batch
-with autograd. Where the comparison fails, or a trainable parameter has no rule, gradients are computed one example at a
-time: slower, and right for any model. Knows nothing of sketches or files.
+gradients δ of its outputs. Embeddings and norms have rules of their own. `PerExampleGradients` compares each layer with
+autograd when a batch first reaches it, and when it first has a gradient. A zero is certain: a parameter that the loss
+depends on in a way that no hook sees is found in the graph. Where the comparison fails, or a trainable parameter has no
+rule, gradients are computed one example at a time: slower, and right for any model. Knows nothing of sketches or files.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +19,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rapidindex.errors import ModelError, RapidIndexError
 from rapidindex.gradients.losses import Batch, example_losses, layers_of, only_logits_at, positions_used, trainable
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Relative error from which a batched gradient counts as wrong (a wrong rule is off by about 1)."""
+
+_ALLOCATION_FAILED = "can't allocate memory"
+"""What torch's RuntimeError says where a CPU's memory does not suffice."""
 
 _SUMS = 4096
 """Numbers that stand for a layer's gradient in the comparison: they give an error's length within a few per cent."""
@@ -47,8 +54,14 @@ class PerExampleGradients:
             for layer, parameter in zip(self.layers, self._parameters, strict=True)
             if id(parameter) not in covered
         ]
-        self.batched = not self.unbatched
+        self._unverified = set(range(len(self.layers)))
+        self._reached: frozenset[int] = frozenset()
         self._checked = False
+
+    @property
+    def batched(self) -> bool:
+        """Whether gradients are computed in batches."""
+        return not self.unbatched
 
     def __call__(self, batch: Batch, consume: Consume) -> Float[Tensor, " examples"]:
         """Pass every layer's gradients, float [examples, size], to `consume` once.
@@ -56,9 +69,11 @@ class PerExampleGradients:
         Return the losses, float32 [examples].
         """
         if self.batched and not self._checked and len(batch) > 1:
-            self._check(batch)
+            lengths = batch.attention.sum(1)
+            self._attempt(self._check, batch, int(lengths.argmin()), int(lengths.argmax()))
+            self._checked = True
         if self.batched and self._checked:
-            return self._batched(batch, consume)
+            return self._verified(batch, consume)
         return self._single(batch, consume) if len(batch) == 1 else self._one_by_one(batch, consume)
 
     @contextmanager
@@ -66,23 +81,78 @@ class PerExampleGradients:
         """Yield the losses, float32 [examples], and keep what the batched backward pass needs within the block."""
         positions = positions_used(batch.weights)
         narrowed = only_logits_at(self.model, positions)
-        with torch.enable_grad(), _Recorder(self, len(batch), consume) as recorder, narrowed as is_narrow:
-            yield example_losses(self.model, batch, positions if is_narrow else None), recorder
+        with torch.enable_grad(), _Recorder(self, batch, consume) as recorder, narrowed as is_narrow:
+            losses = example_losses(self.model, batch, positions if is_narrow else None)
+            recorder.check_graph(losses)
+            yield losses, recorder
 
-    def _batched(self, batch: Batch, consume: Consume) -> Tensor:
+    def _batched(self, batch: Batch, consume: Consume, *, rehearsal: bool = False) -> Tensor:
+        """Compute a batch; raise _Unseen, before anything is passed on, where it reaches layers that none has reached.
+
+        A `rehearsal`, whose gradients are only compared, may reach them.
+        """
         with self.forward(batch, consume) as (losses, recorder):
-            losses.sum().backward()
+            reached = frozenset(number for number, calls in enumerate(recorder.calls) if calls)
+            if not (rehearsal or reached <= self._reached):
+                raise _Unseen(reached - self._reached)
+            self._reached |= reached
+            if losses.requires_grad:
+                losses.sum().backward()
             recorder.flush()
         return losses.detach()
 
-    def _single(self, batch: Batch, consume: Consume) -> Tensor:
+    def _verified(self, batch: Batch, consume: Consume) -> Tensor:
+        """Compute a batch, and compare each layer with autograd when it first has a gradient.
+
+        Where one is wrong, all layers that were not passed on yet are computed one example at a time. Those that were
+        passed on have been right in a batch that reached the same modules.
+        """
+        passed: set[int] = set()
+        unseen: dict[int, Tensor] = {}
+
+        def pass_on(number: int, gradient: Tensor) -> None:
+            if number in self._unverified and gradient.norm(dim=1).max() > self._rounding(number):
+                unseen[number] = gradient
+            else:
+                passed.add(number)
+                consume(number, gradient)
+
+        try:
+            losses = self._attempt(self._batched, batch, pass_on)
+        except _Unseen as unseen_layers:
+            self._attempt(self._rehearse, batch, unseen_layers.numbers)
+            losses = self._attempt(self._batched, batch, pass_on) if self.batched else None
+        if losses is not None and unseen:
+            rows = {int(gradient.norm(dim=1).argmax()) for gradient in unseen.values()}
+            self._compare({n: _digest(gradient.clone()) for n, gradient in unseen.items()}, batch, sorted(rows))
+        if losses is None or not self.batched:
+            return self._one_by_one(batch, consume, passed)
+        for number, gradient in unseen.items():
+            consume(number, gradient)
+        return losses
+
+    def _attempt(self, compute: Callable, *arguments: Any) -> Any:
+        """Compute something in batches; return None, and batch nothing any more, where no rule covers what is done.
+
+        Whatever goes wrong but for memory counts as that: what is wrong with the model itself is met once more then.
+        """
+        try:
+            return compute(*arguments)
+        except Exception as error:
+            if isinstance(error, _Unseen | RapidIndexError) or is_out_of_memory(error):
+                raise
+            self.unbatched.append(str(error) if isinstance(error, _NoRule) else f"{type(error).__name__}: {error}")
+            return None
+
+    def _single(self, batch: Batch, consume: Consume, passed: Collection[int] = ()) -> Tensor:
         """Compute one example by autograd, and pass each layer's gradient on as soon as it is complete."""
-        missing = dict(enumerate(self.layers))
+        missing = {number: layer for number, layer in enumerate(self.layers) if number not in passed}
 
         def pass_on(parameter: nn.Parameter, number: int) -> None:
             gradient, parameter.grad = parameter.grad, None
-            del missing[number]
-            consume(number, gradient.float().reshape(1, -1))
+            if missing.pop(number, None):
+                dense = gradient.to_dense() if gradient.is_sparse else gradient
+                consume(number, dense.float().reshape(1, -1))
 
         handles = [
             parameter.register_post_accumulate_grad_hook(partial(pass_on, number=number))
@@ -91,7 +161,12 @@ class PerExampleGradients:
         try:
             with torch.enable_grad():
                 losses = example_losses(self.model, batch)
-                losses.sum().backward()
+                if losses.requires_grad:
+                    losses.sum().backward()
+        except _FAILURES as error:
+            if is_out_of_memory(error):
+                raise
+            raise _impossible(self.model, error) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -99,46 +174,75 @@ class PerExampleGradients:
             consume(number, torch.zeros(1, layer.size, device=losses.device))
         return losses.detach()
 
-    def _one_by_one(self, batch: Batch, consume: Consume) -> Tensor:
+    def _one_by_one(self, batch: Batch, consume: Consume, passed: Collection[int] = ()) -> Tensor:
+        """Compute the layers that are not among `passed`, one example at a time."""
         collected: list[list[Tensor]] = [[] for _ in self.layers]
         losses = [
-            self._single(batch.example(row), lambda number, gradient: collected[number].append(gradient))
+            self._single(batch.example(row), lambda number, gradient: collected[number].append(gradient), passed)
             for row in range(len(batch))
         ]
         for number, gradients in enumerate(collected):
-            consume(number, torch.cat(gradients))
+            if gradients:
+                consume(number, torch.cat(gradients))
         return torch.cat(losses)
 
-    def _check(self, batch: Batch) -> None:
-        """Compare the batched gradients of the shortest and the longest example with autograd's, layer by layer.
+    def _rehearse(self, batch: Batch, numbers: Collection[int]) -> None:
+        """Compare the examples in which each of these layers has its largest gradient with autograd."""
+        lengths: dict[int, Tensor] = {}
+
+        def measure(number: int, gradient: Tensor) -> None:
+            if number in numbers:
+                lengths[number] = gradient.norm(dim=1)
+
+        self._batched(_of_all_tokens(batch), measure, rehearsal=True)
+        for row in sorted({int(length.argmax()) for length in lengths.values()}):
+            self._check(batch, row, row)
+
+    def _check(self, batch: Batch, first: int, second: int) -> None:
+        """Compare the batched gradients of two examples with autograd's, layer by layer.
 
         The loss is of all tokens: the gradient of a single token that is all but certain is mostly rounding.
         """
-        lengths = batch.attention.sum(1)
-        rows = [int(lengths.argmin()), int(lengths.argmax())]
-        rows[1] = rows[1] if rows[1] != rows[0] else (rows[0] + 1) % len(batch)
-        ids, attention = (part[rows, : int(lengths.max())] for part in (batch.input_ids, batch.attention))
-        pair = Batch(ids, attention, attention / attention.sum(1, keepdim=True))
+        rows = [first, second if second != first else (first + 1) % len(batch)]
+        length = int(batch.attention[rows].sum(1).max())
+        pair = _of_all_tokens(
+            Batch(*(part[rows, :length] for part in (batch.input_ids, batch.attention, batch.weights)))
+        )
         ours: dict[int, Tensor] = {}
-        try:
-            self._batched(pair, lambda number, gradient: ours.__setitem__(number, _digest(gradient)))
-        except _NoRule as reason:
-            self.unbatched = [str(reason)]
-        tolerance = TOLERANCE[next(p.dtype for p in self.model.parameters() if p.is_floating_point())]
-        for row in range(2 if ours else 0):
-            self._single(
-                pair.example(row),
-                lambda n, truth, row=row: self._compare(n, ours[n][row], truth, tolerance),
-            )
-        self.batched = not self.unbatched
-        self._checked = True
+        self._batched(pair, lambda number, gradient: ours.__setitem__(number, _digest(gradient)), rehearsal=True)
+        self._compare(ours, pair, [0, 1])
 
-    def _compare(self, number: int, ours: Tensor, truth: Tensor, tolerance: float) -> None:
-        truth = _digest(truth)[0]
-        error = (ours - truth).norm()
-        # Gradients that are pure rounding (a key's bias, say) have no relative error worth the name.
-        if error > tolerance * truth.norm() and error > 1e-7 * self.layers[number].size ** 0.5:
-            self.unbatched.append(self.layers[number].name)
+    def _compare(self, ours: dict[int, Tensor], batch: Batch, rows: Sequence[int]) -> None:
+        """Compare layers of some examples of a batch, as `_digest` gives them, with autograd.
+
+        A layer is verified where its gradient is more than rounding, and right; where it is wrong, nothing is batched
+        any more.
+        """
+        tolerance = TOLERANCE[next(p.dtype for p in self.model.parameters() if p.is_floating_point())]
+        others = set(range(len(self.layers))) - set(ours)
+        wrong, right = set(), set()
+
+        def compare(number: int, truth: Tensor, row: int) -> None:
+            truth = _digest(truth)[0]
+            error = (ours[number][row] - truth).norm()
+            if error <= tolerance * truth.norm():
+                right.update([number] if truth.norm() > self._rounding(number) else [])
+            elif not error <= self._rounding(number):
+                wrong.add(number)
+
+        for row in rows:
+            self._single(batch.example(row), partial(compare, row=row), others)
+        self._unverified -= right
+        self.unbatched += [self.layers[number].name for number in sorted(wrong)]
+
+    def _rounding(self, number: int) -> float:
+        """Return the length up to which a layer's gradient may be pure rounding, as that of a key's bias is."""
+        return 1e-7 * self.layers[number].size ** 0.5
+
+
+def _of_all_tokens(batch: Batch) -> Batch:
+    """Return the batch with the mean loss of all of its tokens, the prompt's too."""
+    return Batch(batch.input_ids, batch.attention, batch.attention / batch.attention.sum(1, keepdim=True))
 
 
 def _digest(gradients: Float[Tensor, "examples size"]) -> Float[Tensor, "examples sums"]:
@@ -155,15 +259,82 @@ def _digest(gradients: Float[Tensor, "examples size"]) -> Float[Tensor, "example
     return padded.view(examples, _SUMS, -1).sum(2)
 
 
+_ROW_BY_ROW = re.compile(
+    r"(ToCopy|Relu|Gelu|Silu|Sigmoid|Tanh|Mul|Add|Sub|Div|Addmm|Mm|Pow|Rsqrt|NativeLayerNorm|Clone)Backward\d"
+)
+"""Names of steps of the graph that keep the rows of a matrix apart and in their order."""
+
+
+def _holds_tokens(x: Tensor, examples: int, length: int) -> bool:
+    """Return whether the rows of a matrix are certainly the tokens of each example, one example after another.
+
+    They are where the graph leads by steps row by row back to the flattening of [examples, length, …]. A matrix of as
+    many rows may hold tokens in another order: those that a router chose for an expert.
+    """
+    if len(x) != examples * length or x.grad_fn is None:
+        return False
+    todo = [x.grad_fn]
+    while todo:
+        node = todo.pop()
+        name = node.name()
+        if name in ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"):
+            if tuple(node._saved_self_sym_sizes[:2]) != (examples, length):
+                return False
+            continue
+        before = [node for node, _ in node.next_functions if node is not None]
+        product = name in ("MmBackward0", "AddmmBackward0")
+        if not before or not _ROW_BY_ROW.fullmatch(name) or (product and before != [node.next_functions[-2][0]]):
+            return False
+        todo += before
+    return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory does not suffice: on a CPU torch has no type for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _ALLOCATION_FAILED in str(error)
+
+
+_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+"""What a model raises that cannot be differentiated, or cannot take an example."""
+
+
+def _impossible(model: nn.Module, error: Exception) -> ModelError:
+    """Return the error of a model that fails for one example alone; it names the innermost module that failed."""
+    names = {id(module): name for name, module in model.named_modules()}
+    failed, trace = type(model).__name__, error.__traceback__
+    while trace is not None:
+        failed = names.get(id(trace.tb_frame.f_locals.get("self"))) or failed
+        trace = trace.tb_next
+    lines = str(error).splitlines() or ["no message"]
+    return ModelError(
+        f"The gradient of an example cannot be computed: {failed} fails ({type(error).__name__}: {lines[0]}).",
+        hint="Check that the model computes a loss and its gradient by itself, with these transformers and peft.",
+    )
+
+
 class _NoRule(Exception):
     """A module was called in a way that its rule does not cover."""
 
 
-class _Recorder:
-    """While open, hooks on the modules pass each layer's gradients on as soon as they are complete."""
+class _Unseen(Exception):
+    """A batch reaches layers that no batch has reached before."""
 
-    def __init__(self, owner: PerExampleGradients, examples: int, consume: Consume) -> None:
-        self.owner, self.examples, self.consume = owner, examples, consume
+    def __init__(self, numbers: frozenset[int]) -> None:
+        super().__init__()
+        self.numbers = numbers
+
+
+class _Recorder:
+    """While open, hooks on the modules pass each layer's gradients on as soon as they are complete.
+
+    A parameter requires no gradient while a module with a rule for it runs, so that autograd spends nothing on the
+    batch's summed gradients, which are not used. Everywhere else it does: a use that no rule sees is then in the graph.
+    """
+
+    def __init__(self, owner: PerExampleGradients, batch: Batch, consume: Consume) -> None:
+        self.owner, self.consume = owner, consume
+        self.shape = batch.input_ids.shape
+        self.examples = len(batch)
         self.numbers = {id(parameter): number for number, parameter in enumerate(owner._parameters)}
         self.calls = [0] * len(owner.layers)
         self.partial: list[Tensor | None] = [None] * len(owner.layers)
@@ -171,14 +342,13 @@ class _Recorder:
         self.handles: list = []
 
     def __enter__(self) -> "_Recorder":
-        for parameter in self.owner._parameters:
-            # Autograd then spends nothing on the batch's summed gradients, which are not used.
-            parameter.requires_grad_(False)
+        for module in self.owner._rules:
+            self.handles.append(module.register_forward_pre_hook(self._freeze))
         embeddings = {module for module in self.owner._rules if isinstance(module, nn.Embedding)}
         for module in embeddings | {self.owner.model.get_input_embeddings()}:
             self.handles.append(module.register_forward_hook(self._start_graph))
         for module in self.owner._rules:
-            self.handles.append(module.register_forward_hook(self._record_call))
+            self.handles.append(module.register_forward_hook(self._record_call, with_kwargs=True))
         return self
 
     def __exit__(self, *exception) -> None:
@@ -187,9 +357,33 @@ class _Recorder:
         for parameter in self.owner._parameters:
             parameter.requires_grad_(True)
 
+    def _freeze(self, module: nn.Module, inputs: tuple) -> None:
+        if not self.replaying:
+            for parameter in self.owner._rules[module]:
+                parameter.requires_grad_(False)
+
     def _start_graph(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-        """Start the graph at an embedding's output, a copy for each example (positions are often looked up once)."""
-        return None if self.replaying else output.expand(self.examples, *output.shape[1:]).detach().requires_grad_()
+        """Start the graph at an embedding's output, a copy for each example (positions are often looked up once).
+
+        The copy is no leaf: some models scale it in place. A wrapper's output may have a graph already.
+        """
+        if self.replaying or output.requires_grad:
+            return None
+        return output.expand(self.examples, *output.shape[1:]).detach().requires_grad_().clone()
+
+    def check_graph(self, losses: Tensor) -> None:
+        """Raise _NoRule where the losses depend on a parameter in a way that no recorded call tells."""
+        todo = [losses.grad_fn] if losses.grad_fn is not None else []
+        seen = set(todo)
+        while todo:
+            node = todo.pop()
+            number = self.numbers.get(id(getattr(node, "variable", None)))
+            if number is not None:
+                raise _NoRule(f"{self.owner.layers[number].name}, used outside its module")
+            for before, _ in node.next_functions:
+                if before is not None and before not in seen:
+                    seen.add(before)
+                    todo.append(before)
 
     def flush(self) -> None:
         """Pass on the layers whose gradient is zero, or waits for calls that the loss does not depend on."""
@@ -199,20 +393,29 @@ class _Recorder:
                 device = self.owner._parameters[number].device
                 self._emit(number, torch.zeros(self.examples, layer.size, device=device) if whole is None else whole)
 
-    def _record_call(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def _record_call(self, module: nn.Module, inputs: tuple, options: dict, output: Tensor) -> None:
         if self.replaying:
             return
         rule = self.owner._rules[module]
-        if not inputs or not isinstance(output, Tensor) or len(output) != self.examples:
-            raise _NoRule(f"a {type(module).__name__} that does not see the examples one after another")
+        for parameter in rule:
+            parameter.requires_grad_(True)
+        if len(inputs) != 1 or options or not isinstance(output, Tensor):
+            raise _NoRule(f"a {type(module).__name__} with more than one input or output")
         if not output.requires_grad:
             return
+        x = inputs[0].detach()
+        if x.dim() == 2 and not isinstance(module, nn.Embedding) and _holds_tokens(inputs[0], *self.shape):
+            x = x.unflatten(0, self.shape)
+        elif len(output) != self.examples or (x.dim() == 2 and not isinstance(module, nn.Embedding)):
+            raise _NoRule(f"a {type(module).__name__} that does not see the examples one after another")
+        x = x.expand(self.examples, *x.shape[1:])
         for parameter in rule:
             self.calls[self.numbers[id(parameter)]] += 1
-        x = inputs[0].detach().expand(self.examples, *inputs[0].shape[1:])
         output.register_hook(lambda delta: self._receive(module, x, delta))
 
     def _receive(self, module: nn.Module, x: Tensor, delta: Tensor) -> None:
+        if delta.dim() == 2:
+            delta = delta.unflatten(0, self.shape)
         with torch.no_grad():
             for parameter, name in self.owner._rules[module].items():
                 number = self.numbers[id(parameter)]

@@ -81,6 +81,46 @@ def test_an_interrupted_build_keeps_what_it_finished_and_goes_on(data, tmp_path,
     assert all(np.allclose(whole[id], resumed[id], atol=2e-3 * np.abs(whole[id]).max()) for id in whole)
 
 
+CANNOT_ALLOCATE = "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"
+
+
+def short_of_memory(folders, error, too_much):
+    """The tiny Llama whose forward pass raises `error` where `too_much` holds of the token ids."""
+    loaded = load(ModelConfig(*map(str, folders)))
+
+    def refuse(module, inputs, options):
+        if too_much(options["input_ids"]):
+            raise error
+
+    loaded.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    return {"model": loaded.model, "tokenizer": loaded.tokenizer}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError(CANNOT_ALLOCATE), MemoryError()])
+def test_batches_that_do_not_fit_are_halved_and_the_rows_are_the_same(data, tmp_path, llama_folders, error):
+    asked = request(data, tmp_path / "index", llama_folders)
+    build(replace(asked, **short_of_memory(llama_folders, error, lambda ids: len(ids) > 2)))
+    build(request(data, tmp_path / "whole", llama_folders))
+    whole, halved = all_rows(tmp_path / "whole"), all_rows(tmp_path / "index")
+    assert whole.keys() == halved.keys()
+    assert all(np.allclose(whole[id], halved[id], atol=1e-2 * np.abs(whole[id]).max()) for id in whole)
+
+
+def test_an_example_that_does_not_fit_is_named_and_what_was_finished_is_kept(data, tmp_path, llama_folders):
+    asked = request(data, tmp_path / "index", llama_folders, work=BuildConfig(batch_tokens=128))
+    asked = replace(asked, gradient=GradientConfig(second_moment="none"))
+    passes = []
+    model = short_of_memory(
+        llama_folders, RuntimeError(CANNOT_ALLOCATE), lambda ids: passes.append(ids) or len(passes) > 8
+    )
+    with pytest.raises(ResourceError, match=r"one example of \d+ tokens \(line \d+\)"):
+        build(replace(asked, **model))
+    assert 0 < len(all_rows(tmp_path / "index")) < 10
+    with pytest.raises(ResourceError, match="one example"):
+        always = short_of_memory(llama_folders, MemoryError(), lambda ids: True)
+        build(replace(request(data, tmp_path / "other", llama_folders), **always))
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

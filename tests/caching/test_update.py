@@ -79,6 +79,32 @@ def test_the_second_moment_stays_that_of_the_first_data(files, tmp_path, llama_f
     assert not np.allclose(before, Store.open(tmp_path / "both").second_moment())
 
 
+@pytest.mark.parametrize("second_moment", ["estimate", "kronecker"])
+@pytest.mark.parametrize("damage", ["lost", "flipped"])
+def test_a_second_moment_that_is_lost_is_made_again_from_the_data_of_the_build(
+    files, tmp_path, llama_folders, second_moment, damage
+):
+    path, asked = tmp_path / "index", request(files["a"], tmp_path / "index", llama_folders, second_moment)
+    build(asked)
+    before, rows, file = Store.open(path).second_moment().copy(), all_rows(path), path / "second_moment.h5"
+    question = {"answer": "tea is nice", "k": 3}
+    scores = [match.score for match in Index.open(path).query("Tell me about tea", **question).matches]
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.unlink() if damage == "lost" else file.write_bytes(content)
+    check(path, repair=True)
+    with pytest.raises(StoreError, match="second moment") as refused:
+        add(path, files["b"])
+    assert "build" in refused.value.hint and len(all_rows(path)) == 6
+    assert build(asked).computed == 0
+    assert np.allclose(Store.open(path).second_moment(), before, rtol=1e-5, atol=0)
+    assert check(path) == []
+    found = [match.score for match in Index.open(path).query("Tell me about tea", **question).matches]
+    assert found == pytest.approx(scores, rel=1e-4)
+    add(path, files["b"])
+    assert rows.keys() < all_rows(path).keys()
+
+
 def test_adding_twice_adds_nothing_and_lists_each_source_once(files, tmp_path, llama_folders):
     index = tmp_path / "index"
     build(request(files["a"], index, llama_folders))

@@ -98,6 +98,90 @@ def test_a_model_whose_examples_mix_in_the_batch_is_found_out():
     assert (ours[2] - flat).norm() <= 1e-5 * flat.norm()
 
 
+RARE = 77
+"""A token that the first batches lack."""
+
+
+class Rarely(torch.nn.Module):
+    """A part of a model that only `RARE` reaches."""
+
+    def __init__(self, inner, width=32):
+        super().__init__()
+        self.inner, self.rare = inner, torch.nn.Linear(width, width)
+        self.ids = None
+
+    def forward(self, hidden):
+        hidden = self.inner(hidden)
+        places = self.ids == RARE
+        return self.reach(hidden, places) if places.any() else hidden
+
+
+class ByToken(Rarely):
+    def reach(self, hidden, places):
+        return hidden.index_put((places,), self.rare(hidden[places]))
+
+
+class AllTokens(Rarely):
+    def reach(self, hidden, places):
+        return torch.where(places.unsqueeze(-1), self.rare(hidden), hidden)
+
+
+class OutsideItsModule(Rarely):
+    def reach(self, hidden, places):
+        return torch.where(places.unsqueeze(-1), torch.nn.functional.linear(hidden, self.rare.weight), hidden)
+
+
+class ForwardCalled(Rarely):
+    def reach(self, hidden, places):
+        return torch.where(places.unsqueeze(-1), self.rare.forward(hidden), hidden)
+
+
+class MixesExamples(Rarely):
+    def reach(self, hidden, places):
+        return hidden + self.rare(hidden.mean(0, keepdim=True).expand_as(hidden))
+
+
+class AlwaysCalled(Rarely):
+    """The layer is called in every batch, and has a gradient where the token occurs."""
+
+    def forward(self, hidden):
+        hidden = self.inner(hidden)
+        return hidden + self.rare(hidden) * (self.ids == RARE).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("way", ["lora", "full"])
+@pytest.mark.parametrize("kind", Rarely.__subclasses__(), ids=lambda kind: kind.__name__)
+def test_a_layer_that_only_later_batches_reach_is_right(kind, way):
+    model = tiny.make_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = kind(layer.mlp)
+        torch.nn.init.normal_(layer.mlp.rare.weight, std=0.3)
+    if way == "lora":
+        model = tiny.with_lora(model, ["q_proj", "rare"])
+
+    def tell(module, inputs, options):
+        for part in model.modules():
+            if isinstance(part, Rarely):
+                part.ids = options["input_ids"]
+
+    model.register_forward_pre_hook(tell, with_kwargs=True)
+    gradients = PerExampleGradients(model)
+    ids, weights = examples()
+    for tokens in ids:
+        tokens[tokens == RARE] = 5
+    collected(gradients, Batch.of(ids, weights))
+    assert gradients.batched
+    ids[1][[4, 5, 6, 9]] = RARE  # as many as there are examples
+    for _ in range(2):
+        _, ours = collected(gradients, Batch.of(ids, weights))
+        for row in range(len(ids)):
+            _, truth = autograd(model, ids[row], weights[row])
+            flat = torch.cat([part.flatten() for part in truth])
+            assert (ours[row] - flat).norm() <= 1e-4 * flat.norm()
+    through_modules = way == "lora" and kind in (OutsideItsModule, ForwardCalled)  # the adapter's, or no use of it
+    assert gradients.batched == (kind in (AllTokens, AlwaysCalled) or through_modules)
+
+
 def test_the_model_is_left_as_it_was():
     model = make("gemma3", "full")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
