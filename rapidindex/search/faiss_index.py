@@ -112,15 +112,13 @@ class AnnIndex:
     def load(cls, path: Path, *, gpu: bool = False, to_add: bool = False, threads: int | None = None) -> "AnnIndex":
         """Load the file that `save` wrote, memory-mapped unless rows are `to_add` or it goes to the GPU.
 
-        Raises FileNotFoundError where it is missing, DamagedIndex where FAISS cannot read it.
+        Raises DamagedIndex where FAISS cannot read it.
         """
         faiss = load_faiss()
         flags = 0 if to_add or gpu else getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
         try:
             index = faiss.read_index(str(path), flags)
         except RuntimeError as error:
-            if not path.exists():
-                raise FileNotFoundError(path) from error
             hint = f"Type `rapidindex index {index_of(path)}`."
             raise DamagedIndex(f"{path} cannot be read ({_in_short(error)}).", hint=hint) from error
         if gpu:
@@ -129,6 +127,11 @@ class AnnIndex:
 
     def __len__(self) -> int:
         return self._index.ntotal
+
+    @property
+    def dim(self) -> int:
+        """The length of a row."""
+        return self._index.d
 
     @property
     def lists(self) -> int:
