@@ -13,6 +13,7 @@ from rapidindex.errors import DamagedIndex, QueryError, ResourceError, UsageErro
 from rapidindex.search import metadata
 from rapidindex.search.calibration import KINDS, calibrate, draw_held_out
 from rapidindex.search.exact import exact_search
+from rapidindex.search.faiss_index import check_factory
 from rapidindex.search.vector_index import (
     EXACT_MAX_ENTRIES,
     VectorIndex,
@@ -362,6 +363,20 @@ def test_what_cannot_work_is_refused_with_the_reason(tmp_path, factory, dim, rea
         VectorIndex.build(rows, factory=factory, dim=dim)
     assert "/project/" not in str(refusal.value)
     assert not list(rows.path.glob("ann.*"))
+
+
+@pytest.mark.parametrize("factory", ["PQ4x0", "RR0,Flat", "RQ0x0", "PQ8x4fs_0", "IVF2,PQ4x0", "é\0"])
+def test_a_factory_on_which_faiss_crashes_is_refused_with_the_process_alive(tmp_path, factory):
+    rows = make_store(tmp_path / "index", gradients(20, 32)).rows("sentence")
+    with pytest.raises(UsageError, match=r"--factory .* cannot be used") as refusal:
+        VectorIndex.build(rows, factory=factory)
+    assert "Try HR,RaBitQ" in refusal.value.hint and not list(rows.path.glob("ann.*"))
+
+
+def test_a_factory_that_faiss_does_not_finish_in_time_is_refused():
+    with pytest.raises(UsageError, match=r"more than 0\.01 seconds"):
+        check_factory("PQ4x4", 32, 20, trial_seconds=0.01)
+    check_factory("PQ4x4", 32, 20)
 
 
 @pytest.mark.parametrize("target", [0.0, 1.5, -1.0])
