@@ -7,10 +7,11 @@ gradient and of the sketch. Two indexes with equal recipes hold equal rows, wher
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig, TokenConfig
-from rapidindex.errors import ConfigMismatch, DamagedIndex
+from rapidindex.errors import ConfigMismatch, DamagedIndex, UsageError
 
 _HINT = "Give the same options to go on with it, another -o, or --overwrite to build it anew."
 _NOT_COMPARED = ("path", "added", "tokens_of")
@@ -56,22 +57,23 @@ class Recipe:
         try:
             encoding = dict(config["encoding"])
             template = encoding.pop("fingerprint")
-            return cls(
-                model=Source(**config["model"]),
-                adapter=Source(**config["adapter"]),
+            return _typed(
+                cls,
+                model=_typed(Source, **config["model"]),
+                adapter=_typed(Source, **config["adapter"]),
                 tokenizer=config["tokenizer"]["fingerprint"],
                 quantize=config["quantize"],
                 dtype=config["dtype"],
-                encoding=EncodingConfig(**encoding),
+                encoding=_typed(EncodingConfig, **encoding),
                 template=template,
-                gradient=GradientConfig(**config["gradient"]),
-                sketch=SketchConfig(**config["sketch"]),
-                data=Source(**config["data"]),
-                added=tuple(Source(**source) for source in config.get("added", ())),
-                token=TokenConfig(**config["token"]) if config.get("token") else None,
+                gradient=_typed(GradientConfig, **config["gradient"]),
+                sketch=_typed(SketchConfig, **config["sketch"]),
+                data=_typed(Source, **config["data"]),
+                added=tuple(_typed(Source, **source) for source in config.get("added", ())),
+                token=_typed(TokenConfig, **config["token"]) if config.get("token") else None,
                 tokens_of=config.get("tokens_of"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, UsageError) as error:
             raise DamagedIndex(
                 f"The manifest does not say how the index was built ({type(error).__name__}: {error}).",
                 hint="Type `rapidindex check INDEX`.",
@@ -120,6 +122,15 @@ class Recipe:
     ) -> ModelConfig:
         """Return the options that load the index's model, from new places where these are given."""
         return ModelConfig(model or self.model.path, adapter or self.adapter.path, self.quantize, self.dtype, device)
+
+
+def _typed(kind: type, **fields: Any) -> Any:
+    """Return a dataclass of these fields. Raise TypeError where one is of another type than its annotation."""
+    for name, hint in get_type_hints(kind).items():
+        kinds = tuple(get_origin(one) or one for one in (get_args(hint) if get_origin(hint) is UnionType else (hint,)))
+        if name in fields and not isinstance(fields[name], kinds):
+            raise TypeError(f"{name} is {fields[name]!r}")
+    return kind(**fields)
 
 
 def _place(source: Source) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from rapidindex.config import ModelConfig, QueryOptions, check_level
 from rapidindex.data.examples import Example
 from rapidindex.data.templates import Template
-from rapidindex.errors import ConfigMismatch, StoreError
+from rapidindex.errors import ConfigMismatch, DamagedIndex, StoreError
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.model.model import LoadedModel, adopt, load
@@ -32,6 +32,8 @@ class Index:
     """An index, and the model that it was built with, which the first query loads."""
 
     def __init__(self, store: Store, model: ModelConfig, loaded: LoadedModel | None = None) -> None:
+        if not store.levels:
+            raise DamagedIndex(f"{store.path} holds no level of rows.", hint="Type its rapidindex build command.")
         self.store = store
         self.recipe = Recipe.from_manifest(store.config)
         self._model = model

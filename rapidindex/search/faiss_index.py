@@ -5,6 +5,8 @@ FAISS is imported where it is first needed: its CPU and GPU builds install the s
 
 import hashlib
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ FASTSCAN_DIM = 2048
 _GPU_MAX_RESULTS = 2048  # FAISS's limit for the results, and the visited lists, of a query on a GPU
 _HINT = "Try HR,RaBitQ, Flat, SQ8, IVF256,Flat or HNSW32."
 _WRITE_BYTES = 2**22
+_KNOWN = re.compile(r"(HR,)?(IVF\d+[kM]?,)?(Flat|SQ8|SQfp16|RaBitQ)|HNSW\d{1,3}(,Flat|,SQ8)?")
+_TRIAL_ROWS = (16, 1000)
+TRIAL_SECONDS = 60
 
 
 def load_faiss() -> Any:
@@ -60,8 +65,12 @@ def require_gpu(factory: str) -> None:
         )
 
 
-def check_factory(factory: str, dim: int, rows: int) -> None:
-    """Raise UsageError where FAISS does not know `factory`, or it fails for `rows` rows of `dim` entries."""
+def check_factory(factory: str, dim: int, rows: int, *, trial_seconds: float = TRIAL_SECONDS) -> None:
+    """Raise UsageError where FAISS does not know `factory`, or it fails for `rows` rows of `dim` entries.
+
+    All but the usual ones are tried in a child process first, for `trial_seconds` at most: FAISS crashes on some, and
+    never ends with others.
+    """
     for pattern, reason in (
         (r"(^|,)NSG|NNDescent", "it cannot be built in batches"),
         (r"Refine|(^|,)RFlat", "candidates are re-ranked with the stored rows already"),
@@ -81,7 +90,44 @@ def check_factory(factory: str, dim: int, rows: int) -> None:
             f"--factory {factory} needs a row for each of its lists, and there are {rows:,} rows.",
             hint=f"Try IVF{max(2, int(rows**0.5))} instead of IVF{lists[1]}{lists[2]}.",
         )
+    if not _KNOWN.fullmatch(factory):
+        _try_in_child(factory, dim, rows, trial_seconds)
     _make(factory, dim)
+
+
+def _try_in_child(factory: str, dim: int, rows: int, seconds: float) -> None:
+    load_faiss()
+    least, most = _TRIAL_ROWS
+    plain = factory.encode("ascii", "replace").decode().replace("\0", "?")
+    arguments = [plain, str(dim), str(min(max(rows, least), most))]
+    try:
+        trial = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", __name__, *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        reason = f"FAISS takes more than {seconds} seconds for {arguments[-1]} rows of noise"
+    else:
+        if not trial.returncode:
+            return
+        said = (trial.stderr.strip().splitlines() or ["nothing"])[-1]
+        reason = "FAISS crashes" if trial.returncode < 0 else f"a trial fails ({said})"
+    raise UsageError(f"--factory {factory!r} cannot be used at --dim {dim}: {reason}.", hint=_HINT)
+
+
+def _trial(factory: str, dim: int, rows: int) -> None:
+    """Make, fill and search an index of noise. What FAISS refuses in words is left to the caller, who has the rows."""
+    noise = np.random.default_rng(0).standard_normal((rows, dim), np.float32)
+    try:
+        index = AnnIndex.create(factory, dim)
+        index.train(noise)
+    except UsageError:
+        return
+    index.add(noise, np.arange(rows))
+    index.search(noise[:2], min(rows, 5))
 
 
 class AnnIndex:
@@ -113,15 +159,13 @@ class AnnIndex:
     def load(cls, path: Path, *, gpu: bool = False, to_add: bool = False, threads: int | None = None) -> "AnnIndex":
         """Load the file that `save` wrote, memory-mapped unless rows are `to_add` or it goes to the GPU.
 
-        Raises FileNotFoundError where it is missing, DamagedIndex where FAISS cannot read it.
+        Raises DamagedIndex where FAISS cannot read it.
         """
         faiss = load_faiss()
         flags = 0 if to_add or gpu else getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
         try:
             index = faiss.read_index(str(path), flags)
         except RuntimeError as error:
-            if not path.exists():
-                raise FileNotFoundError(path) from error
             hint = f"Type `rapidindex index {index_of(path)}`."
             raise DamagedIndex(f"{path} cannot be read ({_in_short(error)}).", hint=hint) from error
         if gpu:
@@ -130,6 +174,11 @@ class AnnIndex:
 
     def __len__(self) -> int:
         return self._index.ntotal
+
+    @property
+    def dim(self) -> int:
+        """The length of a row."""
+        return self._index.d
 
     @property
     def lists(self) -> int:
@@ -242,3 +291,7 @@ def _in_short(error: BaseException) -> str:
     """Return the last part of `Error in void faiss::f(…) at /…/file.cpp:823: Error: 'x' failed: what happened`."""
     message = re.sub(r"^Error in .*? at \S+:\d+: ", "", _first_line(error))
     return re.sub(r"^Error: (?:'.*?' failed: )?", "", message).rstrip(". ") or "nothing"
+
+
+if __name__ == "__main__":
+    _trial(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

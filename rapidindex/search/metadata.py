@@ -8,10 +8,37 @@ from typing import Any
 
 from rapidindex.errors import DamagedIndex
 from rapidindex.search.calibration import Calibration
-from rapidindex.store import ANN, Rows, index_of, read_json, write_json
+from rapidindex.store import ANN, ANY, Rows, index_of, misfit, read_json, write_json
 
 NAME = f"{ANN}.json"
-_FILE = re.compile(rf"{ANN}\.[0-9a-f]{{8}}\.faiss")
+_LENGTH = range(1, 2**24 + 1)
+_CALIBRATION = {
+    "margin": (None, float),
+    "candidates": int,
+    "rows_read": [float, float],
+    "lists": (None, int),
+    "recall_at_10": float,
+    "recall_at_100": float,
+    "by_kind": {ANY: [float, float]},
+    "queries": int,
+    "rows": int,
+}
+_FORM = {
+    "asked": (None, str),
+    "factory": str,
+    "dim": _LENGTH,
+    "K": _LENGTH,
+    "shards": [[str, str, int]],
+    "live": int,
+    "target_recall": float,
+    "seed": int,
+    "file": (None, re.compile(rf"{ANN}\.[0-9a-f]{{8}}\.faiss")),
+    "file_bytes": int,
+    "file_sha256": str,
+    "faiss": str,
+    "proponents": (None, _CALIBRATION),
+    "opponents": (None, _CALIBRATION),
+}
 
 
 @dataclass(frozen=True)
@@ -61,12 +88,18 @@ class IndexMetadata:
         """Return whether `rows` still start with the indexed shards, so that row numbers agree; more may follow."""
         return rows.K == self.K and rows.shards[: len(self.shards)] == self.shards
 
+    def continues(self, rows: Rows) -> bool:
+        """Return whether the indexed shards start with those of `rows`, so that row numbers agree."""
+        return rows.K == self.K and self.shards[: len(rows.shards)] == rows.shards
+
     def stale(self, rows: Rows) -> str | None:
         """Return in words how the index and the stored `rows` differ; None where they agree, or searches are exact."""
         if not self.file or self.shards == rows.shards:
             return None
         if self.covers(rows):
             return f"it lacks the {len(rows) - self.rows:,} newest rows"
+        if self.continues(rows):
+            return f"it holds {self.rows - len(rows):,} rows more, added since the index was opened"
         return "its rows were replaced by others"
 
     def describe(self, rows: Rows) -> dict[str, Any]:
@@ -113,15 +146,16 @@ class IndexMetadata:
             fields = read_json(folder / NAME)
         except FileNotFoundError:
             return None
+        fault = misfit(fields, _FORM, "its content")
         try:
+            if fault or fields["K"] % fields["dim"]:
+                raise ValueError(fault or f"dim {fields['dim']} does not divide K = {fields['K']}")
             fields["requested_factory"] = fields.pop("asked")
             fields["shards"] = [tuple(shard) for shard in fields["shards"]]
             for direction in ("proponents", "opponents"):
                 fields[direction] = fields[direction] and Calibration(**fields[direction])
-            if fields["file"] is not None and not _FILE.fullmatch(fields["file"]):
-                raise ValueError(f"no such name as {fields['file']!r} is written")
             return cls(**fields)
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             message = f"{folder / NAME} is damaged, or another version wrote it: its fields do not match ({error})."
             raise DamagedIndex(message, hint=rebuild_hint(folder)) from error
 

@@ -27,7 +27,7 @@ import psutil
 import torch
 from jaxtyping import Bool, Float32, Float64, Int64
 
-from rapidindex.errors import ResourceError, StoreError, UsageError
+from rapidindex.errors import DamagedIndex, ResourceError, UsageError
 from rapidindex.progress import Progress, silent
 from rapidindex.search.calibration import Calibration, calibrate, draw_held_out, max_candidates
 from rapidindex.search.exact import (
@@ -41,7 +41,7 @@ from rapidindex.search.exact import (
     top,
 )
 from rapidindex.search.faiss_index import AnnIndex, check_factory, load_faiss, require_gpu
-from rapidindex.search.metadata import IndexMetadata, rebuild_hint
+from rapidindex.search.metadata import IndexMetadata
 from rapidindex.store import ANN, Rows
 
 EXACT = "exact"
@@ -143,9 +143,9 @@ class VectorIndex:
         device = _device(metadata.factory, gpu)
         try:
             ann = _load(rows, metadata, gpu=gpu, threads=threads)
-        except FileNotFoundError:
+        except DamagedIndex:
             if IndexMetadata.read(rows.path) == metadata:
-                raise metadata.damaged(rows.path, "it is missing") from None
+                raise
             return cls.open(rows, gpu=gpu, threads=threads)  # a writer replaced both files after the metadata was read
         return cls(rows, metadata, ann, device=device, threads=threads)
 
@@ -185,16 +185,14 @@ class VectorIndex:
     def search(self, queries: np.ndarray, k: int, *, largest: bool = True) -> SearchResult:
         """Find the k live rows with the largest (or smallest) inner product with each of `queries` [queries, K].
 
-        All rows are scanned for the factory `exact`, in a direction in which no margin reached the target recall, and
-        where every query would read a quarter of the rows or more: `SearchResult.method` tells. Raises as
-        `exact_search` does, and StoreError where the index lacks some of the rows.
+        All rows are scanned for the factory `exact`, in a direction in which no margin reached the target recall, where
+        the index lacks some of the rows (another process is adding them), and where every query would read a quarter of
+        the rows or more: `SearchResult.method` tells. Raises as `exact_search` does.
         """
         queries = checked_queries(queries, self.rows.K, k)
         calibration = self.metadata.calibration(largest)
-        if self._ann is None or calibration is None or calibration.margin is None:
+        if self._ann is None or calibration is None or calibration.margin is None or self._lacks_rows:
             return self._scan(queries, k, largest)
-        if self.stale:
-            raise StoreError(f"The search index is out of date: {self.stale}.", hint=rebuild_hint(self.rows.path))
         live = int(np.count_nonzero(self.rows.live_mask))
         scores, numbers = padding(len(queries), k, largest)
         pending, seconds = np.arange(len(queries)), np.zeros(2)
@@ -219,6 +217,10 @@ class VectorIndex:
     def stale(self) -> str | None:
         """How the index and its rows differ; see `IndexMetadata.stale`."""
         return self.metadata.stale(self.rows)
+
+    @property
+    def _lacks_rows(self) -> bool:
+        return self.stale is not None and not self.metadata.continues(self.rows)
 
     def describe(self) -> dict[str, Any]:
         """Return the metadata as plain data; see `IndexMetadata.describe`."""
@@ -250,9 +252,10 @@ class VectorIndex:
         units = queries / _lengths(queries)[:, None] * (1 if largest else -1)
         folded = np.ascontiguousarray(fold(units, self.metadata.dim), dtype=np.float32)
         estimates, numbers = self._ann.search(folded, count, lists)
-        if numbers.max(initial=-1) >= len(self.rows):
-            raise self.metadata.damaged(self.rows.path, f"it names rows past the {len(self.rows):,} that are stored")
+        if numbers.max(initial=-1) >= self.metadata.rows:
+            raise self.metadata.damaged(self.rows.path, f"it names rows past the {self.metadata.rows:,} that it holds")
         estimates[numbers < 0] = -np.inf
+        numbers[numbers >= len(self.rows)] = -1  # added since these rows were read
         numbers[(numbers >= 0) & ~self.rows.live_mask[numbers]] = -1
         return estimates, numbers
 
@@ -358,14 +361,14 @@ def _lengths(queries: Float32[np.ndarray, "queries K"]) -> Float64[np.ndarray, "
 def _load(
     rows: Rows, metadata: IndexMetadata, *, gpu: bool = False, to_add: bool = False, threads: int | None = None
 ) -> AnnIndex | None:
-    """Load FAISS's file; None where the metadata names none. Raises FileNotFoundError where it is missing."""
+    """Load FAISS's file; None where the metadata names none. Raises DamagedIndex where it is not what was written."""
     if not metadata.file:
         return None
-    path = rows.path / metadata.file
-    if not path.exists():
-        raise FileNotFoundError(path)
     metadata.verify(rows.path)  # FAISS may crash on a changed file, or search it as if nothing had happened
-    return AnnIndex.load(path, gpu=gpu, to_add=to_add, threads=threads)
+    ann = AnnIndex.load(rows.path / metadata.file, gpu=gpu, to_add=to_add, threads=threads)
+    if ann.dim != metadata.dim or len(ann) > metadata.rows:
+        raise metadata.damaged(rows.path, f"it holds {len(ann):,} rows of {ann.dim:,} entries")
+    return ann
 
 
 def _check_options(factory: str, dim: int, K: int, live: int, target_recall: float) -> None:

@@ -3,6 +3,7 @@
 The other rooms import from here only.
 
     container   the format of a sealed file, and how it is read
+    schema      the form of what is read from JSON
     writing     files that appear whole or not at all; how a sealed file is written
     folder      the names of the files, JSON files with a checksum, the lock
     shards      the content of a shard; how rows are quantized
@@ -17,6 +18,7 @@ from rapidindex.store.check import Problem, check
 from rapidindex.store.container import damaged, index_of
 from rapidindex.store.folder import ANN, MOMENT, read_json, write_json
 from rapidindex.store.rows import Rows
+from rapidindex.store.schema import ANY, misfit
 from rapidindex.store.shards import ROW_TYPE, ShardContent, decode_rows, encode_rows, row_bytes
 from rapidindex.store.sizes import disk_bytes
 from rapidindex.store.store import Store
@@ -24,6 +26,7 @@ from rapidindex.store.writing import atomic_file, encode_json, replace_file
 
 __all__ = [
     "ANN",
+    "ANY",
     "MOMENT",
     "ROW_TYPE",
     "Problem",
@@ -38,6 +41,7 @@ __all__ = [
     "encode_json",
     "encode_rows",
     "index_of",
+    "misfit",
     "read_json",
     "replace_file",
     "row_bytes",

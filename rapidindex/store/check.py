@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rapidindex.config import LEVELS
-from rapidindex.errors import DamagedIndex, NewerFormat
+from rapidindex.errors import DamagedIndex, NewerFormat, StoreError
 from rapidindex.store import container, folder, manifest, shards, writing
 from rapidindex.store.manifest import Manifest
 from rapidindex.store.shards import Shard
@@ -43,6 +43,7 @@ def check(path: str | Path, *, repair: bool = False) -> list[Problem]:
     StoreError where the folder is read-only, and ResourceError where the disk is full.
     """
     path = Path(path)
+    folder.refuse_links(path)
     if not folder.has_manifest(path) and not folder.is_index(path):
         manifest.load(path)  # raises NotAnIndex
     if not repair:
@@ -117,8 +118,10 @@ class _Audit:
     def _recovered(self) -> Manifest | None:
         """Rebuild the manifest: take the newest copy of it in the intact files, and list all of these."""
         intact = [file for file in self._sealed if file not in self._broken]
-        layouts = [container.read_layout(file) for file in intact]
-        copies = [shards.read_index(layout) for layout in layouts if "index" in layout.extents]
+        copies = []
+        for file in intact:
+            with contextlib.suppress(DamagedIndex):
+                copies.append(manifest.read_copy(container.read_layout(file)))
         if not copies:
             return None
         [(id, _)] = Counter(copy["id"] for copy in copies).most_common(1)
@@ -228,7 +231,7 @@ class _Audit:
         self.problems.append(Problem(file.relative_to(self.path).as_posix(), what, mend))
 
     def _move_aside(self, file: Path) -> None:
-        if not file.exists():
+        if not os.path.lexists(file):
             return
         aside = self.path / folder.DAMAGED
         name = f"{file.parent.name}-{file.name}" if file.parent != self.path else file.name
@@ -257,7 +260,7 @@ def _content_fault(shard: Shard, owners: dict[str, str]) -> str:
 def _readable_ids(file: Path, stored: set[str]) -> list[str]:
     """Return the stored ids that a damaged list of removed ids still names: `write_json` puts each on a line."""
     text = b""
-    with contextlib.suppress(OSError):
-        text = file.read_bytes()
+    with contextlib.suppress(StoreError, OSError), container.open_file(file) as opened:
+        text = opened.read()
     lines = {line.strip().removesuffix(b",") for line in text.splitlines()}
     return [id for id in stored if json.dumps(id).encode() in lines]

@@ -12,19 +12,25 @@ on some changed bytes (2.0.0, one byte at a time). `writing.py` writes sealed fi
 import contextlib
 import hashlib
 import json
+import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from rapidindex.errors import DamagedIndex, NewerFormat, StoreError
+from rapidindex.store.schema import ANY, misfit
 
 USER_BLOCK = 2048
 _FORMAT = "rapidindex.shard/"
 _VERSION = 1
+_DTYPES = ("<f4", "<f2", "|i1", "<i4", "<i8", "|u1")
+_ARRAY = {"dtype": _DTYPES, "shape": [range(2**48)], "offset": (-1, int)}
+_FORM = {"bytes": int, "sha256": str, "attributes": {ANY: (str, int)}, "arrays": {ANY: _ARRAY}}
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,13 @@ class Extent:
     @property
     def nbytes(self) -> int:
         """The size of the array in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def lies_in(self, size: int) -> bool:
+        """Return whether the array lies in a file of so many bytes, behind the user block, in whole steps."""
+        step = np.dtype(self.dtype).itemsize
+        inside = USER_BLOCK <= self.offset <= size - self.nbytes and self.offset % step == 0
+        return len(self.shape) <= 2 and (inside or not self.nbytes)
 
 
 @dataclass(frozen=True)
@@ -95,13 +107,24 @@ def read_errors(path: Path) -> Iterator[None]:
         raise damaged(path, f"it cannot be read ({error.strerror or error})") from error
 
 
+def open_file(path: Path) -> BinaryIO:
+    """Open a file of an index to read it. Raise as `read_errors`, and DamagedIndex where it is no ordinary file.
+
+    A link may lead out of the index, and a pipe has no end.
+    """
+    with read_errors(path):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise damaged(path, "it is a link, a folder or another thing that is not an ordinary file")
+        return open(path, "rb")
+
+
 def read_layout(path: Path) -> Layout:
     """Read the table of contents of `path` and compare it with its seal and the file's size. Read no arrays.
 
     Raises DamagedIndex where the file is missing or truncated or its user block was changed, NewerFormat where a newer
     version wrote it, and StoreError where permission to read it is missing.
     """
-    with read_errors(path), open(path, "rb") as file:
+    with read_errors(path), open_file(path) as file:
         block, size = file.read(USER_BLOCK), os.fstat(file.fileno()).st_size
     layout = _parse(path, block)
     if layout.size != size:
@@ -112,7 +135,7 @@ def read_layout(path: Path) -> Layout:
 def verify(path: Path) -> Layout:
     """Compare the whole file at `path` with its checksum; return its table of contents. Raise as `read_layout` does."""
     layout = read_layout(path)
-    with read_errors(path), open(path, "rb") as file:
+    with read_errors(path), open_file(path) as file:
         file.seek(USER_BLOCK)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != layout.sha256:
@@ -126,10 +149,10 @@ def map_arrays(layout: Layout) -> dict[str, np.ndarray]:
     A write to them never reaches the file, and torch takes them without a copy or a warning. Raises DamagedIndex where
     the file has shrunk.
     """
-    with read_errors(layout.path):
-        if os.stat(layout.path).st_size != layout.size:  # touching pages past a file's end kills the process
+    with read_errors(layout.path), open_file(layout.path) as file:
+        if os.fstat(file.fileno()).st_size != layout.size:  # touching pages past a file's end kills the process
             raise damaged(layout.path, f"it does not have {layout.size} bytes any more")
-        whole = np.memmap(layout.path, mode="c")
+        whole = np.memmap(file, mode="c")
     return {name: _view(whole, extent) for name, extent in layout.extents.items()}
 
 
@@ -145,13 +168,15 @@ def _parse(path: Path, block: bytes) -> Layout:
         version = str(contents["format"]).removeprefix(_FORMAT)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise damaged(path, f"its first {USER_BLOCK} bytes are not what was written") from None
-    with contextlib.suppress(KeyError, TypeError, AttributeError):
+    if not misfit(contents, _FORM):
         arrays = contents["arrays"].items()
         extents = {name: Extent(array["dtype"], tuple(array["shape"]), array["offset"]) for name, array in arrays}
         layout = Layout(path, contents["bytes"], contents["sha256"], contents["attributes"], extents)
         if layout.block() == block:
+            if not all(extent.lies_in(layout.size) for extent in extents.values()):
+                raise damaged(path, "its arrays lie outside the file")
             return layout
-        if layout.block() == block.replace(version.encode(), b"%d" % _VERSION, 1):
+        if layout.block() == block.replace(version.encode(errors="replace"), b"%d" % _VERSION, 1):
             version = ""  # the seal fits the known version: only this digit was changed
     if version.isdecimal() and int(version) > _VERSION:
         raise NewerFormat(

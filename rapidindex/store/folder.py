@@ -17,6 +17,7 @@ import json
 import os
 import re
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,16 +25,16 @@ from typing import Any
 
 from rapidindex.config import LEVELS
 from rapidindex.errors import IndexBusy, NewerFormat, NotAnIndex, StoreError
-from rapidindex.store.container import damaged, read_errors, read_layout
+from rapidindex.store.container import damaged, open_file, read_errors, read_layout
 from rapidindex.store.writing import replace_file, sync_folder, write_errors
 
 FORMAT = 2
 """The format that is written. Format 1 is read too: its rows are float16, and its manifest does not say so."""
 MANIFEST, REMOVED, MOMENT, LOCK, DAMAGED = "manifest.json", "removed.json", "second_moment.h5", ".lock", "damaged"
 ANN = "ann"  # INDEX/<level>/ann.*: the vector index, which `search` derives from the shards
-_SHARD = re.compile(r"shard-(\d{5,})\.h5")
+SHARD = re.compile(r"shard-([0-9]{5,18})\.h5")
 _PART = re.compile(r".+\.[0-9a-f]{8}\.part")
-_ASIDE = re.compile(r"((sentence|token)-shard-\d{5,}\.h5|manifest\.json|removed\.json|second_moment\.h5)(\.\d+)?")
+_ASIDE = re.compile(r"((sentence|token)-shard-[0-9]{5,18}\.h5|manifest\.json|removed\.json|second_moment\.h5)(\.\d+)?")
 _LOCK_SECONDS = 0.3  # `check` holds the lock for a moment; a writer holds it for hours
 
 
@@ -44,13 +45,13 @@ def shard_name(number: int) -> str:
 
 def shard_number(name: str) -> int:
     """Return the number of a shard, 7 for `shard-00007.h5`; -1 where `name` is not that of a shard."""
-    match = _SHARD.fullmatch(name)
+    match = SHARD.fullmatch(name)
     return int(match[1]) if match else -1
 
 
 def shard_names(folder: Path) -> list[str]:
     """Return the names of the finished shards in a level's folder, by number; none where the folder does not exist."""
-    return sorted((name for name in _entries(folder) if _SHARD.fullmatch(name)), key=shard_number)
+    return sorted((name for name in _entries(folder) if SHARD.fullmatch(name)), key=shard_number)
 
 
 def sealed_files(path: Path) -> list[Path]:
@@ -88,17 +89,19 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     text = None
     with read_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        text = path.read_bytes()
+        if os.path.lexists(path):
+            with open_file(path) as file:
+                text = file.read()
     if text is None:
         raise FileNotFoundError(path)
     try:
         content = json.loads(text)
         version = content.pop("format")
         del content["sha256"]
+        if type(version) is int and 1 <= version <= FORMAT and render_json(content, version) == text:
+            return content
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise damaged(path, "it is not the JSON that was written") from None
-    if type(version) is int and 1 <= version <= FORMAT and render_json(content, version) == text:
-        return content
     # A damaged version number is the only fault of a file whose checksum fits once a known version is put in its place.
     newer, known = type(version) is int and version > FORMAT, range(1, FORMAT + 1)
     if newer and not any(text.replace(b"%d" % version, b"%d" % n, 1) == render_json(content, n) for n in known):
@@ -141,7 +144,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 def writer(path: Path) -> str | None:
     """Describe the process that is writing to the index at `path`; None where there is none."""
-    with contextlib.suppress(FileNotFoundError, PermissionError), open(path / LOCK, "rb") as file:
+    with contextlib.suppress(StoreError), open_file(path / LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -152,8 +155,10 @@ def writer(path: Path) -> str | None:
 
 
 def _try_lock(lock: Path) -> int | None:
+    if os.path.lexists(lock) and not stat.S_ISREG(os.lstat(lock).st_mode):
+        raise StoreError(f"{lock} is not an ordinary file.", hint="Delete it, then type the same command again.")
     with write_errors(lock, 64):
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The file may have been deleted meanwhile, together with its index.
@@ -172,8 +177,8 @@ def _try_lock(lock: Path) -> int | None:
 
 
 def _holder(path: Path) -> str:
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return (path / LOCK).read_text().strip().removeprefix("rapidindex ") or "another process"
+    with contextlib.suppress(OSError, UnicodeDecodeError, StoreError), open_file(path / LOCK) as file:
+        return file.read(256).decode().strip().removeprefix("rapidindex ") or "another process"
     return "another process"
 
 
@@ -199,9 +204,19 @@ def is_index(path: Path) -> bool:
         with contextlib.suppress(StoreError):
             read_layout(file)
             return True
-    with contextlib.suppress(OSError):
-        return (path / MANIFEST).exists() and (path / LOCK).read_bytes().startswith(b"rapidindex process ")
+    with contextlib.suppress(OSError, StoreError), open_file(path / LOCK) as file:
+        return (path / MANIFEST).exists() and file.read(256).startswith(b"rapidindex process ")
     return False
+
+
+def refuse_links(path: Path) -> None:
+    """Raise StoreError where a folder of the index at `path` is a link, through which other files would be changed."""
+    for name in (*LEVELS, DAMAGED):
+        if os.path.islink(path / name):
+            raise StoreError(
+                f"{path / name} is a link, where an index keeps a folder of its own.",
+                hint="Put a copy of the folder in its place: `cp -rL` copies what links lead to.",
+            )
 
 
 def create(path: Path) -> None:
@@ -273,4 +288,4 @@ def _is_own(inside: Path, name: str, is_folder: bool) -> bool:
         return name in (MANIFEST, REMOVED, MOMENT, LOCK)
     if inside.parts == (DAMAGED,):
         return bool(_ASIDE.fullmatch(name))
-    return bool(_SHARD.fullmatch(name)) or name.startswith(ANN + ".")
+    return bool(SHARD.fullmatch(name)) or name.startswith(ANN + ".")

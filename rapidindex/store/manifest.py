@@ -11,6 +11,7 @@ newest. `removed.json` is {"format", "removed": [ids], "sha256"}.
 
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +22,29 @@ from rapidindex.config import LEVELS
 from rapidindex.errors import DamagedIndex, NotAnIndex
 from rapidindex.store import container, folder
 from rapidindex.store.container import Layout, damaged
-from rapidindex.store.shards import OLD_ROW_TYPE, ROW_TYPE
+from rapidindex.store.schema import ANY, misfit
+from rapidindex.store.shards import OLD_ROW_TYPE, ROW_TYPE, ROW_TYPES
 
 Manifest = dict[str, Any]
+_SHARD = {"sha256": str, "bytes": int, "rows": int, "examples": int, "rejected": int}
+_LEVEL = {
+    "K": range(1, 2**24 + 1),
+    "planned": int,
+    "rows?": tuple(ROW_TYPES),
+    "shards": {folder.SHARD: _SHARD},
+}
+_FORM = {
+    "id": str,
+    "created": str,
+    "revision": int,
+    "versions": {ANY: str},
+    "config": {"gradient?": {"second_moment?": str}},
+    "layers": [{"name": str, "size": int}],
+    "skipped": [{"line": (int, None), "reason": str}],
+    "second_moment": (None, {"sha256": str, "bytes": int, "length": int}),
+    "levels": {re.compile("|".join(LEVELS)): _LEVEL},
+}
+"""What every manifest has, that of format 1 too, and each copy of it in a sealed file. `config` is `recipe.py`'s."""
 
 
 def new(
@@ -74,8 +95,10 @@ def as_json(value: Any) -> Any:
 
 def load(path: Path) -> Manifest:
     """Read the manifest of the index at `path`. Raise as `Store.open` does."""
+    folder.refuse_links(path)
     try:
-        return folder.read_json(path / folder.MANIFEST)
+        content = folder.read_json(path / folder.MANIFEST)
+        return fitting(path / folder.MANIFEST, content)
     except FileNotFoundError:
         if folder.is_index(path):
             file = path / folder.MANIFEST
@@ -85,12 +108,32 @@ def load(path: Path) -> Manifest:
         ) from None
 
 
+def fitting(file: Path, content: Any) -> Manifest:
+    """Return a manifest that was read from `file`. Raise DamagedIndex where it has not the form of one."""
+    if fault := misfit(content, _FORM, "the manifest"):
+        raise damaged(file, fault)
+    return content
+
+
 def load_removed(path: Path) -> list[str]:
     """Read the removed ids of the index at `path`. Raise DamagedIndex where their file was changed."""
+    file = path / folder.REMOVED
     try:
-        return folder.read_json(path / folder.REMOVED)["removed"]
+        content = folder.read_json(file)
     except FileNotFoundError:
         return []
+    if fault := misfit(content, {"removed": [str]}, "the list of removed examples"):
+        raise damaged(file, fault)
+    return content["removed"]
+
+
+def read_copy(layout: Layout) -> Manifest:
+    """Read a sealed file's copy of the manifest, which lists no files. Raise DamagedIndex where it is none."""
+    try:
+        content = json.loads(layout.read("index").tobytes())
+    except (KeyError, ValueError, RecursionError):
+        raise damaged(layout.path, "its copy of the manifest cannot be read") from None
+    return fitting(layout.path, content)
 
 
 def copy_for_files(manifest: Manifest) -> Manifest:
@@ -117,7 +160,7 @@ def check_sizes(path: Path, manifest: Manifest) -> None:
         listed[path / folder.MOMENT] = manifest["second_moment"]["bytes"]
     for file, expected in listed.items():
         with container.read_errors(file):
-            size = os.stat(file).st_size
+            size = os.lstat(file).st_size
         if size != expected:
             raise damaged(file, f"it should have {expected} bytes and has {size}")
 
@@ -130,6 +173,9 @@ def read_moment(path: Path, manifest: Manifest) -> Layout:
         raise damaged(layout.path, f"it belongs to another index ({layout.attributes.get('index')})")
     if "v" not in layout.extents or (layout.extents["v"].shape, layout.extents["v"].dtype) != ((length,), "<f4"):
         raise damaged(layout.path, f"it does not hold {length} numbers")
+    vectors = layout.extents.get("eigenvectors")
+    if vectors is not None and (len(vectors.shape), vectors.dtype) != (1, "<f4"):
+        raise damaged(layout.path, "its eigenvectors are of another type")
     return layout
 
 

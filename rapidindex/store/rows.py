@@ -124,9 +124,10 @@ class Rows:
             raise IndexError(f"example {example_number} of {len(self.ids)}")
         file = int(np.searchsorted(self._first_example, example_number, side="right")) - 1
         try:
-            return shards.read_record(self._arrays(file), int(example_number - self._first_example[file]))
-        except (ValueError, RecursionError):
-            raise self._damaged(file, "an example in it cannot be read") from None
+            place = int(example_number - self._first_example[file])
+            return shards.read_record(self._arrays(file), place, self.ids[example_number])
+        except ValueError as error:
+            raise self._damaged(file, str(error)) from None
 
     def example_of(self, row: int) -> int:
         """Return the number of the row's example. Raise IndexError where `row` is not 0 to n - 1."""
@@ -157,10 +158,9 @@ class Rows:
         self.example, self.position, self.token = np.empty(n, np.int64), np.empty(n, np.int32), np.empty(n, np.int32)
         for file, first_row in enumerate(self._first_row[:-1]):
             here, arrays = slice(first_row, self._first_row[file + 1]), self._arrays(file)
-            inside, count = arrays["example"], len(self._files[file].ids)
-            if shards.any_outside(inside, count):
-                raise self._damaged(file, f"its rows point outside its {count} examples")
-            self.example[here] = inside + self._first_example[file]
+            if fault := shards.numbers_fault(arrays, len(self._files[file].ids)):
+                raise self._damaged(file, fault)
+            self.example[here] = arrays["example"] + self._first_example[file]
             self.position[here], self.token[here] = arrays["position"], arrays["token"]
 
     def _damaged(self, file: int, what: str) -> DamagedIndex:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from rapidindex.store.container import Layout, damaged, map_arrays, read_layout
+from rapidindex.store.schema import misfit
 from rapidindex.store.writing import Column, column, encode_json, json_column, write
 
 _PEAK = 10  # a row's largest entry becomes 2^9 to 2^10 in float16, whose normal numbers reach 2^-24 of that
@@ -36,6 +37,7 @@ ROW_TYPE, OLD_ROW_TYPE = "int8", "float16"
 """The type in new levels, and in those whose manifest says none."""
 _VERSIONS = {"int8": 2, "float16": 1}
 _STEPS = 127
+_REJECTED = [{"id": str, "line": (int, None), "reason": str}]
 _DTYPES = {
     **dict.fromkeys(("scale", "norms"), "<f4"),
     **dict.fromkeys(("example", "position", "token"), "<i4"),
@@ -188,6 +190,10 @@ def read_shard(path: Path, *, index: str, level: str, K: int, layers: int, row_t
         ids, rejected = (json.loads(layout.read(name).tobytes()) for name in ("ids", "rejected"))
     except (ValueError, RecursionError):
         raise damaged(path, "its list of examples cannot be read") from None
+    if fault := misfit(ids, [str], "ids") or misfit(rejected, _REJECTED, "rejected"):
+        raise damaged(path, fault)
+    if len(set(ids)) != len(ids):
+        raise damaged(path, "two of its examples have the same id")
     if len(ids) != layout.extents["examples_offsets"].shape[0] - 1:
         raise damaged(path, "its examples and their ids differ in number")
     return Shard(layout, ids, rejected)
@@ -203,25 +209,42 @@ def faults(shard: Shard) -> Iterator[str]:
     step = _block_rows(rows.shape[1])
     if not all(np.isfinite(rows[first : first + step]).all() for first in range(0, len(rows), step)):
         yield "its rows are not all finite"
-    count = len(shard.ids)
-    if any_outside(arrays["example"], count):
-        yield f"its rows point outside its {count} examples"
+    fault = numbers_fault(arrays, len(shard.ids))
+    if fault:
+        yield fault
+        return
     try:
-        if [read_record(arrays, number).get("id") for number in range(count)] != shard.ids:
-            yield "its examples and their ids differ"
-    except (ValueError, AttributeError, RecursionError):
-        yield "its examples cannot be read"
+        for number, id in enumerate(shard.ids):
+            read_record(arrays, number, id)
+    except ValueError as error:
+        yield str(error)
 
 
-def read_record(arrays: dict[str, np.ndarray], number: int) -> dict[str, Any]:
-    """Read the record of one example from the mapped arrays of a shard."""
+def numbers_fault(arrays: dict[str, np.ndarray], count: int) -> str:
+    """Return what is wrong with the numbers by which a shard's rows and texts belong to its examples; "" for nothing.
+
+    `arrays` are those of the file, mapped, and `count` is its number of examples.
+    """
+    if any_outside(arrays["example"], count):
+        return f"its rows point outside its {count} examples"
+    ends = arrays["examples_offsets"]
+    if (np.diff(ends) < 0).any() or any_outside(ends, len(arrays["examples"]) + 1):
+        return "its examples lie outside their text"
+    if arrays["position"].min(initial=0) < -1:
+        return "its rows belong to tokens before the first"
+    return ""
+
+
+def read_record(arrays: dict[str, np.ndarray], number: int, id: str) -> dict[str, Any]:
+    """Read the record of one example, of this id, from the mapped arrays of a shard. Raise ValueError for another."""
     first, end = arrays["examples_offsets"][number : number + 2]
-    return json.loads(arrays["examples"][first:end].tobytes())
-
-
-def read_index(layout: Layout) -> dict[str, Any]:
-    """Read a sealed file's copy of the manifest, which lists no files."""
-    return json.loads(layout.read("index").tobytes())
+    try:
+        record = json.loads(arrays["examples"][first:end].tobytes())
+    except (ValueError, RecursionError):
+        raise ValueError("its examples cannot be read") from None
+    if misfit(record, {"id": id}):
+        raise ValueError("its examples and their ids differ")
+    return record
 
 
 def _scales(rows: np.ndarray, row_type: str) -> np.ndarray:
@@ -263,7 +286,7 @@ def _check_shapes(layout: Layout, K: int, layers: int, rows: str) -> None:
     for name, dtype in {"rows": rows, **_DTYPES}.items():
         if name not in extents or extents[name].dtype != dtype:
             raise damaged(layout.path, f"its array {name!r} is missing or of another type")
-    n = extents["rows"].shape[0]
+    n = (extents["rows"].shape or (0,))[0]
     shapes = {name: (n,) for name in ("scale", "example", "position", "token")}
     shapes |= {"rows": (n, K), "norms": (n, layers)}
     for name in ("rows", *_DTYPES):

@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +9,11 @@ from functools import partial
 import numpy as np
 import pytest
 
-from rapidindex.errors import DamagedIndex, QueryError, ResourceError, StoreError, UsageError
+from rapidindex.errors import DamagedIndex, QueryError, ResourceError, UsageError
 from rapidindex.search import metadata
 from rapidindex.search.calibration import KINDS, calibrate, draw_held_out
 from rapidindex.search.exact import exact_search
+from rapidindex.search.faiss_index import check_factory
 from rapidindex.search.vector_index import (
     EXACT_MAX_ENTRIES,
     VectorIndex,
@@ -55,6 +57,11 @@ def compact(tmp_path_factory, values):
     """A `HR,RaBitQ` index; read only."""
     rows = make_store(tmp_path_factory.mktemp("compact") / "index", values).rows("sentence")
     return VectorIndex.build(rows, factory="HR,RaBitQ", dim=DIM, target_recall=0.9)
+
+
+def assert_same_answers(result, expected):
+    assert result.method == expected.method == "exact"
+    np.testing.assert_array_equal(result.rows, expected.rows)
 
 
 def share_found(result, expected):
@@ -358,6 +365,20 @@ def test_what_cannot_work_is_refused_with_the_reason(tmp_path, factory, dim, rea
     assert not list(rows.path.glob("ann.*"))
 
 
+@pytest.mark.parametrize("factory", ["PQ4x0", "RR0,Flat", "RQ0x0", "PQ8x4fs_0", "IVF2,PQ4x0", "é\0"])
+def test_a_factory_on_which_faiss_crashes_is_refused_with_the_process_alive(tmp_path, factory):
+    rows = make_store(tmp_path / "index", gradients(20, 32)).rows("sentence")
+    with pytest.raises(UsageError, match=r"--factory .* cannot be used") as refusal:
+        VectorIndex.build(rows, factory=factory)
+    assert "Try HR,RaBitQ" in refusal.value.hint and not list(rows.path.glob("ann.*"))
+
+
+def test_a_factory_that_faiss_does_not_finish_in_time_is_refused():
+    with pytest.raises(UsageError, match=r"more than 0\.01 seconds"):
+        check_factory("PQ4x4", 32, 20, trial_seconds=0.01)
+    check_factory("PQ4x4", 32, 20)
+
+
 @pytest.mark.parametrize("target", [0.0, 1.5, -1.0])
 def test_a_target_that_is_no_share_is_refused(compact, target):
     with pytest.raises(UsageError, match="--target-recall"):
@@ -454,8 +475,7 @@ def test_an_index_that_lacks_rows_says_so_and_an_update_adds_only_them(store, qu
     append(store, gradients(100, K, seed=5))
     stale = VectorIndex.open(store.rows("sentence"))
     assert "100 newest rows" in stale.stale
-    with pytest.raises(StoreError, match="out of date.*rapidindex index"):
-        stale.search(queries, 3)
+    assert_same_answers(stale.search(queries, 3), exact_search(stale.rows, queries, 3))
     events = []
     with store.lock():
         VectorIndex.update(store.rows("sentence"), progress=lambda *event: events.append(event))
@@ -531,10 +551,48 @@ def test_other_rows_in_the_place_of_those_indexed_are_noticed_and_indexed_anew(s
     for file in (store.path / "sentence").glob("ann.*"):
         file.rename(other.path / "sentence" / file.name)
     wrong = VectorIndex.open(other.rows("sentence"))
-    with pytest.raises(StoreError, match="replaced by others"):
-        wrong.search(queries, 3)
+    assert "replaced by others" in wrong.stale
+    assert_same_answers(wrong.search(queries, 3), exact_search(wrong.rows, queries, 3))
     anew = VectorIndex.update(other.rows("sentence"))
     np.testing.assert_array_equal(anew.search(queries, 3).rows, N - 1 - made.search(queries, 3).rows)
+
+
+def test_rows_added_after_an_index_was_opened_are_not_among_its_answers(store, queries):
+    rows = store.rows("sentence")
+    VectorIndex.build(rows, factory="Flat", dim=DIM, target_recall=0.9)
+    append(store, gradients(100, K, seed=5))
+    with store.lock():
+        VectorIndex.update(store.rows("sentence"))
+    older = VectorIndex.open(rows)
+    assert "100 rows more" in older.stale
+    for largest in (True, False):
+        found = older.search(gradients(100, K, seed=5), 3, largest=largest)
+        assert found.method == "ann" and found.rows.max() < N and (found.rows >= 0).all()
+    assert share_found(older.search(queries, 10), exact_search(rows, queries, 10)) >= 0.9
+
+
+def test_searches_while_rows_are_added_and_indexed_raise_nothing(store, queries):
+    VectorIndex.build(store.rows("sentence"), factory="Flat", dim=DIM, target_recall=0.9)
+    code = f"""
+from rapidindex.search.vector_index import VectorIndex
+from rapidindex.store import Store
+from tests.search.stores import append, gradients
+store = Store.open({str(store.path)!r})
+for number in range(8):
+    append(store, gradients(20, {K}, seed=number), per_shard=10)
+    with store.lock():
+        VectorIndex.update(store.rows("sentence"))
+        VectorIndex.build(store.rows("sentence"), factory="Flat", dim={DIM}, target_recall=0.9)
+"""
+    writer = subprocess.Popen([sys.executable, "-c", code])
+    methods = set()
+    while writer.poll() is None:
+        rows = Store.open(store.path).rows("sentence")
+        result = VectorIndex.open(rows).search(queries, 3)
+        methods.add(result.method)
+        assert (result.rows < len(rows)).all() and (result.rows >= 0).all()
+    assert writer.returncode == 0 and "ann" in methods
+    assert len(Store.open(store.path).rows("sentence")) == N + 160
 
 
 def test_a_rebuild_leaves_one_metadata_file_and_one_file(store):

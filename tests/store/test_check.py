@@ -66,7 +66,7 @@ MESSAGES = {
     "flipped": "contents were changed",
     "flipped seal": "were changed",
     "newer digit": "were changed",
-    "a folder": "cannot be read",
+    "a folder": "not an ordinary file",
     "nan": "scale are not all finite",
     "another index's": "another index",
 }

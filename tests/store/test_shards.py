@@ -15,6 +15,7 @@ from tests.store.content import K, content, reseal
 
 NEAR = 2.0**-11 * (1 + 1e-6)
 STEP = 1 / 254 * (1 + 1e-6)
+IDS = [{"ids": np.frombuffer(text, "u1")} for text in (b'["a"]', b'["a","a","b"]', b"[1,2,3]", b'{"a":1,"b":2,"c":3}')]
 INDEX = {"id": "0123456789abcdef", "config": {"a": 1}}
 
 
@@ -123,11 +124,11 @@ def test_what_was_written_is_read_back(tmp_path, row_type):
     shards.write_shard(path, shard_content, level="sentence", row_type=row_type, index=INDEX)
     shard, held = read_shard(path, row_type), container.map_arrays(container.verify(path))
     assert shard.ids == ["a", "b", "c"] and shard.rejected == shard_content.rejected
-    assert [shards.read_record(held, number) for number in range(3)] == shard_content.examples
+    assert [shards.read_record(held, number, id) for number, id in enumerate("abc")] == shard_content.examples
     assert np.array_equal(decode_rows(held["rows"], held["scale"]), shard_content.rows)
     for name in ("norms", "example", "position", "token"):
         assert np.array_equal(held[name], getattr(shard_content, name))
-    assert shards.read_index(shard.layout) == INDEX
+    assert json.loads(shard.layout.read("index").tobytes()) == INDEX
     assert list(shards.faults(shard)) == []
 
 
@@ -209,7 +210,11 @@ def test_bytes_that_were_added_are_found(tmp_path):
         ("float16", {"rows": np.full((3, K), np.nan, "<f2")}, "rows are not all finite"),
         ("int8", {"scale": np.full(3, np.inf, "<f4")}, "scale are not all finite"),
         ("int8", {"example": np.array([0, 1, 3], "<i4")}, "point outside its 3 examples"),
-        ("int8", {"examples": np.zeros(3, "u1")}, "examples cannot be read"),
+        ("int8", {"examples": np.zeros(999, "u1")}, "examples cannot be read"),
+        ("int8", {"examples": np.zeros(3, "u1")}, "lie outside their text"),
+        ("int8", {"examples_offsets": np.array([0, 9, 5, 2], "<i8")}, "lie outside their text"),
+        ("int8", {"examples_offsets": np.array([-9, 0, 1, 2], "<i8")}, "lie outside their text"),
+        ("int8", {"position": np.array([-2, -1, -1], "<i4")}, "tokens before the first"),
     ],
 )
 def test_faulty_numbers_in_an_intact_file_are_found(tmp_path, row_type, changes, fault):
@@ -222,8 +227,8 @@ def test_faulty_numbers_in_an_intact_file_are_found(tmp_path, row_type, changes,
 
 @pytest.mark.parametrize(
     "changes",
-    [{"scale": np.ones(2, "<f4")}, {"rows": np.ones((3, K), "<f4")}, {"ids": np.frombuffer(b'["a"]', "u1")}],
-    ids=["shape", "dtype", "count"],
+    [{"scale": np.ones(2, "<f4")}, {"rows": np.ones((3, K), "<f4")}, *IDS, {"rejected": np.frombuffer(b"[7]", "u1")}],
+    ids=["shape", "dtype", "count", "twice", "numbers", "an object", "rejected"],
 )
 def test_arrays_that_do_not_fit_together_are_damage(tmp_path, changes):
     path = tmp_path / "shard-00000.h5"
