@@ -245,7 +245,8 @@ class Index:
 
     def _search(self, level: str, queries: Sequence[EncodedQuery], options: QueryOptions) -> SearchResult:
         rows, vectors = self.rows_of(level), stack_rows(queries)
-        k, largest = options.k * (RESCORED if options.rescore else 1), not options.opponents
+        k = min(options.k * (RESCORED if options.rescore else 1), max(1, len(rows)))
+        largest = not options.opponents
         index = None if options.exact else self._vector_index(level)
         if index is None:
             return exact_search(rows, vectors, k, largest=largest, device=str(self.loaded.device))
