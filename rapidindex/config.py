@@ -45,6 +45,12 @@ def _at_least(flag: str, value: int | None, least: int) -> None:
         raise UsageError(f"{flag} must be at least {least}, not {value}.")
 
 
+def _seed(seed: int, bits: int) -> None:
+    if not 0 <= seed < 2**bits:
+        hint = "Leave it out for 0."
+        raise UsageError(f"--seed must lie between 0 and {2**bits - 1} here, not at {seed}.", hint=hint)
+
+
 def _power_of_two(flag: str, K: int) -> None:
     if K < 16 or K > 2**24 or K & (K - 1):
         raise UsageError(
@@ -102,6 +108,7 @@ class GradientConfig:
     def __post_init__(self) -> None:
         _one_of("--normalize", self.normalize, NORMALIZATIONS)
         _at_least("--moment-examples", self.moment_examples, 1)
+        _seed(self.seed, 44 if self.second_moment == "kronecker" else 64)  # kronecker multiplies it by 2**20
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,7 @@ class SketchConfig:
     def __post_init__(self) -> None:
         _at_least("--shuffles", self.shuffles, 0)
         _power_of_two("-K", self.K)
+        _seed(self.seed, 64)
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,10 @@ class BuildConfig:
     def __post_init__(self) -> None:
         _at_least("--batch-tokens", self.batch_tokens, 16)
         _at_least("--workers", self.workers, 1)
+        if not 0 < self.shard_seconds < float("inf"):
+            raise UsageError(
+                f"--shard-seconds must be more than 0, not {self.shard_seconds}.", hint="Leave it out for 120."
+            )
 
 
 @dataclass(frozen=True)
@@ -295,6 +307,7 @@ class FinetuneConfig:
         for flag, share in shares:
             if share is not None and not 0 <= share < 1:
                 raise UsageError(f"{flag} must be at least 0 and less than 1, not {share}.")
+        _seed(self.seed, 32)
         if self.weight_decay < 0:
             raise UsageError(f"--weight-decay must be at least 0, not {self.weight_decay}.")
 

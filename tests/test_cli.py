@@ -230,6 +230,22 @@ ERRORS = {
     ),
     "a prompt that is not UTF-8": (["query", "INDEX", "caf\udce9", "--answer", ANSWER], 2, "UsageError"),
     "an answer that is not UTF-8": (["query", "INDEX", PROMPT, "--answer", "caf\udce9"], 2, "UsageError"),
+    "a list of ids that is no text": (["remove", "INDEX", "--ids", "BINARY"], 2, "UsageError"),
+    "a seed below zero": (["build", "DATA", "-m", "x", "-o", "y", "--seed", "-1"], 2, "UsageError"),
+    "a seed of 128 bits": (["build", "DATA", "-m", "x", "-o", "y", "--seed", str(2**128)], 2, "UsageError"),
+    "a seed that draws no tokens": (
+        ["build", "DATA", "-m", "x", "-o", "y", "--seed", str(2**44), "--second-moment", "kronecker"],
+        2,
+        "UsageError",
+    ),
+    "a seed of fine-tuning": (["finetune", "DATA", "-m", "x", "-o", "y", "--seed", str(2**32)], 2, "UsageError"),
+    "shards of no work": (["build", "DATA", "-m", "x", "-o", "y", "--shard-seconds", "nan"], 2, "UsageError"),
+    "a span of many digits": (["query", "INDEX", PROMPT, "--answer", ANSWER, "--span", "9" * 5000], 2, "UsageError"),
+    "a number of many digits": (
+        ["query", "INDEX", PROMPT, "--answer", ANSWER, "--token", "tea#" + "9" * 5000],
+        1,
+        "TokenNotFound",
+    ),
     "an unknown factory": (["index", "INDEX", "--factory", "Flatt"], 2, "UsageError"),
 }
 
@@ -246,7 +262,8 @@ def test_an_expected_error_is_one_sentence_and_an_exit_code(
     kind,
 ):
     monkeypatch.chdir(tmp_path)
-    named = {"INDEX": index, "DATA": data}
+    (tmp_path / "ids.bin").write_bytes(bytes(range(256)))
+    named = {"INDEX": index, "DATA": data, "BINARY": tmp_path / "ids.bin"}
     arguments = [named.get(argument, argument) for argument in arguments]
     ended, out, said = typed(*arguments)
     assert (ended, out) == (code, "")
@@ -304,6 +321,7 @@ def test_the_home_folder_is_found_after_an_equals_sign(typed, index, tmp_path, m
 
 def test_a_faiss_that_was_half_removed_is_one_sentence(typed, index, tmp_path, monkeypatch):
     (tmp_path / "faiss").mkdir()
+    (tmp_path / "faiss" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "faiss", raising=False)
     code, _, said = typed("index", index, "--factory", "Flat", "-q")

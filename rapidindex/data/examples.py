@@ -147,7 +147,11 @@ def listed_ids(values: Iterable[str], flag: str = "--ids") -> set[str]:
         is_file = Path(value).is_file()
         if not is_file and not value.isalnum():
             raise UsageError(f"{flag} {value}: there is no such file, and it is not an id.", hint="Check the path.")
-        ids.update(Path(value).read_text().split() if is_file else [value])
+        try:
+            ids.update(Path(value).read_text("utf-8").split() if is_file else [value])
+        except UnicodeDecodeError as error:
+            hint = "Give a file with one id a line."
+            raise UsageError(f"{flag} {value}: the file is not UTF-8 text.", hint=hint) from error
     if not ids:
         raise UsageError(f"The files of {flag} hold no id.", hint="Write one id a line.")
     return ids

@@ -102,7 +102,7 @@ class Template:
         inside = [i for i, span in enumerate(spans) if self._is_response(ids[i], span, rendered)]
         first, last = (inside[0], inside[-1] + 1) if inside else (len(ids), len(ids))
         ending = self._ending_ids(ids, last) if end and inside else []
-        tokens = [_token(span, rendered, example.response) for span in spans[first:last]]
+        tokens = [_token(span, rendered, example.response) for span in spans[first : min(last, self.max_length)]]
         length = len(example.response)
         tokens += [Token(str(self.tokenizer.convert_ids_to_tokens(id)), length, length) for id in ending]
         return self._truncated(ids[:last] + ending, first, tokens)

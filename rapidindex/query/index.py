@@ -1,9 +1,10 @@
 """An index on disk and its model: open it, ask it, and say what it holds."""
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,16 @@ from rapidindex.search.metadata import IndexMetadata
 from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Rows, Store
 
+_model_work = threading.RLock()
+"""Gradients are taken with hooks on the model, and its tokenizer keeps state: one thread at a time. The lock is that of
+the process, because two indexes may share a model."""
+
 
 class Index:
-    """An index, and the model that it was built with, which the first query loads."""
+    """An index, and the model that it was built with, which the first query loads.
+
+    Several threads may query it: their searches run in parallel, their work with the model one after the other.
+    """
 
     def __init__(self, store: Store, model: ModelConfig, loaded: LoadedModel | None = None) -> None:
         if not store.levels:
@@ -113,14 +121,16 @@ class Index:
                 f"{self.store.path} holds the {level} rows of 0 of {self.store.planned(level):,} examples.",
                 hint="Give its rapidindex build command again.",
             )
-        return [
-            query if isinstance(query, EncodedQuery) else self._encode(as_query(query), level, options)
-            for query in queries
-        ]
+        with _model_work:
+            return [
+                query if isinstance(query, EncodedQuery) else self._encode(as_query(query), level, options)
+                for query in queries
+            ]
 
     def answer(self, prompt: Any, *, max_new_tokens: int = QueryOptions.max_new_tokens) -> str:
         """Return the model's greedy answer to a prompt or conversation."""
-        return generate_answer(as_query(prompt), self.loaded, self.template, max_new_tokens).text
+        with _model_work:
+            return generate_answer(as_query(prompt), self.loaded, self.template, max_new_tokens).text
 
     def evaluate(
         self, queries: Sequence[Any], relevant: Callable[[Match], bool], *, options: QueryOptions | None = None
@@ -218,7 +228,15 @@ class Index:
         if not queries:
             return []
         level = self._level(options)
-        found = self._search(level, queries, options)
+        with _model_work:
+            search = self._search(level, queries, options)
+        found = search()
+        with _model_work:
+            return self._results(level, queries, found, options)
+
+    def _results(
+        self, level: str, queries: Sequence[EncodedQuery], found: SearchResult, options: QueryOptions
+    ) -> list[Result]:
         results = []
         for number, query in enumerate(queries):
             started = time.perf_counter()
@@ -247,13 +265,15 @@ class Index:
             )
         return results
 
-    def _search(self, level: str, queries: Sequence[EncodedQuery], options: QueryOptions) -> SearchResult:
+    def _search(self, level: str, queries: Sequence[EncodedQuery], options: QueryOptions) -> Callable[[], SearchResult]:
+        """Return the search of the queries, which several threads may run at the same time."""
         rows, vectors = self.rows_of(level), stack_rows(queries)
-        k, largest = options.k * (RESCORED if options.rescore else 1), not options.opponents
+        k = min(options.k * (RESCORED if options.rescore else 1), max(1, len(rows)))
+        largest = not options.opponents
         index = None if options.exact else self._vector_index(level)
         if index is None:
-            return exact_search(rows, vectors, k, largest=largest, device=str(self.loaded.device))
-        return index.search(vectors, k, largest=largest)
+            return partial(exact_search, rows, vectors, k, largest=largest, device=str(self.loaded.device))
+        return partial(index.search, vectors, k, largest=largest)
 
     def _vector_index(self, level: str) -> VectorIndex | None:
         if level not in self._vector_indexes:

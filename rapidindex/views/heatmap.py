@@ -13,6 +13,8 @@ from rapidindex.results import QueryInfo, Result, Token
 
 STEPS = 20
 """Steps from no colour to full colour."""
+LONGEST = 10_000
+"""Characters of a text that a heat-map shows. Forty responses of 100,000 would take minutes, and 50 MB of HTML."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,19 @@ def segments(text: str, tokens: Sequence[Token], scores: Sequence[float]) -> tup
         pieces.append(Segment(before, shown, after, tuple(shares[i] for i in positions), start == end))
         previous_end = end
     return pieces, text[previous_end:]
+
+
+def beginning(
+    text: str, tokens: Sequence[Token], scores: Sequence[float]
+) -> tuple[str, Sequence[Token], Sequence[float]]:
+    """Return the part of a text that a heat-map shows, at most `LONGEST` characters, with its tokens and their shares.
+
+    Its last characters may have no token: one that reaches beyond them is left out.
+    """
+    if len(text) <= LONGEST or len(tokens) != len(scores):
+        return text, tokens, scores
+    count = next((i for i, token in enumerate(tokens) if token.end > LONGEST), len(tokens))
+    return text[:LONGEST], tokens[:count], scores[:count]
 
 
 def marked_answer(query: QueryInfo) -> list[tuple[str, bool]]:
@@ -181,7 +196,7 @@ def _inside_a_character(text: str, at: int) -> bool:
 
 
 def _largest(texts: Iterable[tuple[str, Sequence[Token], Sequence[float]]]) -> float:
-    return max((abs(piece.score) for text in texts for piece in segments(*text)[0]), default=0.0)
+    return max((abs(piece.score) for text in texts for piece in segments(*beginning(*text))[0]), default=0.0)
 
 
 def _channels(colour: str) -> tuple[int, ...]:

@@ -225,14 +225,14 @@ class _Heatmap:
 
     def _coloured(self) -> Text:
         text = Text()
-        pieces, rest = heatmap.segments(self.text, self.tokens, self.scores)
+        pieces, rest = heatmap.segments(*heatmap.beginning(self.text, self.tokens, self.scores))
         for piece in pieces:
             mark = "bold reverse " if piece.holds(self.matched) else ""
             style = mark + _style(heatmap.colour_step(piece.score, self.full))
             text.append(line(piece.before)).append(line(piece.label), style.strip()).append(line(piece.after))
             if len(text) >= _LONGEST:
                 return text
-        return text.append(line(rest))
+        return text.append(line(rest[: _LONGEST - len(text)]))
 
     def _strongest(self) -> Text:
         shares = heatmap.strongest(self.tokens, self.scores, _LISTED)

@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -93,7 +94,8 @@ def test_a_match_carries_what_the_data_said(index):
 
 
 def test_more_matches_than_examples_are_all_examples(index):
-    assert len(index.query(PROMPT, answer=ANSWER, k=50).matches) == 10
+    for k in (50, 2**32, 10**30):
+        assert len(index.query(PROMPT, answer=ANSWER, k=k, heatmaps=False).matches) == 10
 
 
 def test_many_queries_are_answered_as_one_by_one(index):
@@ -112,6 +114,20 @@ def test_one_encoding_serves_both_directions(index):
             m.id for m in alone.matches
         ]
     assert index.query([], k=3) == []
+
+
+def test_several_threads_get_the_answers_of_one(index):
+    asked = [(token, opponents) for token in (None, "Japan", "Japan#2", "rice") for opponents in (False, True)] * 3
+    shared = [index, Index(index.store, index._model, index.loaded)]  # two indexes may share a model
+
+    def matches(of, token, opponents):
+        found = of.query(PROMPT, answer=ANSWER, token=token, opponents=opponents, k=4, answer_scores=True).matches
+        return [(m.id, m.score, m.exact_score, m.token_scores, m.answer_scores) for m in found]
+
+    alone = [matches(index, *one) for one in asked]
+    with ThreadPoolExecutor(6) as threads:
+        futures = [threads.submit(matches, shared[i % 2], *one) for i, one in enumerate(asked)]
+    assert [future.result() for future in futures] == alone
 
 
 def test_an_index_has_a_length_and_a_short_repr(index):

@@ -48,6 +48,16 @@ def test_segments_hold_the_whole_text_and_every_share(match):
     assert math.isclose(sum(piece.score for piece in pieces) / len(match.tokens), match.exact_score)
 
 
+def test_a_heat_map_shows_the_beginning_of_a_long_text():
+    match = shown.long_match(20_000)
+    text, tokens, scores = heatmap.beginning(match.response, match.tokens, match.token_scores)
+    assert match.response.startswith(text) and len(text) == heatmap.LONGEST
+    assert len(tokens) == len(scores) and len(text) - 10 < tokens[-1].end <= len(text)
+    assert together(*heatmap.segments(text, tokens, scores)) == text
+    short = shown.match(1, "Yoga.")
+    assert heatmap.beginning(short.response, short.tokens, []) == (short.response, short.tokens, [])
+
+
 def test_white_space_stays_outside_the_segment():
     pieces, _ = heatmap.segments("a  b\n", [Token("a", 0, 1), Token("  b\n", 1, 5)], [0.1, 0.2])
     assert [(p.before, p.text, p.after) for p in pieces] == [("", "a", ""), ("  ", "b", "\n")]

@@ -111,7 +111,7 @@ def test_a_segment_of_several_tokens_lists_each_share():
 
 
 def test_the_response_reads_as_it_stands_in_the_data():
-    result = shown.result(matches=[shown.split_emoji(), shown.long_match()])
+    result = shown.result(matches=[shown.split_emoji(), shown.long_match(400)])
     texts = [text for _, text in Page(html.page(result, None, "")).of("div", "heat")]
     assert texts == [match.response + (shown.END if rank else "") for rank, match in enumerate(result.matches)]
 

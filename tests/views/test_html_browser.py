@@ -185,9 +185,9 @@ def test_paper_has_both_directions_in_light_colours_and_no_switches(visit, file)
 
 def test_two_thousand_tokens_stay_usable(visit, tmp_path):
     path = tmp_path / "long.html"
-    path.write_text(shown.result(matches=[shown.long_match()]).to_html(), encoding="utf-8")
+    path.write_text(shown.result(matches=[shown.long_match(1900)]).to_html(), encoding="utf-8")
     page = visit(path)
     page.locator(".heat").focus()
     page.keyboard.press("End")
     assert shown.END in page.locator("#tip").text_content()
-    assert page.locator(".heat .c").count() == len(shown.long_match().tokens)
+    assert page.locator(".heat .c").count() == len(shown.long_match(1900).tokens)

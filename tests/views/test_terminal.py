@@ -121,6 +121,20 @@ def test_a_long_response_is_cut_and_its_strongest_tokens_are_named():
     assert len(STYLES.sub("", text)) < 4000
 
 
+def test_forty_responses_of_100_000_characters_are_cut_on_every_view_and_it_says_so():
+    match = shown.long_match(20_000)
+    result = shown.result(matches=[replace(match, rank=rank) for rank in range(1, 41)])
+    text = printed(result, colour=True)
+    assert text.count("more characters") == 40 and len(text) < 400_000
+    page = result.to_html()
+    assert page.count("more characters are not shown") == 40 and len(page) < 8_000_000
+
+
+def test_what_has_no_token_is_cut_too():
+    match = replace(shown.match(1, "Yoga. "), response="Yoga. " * 20_000)
+    assert len(printed(shown.result(matches=[match]), colour=True)) < 4000
+
+
 def test_the_histogram_shows_where_the_matches_lie():
     lines = printed(shown.result(), colour=False).split("\n")
     at = next(i for i, line in enumerate(lines) if line.startswith("All 1,000 scores"))

@@ -122,10 +122,12 @@ def _match(match: Match, query: QueryInfo, full: float, answer_full: float) -> d
 
 
 def _heatmap(text: str, tokens: list[Token], scores: list[float], full: float, matched: int | None) -> dict[str, Any]:
-    pieces, rest = heatmap.segments(text, tokens, scores) if scores else ([], text)
+    shown = heatmap.beginning(text, tokens, scores)
+    pieces, rest = heatmap.segments(*shown) if scores else ([], shown[0])
     return {
         "segments": [segment(piece, full, matched=piece.holds(matched)) for piece in pieces],
         "rest": paragraph(rest),
+        "hidden": len(text) - len(shown[0]),
         "strongest": heatmap.strongest(tokens, scores, _STRONGEST) if scores else [],
         "tokens": len(tokens),
         "full": full,
