@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from rapidindex.config import ModelConfig
 from rapidindex.data.templates import continuation
 from rapidindex.errors import ModelError, RapidIndexError, ResourceError, UsageError
-from rapidindex.model.checks import check_causal, check_fast, check_language_model, check_vocabulary
+from rapidindex.model.checks import Limits, check_causal, check_fast, check_language_model, check_vocabulary, context_of
 from rapidindex.model.files import adapter_fingerprint, find_adapter, find_model, model_fingerprint
 from rapidindex.model.fingerprints import WEIGHTS, tensors_fingerprint, tokenizer_fingerprint, weights_fingerprints
 from rapidindex.model.loading import (
@@ -60,6 +60,11 @@ class LoadedModel:
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The trainable parameters by name, in the model's order; tied ones occur once."""
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    @cached_property
+    def limits(self) -> Limits:
+        """The token ids and lengths that the model takes."""
+        return Limits.of(self.model, self.tokenizer)
 
     def fingerprint_of(self, part: str, like: str) -> str:
         """Return the fingerprint of `model`, `adapter` or `tokenizer` in the kind of `like`: of files or of weights.
@@ -200,7 +205,8 @@ def generate(
     prompt_ids = _open_ended(loaded.tokenizer, prompt_text, add_special_tokens)
     if not prompt_ids:
         raise UsageError("The prompt has no tokens.")
-    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    loaded.limits.check(prompt_ids, "the prompt")
+    context = context_of(loaded.model) or 2**31
     if len(prompt_ids) >= context:
         raise ModelError(
             f"The prompt has {len(prompt_ids)} tokens; the model takes {context}.", hint="Shorten the prompt."
