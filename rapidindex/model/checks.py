@@ -4,6 +4,7 @@ Each check raises ModelError. None needs to know where the model came from, or c
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,11 @@ _PROBE = 16
 
 _POSITIONS = {"wpe", "pos", "position", "positions", "positional"}
 """Words in the names of tables that have a row for each position."""
+
+
+def is_adapted(model: torch.nn.Module) -> bool:
+    """Return whether `model` is a peft.PeftModel, without the slow import of peft where nobody has imported it."""
+    return "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
 
 
 def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -117,6 +123,7 @@ def check_causal(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     rounding = 100 * torch.finfo(torch.float32).eps if _is_exact(model) else 0.1
     if moved.max() > rounding * before.max():
         name = getattr(model.config, "name_or_path", "") or type(model).__name__
+        name += " under its adapter" if is_adapted(model) else ""
         raise ModelError(
             f"{name} is no causal language model: a token changes what the model says before it.",
             hint="Give a model that was trained to predict the next token; is_decoder or is_causal in its config.json"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rapidindex.config import fingerprint
-from rapidindex.model.loading import is_adapted
+from rapidindex.model.checks import is_adapted
 
 WEIGHTS = "weights:"
 _SLICES = 16
