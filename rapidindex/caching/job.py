@@ -153,6 +153,8 @@ def prepare(request: BuildRequest, progress: Progress = silent, *, added: bool =
     progress("read", 1, 2)
     template = Template(request.encoding.template, loaded.tokenizer, request.encoding.max_length)
     items, skipped = _encode(dataset, template, dataset.path if added else "")
+    for item in items:
+        loaded.limits.check(item.encoding.input_ids, f"line {item.example.line} of {dataset.path}")
     progress("read", 2, 2)
     _check_listed(request.token_examples, items, dataset.path)
     model = ModelHandle(loaded)

@@ -1,7 +1,8 @@
 """The language model: its files, loading, generation and fine-tuning.
 
 files          where a model or adapter lies on disk, and fingerprints of its files; needs no torch
-loading        transformers, peft and bitsandbytes without their noise, and with our errors
+loading        transformers and bitsandbytes without their noise, and with our errors
+adapters       peft's adapters on a base
 checks         what a model must be, or its influence would be wrong
 fingerprints   fingerprints of a model and tokenizer in memory
 model          load a model, or adopt one from memory; greedy generation

@@ -3,6 +3,11 @@
 Each check raises ModelError. None needs to know where the model came from, or changes it.
 """
 
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +17,14 @@ from rapidindex.errors import ModelError
 
 _PROBE = 16
 """Tokens of the text with which causality is tried; all but the first four are exchanged."""
+
+_POSITIONS = {"wpe", "pos", "position", "positions", "positional"}
+"""Words in the names of tables that have a row for each position."""
+
+
+def is_adapted(model: torch.nn.Module) -> bool:
+    """Return whether `model` is a peft.PeftModel, without the slow import of peft where nobody has imported it."""
+    return "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
 
 
 def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -34,6 +47,49 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             f"The tokenizer has {tokenizer.vocab_size} tokens, the model embeddings for {rows}.",
             hint="They do not belong together: give the model that the adapter was trained on.",
         )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The token ids and the lengths that a model has rows for: beyond them is an IndexError, or on a GPU an abort."""
+
+    tokenizer: PreTrainedTokenizerBase
+    ids: int
+    positions: int | None
+    """None for a model that computes its positions, or takes them as distances."""
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> "Limits":
+        """Read them off the model's embeddings, and off its tables of positions (GPT-2's wpe, say) if it has any."""
+        output = model.get_output_embeddings()
+        ids = min(len(model.get_input_embeddings().weight), getattr(output, "out_features", None) or 2**31)
+        tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+        tables += [name for name, _ in model.named_buffers()]
+        parts = [set(re.split(r"[._]", name)) for name in tables]
+        listed = any(words & _POSITIONS and "rotary" not in words for words in parts)
+        return cls(tokenizer, ids, context_of(model) if listed else None)
+
+    def check(self, ids: Sequence[int], text: str) -> None:
+        """Raise ModelError, naming `text` ("line 3", say) and the token or the limit, where `ids` do not fit."""
+        largest = int(max(ids))
+        if largest >= self.ids:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise ModelError(
+                f"The token {token!r} in {text} is the tokenizer's {largest + 1:,}th, and the model has embeddings for"
+                f" {self.ids:,}.",
+                hint="Tokens were added and the tables not resized: call model.resize_token_embeddings(len(tokenizer))"
+                " before training, or give the tokenizer that the model was trained with.",
+            )
+        if self.positions is not None and len(ids) > self.positions:
+            raise ModelError(
+                f"There are {len(ids):,} tokens in {text}, and the model has {self.positions:,} positions.",
+                hint=f"Give --max-length {self.positions}, or a shorter text.",
+            )
+
+
+def context_of(model: nn.Module) -> int | None:
+    """Return how many tokens the model's config says that it takes, or None."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_language_model(base: nn.Module) -> None:
@@ -67,6 +123,7 @@ def check_causal(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     rounding = 100 * torch.finfo(torch.float32).eps if _is_exact(model) else 0.1
     if moved.max() > rounding * before.max():
         name = getattr(model.config, "name_or_path", "") or type(model).__name__
+        name += " under its adapter" if is_adapted(model) else ""
         raise ModelError(
             f"{name} is no causal language model: a token changes what the model says before it.",
             hint="Give a model that was trained to predict the next token; is_decoder or is_causal in its config.json"
@@ -79,7 +136,7 @@ def _probes(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[torch
     rows = model.get_input_embeddings().weight.shape[0]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     ordinary = [id for id in range(min(rows, tokenizer.vocab_size)) if id not in special]
-    length = min(_PROBE, getattr(model.config.get_text_config(), "max_position_embeddings", None) or _PROBE)
+    length = min(_PROBE, context_of(model) or _PROBE)
     chosen = torch.tensor(ordinary)[torch.linspace(0, len(ordinary) - 1, 2 * length).long()]
     first, second = chosen[::2].clone(), chosen[1::2].clone()
     second[: length // 4] = first[: length // 4]

@@ -6,6 +6,9 @@ Knows files, not tensors, and imports no torch. Only a hub name that is not in t
 import hashlib
 import json
 import os
+import re
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,9 @@ _NOT_CONTENT = {
     "use_cache",
 }
 """Entries of a config.json or adapter_config.json that do not change the function that the model computes."""
+_PAIR = ("vocab.json", "merges.txt")
+_POINTER = b"version https://git-lfs"
+_NUMBERED = re.compile(r"(\D*)(\d*)")
 _GIVE_FOLDER = "Give -m the folder that holds its config.json and weights, or a .gguf file."
 
 
@@ -74,9 +80,14 @@ def _in_folder(folder: Path) -> ModelFiles:
             f"{folder} holds an adapter, not a whole model.",
             hint=f"Give the base model and the adapter: -m {base} -a {folder}",
         )
-    if has_weights(folder):
+    weights = weight_files(folder)
+    absent = [file.name for file in weights if not file.is_file()]
+    if len(absent) < len(weights):
+        if absent:
+            raise ModelError(f"{folder} lacks {absent[0]}.", hint="Download or save the model again.")
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} holds weights, but no config.json.", hint=_GIVE_FOLDER)
+        _check_pointers(weights)
         return ModelFiles(folder, None)
     ggufs = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".gguf")
     if len(ggufs) == 1:
@@ -85,22 +96,52 @@ def _in_folder(folder: Path) -> ModelFiles:
         names = ", ".join(ggufs[:5])
         raise ModelError(f"{folder} holds {len(ggufs)} GGUF files: {names}.", hint=f"Name one: -m {folder / ggufs[0]}")
     models = [child for child in _folders(folder) if (child / "config.json").is_file()]
-    hint = f"It has models in its subfolders: -m {models[0]}" if models else _GIVE_FOLDER
+    hint = f"It has models in its subfolders: -m {models[-1]}" if models else _GIVE_FOLDER
     raise ModelError(f"{folder} holds no model weights (*.safetensors, pytorch_model.bin or *.gguf).", hint=hint)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers reads weights from, whether or not they are there; the first kind counts."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file() and isinstance(shards := read_json(index).get("weight_map"), dict):
+            files = [folder / str(shard) for shard in sorted(set(shards.values()))]
+            if any(file.is_file() for file in files):
+                return files
+    return []
 
 
 def has_weights(folder: Path) -> bool:
     """Return whether the folder holds a model's weights, every shard that an index file names included."""
-    for pattern in _WEIGHTS:
-        indexes = folder.glob(f"{pattern}.index.json")
-        shards = [shard for index in indexes for shard in read_json(index).get("weight_map", {}).values()]
-        if any(folder.glob(pattern)) and all((folder / shard).is_file() for shard in shards):
-            return True
-    return False
+    files = weight_files(folder)
+    return bool(files) and all(file.is_file() for file in files)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether the folder holds a tokenizer's vocabulary, without which its other files say nothing."""
+    whole = ("tokenizer.json", "*.model", "vocab.txt", "tekken.json", "*.tiktoken")
+    return any(any(folder.glob(name)) for name in whole) or all((folder / name).is_file() for name in _PAIR)
+
+
+def _check_pointers(files: Iterable[Path]) -> None:
+    """Raise ModelError for a file that Git has not fetched the content of."""
+    for file in files:
+        with file.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise ModelError(
+                    f"{file} is a pointer of Git LFS, not the weights themselves.",
+                    hint=f"Fetch them: git -C {shlex.quote(str(file.parent))} lfs pull",
+                )
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir())
+    """Return the folders in it, checkpoint-20 before checkpoint-1000."""
+    folders = [child for child in folder.iterdir() if child.is_dir()]
+    return sorted(
+        folders, key=lambda child: [(text, int(number or 0)) for text, number in _NUMBERED.findall(child.name)]
+    )
 
 
 def _snapshot(name: str) -> Path:
@@ -152,6 +193,8 @@ def find_adapter(adapter: str) -> Path:
             f"{folder} has an adapter_config.json, but no adapter_model.safetensors.",
             hint="The adapter was not saved completely: save or copy it again.",
         )
+    read_json(folder / "adapter_config.json")
+    _check_pointers(folder / name for name in _ADAPTER_WEIGHTS if (folder / name).is_file())
     return folder
 
 
@@ -194,7 +237,8 @@ def model_fingerprint(files: ModelFiles) -> str:
     """Return 16 hexadecimal digits over a model's config and weights (sixteen slices of 1 MiB of each file)."""
     if files.gguf:
         return fingerprint({"gguf": _digest(files.folder / files.gguf)})
-    weights = next(matches for pattern in _WEIGHTS if (matches := sorted(files.folder.glob(pattern))))
+    matching = next((found for pattern in _WEIGHTS if (found := sorted(files.folder.glob(pattern)))), [])
+    weights = sorted({*matching, *weight_files(files.folder)})
     config = _content(read_json(files.folder / "config.json"))
     return fingerprint({"config": config, "weights": {file.name: _digest(file) for file in weights}})
 

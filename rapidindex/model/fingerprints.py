@@ -6,6 +6,7 @@ change while it is loaded. `weights:` marks those of tensors.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rapidindex.config import fingerprint
-from rapidindex.model.loading import is_adapted
+from rapidindex.model.checks import is_adapted
 
 WEIGHTS = "weights:"
 _SLICES = 16
@@ -58,10 +59,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _base_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     """Yield the parameters of the base under the names that they have without an adapter."""
-    of_adapters = (f".{model.base_model.prefix}", ".modules_to_save.", ".token_adapter.")
+    of_adapters = (f".{model.base_model.prefix}", ".modules_to_save.", ".trainable_tokens_")
     for name, value in model.get_base_model().named_parameters():
         if not any(part in f".{name}" for part in of_adapters):
-            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), value
+            yield re.sub(r"\.(base_layer|original_module|token_adapter)\b", "", name), value
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]], limit: int | None, settings: str = "") -> str:

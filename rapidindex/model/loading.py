@@ -1,14 +1,12 @@
-"""Load models with transformers, peft and bitsandbytes, but without their noise and with our errors.
+"""Load models with transformers and bitsandbytes, but without their noise and with our errors.
 
-A GGUF file becomes an ordinary model, and a quantized base one whose backward pass works on every device. An adapter
-that lacks a tensor or has one too many is refused: peft would use random values, or ignore the tensor.
+A GGUF file becomes an ordinary model, and a quantized base one whose backward pass works on every device.
 """
 
 import contextlib
 import importlib.util
 import io
 import logging
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -23,11 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rapidindex.config import ModelConfig
 from rapidindex.errors import ModelError, RapidIndexError, ResourceError
 from rapidindex.model.checks import check_fast
-from rapidindex.model.files import ModelFiles
+from rapidindex.model.files import ModelFiles, has_tokenizer
 
 _NOISY_LOGGERS = ("accelerate", "bitsandbytes", "huggingface_hub", "peft")
 _NO_CODE = {"trust_remote_code": False}
 """Without this transformers asks on stdout whether to run the code in a model's folder, and runs it after a `y`."""
+
+_ATTENTION = ("eager", "sdpa")
+"""Implementations of attention that torch has on every device."""
 
 
 @contextlib.contextmanager
@@ -90,16 +91,13 @@ def _advice(text: str) -> str:
 
 
 def load_tokenizer(files: ModelFiles, adapter: Path | None) -> PreTrainedTokenizerBase:
-    """Return the adapter's own tokenizer if it has one (training may have added tokens), otherwise the base's.
+    """Return the adapter's own tokenizer if it has a whole one (training may have added tokens), or the base's.
 
     Raises ModelError where neither has one, and for one that cannot map its tokens to characters.
     """
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    places = [
-        folder for folder in (adapter, files.folder) if folder and any((folder / name).is_file() for name in names)
-    ]
-    if places:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(places[0], **_NO_CODE)
+    own = adapter if adapter and has_tokenizer(adapter) and (adapter / "tokenizer_config.json").is_file() else None
+    if own or has_tokenizer(files.folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(own or files.folder, **_NO_CODE)
     elif files.gguf:
         _need_gguf()
         tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf, **_NO_CODE)
@@ -139,9 +137,18 @@ def disable_cache(model: PreTrainedModel) -> None:
 
 
 def _from_folder(folder: Path, config: ModelConfig, device: torch.device, options: dict[str, Any]) -> PreTrainedModel:
+    settings = transformers.AutoConfig.from_pretrained(folder, **_NO_CODE)
+    if settings.is_encoder_decoder:
+        raise ModelError(
+            f"{config.model} is an encoder-decoder model ({settings.model_type}).",
+            hint="rapidindex works with causal language models only: give one with -m.",
+        )
+    asked = {part._attn_implementation for part in (settings, settings.get_text_config())}
+    if asked - {None, *_ATTENTION}:  # where it was trained, not here: another GPU's, or code from the hub
+        settings._attn_implementation = None
     if config.quantize:
         options = {**options, "quantization_config": _quantization(config)}
-    return _from_pretrained(folder, config, device, options)
+    return _from_pretrained(folder, config, device, {**options, "config": settings})
 
 
 def _from_gguf(
@@ -224,57 +231,6 @@ def keep_differentiable(model: PreTrainedModel) -> None:
             if isinstance(module, bitsandbytes.nn.Linear4bit):
                 module.support_avx512bf16_for_cpu = False
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-
-
-def add_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Return `model` under the adapter in `folder`; raise ModelError where the two do not fit."""
-    import peft
-
-    settings = peft.PeftConfig.from_pretrained(str(folder))
-    check_adapter(settings, str(folder))
-    its_base = settings.base_model_name_or_path or "another model"
-    hint = f"The adapter names {its_base} as its base: give it with -m." if its_base != model.name_or_path else ""
-    try:
-        adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-        result = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(str(folder), device="cpu"))
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise ModelError(f"The adapter {folder} does not fit {model.name_or_path}: {reason}", hint=hint) from error
-    needed = {name for name, value in adapted.named_parameters() if value.requires_grad}
-    missing, extra = sorted(needed & set(result.missing_keys)), sorted(result.unexpected_keys)
-    if missing or extra:
-        odd = f"it lacks {missing[0]}" if missing else f"the model has no place for {extra[0]}"
-        raise ModelError(f"The adapter {folder} does not fit {model.name_or_path}: {odd}.", hint=hint)
-    return adapted
-
-
-def is_adapted(model: torch.nn.Module) -> bool:
-    """Return whether `model` is a peft.PeftModel, without the slow import of peft where nobody has imported it."""
-    return "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
-
-
-def check_adapter(settings: Any, name: str) -> None:
-    """Raise ModelError for a kind of adapter that changes no weights (`settings`: its peft.PeftConfig)."""
-    if settings.is_prompt_learning:
-        raise ModelError(
-            f"{name} is a {settings.peft_type.value} adapter: its virtual tokens belong to no response.",
-            hint="Give an adapter that changes the model's weights, such as LoRA.",
-        )
-
-
-def train_adapter(model: Any) -> None:
-    """Let the active adapter of a peft.PeftModel, and nothing else, require a gradient.
-
-    Raises ModelError where it is merged into the base.
-    """
-    if any(getattr(module, "merged", False) is True for module in model.modules()):
-        raise ModelError(
-            "The adapter is merged into the base, so it has no gradient.", hint="Call model.unmerge_adapter() first."
-        )
-    model.set_adapter(model.active_adapter)
-    model.base_model._mark_only_adapters_as_trainable(model.base_model.model)  # no public way frees biases as well
 
 
 def train_everything(model: PreTrainedModel, config: ModelConfig) -> None:

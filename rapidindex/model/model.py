@@ -18,29 +18,31 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from rapidindex.config import ModelConfig
 from rapidindex.data.templates import continuation
 from rapidindex.errors import ModelError, RapidIndexError, ResourceError, UsageError
-from rapidindex.model.checks import check_causal, check_fast, check_language_model, check_vocabulary
-from rapidindex.model.files import adapter_fingerprint, find_adapter, find_model, model_fingerprint
-from rapidindex.model.fingerprints import WEIGHTS, tensors_fingerprint, tokenizer_fingerprint, weights_fingerprints
-from rapidindex.model.loading import (
-    add_adapter,
-    check_adapter,
-    disable_cache,
+from rapidindex.model.adapters import add_adapter, check_adapter, train_adapter
+from rapidindex.model.checks import (
+    Limits,
+    check_causal,
+    check_fast,
+    check_language_model,
+    check_vocabulary,
+    context_of,
     is_adapted,
+)
+from rapidindex.model.files import adapter_fingerprint, find_adapter, find_model, model_fingerprint
+from rapidindex.model.fingerprints import WEIGHTS, tokenizer_fingerprint, weights_fingerprints
+from rapidindex.model.loading import (
+    disable_cache,
     keep_differentiable,
     load_base,
     load_tokenizer,
     quantization_of,
     quiet_libraries,
-    train_adapter,
     train_everything,
     translate_errors,
 )
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-_REPEATABLE = ("pissa", "olora")
-"""Ways in which LoRA begins by changing its base, but always alike: a whole SVD or QR of each weight."""
 
 
 @dataclass
@@ -60,6 +62,11 @@ class LoadedModel:
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The trainable parameters by name, in the model's order; tied ones occur once."""
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    @cached_property
+    def limits(self) -> Limits:
+        """The token ids and lengths that the model takes."""
+        return Limits.of(self.model, self.tokenizer)
 
     def fingerprint_of(self, part: str, like: str) -> str:
         """Return the fingerprint of `model`, `adapter` or `tokenizer` in the kind of `like`: of files or of weights.
@@ -119,7 +126,7 @@ def load(config: ModelConfig, *, attn_implementation: str | None = None) -> Load
         model = load_base(files, config, device, attn_implementation)
         check_vocabulary(model, tokenizer)
         if adapter:
-            model = _adapted(model, adapter)
+            model = add_adapter(model, adapter)
         else:
             train_everything(model, config)
         check_causal(model.eval(), tokenizer)
@@ -132,22 +139,6 @@ def load(config: ModelConfig, *, attn_implementation: str | None = None) -> Load
     if not loaded.trainable:
         raise ModelError(f"Nothing is trainable in {config.adapter or config.model}.", hint="Give a LoRA adapter.")
     return loaded
-
-
-def _adapted(model: PreTrainedModel, folder: Path) -> "PeftModel":
-    """Return `model` under the adapter in `folder`; raise ModelError for one that is another each time it is loaded."""
-    parameters = dict(model.named_parameters())
-    before = tensors_fingerprint(parameters)
-    adapted = add_adapter(model, folder)
-    start = getattr(adapted.active_peft_config, "init_lora_weights", None)
-    if start not in _REPEATABLE and tensors_fingerprint(parameters) != before:
-        raise ModelError(
-            f"The adapter {folder} changes the weights of its base when it is loaded (init_lora_weights={start!r}),"
-            " and never twice in the same way.",
-            hint="Convert it to plain LoRA where it was trained: model.save_pretrained(FOLDER,"
-            " path_initial_model_for_weight_conversion=FOLDER_OF_THE_UNTRAINED_ADAPTER).",
-        )
-    return adapted
 
 
 def adopt(
@@ -202,7 +193,8 @@ def generate(
     prompt_ids = _open_ended(loaded.tokenizer, prompt_text, add_special_tokens)
     if not prompt_ids:
         raise UsageError("The prompt has no tokens.")
-    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    loaded.limits.check(prompt_ids, "the prompt")
+    context = context_of(loaded.model) or 2**31
     if len(prompt_ids) >= context:
         raise ModelError(
             f"The prompt has {len(prompt_ids)} tokens; the model takes {context}.", hint="Shorten the prompt."

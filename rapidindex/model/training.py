@@ -27,7 +27,7 @@ from rapidindex.data.examples import Dataset
 from rapidindex.data.templates import Template
 from rapidindex.errors import DataError, ModelError, ResourceError
 from rapidindex.model import loading
-from rapidindex.model.checks import check_causal, check_vocabulary
+from rapidindex.model.checks import Limits, check_causal, check_vocabulary
 from rapidindex.model.files import CHECKPOINTS, find_model
 from rapidindex.model.model import resolve_device
 from rapidindex.progress import Progress
@@ -55,7 +55,7 @@ def train(
         base = loading.load_base(files, model_config, device, None)
         check_vocabulary(base, tokenizer)
         check_causal(base, tokenizer)
-    rows = _encode(dataset, Template(encoding.template, tokenizer, encoding.max_length))
+    rows = _encode(dataset, Template(encoding.template, tokenizer, encoding.max_length), Limits.of(base, tokenizer))
     with loading.quiet_libraries(), _seeded(options.seed):
         model = _make_trainable(base, model_config, options)
         _check_disk(output, model, options)
@@ -79,13 +79,14 @@ def train(
     }
 
 
-def _encode(dataset: Dataset, template: Template) -> list[Row]:
+def _encode(dataset: Dataset, template: Template, limits: Limits) -> list[Row]:
     """Return token ids and labels (-100 outside the response) of the examples that have a response token left."""
     rows = []
     for example in dataset.examples:
         encoded = template.encode(example)
         # The first token is predicted from nothing, so it has no loss.
         if encoded.response_mask[1:].any():
+            limits.check(encoded.input_ids, f"line {example.line}")
             ids = torch.from_numpy(encoded.input_ids).long()
             labels = ids.where(torch.from_numpy(encoded.response_mask), _NO_LABEL)
             rows.append({"input_ids": ids, "labels": labels})

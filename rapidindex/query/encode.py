@@ -49,6 +49,7 @@ def encode_query(
             f"Prompt and answer have more than the {template.max_length} tokens of --max-length.",
             hint="Shorten them, or build the index with a larger --max-length.",
         )
+    loaded.limits.check(encoding.input_ids, "prompt and answer")
     selection = select_tokens(encoding.tokens, answer, token=query.token, span=query.span)
     rapidgrads = compressor(selected_batch(encoding, selection.positions, loaded.device))
     if not rapidgrads.rows.isfinite().all():

@@ -147,3 +147,11 @@ def test_unusable_objects_are_refused(tokenizer):
             adopt(model, tokenizer)
     with pytest.raises(ModelError, match="not a fast one"):
         adopt(tiny.make_model("llama"), transformers.ByT5Tokenizer())
+
+
+@pytest.mark.parametrize("options", [{"trainable_token_indices": [5, 300]}, {"modules_to_save": ["embed_tokens"]}])
+def test_an_adapter_of_embeddings_leaves_the_fingerprint_of_its_base(tokenizer, options):
+    adapted = tiny.with_lora(tiny.make_model("llama"), ["q_proj"], **options)
+    assert adopt(adapted, tokenizer).fingerprints["model"] == weights_fingerprints(tiny.make_model("llama"))["model"]
+    embeddings = tiny.with_lora(tiny.make_model("llama"), ["embed_tokens", "q_proj"])
+    assert adopt(embeddings, tokenizer).fingerprints["model"] == adopt(adapted, tokenizer).fingerprints["model"]

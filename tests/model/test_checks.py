@@ -11,7 +11,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from rapidindex.config import EncodingConfig, FinetuneConfig
+from rapidindex import BuildRequest, Index, build
+from rapidindex.caching.estimate import estimate
+from rapidindex.config import EncodingConfig, FinetuneConfig, SketchConfig
 from rapidindex.data.examples import read_examples
 from rapidindex.errors import ModelError
 from rapidindex.model.finetune import finetune
@@ -200,3 +202,59 @@ def test_a_base_saved_in_other_bits_than_those_asked_for_is_refused(tmp_path, wi
     with pytest.raises(ModelError, match=f"was saved in {saved}.*Leave --quantize out"):
         load(cpu(tmp_path / "base", wide_folders[1], quantize=asked))
     assert load(cpu(tmp_path / "base", wide_folders[1], quantize=saved)).trainable
+
+
+@pytest.fixture
+def added(tmp_path, llama_folders) -> Path:
+    """The tiny Llama with a token in its tokenizer that its embeddings have no row for."""
+    base = copy(llama_folders[0], tmp_path / "added")
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.add_tokens(["<|tool|>"])
+    tokenizer.save_pretrained(base)
+    return base
+
+
+def use(stage: str, base: Path, rows: list[dict], folder: Path, prompt: str) -> None:
+    """Give rows, or a prompt, to the model by one of the ways in."""
+    encoding, sketch = EncodingConfig("plain", 512), SketchConfig(K=1024)
+    if stage == "finetune":
+        finetune(read_examples(rows), encoding, cpu(base), FinetuneConfig(), folder / "adapter")
+    elif stage in ("query", "own answer"):
+        harmless = [{"prompt": "What is tea?", "response": "A drink."}]
+        build(BuildRequest(harmless, folder / "index", cpu(base), encoding, sketch=sketch))
+        answer = {"answer": "It is nice."} if stage == "query" else {}
+        Index.open(folder / "index", device="cpu").query(prompt, **answer)
+    else:
+        run = {"build": build, "dry run": estimate}[stage]
+        run(BuildRequest(rows, folder / "index", cpu(base), encoding, sketch=sketch))
+
+
+STAGES = ["build", "dry run", "finetune", "query", "own answer"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_token_without_an_embedding_is_named(tmp_path, added, stage):
+    rows = [{"prompt": "What is tea?", "response": "A drink."}, {"prompt": "Use <|tool|> now", "response": "Yes."}]
+    where = "line 2" if stage in ("build", "dry run", "finetune") else "the prompt|prompt and answer"
+    with pytest.raises(ModelError, match=f"'<|tool|>' in ({where}).* 321th, .* for 320.*resize_token_embeddings"):
+        use(stage, added, rows, tmp_path, "Use <|tool|> now")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_more_tokens_than_a_model_has_positions_are_refused(tmp_path, tiny_folders, stage):
+    long = "a b c d " * 60
+    rows = [{"prompt": "What is tea?", "response": "A drink."}, {"prompt": "Go on.", "response": long}]
+    with pytest.raises(ModelError, match=r"tokens in (line 2|the prompt|prompt and answer).* 256 positions.*--max-len"):
+        use(stage, tiny_folders["gpt2"][0], rows, tmp_path, long)
+
+
+def test_a_model_that_computes_its_positions_has_no_limit(tiny_folders):
+    assert [name for name in tiny.NAMES if load(cpu(tiny_folders[name][0])).limits.positions] == ["gpt2"]
+    opt = transformers.OPTConfig(
+        vocab_size=320, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, word_embed_proj_dim=32,
+    )  # fmt: skip
+    loaded = adopt(transformers.AutoModelForCausalLM.from_config(opt), tiny.make_tokenizer())
+    assert loaded.limits.positions == 64 and loaded.model(input_ids=torch.full((1, 64), 5)).logits.shape == (1, 64, 320)
+    with pytest.raises(IndexError):
+        loaded.model(input_ids=torch.full((1, 65), 5))

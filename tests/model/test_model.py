@@ -424,10 +424,12 @@ def test_special_tokens_are_added_only_when_wanted(tmp_path, llama_folders):
 
 def test_generation_keeps_within_the_context(tiny_folders):
     loaded = load(cpu(tiny_folders["gpt2"][0]))
-    with pytest.raises(ModelError, match="the model takes 256"):
+    with pytest.raises(ModelError, match="the model has 256 positions"):
         generate(loaded, "a b c " * 200)
     with pytest.raises(UsageError, match="no tokens"):
         generate(loaded, "")
+    with pytest.raises(ModelError, match="the model takes 256"):
+        generate(load(cpu(tiny_folders["llama"][0])), "a b c " * 200)
     nearly = loaded.tokenizer.decode(loaded.tokenizer("a b c " * 200)["input_ids"][:250])
     tokens = loaded.tokenizer(nearly)["input_ids"]
     assert len(tokens) + len(generate(loaded, nearly, max_new_tokens=100).ids) <= 256

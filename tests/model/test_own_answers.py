@@ -27,17 +27,16 @@ R1 = (
 TEMPLATES = {"alpaca": None, "plain": None, "Q: {prompt}\nA:": None, "qwen3": QWEN3, "r1": R1}
 
 
-def metaspace(model: str = "bpe") -> PreTrainedTokenizerFast:
+def metaspace(*, unigram: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer like SentencePiece's: words begin with `▁`, one is put first and is not shown again."""
-    kinds = {"bpe": (models.BPE, trainers.BpeTrainer), "unigram": (models.Unigram, trainers.UnigramTrainer)}
-    made, trainer = kinds[model]
-    tokenizer = Tokenizer(made())
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    special = ["<unk>", "</s>", "<s>"]
-    options = {"unk_token": "<unk>"} if model == "unigram" else {}
     letters = sorted(set("".join(tiny.SENTENCES)) | set("\n:<|>_/?"))
-    sizes = {"vocab_size": tiny.VOCABULARY, "special_tokens": special, "initial_alphabet": letters}
-    tokenizer.train_from_iterator(tiny.SENTENCES, trainer(**sizes, **options, show_progress=False))
+    sizes = {"vocab_size": tiny.VOCABULARY, "special_tokens": ["<unk>", "</s>", "<s>"], "initial_alphabet": letters}
+    tokenizer.train_from_iterator(tiny.SENTENCES, trainers.BpeTrainer(**sizes, show_progress=False))
+    if unigram:
+        vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+        tokenizer.model = models.Unigram([(token, -0.01 * id) for id, token in enumerate(vocabulary)], unk_id=0)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
 
 
@@ -56,7 +55,7 @@ TOKENIZERS = {
     "metaspace": metaspace,
     "metaspace, bos": lambda: appending(metaspace(), "<s> $A"),
     "metaspace, bos and eos": lambda: appending(metaspace(), "<s> $A </s>"),
-    "unigram": lambda: metaspace("unigram"),
+    "unigram": lambda: metaspace(unigram=True),
 }
 
 
