@@ -13,7 +13,7 @@ from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, Sketc
 from rapidindex.errors import ConfigMismatch, DamagedIndex
 
 _HINT = "Give the same options to go on with it, another -o, or --overwrite to build it anew."
-_NOT_COMPARED = ("path", "added", "tokens_of")
+_NOT_COMPARED = ("path", "added", "tokens_of", "date")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Recipe:
                 tokenizer=config["tokenizer"]["fingerprint"],
                 quantize=config["quantize"],
                 dtype=config["dtype"],
-                encoding=EncodingConfig(**encoding),
+                encoding=EncodingConfig(**{"loss": "last", **encoding}),  # without --loss it was the last turn
                 template=template,
                 gradient=GradientConfig(**config["gradient"]),
                 sketch=SketchConfig(**config["sketch"]),
