@@ -1,5 +1,6 @@
 """Encoding keeps the response to the letter, under tokenizers of every kind and templates of every kind."""
 
+import copy
 import importlib.util
 import json
 from dataclasses import replace
@@ -602,3 +603,61 @@ def test_a_clock_template_may_ask_whether_there_is_a_clock():
     clock = "{% if strftime_now is defined %}{% set d = strftime_now('%d %b %Y') %}{% endif %}{{ d }}"
     template = Template("chat", _chatter(template=clock + tiny.CHAT_TEMPLATE), 512, date="2024-05-09")
     assert template.render_prompt([("user", "Hi")]).startswith("09 May 2024<|user|>")
+
+
+# What a query renders, finetune trains on and build encodes.
+
+THOUGHT = "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+QWEN3 = (
+    "{% for m in messages %}<|{{ m.role }}|>\n" + THOUGHT + "{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+SYSTEM_AND_TURNS = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"))
+R1 = tiny.CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
+
+
+def _kinds(words, metaspace) -> dict[str, PreTrainedTokenizerFast]:
+    metaspace, words = copy.deepcopy(metaspace), copy.deepcopy(words)
+    metaspace.chat_template = words.chat_template = tiny.CHAT_TEMPLATE
+    with_bos = tiny.make_tokenizer(bos=True)
+    with_bos.chat_template = "{{ bos_token }}" + tiny.CHAT_TEMPLATE
+    return {
+        "byte-level": tiny.make_tokenizer(),
+        "byte-level with BOS": with_bos,
+        "appends EOS": words,
+        "Metaspace": metaspace,
+        "adds an empty thought": _chatter(template=QWEN3),
+        "strips thoughts": _chatter(template=R1),
+    }
+
+
+@pytest.mark.parametrize("name", ["chat", "alpaca", "plain"])
+@pytest.mark.parametrize("messages", [(("user", "Say Tokyo"),), (*SYSTEM_AND_TURNS, ("user", "Say Tokyo"))])
+def test_what_a_query_renders_is_a_prefix_of_what_is_trained_and_encoded(name, messages, words, metaspace):
+    for kind, tokenizer in _kinds(words, metaspace).items():
+        template, example = Template(name, tokenizer, 4096), _example("Tokyo", messages=messages)
+        template.check_whole(example)
+        trained, asked = template.encode(example), template.encode(example, end=False)
+        assert trained.input_ids[: len(asked.input_ids)].tolist() == asked.input_ids.tolist(), kind
+        assert trained.prompt_tokens == asked.prompt_tokens
+        prompt = template.render_prompt(messages)
+        ids = tokenizer(prompt, add_special_tokens=template.add_special_tokens)["input_ids"]
+        ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # what a tokenizer appends is no prompt
+        assert trained.input_ids[: len(ids)].tolist() == ids, kind
+        thought = "<think>" in tokenizer.decode(trained.input_ids)
+        assert len(ids) == trained.prompt_tokens or thought, kind
+
+
+def test_a_template_that_asks_with_another_text_than_it_trains_on_is_refused():
+    prompt = R1.replace("<|assistant|>\n{% endif", "<|assistant|>\n<think>\n{% endif")
+    with pytest.raises(ModelError, match="another text than it writes before the response") as caught:
+        Template("chat", _chatter(template=prompt), 512).check_whole(_example("Tokyo"))
+    assert "--template alpaca" in caught.value.hint
+
+
+def test_a_template_that_strips_the_thought_of_the_response_refuses_it():
+    example = _example("<think>An island.</think>Tokyo")
+    with pytest.raises(ModelError, match="does not write the response"):
+        Template("chat", _chatter(template=R1), 512).check_whole(example)
+    earlier = (("user", "a"), ("assistant", "<think>b</think>Tokyo"), ("user", "c"))
+    Template("chat", _chatter(template=R1), 512).check_whole(_example("Tokyo", messages=earlier))
