@@ -16,7 +16,7 @@ import torch
 from rapidindex.caching.batches import Item, Unit, padded_tokens, plan_units
 from rapidindex.config import BuildRequest, ModelConfig
 from rapidindex.data.examples import Dataset, read_examples
-from rapidindex.data.templates import Template
+from rapidindex.data.templates import Template, check_template
 from rapidindex.data.tokens import token_positions
 from rapidindex.errors import DataError, ModelError, UsageError
 from rapidindex.gradients.losses import Layer
@@ -152,6 +152,8 @@ def prepare(request: BuildRequest, progress: Progress = silent, *, added: bool =
     loaded = _load(request)
     progress("read", 1, 2)
     encoding = request.encoding
+    if not added:
+        check_template(encoding.template)
     template = Template(encoding.template, loaded.tokenizer, encoding.max_length, date=encoding.date)
     items, skipped = _encode(dataset, template, dataset.path if added else "")
     progress("read", 2, 2)

@@ -8,6 +8,7 @@ import codecs
 import csv
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -141,15 +142,50 @@ def _csv(path: Path) -> Rows:
     try:
         # Bytes that are not UTF-8 become lone surrogates, for which only their own row is rejected later.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file, strict=True)
+            lines = _Lines(file)
+            reader = csv.reader(lines, strict=True)
             header = _csv_header(path, reader)
-            line = reader.line_num + 1
+            lines.begin()
             while (row := _csv_row(header, reader)) is not None:
                 if row:
-                    yield line, row
-                line = reader.line_num + 1
+                    yield lines.first, row
+                if isinstance(row, _BadCsv):
+                    lines.back_to_second()
+                lines.begin()
     finally:
         csv.field_size_limit(previous_limit)
+
+
+class _Lines:
+    """The lines of a file, of which those of the row being read can be read again."""
+
+    def __init__(self, file: Iterable[str]) -> None:
+        self._file = iter(file)
+        self._again: deque[str] = deque()
+        self._row: list[str] = []
+        self.first = 1
+        """The number of the row's first line."""
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        self._row.append(self._again.popleft() if self._again else next(self._file))
+        return self._row[-1]
+
+    def begin(self) -> None:
+        """Begin another row."""
+        self.first += len(self._row)
+        self._row = []
+
+    def back_to_second(self) -> None:
+        """Go back to the row's second line: a quote that is not closed in its first one is no reason to lose others."""
+        self._again.extendleft(reversed(self._row[1:]))
+        del self._row[1:]
+
+
+class _BadCsv(str):
+    """Why a row is not CSV."""
 
 
 def _csv_header(path: Path, reader: Iterator[list[str]]) -> list[str]:
@@ -169,7 +205,7 @@ def _csv_row(header: list[str], reader: Iterator[list[str]]) -> dict[str, str] |
     try:
         cells = next(reader, None)
     except csv.Error as error:
-        return f"bad CSV: {error}"
+        return _BadCsv(f"bad CSV: {error}")
     if cells and len(cells) != len(header):
         return f"{len(cells)} cells where the first line names {len(header)} columns"
     return None if cells is None else dict(zip(header, cells, strict=False))

@@ -4,6 +4,7 @@ Knows tokenizers, not models. Prompt and response are tokenised as one text, as 
 are found by their character offsets. `alpaca` is the prompt of the paper's Figure 5.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,6 +28,7 @@ _TEXTS = {
 }
 _MARK = "rapidindex-marks-the-response"
 """Stands in for a response, to find where a chat template puts it."""
+_PLACEHOLDER = re.compile(r"\{\{? ?([A-Za-z_]\w*) ?\}?\}")
 _THOUGHT_ENDS = "</think>"
 _CLOCK = "strftime_now"
 """What a chat template calls to read the clock."""
@@ -279,6 +281,16 @@ class Template:
         mask = np.zeros(len(input_ids), dtype=bool)
         mask[[position for position in positions if position < len(input_ids)]] = True
         return Encoding(input_ids, mask, tokens[: int(mask.sum())], len(ids) > self.max_length, first, response)
+
+
+def check_template(template: str) -> None:
+    """Raise UsageError for a text with another placeholder than `{prompt}`, which would be written as it stands."""
+    others = [name for name in _PLACEHOLDER.findall(template) if name != "prompt"]
+    if others:
+        raise UsageError(
+            f"--template has {{{others[0]}}} in it; {{prompt}} is the only placeholder.",
+            hint="The response follows the text by itself: leave the other placeholder out.",
+        )
 
 
 def _prompt_template(template: str) -> str:

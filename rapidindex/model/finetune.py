@@ -16,6 +16,7 @@ from typing import Any
 
 from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig, fingerprint
 from rapidindex.data.examples import Dataset
+from rapidindex.data.templates import check_template
 from rapidindex.errors import ConfigMismatch, UsageError
 from rapidindex.model.files import CHECKPOINTS, FINETUNE_RECORD, find_model, model_fingerprint, read_json
 from rapidindex.progress import Progress, silent
@@ -69,6 +70,7 @@ def finetune(
     DataError if no response is left within `max_length`, ModelError for a model that cannot be trained or a loss that
     is not a number, and ResourceError for too little memory or disk space.
     """
+    check_template(encoding.template)
     model_config, options = _check(model_config, options.complete())
     output = Path(output).absolute()
     settings = _settings(dataset, encoding, model_config, options)

@@ -110,9 +110,13 @@ def test_a_bad_csv_row_says_why_and_spoils_no_other(line, reason, tmp_path):
     assert list(read_rows(path)) == [(2, reason), (3, {"prompt": "c", "response": "d"})]
 
 
-def test_a_csv_quote_that_is_never_closed_is_reported_where_it_opens(tmp_path):
-    path = _write(tmp_path / "a.csv", 'prompt,response\na,b\nc,"d\ne,f\n')
-    assert list(read_rows(path)) == [(2, {"prompt": "a", "response": "b"}), (3, "bad CSV: unexpected end of data")]
+def test_a_csv_quote_that_is_never_closed_costs_its_own_line_only(tmp_path):
+    path = _write(tmp_path / "a.csv", 'prompt,response\na,b\nc,"d\ne,f\ng,"h\ni"\nj,k\nl,"m\nn,o\n')
+    rows = list(read_rows(path))
+    good = [(2, "b"), (4, "f"), (5, "h\ni"), (7, "k"), (9, "o")]
+    assert [(line, row["response"]) for line, row in rows if isinstance(row, dict)] == good
+    bad = [(3, "bad CSV: ',' expected after '\"'"), (8, "bad CSV: unexpected end of data")]
+    assert [(line, row) for line, row in rows if isinstance(row, str)] == bad
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])

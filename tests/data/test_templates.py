@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from rapidindex.data.examples import Example, display_text, read_examples
-from rapidindex.data.templates import Encoding, Template
+from rapidindex.data.templates import Encoding, Template, check_template
 from rapidindex.errors import ModelError, UsageError
 from rapidindex.results import Token
 from tests import tiny
@@ -661,3 +661,16 @@ def test_a_template_that_strips_the_thought_of_the_response_refuses_it():
         Template("chat", _chatter(template=R1), 512).check_whole(example)
     earlier = (("user", "a"), ("assistant", "<think>b</think>Tokyo"), ("user", "c"))
     Template("chat", _chatter(template=R1), 512).check_whole(_example("Tokyo", messages=earlier))
+
+
+@pytest.mark.parametrize(
+    "text", ["{prompt} -> {response}", "{prompt}{input}", "{system} {prompt}", "{prompt} {{ answer }}"]
+)
+def test_another_placeholder_than_prompt_is_refused(text):
+    with pytest.raises(UsageError, match="is the only placeholder"):
+        check_template(text)
+
+
+@pytest.mark.parametrize("text", ["chat", "{prompt}", 'Say {"a": 1} {0} {} {prompt}'])
+def test_braces_that_are_no_placeholder_are_text(text):
+    check_template(text)
