@@ -403,7 +403,7 @@ def test_an_object_reads_as_a_file_of_the_same_rows_does(tmp_path):
         assert dataset.skipped[1].reason == "the same as row 1"
         assert read_examples(data, limit=1).examples == lines.examples[:1]
     kinds = ["list", "tuple", "datasets.Dataset", "datasets.Dataset", "pandas.DataFrame"]
-    assert names == [f"{kind} of 4 rows" for kind in kinds]
+    assert names == [f"{kind} of 4 rows{' (split train)' if at == 3 else ''}" for at, kind in enumerate(kinds)]
 
 
 def test_objects_of_chats_read_as_chats():
