@@ -87,6 +87,7 @@ TemplateName = Annotated[
     str, typer.Option("--template", help="alpaca, chat (the tokenizer's own), plain, or a text with {prompt} in it.")
 ]
 MaxLength = Annotated[int, typer.Option(help="Tokens of an example; what is longer is cut.")]
+Loss = Annotated[str, typer.Option(help="Assistant turns in the loss: all, or the last.")]
 BatchTokens = Annotated[int, typer.Option(help="Tokens of a padded batch, at most.")]
 Workers = Annotated[int, typer.Option(help="Processes, each with a model of its own; spread over the GPUs.")]
 ShardSeconds = Annotated[
@@ -141,6 +142,7 @@ def finetune(
     quantize: Quantize = None,
     template: TemplateName = EncodingConfig.template,
     max_length: MaxLength = EncodingConfig.max_length,
+    loss: Loss = EncodingConfig.loss,
     seed: Annotated[
         int, typer.Option(help="Seed of the adapter's start and of the order of the examples.")
     ] = FinetuneConfig.seed,
@@ -180,8 +182,8 @@ def finetune(
         early=early,
         save_optimizer=save_optimizer,
     )
-    encoding, base = EncodingConfig(template, max_length), ModelConfig(model, None, quantize, dtype, device)
-    dataset = read_examples(data, limit=limit)
+    encoding, base = EncodingConfig(template, max_length, loss), ModelConfig(model, None, quantize, dtype, device)
+    dataset = read_examples(data, limit=limit, loss=loss)
     with Bars(quiet=quiet) as bars:
         summary = run(dataset, encoding, base, options, output, overwrite=overwrite, progress=bars)
     _print(summary, as_json, finetune_tables(summary, len(dataset.skipped), str(data), model, template))
@@ -198,6 +200,7 @@ def build(
     quantize: Quantize = None,
     template: TemplateName = EncodingConfig.template,
     max_length: MaxLength = EncodingConfig.max_length,
+    loss: Loss = EncodingConfig.loss,
     normalize: Annotated[
         str, typer.Option(help="unit, layer (the paper's) or none (TracIn).")
     ] = GradientConfig.normalize,
@@ -251,7 +254,7 @@ def build(
         data=str(data),
         output=str(output),
         model=ModelConfig(model, adapter, quantize, dtype, device),
-        encoding=EncodingConfig(template, max_length),
+        encoding=EncodingConfig(template, max_length, loss),
         gradient=GradientConfig(normalize, second_moment, moment_examples, seed),
         sketch=SketchConfig(K, shuffles, seed),
         work=BuildConfig(batch_tokens, workers, shard_seconds),

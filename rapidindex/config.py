@@ -16,6 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
 NORMALIZATIONS = ("unit", "layer", "none")
 LEVELS = ("sentence", "token")
+LOSSES = ("all", "last")
 
 
 def fingerprint(value: Any) -> str:
@@ -87,9 +88,14 @@ class EncodingConfig:
     """`alpaca` (the paper's Figure 5), `chat` (the tokenizer's own), `plain`, or a string with `{prompt}` in it."""
     max_length: int = 512
     """Tokens; longer examples are cut at the end of the response."""
+    loss: str = "all"
+    """Which assistant turns of a conversation are in the loss: `all` of them, or the `last` one."""
+    date: str | None = None
+    """The day, as 2024-05-19, that a chat template which reads the clock is told; None for today."""
 
     def __post_init__(self) -> None:
         _at_least("--max-length", self.max_length, 8)
+        _one_of("--loss", self.loss, LOSSES)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, Sketc
 from rapidindex.errors import ConfigMismatch, DamagedIndex, UsageError
 
 _HINT = "Give the same options to go on with it, another -o, or --overwrite to build it anew."
-_NOT_COMPARED = ("path", "added", "tokens_of")
+_NOT_COMPARED = ("path", "added", "tokens_of", "date")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Recipe:
                 tokenizer=config["tokenizer"]["fingerprint"],
                 quantize=config["quantize"],
                 dtype=config["dtype"],
-                encoding=_typed(EncodingConfig, **encoding),
+                encoding=_typed(EncodingConfig, **{"loss": "last", **encoding}),  # without --loss it was the last turn
                 template=template,
                 gradient=_typed(GradientConfig, **config["gradient"]),
                 sketch=_typed(SketchConfig, **config["sketch"]),

@@ -17,7 +17,7 @@ import torch
 
 from rapidindex.caching.batches import Item, padded_tokens
 from rapidindex.caching.estimate import check_resources, free_resources, resources_of
-from rapidindex.caching.job import Job, LevelPlan, check_recipe, plan_levels, prepare, read_existing
+from rapidindex.caching.job import Job, LevelPlan, check_recipe, plan_levels, prepare, read_existing, same_day
 from rapidindex.caching.moment import ensure_second_moment
 from rapidindex.caching.shard_writer import STAGES, ShardWriter, cache
 from rapidindex.caching.workers import Shared, cache_with_workers
@@ -67,7 +67,7 @@ def build(request: BuildRequest, *, overwrite: bool = False, progress: Progress 
     started = time.perf_counter()
     store = None if overwrite else read_existing(request)
     with store.lock() if store else nullcontext():  # damaged, busy or read-only is said before the model is loaded
-        job = prepare(request, progress)
+        job = prepare(same_day(request, store), progress)
         if store:
             check_recipe(job, store)
         plans = plan_levels(job, store)

@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from rapidindex.caching.batches import Item, as_batch, padded_tokens, plan_batches
-from rapidindex.caching.job import Job, LevelPlan, check_recipe, plan_levels, prepare, read_existing
+from rapidindex.caching.job import Job, LevelPlan, check_recipe, plan_levels, prepare, read_existing, same_day
 from rapidindex.caching.moment import moment_sample
 from rapidindex.config import BuildRequest
 from rapidindex.errors import ResourceError
@@ -87,9 +87,9 @@ class Estimate:
 def estimate(request: BuildRequest, *, overwrite: bool = False, progress: Progress = silent) -> Estimate:
     """Read data and model, time a few batches, and predict the build of `request`. Raises as `build` does."""
     started = time.perf_counter()
-    job = prepare(request, progress)
-    loading = time.perf_counter() - started
     store = None if overwrite else read_existing(request)
+    job = prepare(same_day(request, store), progress)
+    loading = time.perf_counter() - started
     if store:
         check_recipe(job, store)
     plans = [plan for plan in plan_levels(job, store) if plan.examples]

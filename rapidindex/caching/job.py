@@ -16,9 +16,9 @@ import torch
 from rapidindex.caching.batches import Item, Unit, padded_tokens, plan_units
 from rapidindex.config import BuildRequest, ModelConfig
 from rapidindex.data.examples import Dataset, read_examples
-from rapidindex.data.templates import Template
+from rapidindex.data.templates import Template, check_template
 from rapidindex.data.tokens import token_positions
-from rapidindex.errors import DataError, UsageError
+from rapidindex.errors import DataError, ModelError, UsageError
 from rapidindex.gradients.losses import Layer
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.model.model import LoadedModel, adopt, load
@@ -148,10 +148,13 @@ def prepare(request: BuildRequest, progress: Progress = silent, *, added: bool =
     UsageError or ResourceError where the data, the model or the options cannot be used.
     """
     progress("read", 0, 2)
-    dataset = read_examples(request.data, limit=request.limit)
+    dataset = read_examples(request.data, limit=request.limit, loss=request.encoding.loss)
     loaded = _load(request)
     progress("read", 1, 2)
-    template = Template(request.encoding.template, loaded.tokenizer, request.encoding.max_length)
+    encoding = request.encoding
+    if not added:
+        check_template(encoding.template)
+    template = Template(encoding.template, loaded.tokenizer, encoding.max_length, date=encoding.date)
     items, skipped = _encode(dataset, template, dataset.path if added else "")
     for item in items:
         loaded.limits.check(item.encoding.input_ids, f"line {item.example.line} of {dataset.path}")
@@ -177,7 +180,7 @@ def _recipe(request: BuildRequest, loaded: LoadedModel, template: Template, data
         tokenizer=fingerprints["tokenizer"],
         quantize=config.quantize,
         dtype=config.dtype,
-        encoding=request.encoding,
+        encoding=replace(request.encoding, date=template.date),
         template=template.fingerprint,
         gradient=request.gradient,
         sketch=request.sketch,
@@ -188,15 +191,25 @@ def _recipe(request: BuildRequest, loaded: LoadedModel, template: Template, data
 
 
 def _encode(dataset: Dataset, template: Template, source: str) -> tuple[list[Item], list[dict[str, Any]]]:
+    """Return the examples as token ids, and the rows that are left out: one that the template refuses ends no build."""
     items, skipped = [], [asdict(row) for row in dataset.skipped]
+    refused: list[ModelError] = []
     for example in dataset.examples:
-        encoding = template.encode(example)
+        try:
+            template.check_whole(example)
+            encoding = template.encode(example)
+        except ModelError as error:
+            refused.append(error)
+            skipped.append({"line": example.line, "reason": error.message.rstrip(".")})
+            continue
         if encoding.response_mask.any():
-            items.append(Item(example, encoding, source))
+            items.append(Item(replace(example, response=encoding.response), encoding, source))
         else:
             reason = f"the prompt alone has {encoding.prompt_tokens} tokens, and --max-length is {template.max_length}"
             skipped.append({"line": example.line, "reason": reason})
     if not items:
+        if refused:
+            raise refused[0]
         raise DataError(
             f"{dataset.path} has no example with a response left to learn from.", hint="Give a larger --max-length."
         )
@@ -217,11 +230,26 @@ def read_existing(request: BuildRequest) -> Store | None:
     return Store.open(request.output) if Store.exists(request.output) else None
 
 
+def same_day(request: BuildRequest, store: Store | None) -> BuildRequest:
+    """Return the request with the day on which `store` was built, for a chat template that reads the clock."""
+    if store is None or request.encoding.date:
+        return request
+    return replace(
+        request,
+        encoding=replace(
+            request.encoding, date=Recipe.from_manifest(store.config).encoding.date or store.manifest["created"][:10]
+        ),
+    )
+
+
 def check_recipe(job: Job, store: Store) -> None:
     """Raise ConfigMismatch where `store` was built by another recipe than the job's. Token rows may be new to it."""
     built = Recipe.from_manifest(store.config)
+    encoding = job.recipe.encoding
+    if not any(item.example.has_earlier_replies for item in job.items):  # --loss changes nothing here
+        encoding = replace(encoding, loss=built.encoding.loss)
     token = job.recipe.token if built.token and job.recipe.token else built.token
-    built.check(replace(job.recipe, token=token), store.path)
+    built.check(replace(job.recipe, token=token, encoding=encoding), store.path)
 
 
 def plan_levels(job: Job, store: Store | None) -> list[LevelPlan]:

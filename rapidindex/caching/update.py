@@ -14,7 +14,7 @@ from typing import Any
 
 from rapidindex.caching.build import BuildSummary, cache_levels
 from rapidindex.caching.estimate import check_resources, free_resources, resources_of
-from rapidindex.caching.job import Job, LevelPlan, plan_levels, prepare
+from rapidindex.caching.job import Job, LevelPlan, plan_levels, prepare, same_day
 from rapidindex.caching.moment import refuse_without_second_moment
 from rapidindex.config import BuildConfig, BuildRequest, TokenConfig
 from rapidindex.data.examples import listed_ids
@@ -73,7 +73,7 @@ def add(
             token=recipe.token or TokenConfig(),
             tokenizer=tokenizer,
         )
-        job = prepare(request, progress, added=True)
+        job = prepare(same_day(request, store), progress, added=True)
         hint = "Say with -m and -a where the model and the adapter of the index lie now."
         recipe.check(replace(job.recipe, data=recipe.data, token=recipe.token), Path(path), hint=hint)
         plans = plan_levels(job, store)

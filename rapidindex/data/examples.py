@@ -1,35 +1,36 @@
 """Turn the rows of training data into examples, each with a prompt, a response and an id.
 
-Knows columns, not file formats (`files.py`) or tokenizers (`templates.py`). A row that cannot be used is listed with
-its reason, never dropped silently. An example's id is a hash of its content, the same wherever the row stands.
-
-These columns are understood. A row's first complete layout counts, and its other columns are kept as `meta`:
-
-    messages or conversations       a list of {role, content} or {from, value}; the last assistant turn is the response
-    instruction, [input,] output    Alpaca
-    prompt or question              with response, completion or answer
+Knows neither columns (`layouts.py`) nor file formats (`files.py`) nor tokenizers (`templates.py`). A row that cannot be
+used is listed with its reason, never dropped silently. An example's id is a hash of its content, the same wherever the
+row stands, and whatever of it is in the loss.
 """
 
 import json
-import math
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from rapidindex.config import fingerprint
-from rapidindex.data.files import Rows, kind_of, source_of
+from rapidindex.config import EncodingConfig, fingerprint
+from rapidindex.data.files import Rows, source_of
+from rapidindex.data.layouts import (
+    CALLS,
+    COLUMNS,
+    REASONING,
+    Conversation,
+    Messages,
+    Turn,
+    Unusable,
+    conversation_of,
+    is_trained,
+    jsonable,
+    more,
+)
 from rapidindex.errors import DataError, UsageError
 
-Messages = tuple[tuple[str, str], ...]
-"""The turns of a conversation: (role, content)."""
-
-_COLUMNS = (
-    "Columns understood: instruction and output (and input); prompt or question with response, completion or answer; "
-    "messages or conversations."
-)
-_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+BETWEEN = "\n\n"
+"""Stands between the texts of an example's turns in its response."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,44 @@ class Example:
     id: str
     """16 hexadecimal digits: a hash of messages, response and meta."""
     prompt: str
-    """The messages as text to show: `display_text(messages)`."""
+    """The messages as text to show: `display_text`, with … in the place of turns that are in the loss."""
     response: str
-    """The text the model is trained to produce; never empty."""
+    """The text the model is trained to produce: the turns in the loss, with an empty line in between; never empty."""
     meta: dict[str, Any]
     """The other columns, as values that JSON can hold."""
     line: int
     """The first line of the row in a JSONL or CSV file, elsewhere the row's number; from 1."""
     messages: Messages
-    """The turns before the response."""
+    """The turns before the last one that is in the loss."""
+    final: Turn | None = None
+    """The last turn that is in the loss, where it is not ("assistant", response)."""
+    trained: tuple[int, ...] = ()
+    """The numbers of the `turns` that are in the loss; empty for the last one alone."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Descriptions of the tools that the model may call."""
+
+    @property
+    def turns(self) -> Messages:
+        """The turns up to the last one that is in the loss."""
+        return (*self.messages, self.final or ("assistant", self.response))
+
+    @property
+    def has_earlier_replies(self) -> bool:
+        """Whether there are several assistant turns that may be in the loss."""
+        return any(map(is_trained, self.messages))
 
     def to_record(self, loss: float, source: str = "") -> dict[str, Any]:
         """Return the stored record of the example, as JSON can hold it.
 
         `loss` is the mean loss over the response's tokens, rounded to 6 places; `source` names the added data that the
-        example comes from, and is left out where it is empty. The prompt is not stored: `from_record` renders it again.
+        example comes from. What is empty is left out, and so is the prompt: `from_record` renders it again.
         """
+        optional = {
+            "final": self.final and list(self.final),
+            "trained": list(self.trained),
+            "tools": list(self.tools),
+            "source": source,
+        }
         return {
             "id": self.id,
             "line": self.line,
@@ -62,15 +85,24 @@ class Example:
             "response": self.response,
             "meta": self.meta,
             "loss": round(loss, 6),
-            **({"source": source} if source else {}),
+            **{name: value for name, value in optional.items() if value},
         }
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Example":
         """Return the example that `to_record` stored."""
-        messages = tuple((role, content) for role, content in record["messages"])
-        prompt = display_text(messages)
-        return cls(record["id"], prompt, record["response"], record["meta"], record["line"], messages)
+        messages, trained = tuple(map(tuple, record["messages"])), tuple(record.get("trained", ()))
+        return cls(
+            record["id"],
+            _shown_prompt(messages, trained),
+            record["response"],
+            record["meta"],
+            record["line"],
+            messages,
+            final=tuple(record["final"]) if "final" in record else None,
+            trained=trained,
+            tools=tuple(record.get("tools", ())),
+        )
 
 
 @dataclass(frozen=True)
@@ -93,30 +125,17 @@ class Dataset:
     skipped: list[Skipped]
     fingerprint: str
     """16 hexadecimal digits: a hash of the examples' ids and their number, in any order."""
+    loss: str = EncodingConfig.loss
+    """Which assistant turns are in the loss: `all` or the `last`."""
 
 
-class _Unusable(Exception):
-    """A row cannot be used; the message says why."""
-
-
-class _Parts(NamedTuple):
-    """The content of a row."""
-
-    messages: Messages
-    response: str
-    used: tuple[str, ...]
-    """The columns that the content comes from."""
-    later: Messages = ()
-    """Turns after the response."""
-
-
-def read_examples(data: Any, *, limit: int | None = None) -> Dataset:
+def read_examples(data: Any, *, limit: int | None = None, loss: str = EncodingConfig.loss) -> Dataset:
     """Read the examples in `data`, or its first `limit` usable ones; no row after these is read.
 
     `data` is the path of a file or folder, a `datasets.Dataset`, a pandas DataFrame (whose NaN cells count as missing),
     or a list or other sequence of dicts. The same rows have the same ids and fingerprint in each of these forms. Rows
     that do not parse, have an empty response, or repeat an earlier row exactly are listed as skipped; blank lines are
-    ignored.
+    ignored. Of a conversation `all` assistant turns are in the loss, or the `last`.
 
     Raises DataError where `data` cannot be read or has no usable row, UsageError for a limit below 1.
     """
@@ -125,16 +144,16 @@ def read_examples(data: Any, *, limit: int | None = None) -> Dataset:
     source = source_of(data)
     try:
         with closing(source.read()) as rows:
-            examples, skipped = _collect(rows, source.unit, limit)
+            examples, skipped = _collect(rows, source.unit, limit, loss)
     except OSError as error:
         raise DataError(f"{source.name} cannot be read: {error.strerror or error}.", hint="Check the path.") from error
     if not examples:
         reasons = "; ".join(f"{source.unit} {row.line}: {row.reason}" for row in skipped[:3])
         cause = f"none of its {len(skipped)} rows can be used" if skipped else "it has no rows"
-        hint = f"{reasons}. {_COLUMNS}".removeprefix(". ")
+        hint = f"{reasons}. {COLUMNS}".removeprefix(". ")
         raise DataError(f"{source.name} has no usable example: {cause}.", hint=hint)
     ids = sorted(example.id for example in examples)
-    return Dataset(source.name, examples, skipped, fingerprint({"count": len(ids), "ids": ids}))
+    return Dataset(source.name, examples, skipped, fingerprint({"count": len(ids), "ids": ids}), loss)
 
 
 def listed_ids(values: Iterable[str], flag: str = "--ids") -> set[str]:
@@ -157,21 +176,21 @@ def listed_ids(values: Iterable[str], flag: str = "--ids") -> set[str]:
     return ids
 
 
-def display_text(messages: Iterable[tuple[str, str]]) -> str:
+def display_text(messages: Iterable[Turn]) -> str:
     """Join the turns into one text: the content of a lone user turn, otherwise `role: content` lines."""
     turns = list(messages)
     if len(turns) == 1 and turns[0][0] == "user":
         return turns[0][1]
-    return "\n".join(f"{role}: {content}" for role, content in turns)
+    return "\n".join(f"{role}: {content}" for role, content, *_ in turns)
 
 
-def _collect(rows: Rows, unit: str, limit: int | None) -> tuple[list[Example], list[Skipped]]:
+def _collect(rows: Rows, unit: str, limit: int | None, loss: str) -> tuple[list[Example], list[Skipped]]:
     examples: dict[str, Example] = {}
     skipped: list[Skipped] = []
     for line, row in rows:
         try:
-            example = _example(line, row)
-        except _Unusable as reason:
+            example = _example(line, row, loss)
+        except Unusable as reason:
             skipped.append(Skipped(line, str(reason)))
             continue
         if example.id in examples:
@@ -183,95 +202,48 @@ def _collect(rows: Rows, unit: str, limit: int | None) -> tuple[list[Example], l
     return list(examples.values()), skipped
 
 
-def _example(line: int, row: Any) -> Example:
+def _example(line: int, row: Any, loss: str) -> Example:
     if isinstance(row, str):
-        raise _Unusable(row)
+        raise Unusable(row)
     try:
-        parts = _parts(row)
-        meta = {str(key): _jsonable(value) for key, value in row.items() if key not in parts.used}
-        if parts.later:
-            meta["later_turns"] = [list(turn) for turn in parts.later]
-        content = [parts.messages, parts.response, meta]
-        json.dumps(content, ensure_ascii=False).encode("utf-8")
+        conversation = conversation_of(row)
+        meta = {str(key): jsonable(value) for key, value in row.items() if key not in conversation.used}
+        if conversation.later:
+            meta[_free_name("later_turns", meta)] = [list(turn) for turn in conversation.later]
+        id = _id(conversation, meta)
     except UnicodeEncodeError as error:
-        raise _Unusable("not valid Unicode text (bad UTF-8 or a lone surrogate)") from error
+        raise Unusable("not valid Unicode text (bad UTF-8 or a lone surrogate)") from error
     except RecursionError as error:
-        raise _Unusable("nested too deeply") from error
-    if not parts.response.strip():
-        raise _Unusable("an empty response has no gradient")
-    prompt = display_text(parts.messages)
-    return Example(fingerprint(content), prompt, parts.response, meta, line, parts.messages)
+        raise Unusable("nested too deeply") from error
+    messages, final = conversation.messages, conversation.final
+    if not (final[1].strip() or _has_more_text(final)):
+        raise Unusable("an empty response has no gradient")
+    turns = (*messages, final)
+    trained = tuple(i for i, turn in enumerate(turns) if is_trained(turn) and (turn[1].strip() or _has_more_text(turn)))
+    trained = trained if loss == "all" and len(trained) > 1 else ()
+    response = BETWEEN.join(turns[i][1] for i in trained or [-1])
+    plain = not trained and len(final) == 2
+    prompt = _shown_prompt(messages, trained)
+    return Example(id, prompt, response, meta, line, messages, None if plain else final, trained, conversation.tools)
 
 
-def _parts(row: dict[str, Any]) -> _Parts:
-    """Return the content of a row by its first complete layout of columns."""
-    filled = [column for column in row if row[column] is not None]
-    for column in ("messages", "conversations"):
-        if column in filled:
-            return _conversation(row[column], column)
-    if "instruction" in filled and "output" in filled:
-        instruction, context = _text(row, "instruction"), _text(row, "input") if "input" in filled else ""
-        prompt = f"{instruction}\n{context}" if context.strip() else instruction
-        return _Parts((("user", prompt),), _text(row, "output"), ("instruction", "input", "output"))
-    prompts = [column for column in ("prompt", "question") if column in filled]
-    responses = [column for column in ("response", "completion", "answer") if column in filled]
-    if prompts and responses:
-        used = (prompts[0], responses[0])
-        return _Parts((("user", _text(row, used[0])),), _text(row, used[1]), used)
-    raise _Unusable(_missing_column(row, prompts, responses))
+def _id(conversation: Conversation, meta: dict[str, Any]) -> str:
+    """Hash all content. What is a prompt and its response alone is hashed as it was before there was anything else."""
+    final = conversation.final
+    content = [conversation.messages, final[1] if len(final) == 2 else final, meta]
+    content += [conversation.tools] if conversation.tools else []
+    json.dumps(content, ensure_ascii=False).encode("utf-8")  # a lone surrogate is an error
+    return fingerprint(content)
 
 
-def _missing_column(row: dict[str, Any], prompts: list[str], responses: list[str]) -> str:
-    if prompts:
-        return f"`{prompts[0]}` without a `response`, `completion` or `answer`"
-    if row.get("instruction") is not None:
-        return "`instruction` without an `output`"
-    if responses:
-        return f"`{responses[0]}` without a `prompt` or `question`"
-    if row.get("output") is not None:
-        return "`output` without an `instruction`"
-    return f"no known columns (found: {', '.join(map(str, row)) or 'none'})"
+def _has_more_text(turn: Turn) -> bool:
+    """Return whether the turn says anything beside its content."""
+    return any(name in more(turn) for name in (CALLS, *REASONING))
 
 
-def _conversation(turns: Any, column: str) -> _Parts:
-    if not isinstance(turns, list | tuple):
-        raise _Unusable(f"`{column}` is {kind_of(turns)}, not a list of turns")
-    messages = tuple(_turn(turn, number) for number, turn in enumerate(turns, 1))
-    assistant_turns = [i for i, (role, _) in enumerate(messages) if role == "assistant"]
-    if not assistant_turns:
-        raise _Unusable(f"`{column}` has no assistant turn")
-    last = assistant_turns[-1]
-    return _Parts(messages[:last], messages[last][1], (column,), messages[last + 1 :])
+def _free_name(name: str, names: Iterable[str]) -> str:
+    return _free_name(f"_{name}", names) if name in names else name
 
 
-def _turn(turn: Any, number: int) -> tuple[str, str]:
-    if not isinstance(turn, dict):
-        raise _Unusable(f"turn {number} is {kind_of(turn)}, not an object with role and content")
-    keys = ("from", "value") if turn.get("role") is None and turn.get("from") is not None else ("role", "content")
-    role, content = (_text(turn, key, f"the {key} of turn {number}") for key in keys)
-    return _ROLES.get(role, role), content
-
-
-def _text(row: dict[str, Any], column: str, name: str = "") -> str:
-    value = row.get(column)
-    if not isinstance(value, str):
-        raise _Unusable(f"{name or f'`{column}`'} is {kind_of(value)}, not text")
-    return value
-
-
-def _jsonable(value: Any) -> Any:
-    """Convert a value to JSON's types: NaN and infinity become None, bytes hexadecimal, dates and the like text."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    for method in ("as_py", "tolist"):  # pyarrow's scalars; numpy's scalars and arrays
-        if hasattr(value, method):
-            return _jsonable(getattr(value, method)())
-    return str(value)
+def _shown_prompt(messages: Messages, trained: Iterable[int]) -> str:
+    return display_text((role, "…" if i in trained else content) for i, (role, content, *_) in enumerate(messages))

@@ -1,4 +1,4 @@
-"""Read the rows of a JSONL, JSON, CSV or Parquet file, of a saved `datasets` folder, or of an object in memory.
+"""Read the rows of JSONL, JSON, CSV or Parquet files, of a saved `datasets` folder, or of an object in memory.
 
 Knows formats, not what the columns mean (`examples.py`). A row that cannot be read does not spoil the others: a
 sentence that says why takes its place.
@@ -6,12 +6,18 @@ sentence that says why takes its place.
 
 import codecs
 import csv
+import glob
+import gzip
+import io
 import json
 import os
+import zlib
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from rapidindex.errors import DataError
 
@@ -20,6 +26,8 @@ Rows = Generator[tuple[int, Any], None, None]
 
 _BATCH = 1024
 """Rows converted to Python objects at a time."""
+_COMPRESSED = (".gz", ".zst")
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _INSTALL = "Install it with: pip install 'rapidindex[datasets]'"
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
 
@@ -38,13 +46,24 @@ class Source(NamedTuple):
 def source_of(data: Any) -> Source:
     """Return the source for a path, a `datasets.Dataset`, a pandas DataFrame, or a list or other sequence of dicts.
 
-    A `datasets.DatasetDict` stands for its split named train. Raises DataError for any other object.
+    A path may be a pattern such as `part-*.jsonl`, and a list of paths is read file by file. A `datasets.DatasetDict`
+    stands for its split named train, which the name then says. Raises DataError for any other object.
     """
     if isinstance(data, str | os.PathLike):
         path = Path(data)
+        files = [] if path.exists() else [Path(file) for file in sorted(glob.glob(str(path)))]
+        if files:
+            return Source(str(path), unit_of(files[0]), partial(_files_rows, files))
+        if (path / "dataset_dict.json").is_file() and (path / "train").is_dir():
+            path /= "train"
         return Source(str(path), unit_of(path), partial(read_rows, path))
+    if _is_paths(data):
+        files = [Path(file) for file in data]
+        return Source(", ".join(map(str, files)), unit_of(files[0]), partial(_files_rows, files))
+    split = ""
     if isinstance(data, dict) and hasattr(data, "with_format"):
         data = _train_split(data, _type_name(data), f"Give one split, such as data[{next(iter(data), 'train')!r}].")
+        split = " (split train)"
     if hasattr(data, "with_format") and hasattr(data, "num_rows"):
         read = _dataset_rows
     elif hasattr(data, "iloc") and hasattr(data, "columns"):
@@ -55,7 +74,8 @@ def source_of(data: Any) -> Source:
         hint = "Give a path, a datasets.Dataset, a pandas DataFrame, or a list of dicts."
         raise DataError(f"Training data cannot be read from an object of type {_type_name(data)}.", hint=hint)
     count = len(data)
-    return Source(f"{_type_name(data)} of {count:,} row{'' if count == 1 else 's'}", "row", partial(read, data))
+    name = f"{_type_name(data)} of {count:,} row{'' if count == 1 else 's'}{split}"
+    return Source(name, "row", partial(read, data))
 
 
 def read_rows(path: Path) -> Rows:
@@ -68,18 +88,20 @@ def read_rows(path: Path) -> Rows:
         return _folder(path)
     if not path.exists():
         raise DataError(f"{path} does not exist.", hint="Check the path.")
-    if path.suffix.lower() not in readers:
+    kind = _kind(path)
+    if kind not in readers or (kind == ".parquet" and kind != path.suffix.lower()):
         expected = ", ".join(readers)
         raise DataError(
             f"{path} has the unknown extension {path.suffix!r}.",
-            hint=f"Give a file that ends in one of {expected}, or a folder written by datasets' save_to_disk.",
+            hint=f"Give a file that ends in one of {expected} (.gz and .zst may follow), or a folder written by "
+            "datasets' save_to_disk.",
         )
-    return readers[path.suffix.lower()](path)
+    return readers[kind](path)
 
 
 def unit_of(path: Path) -> str:
     """Return what the numbers of `read_rows` count: `line` or `row`."""
-    return "line" if path.suffix.lower() in (".jsonl", ".ndjson", ".csv") else "row"
+    return "line" if _kind(path) in (".jsonl", ".ndjson", ".csv") else "row"
 
 
 def kind_of(value: Any) -> str:
@@ -92,8 +114,52 @@ def _type_name(data: Any) -> str:
     return name if package == "builtins" else f"{package}.{name}"
 
 
+def _kind(path: Path) -> str:
+    """Return the extension that says what a file holds, whether it is compressed or not."""
+    return Path(path.stem).suffix.lower() if path.suffix.lower() in _COMPRESSED else path.suffix.lower()
+
+
+def _is_paths(data: Any) -> bool:
+    paths = isinstance(data, list | tuple) and bool(data)
+    return paths and all(
+        isinstance(file, os.PathLike) or (isinstance(file, str) and _kind(Path(file))) for file in data
+    )
+
+
+def _files_rows(files: Sequence[Path]) -> Rows:
+    """Return the rows of several files; each is numbered by its place in its own file, which reasons name."""
+    for file in files:
+        for number, row in read_rows(file):
+            yield number, f"{file.name}: {row}" if isinstance(row, str) else row
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """Open a file of text for its bytes, decompressed. Raises DataError where they are not UTF-8 but UTF-16."""
+    try:
+        with _decompressed(path) as file:
+            start = file.peek(2)[:2]
+            if start in _UTF16 or b"\0" in start:
+                raise DataError(f"{path} is UTF-16.", hint="Save it as UTF-8.")
+            yield file
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a whole compressed file: {error}.", hint="Write the file again.") from error
+
+
+def _decompressed(path: Path) -> Any:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path)
+    if path.suffix.lower() == ".zst":
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise DataError(f"Reading {path} needs the package pyarrow.", hint=_INSTALL) from error
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
 def _jsonl(path: Path) -> Rows:
-    with path.open("rb") as file:
+    with _open(path) as file:
         for line, raw in enumerate(file, 1):
             raw = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
             if raw.strip():
@@ -119,7 +185,8 @@ def _as_row(value: Any) -> Any:
 
 def _json(path: Path) -> Rows:
     try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+        with _open(path) as file:
+            value = json.loads(file.read().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         hint = "If each line is an object of its own, rename the file to end in .jsonl."
         raise DataError(f"{path} is not valid JSON: {error}.", hint=hint) from error
@@ -140,16 +207,51 @@ def _csv(path: Path) -> Rows:
     previous_limit = csv.field_size_limit(2**31 - 1)
     try:
         # Bytes that are not UTF-8 become lone surrogates, for which only their own row is rejected later.
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file, strict=True)
+        with _open(path) as file:
+            lines = _Lines(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""))
+            reader = csv.reader(lines, strict=True)
             header = _csv_header(path, reader)
-            line = reader.line_num + 1
+            lines.begin()
             while (row := _csv_row(header, reader)) is not None:
                 if row:
-                    yield line, row
-                line = reader.line_num + 1
+                    yield lines.first, row
+                if isinstance(row, _BadCsv):
+                    lines.back_to_second()
+                lines.begin()
     finally:
         csv.field_size_limit(previous_limit)
+
+
+class _Lines:
+    """The lines of a file, of which those of the row being read can be read again."""
+
+    def __init__(self, file: Iterable[str]) -> None:
+        self._file = iter(file)
+        self._again: deque[str] = deque()
+        self._row: list[str] = []
+        self.first = 1
+        """The number of the row's first line."""
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        self._row.append(self._again.popleft() if self._again else next(self._file))
+        return self._row[-1]
+
+    def begin(self) -> None:
+        """Begin another row."""
+        self.first += len(self._row)
+        self._row = []
+
+    def back_to_second(self) -> None:
+        """Go back to the row's second line: a quote that is not closed in its first one is no reason to lose others."""
+        self._again.extendleft(reversed(self._row[1:]))
+        del self._row[1:]
+
+
+class _BadCsv(str):
+    """Why a row is not CSV."""
 
 
 def _csv_header(path: Path, reader: Iterator[list[str]]) -> list[str]:
@@ -169,7 +271,7 @@ def _csv_row(header: list[str], reader: Iterator[list[str]]) -> dict[str, str] |
     try:
         cells = next(reader, None)
     except csv.Error as error:
-        return f"bad CSV: {error}"
+        return _BadCsv(f"bad CSV: {error}")
     if cells and len(cells) != len(header):
         return f"{len(cells)} cells where the first line names {len(header)} columns"
     return None if cells is None else dict(zip(header, cells, strict=False))

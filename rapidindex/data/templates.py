@@ -5,14 +5,17 @@ are found by their character offsets. `alpaca` is the prompt of the paper's Figu
 """
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rapidindex.config import fingerprint
-from rapidindex.data.examples import Example, display_text
+from rapidindex.data.examples import BETWEEN, Example, display_text
+from rapidindex.data.layouts import CALLS, REASONING, WEIGHT, Messages, Turn, more
 from rapidindex.errors import ModelError, UsageError
 from rapidindex.results import Token
 
@@ -26,6 +29,10 @@ _TEXTS = {
 }
 _MARK = "rapidindex-marks-the-response"
 """Stands in for a response, to find where a chat template puts it."""
+_PLACEHOLDER = re.compile(r"\{\{? ?([A-Za-z_]\w*) ?\}?\}")
+_THOUGHT_ENDS = "</think>"
+_CLOCK = "strftime_now"
+"""What a chat template calls to read the clock."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,25 +49,35 @@ class Encoding:
     """Whether tokens beyond `max_length` were cut off."""
     prompt_tokens: int
     """Number of tokens before the response, including any that were cut off."""
+    response: str
+    """The text in which the tokens' offsets count: `Example.response`, with the tool calls and thoughts in it."""
+
+
+class _Piece(NamedTuple):
+    """A turn that is in the loss: `start` to `stop` of the rendered text is `text` from its character `offset` on."""
+
+    start: int
+    stop: int
+    text: str
+    offset: int = 0
 
 
 class _Rendered(NamedTuple):
-    """An example as one text: `text[start:stop]` is the response from its character `offset` on."""
+    """An example as one text, and its turns that are in the loss, in order."""
 
     text: str
-    start: int
-    stop: int
-    offset: int
+    pieces: list[_Piece]
 
 
 class Template:
     """A prompt template with a tokenizer: writes prompts, and encodes examples as token ids."""
 
-    def __init__(self, template: str, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, template: str, tokenizer: Any, max_length: int, *, date: str | None = None) -> None:
         """Take a template by name: `alpaca`, `plain` or `chat` (the tokenizer's own), or a text with `{prompt}` in it.
 
-        In such a text backslash-n stands for a new line. `max_length` is in tokens. Raises UsageError for any other
-        template, ModelError for a tokenizer without character offsets, or without a chat template for `chat`.
+        In such a text backslash-n stands for a new line. `max_length` is in tokens. A chat template that reads the
+        clock reads `date`, or today's. Raises UsageError for any other template, ModelError for a tokenizer without
+        character offsets, or without a chat template for `chat`.
         """
         if not tokenizer.is_fast:
             kind = type(tokenizer).__name__
@@ -72,6 +89,8 @@ class Template:
         self.add_special_tokens = template != "chat"
         """Whether to add special tokens to the text of `render_prompt`; a chat template writes its own."""
         self._text = _chat_template(tokenizer) if template == "chat" else _prompt_template(template)
+        self.date = (date or datetime.now().date().isoformat()) if template == "chat" and _CLOCK in self._text else None
+        """The day that the template writes, as 2024-05-19; None where it reads no clock."""
         added = tokenizer.added_tokens_decoder.items()
         self._special_ids = {*tokenizer.all_special_ids, *(id for id, token in added if token.special)}
 
@@ -81,17 +100,17 @@ class Template:
         name = self.name if self.name == "chat" or self.name in _TEXTS else "text"
         return f"{name}:{fingerprint(self._text)}"
 
-    def render_prompt(self, messages: Iterable[tuple[str, str]]) -> str:
+    def render_prompt(self, messages: Iterable[Turn], tools: Sequence[dict[str, Any]] = ()) -> str:
         """Return the text that the model continues with its response to `messages`, turns of (role, content)."""
         if self.name == "chat":
-            return self._render(messages, add_generation_prompt=True)
+            return self._render(messages, tools, add_generation_prompt=True)
         return self._text.replace("{prompt}", display_text(messages))
 
     def encode(self, example: Example, *, end: bool = True) -> Encoding:
-        """Tokenise prompt and response as one text; with `end`, the token that ends the turn is part of the response.
+        """Tokenise the conversation as one text; with `end`, the token that ends a turn is part of the response.
 
-        Tokens beyond `max_length` are cut off, which may leave no response token. Raises ModelError where the chat
-        template refuses the example or does not write its response.
+        Tokens beyond `max_length` are cut off, which may leave no response token. Raises ModelError where the template
+        refuses the example or does not write all of it.
         """
         rendered = self._render_example(example)
         encoded = self.tokenizer(
@@ -99,56 +118,142 @@ class Template:
         )
         ids = encoded["input_ids"]
         spans = self._without_gaps(ids, encoded["offset_mapping"])
-        inside = [i for i, span in enumerate(spans) if self._is_response(ids[i], span, rendered)]
-        first, last = (inside[0], inside[-1] + 1) if inside else (len(ids), len(ids))
-        ending = self._ending_ids(ids, last) if end and inside else []
-        tokens = [_token(span, rendered, example.response) for span in spans[first : min(last, self.max_length)]]
-        length = len(example.response)
-        tokens += [Token(str(self.tokenizer.convert_ids_to_tokens(id)), length, length) for id in ending]
-        return self._truncated(ids[:last] + ending, first, tokens)
+        runs = [self._run(ids, spans, piece) for piece in rendered.pieces]
+        last = runs[-1][1]
+        ending = self._ending_ids(ids, last) if end and len({*runs[-1]}) > 1 else []
+        ids = ids[:last] + ending
+        positions: list[int] = []
+        tokens: list[Token] = []
+        before = 0
+        for (first, stop), piece in zip(runs, rendered.pieces, strict=True):
+            tokens += [_token(span, piece, before) for span in spans[first : min(stop, self.max_length)]]
+            before += len(piece.text)
+            # An earlier turn ends as the last one does, or its end is not the model's to write.
+            closing = ending if first < stop and ids[stop : stop + len(ending)] == ending else []
+            tokens += [Token(str(self.tokenizer.convert_ids_to_tokens(id)), before, before) for id in closing]
+            positions += range(first, stop + len(closing))
+            before += len(BETWEEN)
+        response = BETWEEN.join(piece.text for piece in rendered.pieces)
+        return self._truncated(ids, runs[0][0], positions, tokens, response)
+
+    def _run(self, ids: list[int], spans: list[tuple[int, int]], piece: _Piece) -> tuple[int, int]:
+        """Return the positions of the piece's first token and of the one after its last; twice the end for none."""
+        inside = [i for i, span in enumerate(spans) if self._is_response(ids[i], span, piece)]
+        return (inside[0], inside[-1] + 1) if inside else (len(ids), len(ids))
 
     def encode_generated(self, prompt_ids: list[int], ids: list[int]) -> tuple[str, Encoding]:
         """Return the text and the encoding of the model's own answer: the ids that it read and gave, as they are."""
         answer, tokens = continuation(self.tokenizer, prompt_ids, ids)
-        return answer, self._truncated([*prompt_ids, *ids], len(prompt_ids), tokens)
+        positions = list(range(len(prompt_ids), len(prompt_ids) + len(ids)))
+        return answer, self._truncated([*prompt_ids, *ids], len(prompt_ids), positions, tokens, answer)
 
     def _render_example(self, example: Example) -> _Rendered:
+        turns = example.turns
+        trained = example.trained or (len(turns) - 1,)
         if self.name == "chat":
-            return self._render_chat(example)
-        prompt = self.render_prompt(example.messages)
-        text = prompt + example.response
-        return _Rendered(text, len(prompt), len(text), 0)
-
-    def _render_chat(self, example: Example) -> _Rendered:
-        """Render the whole conversation; the response stands where the template puts a mark in its place.
-
-        A template may strip the response, or write it in another way than the mark (where it holds a thought, say):
-        then the last occurrence of the response counts.
-        """
-        response = example.response
-        text = self._render([*example.messages, ("assistant", response)])
-        before, _, after = self._render([*example.messages, ("assistant", _MARK)]).rpartition(_MARK)
-        start, stop = len(before), len(text) - len(after)
-        if not (text.startswith(before) and text.endswith(after) and text[start:stop].strip()):
-            start = text.rfind(response.strip())
-            stop = start + len(response.strip())
-        offset = response.find(text[start:stop])
-        if start < 0 or offset < 0:
+            return self._render_chat(example, turns, trained)
+        if example.tools or any(name in more(turn) for turn in turns for name in (CALLS, *REASONING)):
             raise ModelError(
-                f"The chat template does not write the response of the example {example.id} (line {example.line}).",
+                f"--template {self.name} writes neither tools nor their calls nor thoughts.",
+                hint="Use --template chat.",
+            )
+        prompt = self.render_prompt(example.messages)
+        text = prompt + turns[-1][1]
+        starts, reached = [], self._text.index("{prompt}")
+        for role, content, *_ in example.messages:  # as `display_text` writes them
+            starts.append(reached + len(f"{role}: "))
+            reached = starts[-1] + len(f"{content}\n")
+        starts.append(len(prompt))
+        return _Rendered(text, [_Piece(starts[i], starts[i] + len(turns[i][1]), turns[i][1]) for i in trained])
+
+    def _render_chat(self, example: Example, turns: Messages, trained: Sequence[int]) -> _Rendered:
+        text = self._render(turns, example.tools)
+        return _Rendered(text, [self._find(text, turns, number, example) for number in trained])
+
+    def _find(self, text: str, turns: Messages, number: int, example: Example) -> _Piece:
+        """Find a turn where the template puts a mark in its place.
+
+        A template may strip the turn, leave out the thought of an earlier one, or write it in another way than the mark
+        (where it holds a thought, say): then the last occurrence of the response counts.
+        """
+        content, last = turns[number][1], number == len(turns) - 1
+        before, _, after = self._render(_marked(turns, number), example.tools).rpartition(_MARK)
+        start, stop = len(before), len(text) - len(after)
+        if any(name in more(turns[number]) for name in (CALLS, *REASONING)):
+            return self._find_whole(text, turns, number, stop if text.endswith(after) else -1, example)
+        if not (text.startswith(before) and text.endswith(after) and text[start:stop].strip()):
+            opening = "" if last else self._render(turns[:number], example.tools, add_generation_prompt=True)
+            start = text.rfind(content.strip()) if last else text.find(content.strip(), len(opening))
+            start = start if text.startswith(opening) else -1
+            stop = start + len(content.strip())
+        written = text[start:stop]
+        at_end = len(content.rstrip()) - len(written.rstrip())
+        offset = at_end if content.startswith(written.rstrip(), max(at_end, 0)) else content.find(written)
+        if start < 0 or offset < 0:
+            raise self._not_written(turns, number, example)
+        return _Piece(start, stop, content, offset)
+
+    def _find_whole(self, text: str, turns: Messages, number: int, stop: int, example: Example) -> _Piece:
+        """Find a turn with thoughts or tool calls: all that the template writes after the prompt, to the turn's end."""
+        opening = self._render(turns[:number], example.tools, add_generation_prompt=True)
+        piece = text[len(opening) : stop]
+        contents = [turns[number][1].strip()]
+        if number == len(turns) - 1:  # thoughts of earlier turns may be left out
+            contents += [more(turns[number])[name].strip() for name in REASONING if name in more(turns[number])]
+        if stop < 0 or not text.startswith(opening) or not all(content in piece for content in contents):
+            raise self._not_written(turns, number, example)
+        return _Piece(len(opening), stop, piece)
+
+    def check_whole(self, example: Example) -> None:
+        """Raise ModelError where the chat template leaves out anything of the example but the thoughts before its end.
+
+        Nor may it write another text before the response than the one that a query would be answered after. Templates
+        that are texts do neither.
+        """
+        if self.name != "chat":
+            return
+        turns, tools = example.turns, example.tools
+        text = self._render(turns, tools)
+        if turns[:-1] and not text.startswith(self.render_prompt(turns[:-1], tools)):
+            raise ModelError(
+                f"The chat template asks for an answer with another text than it writes before the response of the "
+                f"example {example.id} (line {example.line}).",
                 hint="Use --template alpaca.",
             )
-        return _Rendered(text, start, stop, offset)
+        if tools and self._render(turns) == text:
+            raise self._not_written(turns, None, example, "the tools")
+        for number, turn in enumerate(turns):
+            last = number == len(turns) - 1
+            content = turn[1].strip() if last else turn[1].rpartition(_THOUGHT_ENDS)[2].strip()
+            written = content in text or (not last and _MARK in self._render(_marked(turns, number), tools))
+            calls = [call.get("function", call)["name"] for call in more(turn).get(CALLS, ())]
+            if not written or not all(name in text for name in calls):
+                raise self._not_written(turns, number, example)
 
-    def _render(self, messages: Iterable[tuple[str, str]], *, add_generation_prompt: bool = False) -> str:
+    def _not_written(
+        self, turns: Messages, number: int | None, example: Example, what: str = "the response"
+    ) -> ModelError:
+        if number is not None and number < len(turns) - 1:
+            what = f"turn {number + 1} ({turns[number][0]})"
+        return ModelError(
+            f"The chat template does not write {what} of the example {example.id} (line {example.line}).",
+            hint="Use --template alpaca.",
+        )
+
+    def _render(
+        self, messages: Iterable[Turn], tools: Sequence[dict[str, Any]] = (), *, add_generation_prompt: bool = False
+    ) -> str:
         from jinja2 import TemplateError
 
-        turns = [{"role": role, "content": content} for role, content in messages]
+        turns = [{"role": turn[0], "content": turn[1], **_written(more(turn))} for turn in messages]
+        options: dict[str, Any] = {"tools": list(tools)} if tools else {}
         try:
+            if self.date is not None:
+                options["chat_template"] = _stopped_clock(self.date) + self.tokenizer.get_chat_template(**options)
             return self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
-        except (TemplateError, ValueError) as error:
+        except (TemplateError, ValueError, TypeError) as error:
             roles = ", ".join(turn["role"] for turn in turns) or "none"
             message = f"The tokenizer's chat template refuses a conversation with the turns {roles}: {error}."
             raise ModelError(message, hint="Use --template alpaca.") from error
@@ -161,12 +266,12 @@ class Template:
             reached = max(reached, stop)
         return extended
 
-    def _is_response(self, id: int, span: tuple[int, int], rendered: _Rendered) -> bool:
-        """Return whether the token overlaps the response; a special token, which may hold spaces, must lie within."""
+    def _is_response(self, id: int, span: tuple[int, int], piece: _Piece) -> bool:
+        """Return whether the token overlaps the piece; a special token, which may hold spaces, must lie within."""
         start, stop = span
         if id in self._special_ids:
-            return rendered.start <= start < stop <= rendered.stop
-        return stop > rendered.start and start < rendered.stop
+            return piece.start <= start < stop <= piece.stop
+        return stop > piece.start and start < piece.stop
 
     def _ending_ids(self, ids: list[int], last: int) -> list[int]:
         """Return the token ids that end the turn, where the response's own tokens end before position `last`."""
@@ -176,10 +281,23 @@ class Template:
         eos = self.tokenizer.eos_token_id
         return [] if eos is None or ids[last - 1] == eos else [eos]
 
-    def _truncated(self, ids: list[int], first: int, tokens: list[Token]) -> Encoding:
+    def _truncated(
+        self, ids: list[int], first: int, positions: list[int], tokens: list[Token], response: str
+    ) -> Encoding:
         input_ids = np.array(ids[: self.max_length], dtype=np.int32)
-        mask = np.arange(len(input_ids)) >= first
-        return Encoding(input_ids, mask, tokens[: int(mask.sum())], len(ids) > self.max_length, first)
+        mask = np.zeros(len(input_ids), dtype=bool)
+        mask[[position for position in positions if position < len(input_ids)]] = True
+        return Encoding(input_ids, mask, tokens[: int(mask.sum())], len(ids) > self.max_length, first, response)
+
+
+def check_template(template: str) -> None:
+    """Raise UsageError for a text with another placeholder than `{prompt}`, which would be written as it stands."""
+    others = [name for name in _PLACEHOLDER.findall(template) if name != "prompt"]
+    if others:
+        raise UsageError(
+            f"--template has {{{others[0]}}} in it; {{prompt}} is the only placeholder.",
+            hint="The response follows the text by itself: leave the other placeholder out.",
+        )
 
 
 def _prompt_template(template: str) -> str:
@@ -200,10 +318,30 @@ def _chat_template(tokenizer: Any) -> str:
         raise ModelError("The model's tokenizer has no chat template of its own.", hint=hint) from error
 
 
-def _token(span: tuple[int, int], rendered: _Rendered, response: str) -> Token:
-    clipped = (min(max(at, rendered.start), rendered.stop) for at in span)
-    start, stop = (at - rendered.start + rendered.offset for at in clipped)
-    return Token(response[start:stop], start, stop)
+def _marked(turns: Messages, number: int) -> Messages:
+    """Return the turns with a mark in the place of what one of them says."""
+    kept = {name: value for name, value in more(turns[number]).items() if name not in (CALLS, *REASONING)}
+    return (*turns[:number], (turns[number][0], _MARK, kept), *turns[number + 1 :])
+
+
+def _written(extras: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in extras.items() if name != WEIGHT}
+
+
+def _stopped_clock(date: str) -> str:
+    """Return a Jinja macro that takes the place of the clock in a chat template: midnight of a day."""
+    day = datetime.fromisoformat(date)
+    macro = "{%- macro " + _CLOCK + "(format) -%}{{ format"
+    for code in ["-d", "-m", "-H", "-I", "-M", "-S", "-j", "-y", *"aAbBcdeFhHIjmMpRSTuUwVxXyYzZ", "%"]:
+        macro += f" | replace({f'%{code}'!r}, {day.strftime(f'%{code}')!r})"
+    return macro + " }}{%- endmacro -%}"
+
+
+def _token(span: tuple[int, int], piece: _Piece, before: int) -> Token:
+    """Return a token of a piece, with its place in the response, where `before` characters precede the piece."""
+    clipped = (min(max(at, piece.start), piece.stop) for at in span)
+    start, stop = (at - piece.start + piece.offset for at in clipped)
+    return Token(piece.text[start:stop], before + start, before + stop)
 
 
 def continuation(tokenizer: Any, prompt_ids: list[int], ids: list[int]) -> tuple[str, list[Token]]:

@@ -10,12 +10,13 @@ early/                     the model after the first tenth of the steps
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig, fingerprint
 from rapidindex.data.examples import Dataset
+from rapidindex.data.templates import check_template
 from rapidindex.errors import ConfigMismatch, UsageError
 from rapidindex.model.files import CHECKPOINTS, FINETUNE_RECORD, find_model, model_fingerprint, read_json
 from rapidindex.progress import Progress, silent
@@ -40,6 +41,8 @@ class FinetuneSummary:
     """How many numbers were trained."""
     seconds: float
     """Training time of this call; the earlier calls of a resumed run do not count."""
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    """{"line", "reason"} of each example that the chat template refuses."""
     early_step: int | None = None
     """The step whose model is in OUTPUT/early; None without such a model."""
     resumed_at: int | None = None
@@ -67,10 +70,13 @@ def finetune(
     DataError if no response is left within `max_length`, ModelError for a model that cannot be trained or a loss that
     is not a number, and ResourceError for too little memory or disk space.
     """
+    check_template(encoding.template)
     model_config, options = _check(model_config, options.complete())
     output = Path(output).absolute()
     settings = _settings(dataset, encoding, model_config, options)
-    record = _open(output, settings, overwrite)
+    several = any(example.has_earlier_replies for example in dataset.examples)
+    # Before there was --loss, the last turn alone was in it.
+    record = _open(output, settings, overwrite, {"loss": "last" if several else encoding.loss})
     if record and record.get("summary"):
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
         return replace(FinetuneSummary(**record["summary"]), output=str(output), already_there=True)
@@ -111,27 +117,34 @@ def _settings(
     dataset: Dataset, encoding: EncodingConfig, model_config: ModelConfig, options: FinetuneConfig
 ) -> dict[str, Any]:
     """Return everything that decides the trained weights; data and model by their content, wherever they lie."""
-    training = asdict(options)
-    del training["checkpoint_seconds"]
+    if dataset.loss != encoding.loss:
+        raise UsageError(
+            f"The data was read with the loss of {dataset.loss} assistant turns, and --loss is {encoding.loss}.",
+            hint=f"Read it with read_examples(data, loss={encoding.loss!r}).",
+        )
+    training, encoded = asdict(options), asdict(encoding)
+    del training["checkpoint_seconds"], encoded["date"]
     return {
         "data": fingerprint([example.id for example in dataset.examples]),
         "model": model_fingerprint(find_model(model_config.model)),
         "dtype": model_config.dtype,
         "quantize": model_config.quantize,
-        **asdict(encoding),
+        **encoded,
         **training,
     }
 
 
-def _open(output: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+def _open(output: Path, settings: dict[str, Any], overwrite: bool, defaults: dict[str, Any]) -> dict[str, Any] | None:
     """Return the record in `output` if it has these settings; otherwise begin a new one there and return None.
+
+    `defaults` are the settings that the record of an earlier version lacks.
 
     Raises ConfigMismatch where the record has other settings, unless `overwrite` is set, and UsageError where
     `output` holds anything that finetune did not write.
     """
     record = read_json(output / FINETUNE_RECORD) if (output / FINETUNE_RECORD).is_file() else None
     if record and not overwrite:
-        if record["settings"] == settings:
+        if {**defaults, **record["settings"]} == settings:
             return record
         state = "a model fine-tuned" if record.get("summary") else "an interrupted run"
         raise ConfigMismatch(

@@ -55,7 +55,8 @@ def train(
         base = loading.load_base(files, model_config, device, None)
         check_vocabulary(base, tokenizer)
         check_causal(base, tokenizer)
-    rows = _encode(dataset, Template(encoding.template, tokenizer, encoding.max_length), Limits.of(base, tokenizer))
+    template = Template(encoding.template, tokenizer, encoding.max_length, date=encoding.date)
+    rows, refused = _encode(dataset, template, Limits.of(base, tokenizer))
     with loading.quiet_libraries(), _seeded(options.seed):
         model = _make_trainable(base, model_config, options)
         _check_disk(output, model, options)
@@ -69,7 +70,8 @@ def train(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "examples": len(rows),
-        "skipped": len(dataset.examples) - len(rows),
+        "skipped": len(dataset.examples) - len(rows) - len(refused),
+        "refused": refused,
         "steps": trainer.state.global_step,
         "epoch_losses": [float(np.mean(epoch)) for epoch in np.array_split(losses, options.epochs)],
         "trainable_parameters": sum(value.numel() for value in model.parameters() if value.requires_grad),
@@ -79,23 +81,35 @@ def train(
     }
 
 
-def _encode(dataset: Dataset, template: Template, limits: Limits) -> list[Row]:
-    """Return token ids and labels (-100 outside the response) of the examples that have a response token left."""
-    rows = []
+def _encode(dataset: Dataset, template: Template, limits: Limits) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Return token ids and labels (-100 outside the response) of the examples that have a response token left.
+
+    The second list has {"line", "reason"} of each example that the template refuses.
+    """
+    rows, refused = [], []
+    errors: list[ModelError] = []
     for example in dataset.examples:
-        encoded = template.encode(example)
+        try:
+            template.check_whole(example)
+            encoded = template.encode(example)
+        except ModelError as error:
+            errors.append(error)
+            refused.append({"line": example.line, "reason": error.message.rstrip(".")})
+            continue
         # The first token is predicted from nothing, so it has no loss.
         if encoded.response_mask[1:].any():
             limits.check(encoded.input_ids, f"line {example.line}")
             ids = torch.from_numpy(encoded.input_ids).long()
             labels = ids.where(torch.from_numpy(encoded.response_mask), _NO_LABEL)
             rows.append({"input_ids": ids, "labels": labels})
+    if not rows and errors:
+        raise errors[0]
     if not rows:
         raise DataError(
             f"None of {len(dataset.examples)} examples has a response token within {template.max_length} tokens.",
             hint="Give a larger --max-length.",
         )
-    return rows
+    return rows, refused
 
 
 def collate(rows: list[Row]) -> Row:

@@ -189,7 +189,8 @@ class Index:
     def template(self) -> Template:
         """The template that prompts were written with when the index was built."""
         encoding = self.recipe.encoding
-        return Template(encoding.template, self.loaded.tokenizer, encoding.max_length)
+        date = encoding.date or self.store.manifest["created"][:10]
+        return Template(encoding.template, self.loaded.tokenizer, encoding.max_length, date=date)
 
     def rows_of(self, level: str) -> Rows:
         """Return the stored rows of a level. StoreError where the index does not hold it."""

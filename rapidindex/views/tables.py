@@ -19,6 +19,9 @@ def finetune_tables(summary: Any, unusable: int, data: str, model: str, template
     }
     if summary.skipped or unusable:
         lines["left out"] = f"{unusable} unusable rows, {summary.skipped} without room for their response"
+    if summary.refused:
+        first = summary.refused[0]
+        lines["refused"] = f"{len(summary.refused)} by the chat template; line {first['line']}: {first['reason']}"
     if summary.early_step:
         lines["early"] = f"{summary.output}/early, after step {summary.early_step:,}"
     models = f"-m {summary.output}" if full else f"-m {model} -a {summary.output}"

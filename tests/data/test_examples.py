@@ -54,13 +54,131 @@ def test_each_layout_of_columns_gives_prompt_and_response(row, prompt, tmp_path)
     assert {key: value for key, value in example.meta.items() if value is not None} == {}
 
 
-def test_the_last_assistant_turn_is_the_response_and_earlier_turns_the_prompt(tmp_path):
-    turns = [*CHAT, ("assistant", "Tokyo"), ("user", "Thanks")]
-    example = _only(tmp_path, {"messages": [{"role": role, "content": content} for role, content in turns], "n": 1})
-    assert example.response == "Tokyo"
+def _turns(*turns: tuple) -> list[dict]:
+    return [{"role": turn[0], "content": turn[1], **(turn[2] if len(turn) > 2 else {})} for turn in turns]
+
+
+def test_every_assistant_turn_is_in_the_response_and_the_other_turns_are_the_prompt(tmp_path):
+    row = {"messages": _turns(*CHAT, ("assistant", "Tokyo"), ("user", "Thanks")), "n": 1}
+    example = _only(tmp_path, row)
+    assert example.response == "Hello\n\nTokyo" and example.trained == (2, 4)
+    assert example.turns == (*CHAT, ("assistant", "Tokyo"))
+    assert example.prompt == "system: Be brief.\nuser: Hi\nassistant: …\nuser: Capital of Japan?"
+    assert example.meta == {"n": 1, "later_turns": [["user", "Thanks"]]}
+
+
+def test_of_the_last_turn_alone_the_earlier_turns_are_the_prompt_and_the_id_is_the_same(tmp_path):
+    row = {"messages": _turns(*CHAT, ("assistant", "Tokyo"), ("user", "Thanks")), "n": 1}
+    (example,) = _read(tmp_path, [row], loss="last").examples
+    assert example.response == "Tokyo" and not example.trained and example.final is None
     assert example.messages == tuple(CHAT)
     assert example.prompt == "system: Be brief.\nuser: Hi\nassistant: Hello\nuser: Capital of Japan?"
-    assert example.meta == {"n": 1, "later_turns": [["user", "Thanks"]]}
+    turns = [list(turn) for turn in CHAT]
+    expected = fingerprint([turns, "Tokyo", {"n": 1, "later_turns": [["user", "Thanks"]]}])
+    assert example.id == _only(tmp_path, row).id == expected
+
+
+def test_turns_of_weight_0_stay_out(tmp_path):
+    turns = [("user", "a"), ("assistant", "b", {"weight": 0}), ("user", "c"), ("assistant", "d", {"weight": 1})]
+    example = _only(tmp_path, {"messages": _turns(*turns, ("assistant", "e", {"weight": 0}))})
+    assert (example.response, example.trained) == ("d", ())
+    assert example.messages == (("user", "a"), ("assistant", "b", {"weight": 0}), ("user", "c"))
+    assert _read(tmp_path, [{"messages": _turns(*turns)}, {"messages": _turns(("assistant", "b"))}]).examples[1:]
+
+
+def test_a_column_of_the_users_own_named_later_turns_is_kept(tmp_path):
+    row = {"messages": _turns(("assistant", "b"), ("user", "c")), "later_turns": 3}
+    assert _only(tmp_path, row).meta == {"later_turns": 3, "_later_turns": [["user", "c"]]}
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Tokyo"}}}
+AS_OPENAI = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Tokyo"}'}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+SYSTEM, USER, REPLY = ("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo")
+UNTRAINED = ("assistant", "b", {"weight": 0})
+
+
+@pytest.mark.parametrize(
+    ("row", "turns", "trained"),
+    [
+        ({"instruction": "Hi", "output": "Yo", "system": "Be brief."}, [SYSTEM, USER, REPLY], ()),
+        ({"prompt": "Hi", "response": "Yo", "system_prompt": "Be brief."}, [SYSTEM, USER, REPLY], ()),
+        ({"system": "Be brief.", "messages": _turns(USER, REPLY)}, [SYSTEM, USER, REPLY], ()),
+        ({"system": "Be brief.", "messages": _turns(SYSTEM, USER, REPLY)}, [SYSTEM, USER, REPLY], ()),
+        ({"instruction": "Hi", "output": "Yo", "system": ""}, [USER, REPLY], ()),
+        (
+            {"instruction": "Hi", "output": "Yo", "history": [["a", "b"]]},
+            [("user", "a"), ("assistant", "b"), USER, REPLY],
+            (1, 3),
+        ),
+        ({"instruction": "Sum up", "context": "Rain.", "response": "Yo"}, [("user", "Sum up\nRain."), REPLY], ()),
+        ({"question": "Where?", "context": "Rain.", "answer": "Yo"}, [("user", "Where?\nRain."), REPLY], ()),
+        ({"conversations": [{"from": "Human", "value": "Hi"}, {"from": "GPT", "value": "Yo"}]}, [USER, REPLY], ()),
+        ({"messages": json.dumps(_turns(USER, REPLY))}, [USER, REPLY], ()),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, *_turns(REPLY)]},
+            [USER, REPLY],
+            (),
+        ),
+        ({"prompt": _turns(SYSTEM, USER), "completion": _turns(REPLY)}, [SYSTEM, USER, REPLY], ()),
+        (
+            {"prompt": _turns(("user", "a"), ("assistant", "b"), USER), "completion": _turns(REPLY)},
+            [("user", "a"), UNTRAINED, USER, REPLY],
+            (),
+        ),
+        ({"prompt": _turns(USER), "completion": "Yo"}, [USER, REPLY], ()),
+        ({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}, [USER, REPLY], ()),
+        ({"prompt": _turns(USER), "chosen": _turns(REPLY), "rejected": _turns(REPLY)}, [USER, REPLY], ()),
+        ({"prompt": "Hi", "chosen": _turns(USER, REPLY), "rejected": _turns(USER, REPLY)}, [USER, REPLY], ()),
+        ({"chosen": _turns(USER, REPLY)}, [USER, REPLY], ()),
+        (
+            {"messages": [*_turns(USER), {"role": "assistant", "content": None, "tool_calls": [AS_OPENAI]}]},
+            [USER, ("assistant", "", {"tool_calls": [CALL]})],
+            (),
+        ),
+        (
+            {
+                "messages": _turns(
+                    USER, ("assistant", "Yo", {"reasoning_content": "Hm", "name": "x", "tool_calls": None})
+                )
+            },
+            [USER, ("assistant", "Yo", {"reasoning_content": "Hm"})],
+            (),
+        ),
+    ],
+)
+def test_each_layout_gives_all_its_turns_and_what_is_in_the_loss(row, turns, trained, tmp_path):
+    example = _only(tmp_path, row)
+    assert (example.turns, example.trained) == (tuple(turns), trained)
+    left = {"rejected", "system"} if row.get("system") == "" else {"rejected"}
+    assert set(example.meta) <= left
+    assert Example.from_record(json.loads(json.dumps(example.to_record(1.0)))) == example
+
+
+def test_tools_are_read_from_a_list_or_its_text_and_count_in_the_id(tmp_path):
+    row = {"messages": _turns(USER, REPLY)}
+    rows = [row, {**row, "tools": [TOOL]}, {**row, "tools": json.dumps([TOOL])}, {**row, "tools": []}]
+    dataset = _read(tmp_path, rows)
+    assert [example.tools for example in dataset.examples] == [(), (TOOL,), ()]
+    assert dataset.skipped == [Skipped(3, "the same as line 2")]
+
+
+@pytest.mark.parametrize(
+    ("row", "other"),
+    [
+        ({"prompt": "Hi", "response": "Yo", "system": "a"}, {"prompt": "Hi", "response": "Yo", "system": "b"}),
+        (
+            {"messages": _turns(USER, ("assistant", "Yo", {"reasoning_content": "a"}))},
+            {"messages": _turns(USER, ("assistant", "Yo", {"reasoning_content": "b"}))},
+        ),
+        (
+            {"messages": _turns(USER, UNTRAINED, USER, REPLY)},
+            {"messages": _turns(USER, UNTRAINED[:2], USER, REPLY)},
+        ),
+    ],
+)
+def test_rows_that_differ_in_anything_that_is_read_are_two_examples(row, other, tmp_path):
+    assert len(_read(tmp_path, [row, other]).examples) == 2
 
 
 def test_a_conversation_that_starts_with_its_response_has_an_empty_prompt(tmp_path):
@@ -70,7 +188,7 @@ def test_a_conversation_that_starts_with_its_response_has_an_empty_prompt(tmp_pa
 
 def test_a_stored_record_gives_the_example_back(tmp_path):
     turns = [{"role": role, "content": content} for role, content in [*CHAT, ("assistant", "Tokyo")]]
-    for example in _read(tmp_path, [{"messages": turns, "n": [1]}, {**GOOD, "source": "a"}]).examples:
+    for example in _read(tmp_path, [{"messages": turns, "n": [1]}, {**GOOD, "source": "a"}], loss="last").examples:
         record = example.to_record(1.23456789, "more.jsonl")
         assert list(record) == ["id", "line", "messages", "response", "meta", "loss", "source"]
         assert (record["loss"], record["source"]) == (1.234568, "more.jsonl")
@@ -104,6 +222,28 @@ def test_text_is_kept_to_the_letter(tmp_path):
         ({"prompt": 3, "response": "a"}, "`prompt` is a number, not text"),
         ({"prompt": "a", "response": ["b"]}, "`response` is a list, not text"),
         ({"instruction": "a", "input": True, "output": "b"}, "`input` is a boolean, not text"),
+        (
+            {**GOOD, "system": "a", "prompt": [{"role": "system", "content": "b"}]},
+            "`system` beside another system turn",
+        ),
+        ({**GOOD, "history": [["a"]]}, "`history` is not a list of pairs of texts, prompt and response"),
+        ({**GOOD, "context": {"a": 1}}, "`context` is an object, not text"),
+        ({**GOOD, "tools": "search"}, "`tools` is not a list of objects"),
+        ({"chosen": "Human: a Assistant: b"}, "`chosen` without a `prompt` or `question`"),
+        ({"messages": _turns(USER, UNTRAINED)}, "`messages` has no assistant turn of weight 1"),
+        ({"messages": _turns(("assistant", "a", {"weight": 0.5}))}, "the weight of turn 1 is 0.5, not 0 or 1"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "turn 1 holds image_url; only text is understood",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "function_call": {"name": "a"}}]},
+            "turn 1 is a function_call; only `tool_calls` are understood",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]},
+            "a tool call of turn 1 has no name",
+        ),
         ({"messages": "hello"}, "`messages` is text, not a list of turns"),
         ({"messages": []}, "`messages` has no assistant turn"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "`conversations` has no assistant turn"),
@@ -154,6 +294,8 @@ def test_an_id_is_a_hash_of_content_and_the_same_in_every_format_and_place(tmp_p
 def test_ids_of_a_released_version_stay_what_they_are(tmp_path):
     example = _only(tmp_path, {"instruction": "Say", "input": "hi 🤖", "output": "hi", "n": 1.5})
     assert example.id == "941d29d690a12f67"
+    example = _only(tmp_path, {"instruction": "Say", "input": None, "output": "hi", "context": "", "tools": []})
+    assert example.id == fingerprint([[["user", "Say"]], "hi", {"context": "", "tools": []}])
 
 
 def test_any_change_of_content_changes_the_id(tmp_path):
@@ -261,7 +403,7 @@ def test_an_object_reads_as_a_file_of_the_same_rows_does(tmp_path):
         assert dataset.skipped[1].reason == "the same as row 1"
         assert read_examples(data, limit=1).examples == lines.examples[:1]
     kinds = ["list", "tuple", "datasets.Dataset", "datasets.Dataset", "pandas.DataFrame"]
-    assert names == [f"{kind} of 4 rows" for kind in kinds]
+    assert names == [f"{kind} of 4 rows{' (split train)' if at == 3 else ''}" for at, kind in enumerate(kinds)]
 
 
 def test_objects_of_chats_read_as_chats():

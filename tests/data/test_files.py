@@ -1,5 +1,6 @@
 """Every file format gives the same rows, and one bad row spoils neither the others nor their numbers."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rapidindex.data.files import read_rows, unit_of
+from rapidindex.data.files import read_rows, source_of, unit_of
 from rapidindex.errors import DataError
 
 ROWS = [
@@ -110,9 +111,13 @@ def test_a_bad_csv_row_says_why_and_spoils_no_other(line, reason, tmp_path):
     assert list(read_rows(path)) == [(2, reason), (3, {"prompt": "c", "response": "d"})]
 
 
-def test_a_csv_quote_that_is_never_closed_is_reported_where_it_opens(tmp_path):
-    path = _write(tmp_path / "a.csv", 'prompt,response\na,b\nc,"d\ne,f\n')
-    assert list(read_rows(path)) == [(2, {"prompt": "a", "response": "b"}), (3, "bad CSV: unexpected end of data")]
+def test_a_csv_quote_that_is_never_closed_costs_its_own_line_only(tmp_path):
+    path = _write(tmp_path / "a.csv", 'prompt,response\na,b\nc,"d\ne,f\ng,"h\ni"\nj,k\nl,"m\nn,o\n')
+    rows = list(read_rows(path))
+    good = [(2, "b"), (4, "f"), (5, "h\ni"), (7, "k"), (9, "o")]
+    assert [(line, row["response"]) for line, row in rows if isinstance(row, dict)] == good
+    bad = [(3, "bad CSV: ',' expected after '\"'"), (8, "bad CSV: unexpected end of data")]
+    assert [(line, row) for line, row in rows if isinstance(row, str)] == bad
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
@@ -208,3 +213,55 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(package, n
 def test_numbers_count_lines_where_a_file_has_lines():
     units = {name: unit_of(Path(name)) for name in ("a.jsonl", "a.CSV", "a.json", "a.parquet", "folder")}
     assert units == {"a.jsonl": "line", "a.CSV": "line", "a.json": "row", "a.parquet": "row", "folder": "row"}
+
+
+def _zst(path: Path, content: bytes) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    with pyarrow.output_stream(str(path), compression="zstd") as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_a_compressed_file_reads_as_the_file_does(name, ending, tmp_path):
+    content = {"a.json": json.dumps(ROWS), "a.csv": _csv_text(ROWS), "a.jsonl": "\n".join(map(json.dumps, ROWS))}[name]
+    plain, packed = _write(tmp_path / name, content), tmp_path / f"{name}.{ending}"
+    packed.write_bytes(gzip.compress(plain.read_bytes())) if ending == "gz" else _zst(packed, plain.read_bytes())
+    assert list(read_rows(packed)) == list(read_rows(plain)) and unit_of(packed) == unit_of(plain)
+
+
+def test_a_compressed_file_that_is_cut_off_is_an_error(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(ROWS[0]).encode())[:-9])
+    with pytest.raises(DataError, match="not a whole compressed file"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_named_as_such(name, encoding, tmp_path):
+    path = _write(tmp_path / name, json.dumps(ROWS).encode(encoding))
+    with pytest.raises(DataError, match="is UTF-16") as caught:
+        list(read_rows(path))
+    assert caught.value.hint == "Save it as UTF-8."
+
+
+def test_a_pattern_and_a_list_of_paths_are_read_file_by_file(tmp_path):
+    files = [_jsonl(tmp_path / "part-1.jsonl", ROWS[:1]), _jsonl(tmp_path / "part-2.jsonl", ROWS[1:])]
+    _write(tmp_path / "part-3.csv", "prompt,response\na\n")
+    for data in (tmp_path / "part-*", str(tmp_path / "part-?.*"), [*files, str(tmp_path / "part-3.csv")]):
+        source = source_of(data)
+        rows = list(source.read())
+        assert [row for _, row in rows[:-1]] == ROWS
+        assert rows[-1] == (2, "part-3.csv: 1 cells where the first line names 2 columns")
+    named = _jsonl(tmp_path / "[1].jsonl", ROWS[:1])
+    assert [row for _, row in source_of(named).read()] == ROWS[:1]
+
+
+def test_of_a_dataset_dict_the_split_that_is_read_is_said(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[1:]))
+    splits.save_to_disk(str(tmp_path / "saved"))
+    source = source_of(tmp_path / "saved")
+    assert source.name == str(tmp_path / "saved" / "train") and [row for _, row in source.read()] == ROWS
+    assert source_of(splits).name == f"datasets.Dataset of {len(ROWS)} rows (split train)"

@@ -1,7 +1,9 @@
 """Encoding keeps the response to the letter, under tokenizers of every kind and templates of every kind."""
 
+import copy
 import importlib.util
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rapidindex.data.examples import Example, display_text
-from rapidindex.data.templates import Encoding, Template
+from rapidindex.data.examples import Example, display_text, read_examples
+from rapidindex.data.templates import Encoding, Template, check_template
 from rapidindex.errors import ModelError, UsageError
 from rapidindex.results import Token
 from tests import tiny
@@ -463,3 +465,212 @@ def test_a_tokenizer_saved_with_truncation_and_padding_is_used_without_them():
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=900)
     assert Template("alpaca", tokenizer, 512).encode(_example("Tokyo")).input_ids.tolist() == plain
+
+
+# Several turns in the loss.
+
+GENERATION = (
+    "{% if tools %}<|tools|>{{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}"
+    "{% if m.reasoning_content and loop.last %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ (c.function or c) | tojson }}</call>{% endfor %}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Tokyo"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+def _turn(role: str, content: str, **extras: object) -> dict:
+    return {"role": role, "content": content, **extras}
+
+
+def _chatter(tokenizer: PreTrainedTokenizerFast | None = None, template: str = GENERATION) -> PreTrainedTokenizerFast:
+    tokenizer = tokenizer or tiny.make_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [_turn("user", "Sushi?"), _turn("assistant", "From Japan."), _turn("user", "Thanks."),
+                      _turn("assistant", "You are welcome.")]},
+        {"messages": [_turn("system", "Japan"), _turn("user", "Japan"), _turn("assistant", "Japan"),
+                      _turn("user", "Japan"), _turn("assistant", "Japan")]},
+        {"tools": [TOOL], "messages": [_turn("user", "Rain?"), _turn("assistant", "", tool_calls=[CALL]),
+                                       _turn("tool", "No."), _turn("assistant", "It is dry.")]},
+        {"messages": [_turn("user", "Sushi?"), _turn("assistant", "Yes.", reasoning_content="A dish."),
+                      _turn("user", "Where?"), _turn("assistant", "Japan.", reasoning_content="An island.")]},
+    ],
+)  # fmt: skip
+def test_the_tokens_in_the_loss_are_those_of_transformers_assistant_mask(row):
+    tokenizer = _chatter()
+    (example,) = read_examples([row]).examples
+    encoding = Template("chat", tokenizer, 4096).encode(example)
+    oracle = tokenizer.apply_chat_template(
+        row["messages"], tools=row.get("tools"), return_assistant_tokens_mask=True, return_dict=True
+    )
+    length = len(encoding.input_ids)
+    assert encoding.input_ids.tolist() == oracle["input_ids"][:length]
+    assert encoding.response_mask.tolist() == list(map(bool, oracle["assistant_masks"][:length]))
+    assert not any(oracle["assistant_masks"][length:])
+    assert all(
+        token.text == encoding.response[token.start : token.end] for token in encoding.tokens if token.end > token.start
+    )
+    assert [token.start for token in encoding.tokens] == sorted(token.start for token in encoding.tokens)
+    stored = Example.from_record(json.loads(json.dumps(replace(example, response=encoding.response).to_record(1.0))))
+    again = Template("chat", tokenizer, 4096).encode(stored)
+    assert (again.tokens, again.response) == (encoding.tokens, encoding.response)
+
+
+def test_the_response_of_several_turns_is_their_texts_with_an_empty_line_between():
+    turns = [
+        _turn("user", "Sushi?"),
+        _turn("assistant", "From Japan."),
+        _turn("user", "And?"),
+        _turn("assistant", "Yes."),
+    ]
+    (example,) = read_examples([{"messages": turns}]).examples
+    for template in ("chat", "alpaca", "plain", "{prompt} -> "):
+        encoding = Template(template, _chatter(), 4096).encode(example)
+        assert encoding.response == example.response == "From Japan.\n\nYes."
+        words = [token for token in encoding.tokens if token.end > token.start]
+        assert "".join(token.text for token in words) == "From Japan.Yes."
+        where = np.flatnonzero(encoding.response_mask)
+        assert encoding.prompt_tokens == where[0] and len(where) == len(encoding.tokens)
+        assert np.diff(where).max() > 1  # the user's turn is not in the loss
+    (last,) = read_examples([{"messages": turns}], loss="last").examples
+    encoding = Template("chat", _chatter(), 4096).encode(last)
+    assert encoding.response == "Yes." and np.diff(np.flatnonzero(encoding.response_mask)).max() == 1
+
+
+def test_a_long_conversation_is_cut_and_keeps_the_turns_before():
+    turns = [_turn("user", "a"), _turn("assistant", "b"), _turn("user", "c"), _turn("assistant", "d " * 50)]
+    (example,) = read_examples([{"messages": turns}]).examples
+    whole = Template("chat", _chatter(), 4096).encode(example)
+    cut = Template("chat", _chatter(), len(whole.input_ids) - 20).encode(example)
+    assert cut.truncated and cut.tokens == whole.tokens[:-20] and int(cut.response_mask.sum()) == len(cut.tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "extra", "what"),
+    [
+        (("{% if tools %}", "{% if false %}"), {"tools": [TOOL]}, "the tools"),
+        (("tool_calls", "nothing"), {"tool_calls": [CALL]}, "the response"),
+        (("in messages", "in messages if m.role != 'system'"), {"system": "Brief."}, "turn 1 \\(system\\)"),
+    ],
+)
+def test_a_template_that_leaves_out_what_the_row_holds_refuses_it(change, extra, what):
+    calls = {"tool_calls": extra.pop("tool_calls")} if "tool_calls" in extra else {}
+    row = {**extra, "messages": [_turn("user", "a"), _turn("assistant", "Tokyo", **calls)]}
+    (example,) = read_examples([row]).examples
+    with pytest.raises(ModelError, match=f"does not write {what} of the example"):
+        Template("chat", _chatter(template=GENERATION.replace(*change, 1)), 512).check_whole(example)
+    Template("chat", _chatter(), 512).check_whole(example)
+
+
+def test_tools_need_the_chat_template():
+    (example,) = read_examples([{"tools": [TOOL], "prompt": "a", "response": "b"}]).examples
+    with pytest.raises(ModelError, match="--template alpaca writes neither tools") as caught:
+        Template("alpaca", _chatter(), 512).encode(example)
+    assert "--template chat" in caught.value.hint
+
+
+# The clock.
+
+
+def test_a_template_that_reads_the_clock_reads_the_day_that_it_is_given():
+    tokenizer = _chatter(template="{{ strftime_now('%-d %B %Y, %A %%') }}<|eos|>" + tiny.CHAT_TEMPLATE)
+    template = Template("chat", tokenizer, 512, date="2024-05-09")
+    assert template.date == "2024-05-09"
+    assert template.render_prompt([("user", "Hi")]).startswith("9 May 2024, Thursday %<|eos|><|user|>")
+    assert tokenizer.decode(template.encode(_example("Tokyo")).input_ids).startswith("9 May 2024, Thursday %<|eos|>")
+    today = Template("chat", tokenizer, 512)
+    assert today.render_prompt([("user", "Hi")]) == tokenizer.apply_chat_template(
+        [_turn("user", "Hi")], tokenize=False, add_generation_prompt=True
+    )
+    assert today.fingerprint == template.fingerprint
+
+
+@pytest.mark.parametrize("name", ["chat", "alpaca"])
+def test_a_template_that_reads_no_clock_has_no_date(name, tokenizer):
+    assert Template(name, tokenizer, 512, date="2024-05-09").date is None
+
+
+def test_a_clock_template_may_ask_whether_there_is_a_clock():
+    clock = "{% if strftime_now is defined %}{% set d = strftime_now('%d %b %Y') %}{% endif %}{{ d }}"
+    template = Template("chat", _chatter(template=clock + tiny.CHAT_TEMPLATE), 512, date="2024-05-09")
+    assert template.render_prompt([("user", "Hi")]).startswith("09 May 2024<|user|>")
+
+
+# What a query renders, finetune trains on and build encodes.
+
+THOUGHT = "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+QWEN3 = (
+    "{% for m in messages %}<|{{ m.role }}|>\n" + THOUGHT + "{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+SYSTEM_AND_TURNS = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"))
+R1 = tiny.CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
+
+
+def _kinds(words, metaspace) -> dict[str, PreTrainedTokenizerFast]:
+    metaspace, words = copy.deepcopy(metaspace), copy.deepcopy(words)
+    metaspace.chat_template = words.chat_template = tiny.CHAT_TEMPLATE
+    with_bos = tiny.make_tokenizer(bos=True)
+    with_bos.chat_template = "{{ bos_token }}" + tiny.CHAT_TEMPLATE
+    return {
+        "byte-level": tiny.make_tokenizer(),
+        "byte-level with BOS": with_bos,
+        "appends EOS": words,
+        "Metaspace": metaspace,
+        "adds an empty thought": _chatter(template=QWEN3),
+        "strips thoughts": _chatter(template=R1),
+    }
+
+
+@pytest.mark.parametrize("name", ["chat", "alpaca", "plain"])
+@pytest.mark.parametrize("messages", [(("user", "Say Tokyo"),), (*SYSTEM_AND_TURNS, ("user", "Say Tokyo"))])
+def test_what_a_query_renders_is_a_prefix_of_what_is_trained_and_encoded(name, messages, words, metaspace):
+    for kind, tokenizer in _kinds(words, metaspace).items():
+        template, example = Template(name, tokenizer, 4096), _example("Tokyo", messages=messages)
+        template.check_whole(example)
+        trained, asked = template.encode(example), template.encode(example, end=False)
+        assert trained.input_ids[: len(asked.input_ids)].tolist() == asked.input_ids.tolist(), kind
+        assert trained.prompt_tokens == asked.prompt_tokens
+        prompt = template.render_prompt(messages)
+        ids = tokenizer(prompt, add_special_tokens=template.add_special_tokens)["input_ids"]
+        ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # what a tokenizer appends is no prompt
+        assert trained.input_ids[: len(ids)].tolist() == ids, kind
+        thought = "<think>" in tokenizer.decode(trained.input_ids)
+        assert len(ids) == trained.prompt_tokens or thought, kind
+
+
+def test_a_template_that_asks_with_another_text_than_it_trains_on_is_refused():
+    prompt = R1.replace("<|assistant|>\n{% endif", "<|assistant|>\n<think>\n{% endif")
+    with pytest.raises(ModelError, match="another text than it writes before the response") as caught:
+        Template("chat", _chatter(template=prompt), 512).check_whole(_example("Tokyo"))
+    assert "--template alpaca" in caught.value.hint
+
+
+def test_a_template_that_strips_the_thought_of_the_response_refuses_it():
+    example = _example("<think>An island.</think>Tokyo")
+    with pytest.raises(ModelError, match="does not write the response"):
+        Template("chat", _chatter(template=R1), 512).check_whole(example)
+    earlier = (("user", "a"), ("assistant", "<think>b</think>Tokyo"), ("user", "c"))
+    Template("chat", _chatter(template=R1), 512).check_whole(_example("Tokyo", messages=earlier))
+
+
+@pytest.mark.parametrize(
+    "text", ["{prompt} -> {response}", "{prompt}{input}", "{system} {prompt}", "{prompt} {{ answer }}"]
+)
+def test_another_placeholder_than_prompt_is_refused(text):
+    with pytest.raises(UsageError, match="is the only placeholder"):
+        check_template(text)
+
+
+@pytest.mark.parametrize("text", ["chat", "{prompt}", 'Say {"a": 1} {0} {} {prompt}'])
+def test_braces_that_are_no_placeholder_are_text(text):
+    check_template(text)

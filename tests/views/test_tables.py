@@ -22,6 +22,7 @@ BUILT = {
     "without_tokens": [],
 }
 TUNED = {
+    "refused": [],
     "output": "tuned",
     "method": "lora",
     "examples": 10,
