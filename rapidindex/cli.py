@@ -42,7 +42,11 @@ _INTERRUPTED = 130
 IndexPath = Annotated[Path, typer.Argument(metavar="INDEX", help="The index folder.", show_default=False)]
 DataPath = Annotated[
     Path,
-    typer.Argument(metavar="DATA", help="JSONL, JSON, CSV, Parquet, or a saved datasets folder.", show_default=False),
+    typer.Argument(
+        metavar="DATA",
+        help='JSONL, JSON, CSV (.gz, .zst), Parquet, a saved datasets folder, or "part-*.jsonl".',
+        show_default=False,
+    ),
 ]
 Model = Annotated[str, typer.Option("--model", "-m", help="Model folder, hub name or GGUF file.", show_default=False)]
 MovedModel = Annotated[
