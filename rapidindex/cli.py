@@ -58,6 +58,7 @@ IndexPath = Annotated[
 DataPath = Annotated[
     Path,
     typer.Argument(
+<<<<<<< HEAD
         parser=_in_home,
         metavar="DATA",
         help="JSONL, JSON, CSV, Parquet, or a saved datasets folder.",
@@ -66,6 +67,12 @@ DataPath = Annotated[
 ]
 Model = Annotated[
     str, typer.Option("--model", "-m", **_PLACE, help="Model folder, hub name or GGUF file.", show_default=False)
+=======
+        metavar="DATA",
+        help='JSONL, JSON, CSV (.gz, .zst), Parquet, a saved datasets folder, or "part-*.jsonl".',
+        show_default=False,
+    ),
+>>>>>>> w-data2
 ]
 MovedModel = Annotated[
     str | None,

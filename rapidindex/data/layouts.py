@@ -25,8 +25,8 @@ Messages = tuple[Turn, ...]
 """The turns of a conversation."""
 
 COLUMNS = (
-    "Columns understood: instruction and output (and input); prompt or question with response, completion or answer; "
-    "messages or conversations."
+    "Columns understood: instruction and output (and input); prompt, question or instruction with response, "
+    "completion, answer or chosen; messages or conversations."
 )
 WEIGHT = "weight"
 """0 under this key keeps an assistant turn out of the loss."""

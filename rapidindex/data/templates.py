@@ -237,7 +237,7 @@ class Template:
             what = f"turn {number + 1} ({turns[number][0]})"
         return ModelError(
             f"The chat template does not write {what} of the example {example.id} (line {example.line}).",
-            hint="Use --template alpaca.",
+            hint="Use a model whose chat template does." if example.tools else "Use --template alpaca.",
         )
 
     def _render(
