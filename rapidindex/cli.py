@@ -58,21 +58,14 @@ IndexPath = Annotated[
 DataPath = Annotated[
     Path,
     typer.Argument(
-<<<<<<< HEAD
         parser=_in_home,
         metavar="DATA",
-        help="JSONL, JSON, CSV, Parquet, or a saved datasets folder.",
+        help='JSONL, JSON, CSV (.gz, .zst), Parquet, a saved datasets folder, or "part-*.jsonl".',
         show_default=False,
     ),
 ]
 Model = Annotated[
     str, typer.Option("--model", "-m", **_PLACE, help="Model folder, hub name or GGUF file.", show_default=False)
-=======
-        metavar="DATA",
-        help='JSONL, JSON, CSV (.gz, .zst), Parquet, a saved datasets folder, or "part-*.jsonl".',
-        show_default=False,
-    ),
->>>>>>> w-data2
 ]
 MovedModel = Annotated[
     str | None,
