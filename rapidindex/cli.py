@@ -558,6 +558,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # no result is lost to a character that the terminal lacks
     try:
+        _check_encoding(sys.argv[1:])
         code = app(prog_name="rapidindex", standalone_mode=False)
     except RapidIndexError as error:
         _fail(error)
@@ -573,6 +574,16 @@ def main() -> None:
     if code == _INTERRUPTED:  # Typer's own exit code for Ctrl-C
         _say("Interrupted; what was finished is kept. Type the same command again to go on.")
     sys.exit(code or 0)
+
+
+def _check_encoding(arguments: list[str]) -> None:
+    """Raise UsageError for bytes that are not UTF-8: no model reads them, and no manifest can hold them."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            hint = "Give text in UTF-8, and rename a file whose name is not."
+            raise UsageError(f"The argument {argument!r} is not UTF-8.", hint=hint) from error
 
 
 def _terminate(number: int, frame: Any) -> None:
