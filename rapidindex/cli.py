@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -418,9 +419,10 @@ def query(
         raise UsageError(
             "--answer, --token, --span and --system stand in the lines of --queries.", hint="Leave them out here."
         )
-    if html is not None and (queries is not None or not html.parent.is_dir()):
-        fault = "--html takes one query, not --queries" if queries else f"The folder {html.parent} does not exist"
-        raise UsageError(f"{fault}.", hint="Give a PROMPT and a file in a folder that is there.")
+    if html is not None and queries is not None:
+        raise UsageError("--html takes one query, not --queries.", hint="Give a PROMPT.")
+    if html is not None:
+        _check_report(html)
     options = QueryOptions(
         k=k,
         opponents=opponents,
@@ -444,10 +446,6 @@ def query(
     first = next(iter(results.values()), None)
     if first and (missing := wording.unfinished(first)):
         _say(f"{missing} Give its rapidindex build command again to search them all.")
-    if html is not None:
-        other = index.query(encoded[0], options=replace(options, opponents=not opponents))
-        best, worst = (other, first) if opponents else (first, other)
-        html.write_text(best.to_html(opponents=worst, command=shlex.join(["rapidindex", *sys.argv[1:]])), "utf-8")
     if as_jsonl or (as_json and queries is not None):
         lines = [results[at].to_json() if at in results else _error_json(failed[at]) for at in asked]
         _echo_json("\n".join(lines) if as_jsonl else "[" + ",\n".join(lines) + "]")
@@ -455,8 +453,12 @@ def query(
         _echo_json(first.to_json(indent=2))
     else:
         _show(*(terminal.result(result) for result in results.values()))
-    if html is not None and not quiet:
-        _say(f"Wrote {html}")
+    if html is not None:
+        other = index.query(encoded[0], options=replace(options, opponents=not opponents))
+        best, worst = (other, first) if opponents else (first, other)
+        html.write_text(best.to_html(opponents=worst, command=shlex.join(["rapidindex", *sys.argv[1:]])), "utf-8")
+        if not quiet:
+            _say(f"Wrote {html}")
     if failed:
         raise typer.Exit(1)
 
@@ -478,6 +480,23 @@ def _encode_each(index: Any, asked: dict[int, Any], options: QueryOptions, file:
             failed[number] = type(error)(f"{file}, line {number}: {error.message}", hint=error.hint)
             _fail(failed[number])
     return encoded, failed
+
+
+def _check_report(file: Path) -> None:
+    """Raise UsageError where a report cannot be written to `file`, or would replace anything but an older report."""
+    from rapidindex.store import Store
+
+    hint = "Give --html a new file in a folder that is there."
+    if not file.parent.is_dir():
+        raise UsageError(f"The folder {file.parent} does not exist.", hint=hint)
+    if inside := next((folder for folder in file.resolve().parents if Store.exists(folder)), None):
+        raise UsageError(f"{file} lies in the index {inside}.", hint=hint)
+    if not file.exists():
+        return
+    with open(file, "rb") if file.is_file() else nullcontext() as old:
+        start = old.read(4096) if old else b"?"
+    if start and b"<title>Influences on" not in start:
+        raise UsageError(f"{file} is there, and is no report of rapidindex: it is left as it is.", hint=hint)
 
 
 def _stdin() -> str:
@@ -542,6 +561,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # no result is lost to a character that the terminal lacks
     try:
+        _check_encoding(sys.argv[1:])
         code = app(prog_name="rapidindex", standalone_mode=False)
     except RapidIndexError as error:
         _fail(error)
@@ -557,6 +577,16 @@ def main() -> None:
     if code == _INTERRUPTED:  # Typer's own exit code for Ctrl-C
         _say("Interrupted; what was finished is kept. Type the same command again to go on.")
     sys.exit(code or 0)
+
+
+def _check_encoding(arguments: list[str]) -> None:
+    """Raise UsageError for bytes that are not UTF-8: no model reads them, and no manifest can hold them."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            hint = "Give text in UTF-8, and rename a file whose name is not."
+            raise UsageError(f"The argument {argument!r} is not UTF-8.", hint=hint) from error
 
 
 def _terminate(number: int, frame: Any) -> None:

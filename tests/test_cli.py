@@ -80,6 +80,20 @@ def test_a_report_holds_both_directions_and_the_command(typed, index, tmp_path):
     assert f"Wrote {page}" in said
 
 
+def test_a_report_replaces_nothing_but_a_report(typed, index, tmp_path):
+    copy, page, notes = tmp_path / "index", tmp_path / "page.html", tmp_path / "notes.txt"
+    shutil.copytree(index, copy)
+    notes.write_text("mine")
+    asked = ("query", copy, PROMPT, "--answer", ANSWER, "-k", 1, "-q", "--html")
+    for file in (copy / "manifest.json", copy / "sentence" / "new.html", notes, tmp_path):
+        code, out, said = typed(*asked, file)
+        assert (code, out) == (2, "") and "--html" in said
+    assert notes.read_text() == "mine" and typed("check", copy)[0] == 0
+    assert typed(*asked, page)[0] == 0
+    assert typed(*asked, page)[0] == 0
+    assert "Influences on" in page.read_text()
+
+
 def test_rescoring_and_plain_tables_can_be_asked_for(typed, index):
     asked = ("query", index, PROMPT, "--answer", ANSWER, "-k", 2, "--json", "-q")
     value = json.loads(typed(*asked, "--rescore")[1])
