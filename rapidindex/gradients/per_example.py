@@ -377,13 +377,12 @@ class _Recorder:
         seen = set(todo)
         while todo:
             node = todo.pop()
-            number = self.numbers.get(id(getattr(node, "variable", None)))
-            if number is not None:
+            inputs = node.next_functions
+            if not inputs and (number := self.numbers.get(id(getattr(node, "variable", None)))) is not None:
                 raise _NoRule(f"{self.owner.layers[number].name}, used outside its module")
-            for before, _ in node.next_functions:
-                if before is not None and before not in seen:
-                    seen.add(before)
-                    todo.append(before)
+            new = {before for before, _ in inputs if before is not None} - seen
+            seen |= new
+            todo += new
 
     def flush(self) -> None:
         """Pass on the layers whose gradient is zero, or waits for calls that the loss does not depend on."""
