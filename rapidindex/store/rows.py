@@ -158,7 +158,7 @@ class Rows:
         self.example, self.position, self.token = np.empty(n, np.int64), np.empty(n, np.int32), np.empty(n, np.int32)
         for file, first_row in enumerate(self._first_row[:-1]):
             here, arrays = slice(first_row, self._first_row[file + 1]), self._arrays(file)
-            if fault := shards.numbers_fault(arrays, len(self._files[file].ids)):
+            if fault := shards.numbers_fault(self._files[file].layout, arrays, len(self._files[file].ids)):
                 raise self._damaged(file, fault)
             self.example[here] = arrays["example"] + self._first_example[file]
             self.position[here], self.token[here] = arrays["position"], arrays["token"]

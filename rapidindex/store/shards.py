@@ -15,8 +15,9 @@
 Knows the content of one shard, not its place or the other shards.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ ROW_TYPE, OLD_ROW_TYPE = "int8", "float16"
 """The type in new levels, and in those whose manifest says none."""
 _VERSIONS = {"int8": 2, "float16": 1}
 _STEPS = 127
+_HASHED = ("scale", "norms", "example", "position", "token", "examples_offsets", "ids")
 _REJECTED = [{"id": str, "line": (int, None), "reason": str}]
 _DTYPES = {
     **dict.fromkeys(("scale", "norms"), "<f4"),
@@ -170,7 +172,7 @@ def sealed_content(
         "index": json_column(index),
         "rows": Column(content.rows.shape, np.dtype(ROW_TYPES[row_type]), blocks),
     }
-    return columns, attributes
+    return columns, {**attributes, "numbers": _digest(block for name in _HASHED for block in columns[name].blocks)}
 
 
 def read_shard(path: Path, *, index: str, level: str, K: int, layers: int, row_type: str) -> Shard:
@@ -202,14 +204,13 @@ def read_shard(path: Path, *, index: str, level: str, K: int, layers: int, row_t
 def faults(shard: Shard) -> Iterator[str]:
     """Read all of an intact file, and yield what is wrong with its numbers and texts."""
     arrays = map_arrays(shard.layout)
-    for name in ("scale", "norms"):
-        if not np.isfinite(arrays[name]).all():
-            yield f"its {name} are not all finite"
+    if not np.isfinite(arrays["norms"]).all():
+        yield "its norms are not all finite"
     rows = arrays["rows"]
     step = _block_rows(rows.shape[1])
     if not all(np.isfinite(rows[first : first + step]).all() for first in range(0, len(rows), step)):
         yield "its rows are not all finite"
-    fault = numbers_fault(arrays, len(shard.ids))
+    fault = numbers_fault(shard.layout, arrays, len(shard.ids))
     if fault:
         yield fault
         return
@@ -220,11 +221,17 @@ def faults(shard: Shard) -> Iterator[str]:
         yield str(error)
 
 
-def numbers_fault(arrays: dict[str, np.ndarray], count: int) -> str:
-    """Return what is wrong with the numbers by which a shard's rows and texts belong to its examples; "" for nothing.
+def numbers_fault(layout: Layout, arrays: dict[str, np.ndarray], count: int) -> str:
+    """Return what is wrong with what lies beside a shard's rows, its texts excepted; "" for nothing.
 
-    `arrays` are those of the file, mapped, and `count` is its number of examples.
+    One changed bit of a scale can put a row first; one of an entry hardly changes a score. So the scales and their like
+    are compared with a checksum before rows are used, and the rows by `check` alone: that takes longer than a scan.
+    Shards of older versions have no such checksum. `arrays` are those of the file, and `count` is that of its examples.
     """
+    if layout.attributes.get("numbers") not in (None, _digest(arrays[name] for name in _HASHED)):
+        return "the numbers beside its rows were changed after they were written"
+    if not (np.isfinite(arrays["scale"]).all() and arrays["scale"].min(initial=0) >= 0):
+        return "its scales are not all finite and positive"
     if any_outside(arrays["example"], count):
         return f"its rows point outside its {count} examples"
     ends = arrays["examples_offsets"]
@@ -245,6 +252,14 @@ def read_record(arrays: dict[str, np.ndarray], number: int, id: str) -> dict[str
     if misfit(record, {"id": id}):
         raise ValueError("its examples and their ids differ")
     return record
+
+
+def _digest(arrays: Iterable[np.ndarray]) -> str:
+    """Return the first half of the SHA-256 of these arrays, in hexadecimal."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:32]
 
 
 def _scales(rows: np.ndarray, row_type: str) -> np.ndarray:

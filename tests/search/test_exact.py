@@ -163,9 +163,10 @@ def test_a_query_whose_scores_overflow_is_refused(rows):
 
 def test_stored_rows_that_are_not_finite_are_reported_as_damage(tmp_path, queries):
     store = make_store(tmp_path / "index", gradients(20, K), per_shard=10)
+    rows = store.rows("sentence")
     spoil(store.path / "sentence" / "shard-00001.h5", row=4)
     with pytest.raises(DamagedIndex, match="row 14 .*rapidindex check"):
-        exact_search(store.rows("sentence"), queries, 3)
+        exact_search(rows, queries, 3)
 
 
 @pytest.mark.gpu

@@ -406,9 +406,10 @@ def test_queries_that_cannot_be_used_are_refused(compact, queries):
 
 def test_rows_that_are_not_finite_are_refused(tmp_path):
     store = make_store(tmp_path / "index", gradients(20, K), per_shard=10)
+    rows = store.rows("sentence")
     spoil(store.path / "sentence" / "shard-00001.h5", row=4)
     with pytest.raises(DamagedIndex, match="row 14 "):
-        VectorIndex.build(store.rows("sentence"), factory="Flat")
+        VectorIndex.build(rows, factory="Flat")
 
 
 def test_an_index_larger_than_the_memory_is_refused_before_the_rows_are_read(store):

@@ -67,8 +67,7 @@ def make(path: Path, *shards: str, planned: int = 6) -> Store:
 def reseal(path, **changes):
     """Write a shard again with other arrays, as a faulty program would."""
     layout = container.read_layout(path)
+    attributes = {name: value for name, value in layout.attributes.items() if name != "numbers"}
     held = {name: np.array(array) for name, array in container.map_arrays(layout).items()} | changes
     path.unlink()
-    writing.write(
-        path, {name: writing.column(array, array.dtype.str) for name, array in held.items()}, layout.attributes
-    )
+    writing.write(path, {name: writing.column(array, array.dtype.str) for name, array in held.items()}, attributes)

@@ -67,7 +67,7 @@ MESSAGES = {
     "flipped seal": "were changed",
     "newer digit": "were changed",
     "a folder": "not an ordinary file",
-    "nan": "scale are not all finite",
+    "nan": "scales are not all finite",
     "another index's": "another index",
 }
 

@@ -208,7 +208,7 @@ def test_bytes_that_were_added_are_found(tmp_path):
     ("row_type", "changes", "fault"),
     [
         ("float16", {"rows": np.full((3, K), np.nan, "<f2")}, "rows are not all finite"),
-        ("int8", {"scale": np.full(3, np.inf, "<f4")}, "scale are not all finite"),
+        ("int8", {"scale": np.full(3, np.inf, "<f4")}, "scales are not all finite"),
         ("int8", {"example": np.array([0, 1, 3], "<i4")}, "point outside its 3 examples"),
         ("int8", {"examples": np.zeros(999, "u1")}, "examples cannot be read"),
         ("int8", {"examples": np.zeros(3, "u1")}, "lie outside their text"),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rapidindex.errors import ConfigMismatch, DamagedIndex, IndexBusy, NewerFormat, NotAnIndex, StoreError
-from rapidindex.store import Store, folder
+from rapidindex.store import Store, container, folder
 from tests.store.content import CONFIG, K, content, create, make, row_of, write
 
 
@@ -344,6 +344,18 @@ def test_a_changed_example_text_is_damage_and_not_a_traceback(path):
     file.write_bytes(file.read_bytes().replace(b'{"id":"b"', b'["id":"b"'))
     with pytest.raises(DamagedIndex, match="shard-00000.h5"):
         store.rows("sentence").record(1)
+
+
+@pytest.mark.parametrize("array", ["scale", "norms", "example", "position", "token", "examples_offsets", "ids"])
+def test_a_changed_bit_beside_the_rows_is_found_before_they_are_used(path, array):
+    make(path, "abc")
+    file = path / "sentence/shard-00000.h5"
+    extent = container.read_layout(file).extents[array]
+    good = file.read_bytes()
+    for place in (extent.offset, extent.offset + extent.nbytes - 1):
+        file.write_bytes(good[:place] + bytes([good[place] ^ 2]) + good[place + 1 :])
+        with pytest.raises(DamagedIndex, match=r"shard-00000\.h5"):
+            Store.open(path).rows("sentence")
 
 
 def test_many_shards_do_not_use_up_the_file_descriptors(path):
