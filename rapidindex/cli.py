@@ -64,6 +64,14 @@ TemplateName = Annotated[
     str, typer.Option("--template", help="alpaca, chat (the tokenizer's own), plain, or a text with {prompt} in it.")
 ]
 MaxLength = Annotated[int, typer.Option(help="Tokens of an example; what is longer is cut.")]
+TrainedTemplate = Annotated[
+    str | None,
+    typer.Option("--template", help="As in finetune.", show_default="that of finetune, or alpaca"),
+]
+TrainedLength = Annotated[
+    int | None,
+    typer.Option(help="Tokens of an example; what is longer is cut.", show_default="that of finetune, or 512"),
+]
 BatchTokens = Annotated[int, typer.Option(help="Tokens of a padded batch, at most.")]
 Workers = Annotated[int, typer.Option(help="Processes, each with a model of its own; spread over the GPUs.")]
 ShardSeconds = Annotated[
@@ -161,7 +169,7 @@ def finetune(
     dataset = read_examples(data, limit=limit)
     with Bars(quiet=quiet) as bars:
         summary = run(dataset, encoding, base, options, output, overwrite=overwrite, progress=bars)
-    _print(summary, as_json, finetune_tables(summary, len(dataset.skipped), str(data), model, template))
+    _print(summary, as_json, finetune_tables(summary, len(dataset.skipped), str(data), base, encoding, limit))
 
 
 @app.command()
@@ -173,8 +181,8 @@ def build(
     K: Annotated[int, typer.Option("-K", help="Length of a RapidGrad, a power of two.")] = SketchConfig.K,
     shuffles: Annotated[int, typer.Option(help="Row and column shuffles (the paper's λ).")] = SketchConfig.shuffles,
     quantize: Quantize = None,
-    template: TemplateName = EncodingConfig.template,
-    max_length: MaxLength = EncodingConfig.max_length,
+    template: TrainedTemplate = None,
+    max_length: TrainedLength = None,
     normalize: Annotated[
         str, typer.Option(help="unit, layer (the paper's) or none (TracIn).")
     ] = GradientConfig.normalize,
@@ -226,7 +234,7 @@ def build(
         data=str(data),
         output=str(output),
         model=ModelConfig(model, adapter, quantize, dtype, device),
-        encoding=EncodingConfig(template, max_length),
+        encoding=_encoding(adapter or model, template, max_length),
         gradient=GradientConfig(normalize, second_moment, moment_examples, seed),
         sketch=SketchConfig(K, shuffles, seed),
         work=BuildConfig(batch_tokens, workers, shard_seconds),
@@ -243,6 +251,19 @@ def build(
 
             summary = estimate(request, overwrite=overwrite, progress=bars)
     _print(summary, as_json, estimate_tables(summary) if dry_run else build_tables(summary))
+
+
+def _encoding(model: str, template: str | None, max_length: int | None) -> EncodingConfig:
+    """Return how examples are encoded: as asked for, or else as `finetune` did for this model or adapter."""
+    from rapidindex.model.files import trained_encoding
+
+    trained, asked = trained_encoding(model), {"template": template, "max_length": max_length}
+    given = {name: value for name, value in asked.items() if value is not None}
+    for name, value in given.items():
+        if value != trained.get(name, value):
+            flag = f"--{name.replace('_', '-')}"
+            print(f"{model} was trained with {flag} {trained[name]!r}, not {value!r}.", file=sys.stderr)
+    return EncodingConfig(**{**trained, **given})
 
 
 @app.command()
