@@ -493,3 +493,20 @@ def test_build_takes_template_and_length_from_the_record_of_finetune(tmp_path, l
         *["--template", "Q: {prompt}\\nA: ", "--max-length", "64", "--dtype", "bfloat16", "--limit", "7"],
         *["-o", "INDEX"],
     ]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_run_into_one_folder_is_refused_and_touches_nothing(tmp_path, llama_folders, dataset, overwrite):
+    config, output = on_cpu(llama_folders[0]), tmp_path / "adapter"
+    refused = []
+
+    def second(*report):
+        before = sorted(path.name for path in output.rglob("*"))
+        with pytest.raises(ModelError, match="Another run of finetune is writing to .*choose another --output"):
+            finetune(dataset, PLAIN, config, replace(QUICK, rank=2), output, overwrite=overwrite)
+        refused.append(before == sorted(path.name for path in output.rglob("*")))
+
+    finetune(dataset, PLAIN, config, replace(QUICK, epochs=1), output, progress=second)
+    assert refused and all(refused)
+    assert load(on_cpu(llama_folders[0], output)).trainable
+    finetune(dataset, PLAIN, config, replace(QUICK, rank=2, epochs=1), output, overwrite=True)
