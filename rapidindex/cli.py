@@ -89,6 +89,18 @@ TemplateName = Annotated[
 ]
 MaxLength = Annotated[int, typer.Option(help="Tokens of an example; what is longer is cut.")]
 Loss = Annotated[str, typer.Option(help="Assistant turns in the loss: all, or the last.")]
+TrainedTemplate = Annotated[
+    str | None,
+    typer.Option("--template", help="As in finetune.", show_default="that of finetune, or alpaca"),
+]
+TrainedLength = Annotated[
+    int | None,
+    typer.Option(help="Tokens of an example; what is longer is cut.", show_default="that of finetune, or 512"),
+]
+TrainedLoss = Annotated[
+    str | None,
+    typer.Option(help="Assistant turns in the loss: all, or the last.", show_default="that of finetune, or all"),
+]
 BatchTokens = Annotated[int, typer.Option(help="Tokens of a padded batch, at most.")]
 Workers = Annotated[int, typer.Option(help="Processes, each with a model of its own; spread over the GPUs.")]
 ShardSeconds = Annotated[
@@ -187,7 +199,7 @@ def finetune(
     dataset = read_examples(data, limit=limit, loss=loss)
     with Bars(quiet=quiet) as bars:
         summary = run(dataset, encoding, base, options, output, overwrite=overwrite, progress=bars)
-    _print(summary, as_json, finetune_tables(summary, len(dataset.skipped), str(data), model, template))
+    _print(summary, as_json, finetune_tables(summary, len(dataset.skipped), str(data), base, encoding, limit))
 
 
 @app.command()
@@ -199,9 +211,9 @@ def build(
     K: Annotated[int, typer.Option("-K", help="Length of a RapidGrad, a power of two.")] = SketchConfig.K,
     shuffles: Annotated[int, typer.Option(help="Row and column shuffles (the paper's λ).")] = SketchConfig.shuffles,
     quantize: Quantize = None,
-    template: TemplateName = EncodingConfig.template,
-    max_length: MaxLength = EncodingConfig.max_length,
-    loss: Loss = EncodingConfig.loss,
+    template: TrainedTemplate = None,
+    max_length: TrainedLength = None,
+    loss: TrainedLoss = None,
     normalize: Annotated[
         str, typer.Option(help="unit, layer (the paper's) or none (TracIn).")
     ] = GradientConfig.normalize,
@@ -255,7 +267,7 @@ def build(
         data=str(data),
         output=str(output),
         model=ModelConfig(model, adapter, quantize, dtype, device),
-        encoding=EncodingConfig(template, max_length, loss),
+        encoding=_encoding(adapter or model, template=template, max_length=max_length, loss=loss),
         gradient=GradientConfig(normalize, second_moment, moment_examples, seed),
         sketch=SketchConfig(K, shuffles, seed),
         work=BuildConfig(batch_tokens, workers, shard_seconds),
@@ -272,6 +284,19 @@ def build(
 
             summary = estimate(request, overwrite=overwrite, progress=bars)
     _print(summary, as_json, estimate_tables(summary) if dry_run else build_tables(summary))
+
+
+def _encoding(model: str, **asked: str | int | None) -> EncodingConfig:
+    """Return how examples are encoded: as asked for, or else as `finetune` did for this model or adapter."""
+    from rapidindex.model.files import trained_encoding
+
+    trained = trained_encoding(model)
+    given = {name: value for name, value in asked.items() if value is not None}
+    for name, value in given.items():
+        if value != trained.get(name, value):
+            flag = f"--{name.replace('_', '-')}"
+            print(f"{model} was trained with {flag} {trained[name]!r}, not {value!r}.", file=sys.stderr)
+    return EncodingConfig(**{**trained, **given})
 
 
 @app.command()

@@ -48,6 +48,8 @@ def add_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":
     except torch.OutOfMemoryError:
         raise
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        if "can't allocate memory" in str(error):
+            raise
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise ModelError(f"The adapter {folder} does not fit {model.name_or_path}: {reason}", hint=hint) from error
     missing, extra = _never_loaded(adapted, result.missing_keys), sorted(result.unexpected_keys)

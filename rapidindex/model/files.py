@@ -222,6 +222,17 @@ def _check_finished(folder: Path) -> None:
         )
 
 
+def trained_encoding(folder: str | None) -> dict[str, Any]:
+    """Return `template`, `max_length` and `loss` with which `finetune` made this adapter or model; {} where it did not."""
+    place = Path(folder).expanduser() if folder else Path()
+    for record in (place / FINETUNE_RECORD, place.parent / FINETUNE_RECORD) if folder else ():  # OUTPUT, OUTPUT/early
+        if record.is_file():
+            settings = read_json(record).get("settings")
+            known = {"loss": "last", **settings} if isinstance(settings, dict) else {}  # as it was without --loss
+            return {name: known[name] for name in ("template", "max_length", "loss") if name in known}
+    return {}
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Return the JSON object in `file`; raise ModelError if there is none."""
     try:

@@ -8,8 +8,12 @@ early/                     the model after the first tenth of the steps
 *                          the adapter or model, with its tokenizer
 """
 
+import fcntl
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from typing import Any
 from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig, fingerprint
 from rapidindex.data.examples import Dataset
 from rapidindex.data.templates import check_template
-from rapidindex.errors import ConfigMismatch, UsageError
+from rapidindex.errors import ConfigMismatch, ModelError, UsageError
 from rapidindex.model.files import CHECKPOINTS, FINETUNE_RECORD, find_model, model_fingerprint, read_json
 from rapidindex.progress import Progress, silent
 
@@ -74,6 +78,20 @@ def finetune(
     model_config, options = _check(model_config, options.complete())
     output = Path(output).absolute()
     settings = _settings(dataset, encoding, model_config, options)
+    with _locked(output):
+        return _finetune(dataset, encoding, model_config, options, output, settings, overwrite, progress)
+
+
+def _finetune(
+    dataset: Dataset,
+    encoding: EncodingConfig,
+    model_config: ModelConfig,
+    options: FinetuneConfig,
+    output: Path,
+    settings: dict[str, Any],
+    overwrite: bool,
+    progress: Progress,
+) -> FinetuneSummary:
     several = any(example.has_earlier_replies for example in dataset.examples)
     # Before there was --loss, the last turn alone was in it.
     record = _open(output, settings, overwrite, {"loss": "last" if several else encoding.loss})
@@ -132,6 +150,29 @@ def _settings(
         **encoded,
         **training,
     }
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Make the folder `output`, and hold it for this run alone; raise ModelError where another run is writing to it.
+
+    The operating system lets go of the folder when the process ends, however it ends.
+    """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file.", hint="Choose another --output.")
+    output.mkdir(parents=True, exist_ok=True)
+    folder = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # file systems without locks
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ModelError(
+                    f"Another run of finetune is writing to {output}.", hint="Wait for it, or choose another --output."
+                ) from error
+        yield
+    finally:
+        os.close(folder)
 
 
 def _open(output: Path, settings: dict[str, Any], overwrite: bool, defaults: dict[str, Any]) -> dict[str, Any] | None:

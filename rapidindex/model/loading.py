@@ -67,12 +67,12 @@ def translate_errors(config: ModelConfig) -> Iterator[None]:
         yield
     except RapidIndexError:
         raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        smaller = "--dtype bfloat16 or --quantize 4bit" if config.adapter else "--dtype bfloat16"
-        raise ResourceError(
-            f"{config.model} does not fit into the memory of {config.device}.", hint=f"Try {smaller}."
-        ) from error
     except Exception as error:
+        if out_of_memory(error):
+            smaller = "--dtype bfloat16 or --quantize 4bit" if config.adapter else "--dtype bfloat16"
+            raise ResourceError(
+                f"{config.model} does not fit into the memory of {config.device}.", hint=f"Try {smaller}."
+            ) from error
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{config.model} needs program code of its own (`auto_map` in its config.json or"
@@ -82,6 +82,11 @@ def translate_errors(config: ModelConfig) -> Iterator[None]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
         raise ModelError(f"{config.model} could not be loaded ({reason}).", hint=_advice(str(error))) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory does not suffice; on a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _advice(text: str) -> str:

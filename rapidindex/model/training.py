@@ -240,7 +240,9 @@ class _Trainer(transformers.Trainer):
         """Train to the last step; raise ResourceError where a batch does not fit into memory."""
         try:
             self.train(resume_from_checkpoint=checkpoint)
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if not loading.out_of_memory(error):
+                raise
             raise ResourceError(
                 f"A batch of {self.options.batch_size} examples does not fit into the memory of {self.args.device}.",
                 hint="Give a smaller --batch-size (with a larger --accumulation), or --max-length.",

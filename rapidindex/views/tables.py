@@ -3,12 +3,17 @@
 A value named `next` is the command to type next.
 """
 
+import shlex
 from typing import Any
+
+from rapidindex.config import EncodingConfig, ModelConfig
 
 Tables = dict[str, dict[str, Any]]
 
 
-def finetune_tables(summary: Any, unusable: int, data: str, model: str, template: str) -> Tables:
+def finetune_tables(
+    summary: Any, unusable: int, data: str, base: ModelConfig, encoding: EncodingConfig, limit: int | None = None
+) -> Tables:
     """Return one table about a fine-tuning run, from its FinetuneSummary and the number of unusable rows in `data`."""
     full = summary.method == "full"
     lines = {
@@ -24,10 +29,25 @@ def finetune_tables(summary: Any, unusable: int, data: str, model: str, template
         lines["refused"] = f"{len(summary.refused)} by the chat template; line {first['line']}: {first['reason']}"
     if summary.early_step:
         lines["early"] = f"{summary.output}/early, after step {summary.early_step:,}"
-    models = f"-m {summary.output}" if full else f"-m {model} -a {summary.output}"
-    option = "" if template == "alpaca" else f" --template {template!r}"
-    lines["next"] = f"rapidindex build {data} {models}{option} -o INDEX"
+    quantize = base.quantize or ("4bit" if summary.method == "qlora" else None)
+    options = {
+        "-m": summary.output if full else base.model,
+        "-a": None if full else summary.output,
+        "--template": _unless(encoding.template, EncodingConfig.template),
+        "--max-length": _unless(encoding.max_length, EncodingConfig.max_length),
+        "--loss": _unless(encoding.loss, EncodingConfig.loss),
+        "--quantize": quantize,
+        "--dtype": _unless(base.dtype, ModelConfig.dtype),
+        "--limit": limit,
+        "-o": "INDEX",
+    }
+    given = [str(word) for option in options.items() if option[1] is not None for word in option]
+    lines["next"] = shlex.join(["rapidindex", "build", data, *given])
     return {f"{'Model' if full else 'Adapter'} {summary.output}": lines}
+
+
+def _unless(value: Any, default: Any) -> Any:
+    return None if value == default else value
 
 
 def build_tables(summary: Any) -> Tables:

@@ -15,8 +15,9 @@ from rapidindex import BuildRequest, Index, build
 from rapidindex.caching.estimate import estimate
 from rapidindex.config import EncodingConfig, FinetuneConfig, SketchConfig
 from rapidindex.data.examples import read_examples
-from rapidindex.errors import ModelError
+from rapidindex.errors import ModelError, ResourceError
 from rapidindex.model.finetune import finetune
+from rapidindex.model.loading import translate_errors
 from rapidindex.model.model import adopt, generate, load
 from tests import tiny
 from tests.model.test_model import IDS, copy, cpu, edit_json
@@ -258,3 +259,9 @@ def test_a_model_that_computes_its_positions_has_no_limit(tiny_folders):
     assert loaded.limits.positions == 64 and loaded.model(input_ids=torch.full((1, 64), 5)).logits.shape == (1, 64, 320)
     with pytest.raises(IndexError):
         loaded.model(input_ids=torch.full((1, 65), 5))
+
+
+def test_too_little_memory_of_the_computer_is_a_resource_error():
+    with pytest.raises(ResourceError, match="does not fit into the memory of cpu.*--dtype bfloat16"):
+        with translate_errors(cpu(Path("large"))):
+            torch.empty(2**60)

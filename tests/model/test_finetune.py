@@ -1,6 +1,7 @@
 """Fine-tuning tiny real models through Trainer and peft."""
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from rapidindex import cli
 from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig
 from rapidindex.data.examples import Dataset, read_examples
 from rapidindex.data.templates import Template
@@ -24,6 +26,7 @@ from rapidindex.model import training
 from rapidindex.model.finetune import FinetuneSummary, finetune
 from rapidindex.model.model import generate, load
 from rapidindex.model.training import collate, target_modules
+from rapidindex.views.tables import finetune_tables
 from tests import tiny
 
 CAPITALS = {"Japan": "Tokyo", "India": "New Delhi", "France": "Paris", "Italy": "Rome, of course", "Spain": "Madrid"}
@@ -472,3 +475,38 @@ def test_each_epoch_sees_every_example_in_an_order_of_its_own(tmp_path, llama_fo
     first, second, third = (orders[start : start + 5] for start in (0, 5, 10))
     assert len(orders) == 15 and len(set(map(tuple, first))) == 5 and sorted(first) == sorted(second) == sorted(third)
     assert first != second or second != third
+
+
+def test_build_takes_template_and_length_from_the_record_of_finetune(tmp_path, llama_folders, dataset, data, capsys):
+    encoding = EncodingConfig("Q: {prompt}\\nA: ", 64)
+    config = on_cpu(llama_folders[0], dtype="bfloat16")
+    summary = finetune(dataset, encoding, config, replace(QUICK, epochs=1, early=0.5), tmp_path / "my adapter")
+    for folder in (tmp_path / "my adapter", tmp_path / "my adapter" / "early"):
+        assert cli._encoding(str(folder), None, None) == encoding
+        assert capsys.readouterr().err == ""
+        assert cli._encoding(str(folder), "plain", None) == EncodingConfig("plain", 64)
+        assert "was trained with --template 'Q: {prompt}" in capsys.readouterr().err
+    assert cli._encoding(str(llama_folders[0]), None, None) == EncodingConfig()
+    table = next(iter(finetune_tables(summary, 0, "my data.jsonl", config, encoding, 7).values()))
+    assert shlex.split(table["next"]) == [
+        *["rapidindex", "build", "my data.jsonl", "-m", config.model, "-a", str(tmp_path / "my adapter")],
+        *["--template", "Q: {prompt}\\nA: ", "--max-length", "64", "--dtype", "bfloat16", "--limit", "7"],
+        *["-o", "INDEX"],
+    ]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_run_into_one_folder_is_refused_and_touches_nothing(tmp_path, llama_folders, dataset, overwrite):
+    config, output = on_cpu(llama_folders[0]), tmp_path / "adapter"
+    refused = []
+
+    def second(*report):
+        before = sorted(path.name for path in output.rglob("*"))
+        with pytest.raises(ModelError, match="Another run of finetune is writing to .*choose another --output"):
+            finetune(dataset, PLAIN, config, replace(QUICK, rank=2), output, overwrite=overwrite)
+        refused.append(before == sorted(path.name for path in output.rglob("*")))
+
+    finetune(dataset, PLAIN, config, replace(QUICK, epochs=1), output, progress=second)
+    assert refused and all(refused)
+    assert load(on_cpu(llama_folders[0], output)).trainable
+    finetune(dataset, PLAIN, config, replace(QUICK, rank=2, epochs=1), output, overwrite=True)

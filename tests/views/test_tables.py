@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from rapidindex.config import EncodingConfig, ModelConfig
 from rapidindex.views import tables
 
 BUILT = {
@@ -93,17 +94,20 @@ def test_a_build_says_what_was_unusual(changes, name, text):
 @pytest.mark.parametrize(
     ("changes", "title", "command"),
     [
-        ({}, "Adapter tuned", "rapidindex build d.jsonl -m base -a tuned --template 'chat' -o INDEX"),
-        ({"method": "full"}, "Model tuned", "rapidindex build d.jsonl -m tuned --template 'chat' -o INDEX"),
+        ({}, "Adapter tuned", "rapidindex build d.jsonl -m base -a tuned --template chat -o INDEX"),
+        ({"method": "full"}, "Model tuned", "rapidindex build d.jsonl -m tuned --template chat -o INDEX"),
     ],
 )
 def test_a_fine_tuning_run_says_the_build_to_type_next(changes, title, command):
-    shown = tables.finetune_tables(SimpleNamespace(**TUNED | changes), 2, "d.jsonl", "base", "chat")
+    shown = tables.finetune_tables(
+        SimpleNamespace(**TUNED | changes), 2, "d.jsonl", ModelConfig("base"), EncodingConfig("chat")
+    )
     assert list(shown) == [title]
     lines = shown[title]
     assert (lines["loss"], lines["time"], lines["next"]) == ("2.500 → 1.250", "10 s", command)
     assert lines["left out"] == "2 unusable rows, 0 without room for their response"
-    assert "--template" not in str(tables.finetune_tables(SimpleNamespace(**TUNED), 0, "d.jsonl", "base", "alpaca"))
+    plain = tables.finetune_tables(SimpleNamespace(**TUNED), 0, "d.jsonl", ModelConfig("base"), EncodingConfig())
+    assert "--template" not in str(plain)
 
 
 def test_an_estimate_has_a_table_for_each_resource_in_units_that_suit_it():
