@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,8 +176,8 @@ def _recipe(request: BuildRequest, loaded: LoadedModel, template: Template, data
     config, fingerprints = loaded.config, loaded.fingerprints
     with_tokens = "token" in request.levels
     return Recipe(
-        model=Source(config.model, fingerprints["model"]),
-        adapter=Source(config.adapter, fingerprints["adapter"]),
+        model=Source(_place(config.model), fingerprints["model"]),
+        adapter=Source(_place(config.adapter), fingerprints["adapter"]),
         tokenizer=fingerprints["tokenizer"],
         quantize=config.quantize,
         dtype=config.dtype,
@@ -188,6 +189,11 @@ def _recipe(request: BuildRequest, loaded: LoadedModel, template: Template, data
         token=request.token if with_tokens else None,
         tokens_of=("all" if request.token_examples is None else "listed") if with_tokens else None,
     )
+
+
+def _place(path: str | None) -> str | None:
+    """Return an existing path as an absolute one, which is found from anywhere; a hub name as it is."""
+    return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
 
 
 def _encode(dataset: Dataset, template: Template, source: str) -> tuple[list[Item], list[dict[str, Any]]]:

@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers
 
+from rapidindex import BuildRequest, Index, build
+from rapidindex.config import SketchConfig
 from rapidindex.errors import ModelError
 from rapidindex.model.model import load
 from tests import tiny
@@ -143,3 +145,18 @@ def test_checkpoints_are_sorted_as_numbers(tmp_path, llama_folders):
         copy(llama_folders[0], models / f"checkpoint-{number}")
     with pytest.raises(ModelError, match="subfolders: -m .*checkpoint-1000"):
         load(cpu(models))
+
+
+def test_an_index_knows_its_model_from_everywhere(tmp_path, llama_folders, data, monkeypatch):
+    copy(llama_folders[0], tmp_path / "models" / "tiny")
+    copy(llama_folders[1], tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    config = cpu(Path("models/tiny"), Path("adapter"))
+    build(BuildRequest(str(data), "index", config, sketch=SketchConfig(K=1024), limit=2))
+    monkeypatch.chdir("/")
+    index = Index.open(tmp_path / "index", device="cpu")
+    assert index.recipe.model.path == str(tmp_path / "models" / "tiny")
+    assert index.query("What is tea?", answer="Nice.").matches
+    shutil.rmtree(tmp_path / "models")
+    with pytest.raises(ModelError, match="There is no model at"):
+        Index.open(tmp_path / "index", device="cpu").query("What is tea?", answer="Nice.")
