@@ -223,7 +223,7 @@ def _check_finished(folder: Path) -> None:
 
 
 def trained_encoding(folder: str | None) -> dict[str, Any]:
-    """Return `template`, `max_length` and `loss` with which `finetune` made this adapter or model; {} where it did not."""
+    """Return the template, max_length and loss with which `finetune` made this model or adapter; {} if it did not."""
     place = Path(folder).expanduser() if folder else Path()
     for record in (place / FINETUNE_RECORD, place.parent / FINETUNE_RECORD) if folder else ():  # OUTPUT, OUTPUT/early
         if record.is_file():
