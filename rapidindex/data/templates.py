@@ -207,19 +207,12 @@ class Template:
     def check_whole(self, example: Example) -> None:
         """Raise ModelError where the chat template leaves out anything of the example but the thoughts before its end.
 
-        Nor may it write another text before the response than the one that a query would be answered after. Templates
-        that are texts do neither.
+        Templates that are texts leave out nothing.
         """
         if self.name != "chat":
             return
         turns, tools = example.turns, example.tools
         text = self._render(turns, tools)
-        if turns[:-1] and not text.startswith(self.render_prompt(turns[:-1], tools)):
-            raise ModelError(
-                f"The chat template asks for an answer with another text than it writes before the response of the "
-                f"example {example.id} (line {example.line}).",
-                hint="Use --template alpaca.",
-            )
         if tools and self._render(turns) == text:
             raise self._not_written(turns, None, example, "the tools")
         for number, turn in enumerate(turns):

@@ -648,11 +648,12 @@ def test_what_a_query_renders_is_a_prefix_of_what_is_trained_and_encoded(name, m
         assert len(ids) == trained.prompt_tokens or thought, kind
 
 
-def test_a_template_that_asks_with_another_text_than_it_trains_on_is_refused():
+def test_a_template_that_opens_a_thought_for_its_answers_is_read_as_it_trains():
     prompt = R1.replace("<|assistant|>\n{% endif", "<|assistant|>\n<think>\n{% endif")
-    with pytest.raises(ModelError, match="another text than it writes before the response") as caught:
-        Template("chat", _chatter(template=prompt), 512).check_whole(_example("Tokyo"))
-    assert "--template alpaca" in caught.value.hint
+    template, example = Template("chat", _chatter(template=prompt), 512), _example("Tokyo")
+    template.check_whole(example)
+    assert "<think>" in template.render_prompt(example.messages)
+    assert "<think>" not in template.tokenizer.decode(template.encode(example, end=False).input_ids)
 
 
 def test_a_template_that_strips_the_thought_of_the_response_refuses_it():
