@@ -117,7 +117,7 @@ def test_an_example_that_does_not_fit_is_named_and_what_was_finished_is_kept(dat
         build(replace(asked, **model))
     assert 0 < len(all_rows(tmp_path / "index")) < 10
     with pytest.raises(ResourceError, match="one example"):
-        always = short_of_memory(llama_folders, MemoryError(), lambda ids: True)
+        always = short_of_memory(llama_folders, MemoryError(), lambda ids: ids.shape[1] > 16)
         build(replace(request(data, tmp_path / "other", llama_folders), **always))
 
 

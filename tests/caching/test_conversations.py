@@ -97,10 +97,11 @@ def test_a_heat_map_spans_all_turns_and_its_shares_average_to_the_influence(tmp_
 
 
 def test_finetune_trains_on_the_tokens_that_build_takes(tmp_path, folders):
-    tokenizer = load(ModelConfig(str(folders[0]))).tokenizer
+    loaded = load(ModelConfig(str(folders[0])))
+    tokenizer, limits = loaded.tokenizer, loaded.limits
     for loss in ("all", "last"):
         dataset, template = read_examples(ROWS, loss=loss), Template("chat", tokenizer, 512)
-        trained, refused = _encode(dataset, template)
+        trained, refused = _encode(dataset, template, limits)
         assert refused == []
         for example, features in zip(dataset.examples, trained, strict=True):
             encoding = template.encode(example)

@@ -635,7 +635,7 @@ def test_a_damaged_index_is_named_with_the_way_to_rebuild_it(store):
     with pytest.raises(DamagedIndex, match="should have .*rapidindex index"):
         VectorIndex.open(rows)
     file.write_bytes(b"x" * len(whole))
-    with pytest.raises(DamagedIndex, match="cannot be read.*rapidindex index"):
+    with pytest.raises(DamagedIndex, match="changed after it was written.*rapidindex index"):
         VectorIndex.open(rows)
     file.unlink()
     with pytest.raises(DamagedIndex, match="missing.*rapidindex index"):
