@@ -16,6 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from rapidindex.config import (
+    DIM,
+    TARGET_RECALL,
     BuildConfig,
     BuildRequest,
     EncodingConfig,
@@ -358,8 +360,8 @@ def index(
     factory: Annotated[
         str | None, typer.Option(help='FAISS factory such as Flat or "HR,RaBitQ", or exact.', show_default="by size")
     ] = None,
-    dim: Annotated[int, typer.Option(help="Length of the folded rows; divides K.")] = 16_384,
-    target_recall: Annotated[float, typer.Option(help="Recall@10 to reach.")] = 0.99,
+    dim: Annotated[int, typer.Option(help="Length of the folded rows; divides K.")] = DIM,
+    target_recall: Annotated[float, typer.Option(help="Recall@10 to reach.")] = TARGET_RECALL,
     level: Annotated[
         str | None, typer.Option(help="Of whole examples (sentence) or tokens (token).", show_default="all")
     ] = None,

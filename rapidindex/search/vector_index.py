@@ -27,6 +27,7 @@ import psutil
 import torch
 from jaxtyping import Bool, Float32, Float64, Int64
 
+from rapidindex.config import DIM, TARGET_RECALL
 from rapidindex.errors import DamagedIndex, ResourceError, UsageError
 from rapidindex.progress import Progress, silent
 from rapidindex.search.calibration import Calibration, calibrate, draw_held_out, max_candidates
@@ -48,11 +49,6 @@ EXACT = "exact"
 DEFAULT_FACTORY = "HR,RaBitQ"
 EXACT_MAX_ENTRIES = 2**29
 """Up to this many entries in all rows the default is the exact scan: under 0.1 s a query."""
-DIM = 16_384
-"""The default length of a fold, lowered to K. Rows of real gradients are nearly orthogonal, so the noise of a short
-fold hides the nearest rows: 4,096 is searched in a quarter of the time, and needs many times the candidates, each 500
-times as expensive."""
-TARGET_RECALL = 0.99
 REMEASURE_GROWTH = 1.1
 """`update` measures recall again once the live rows have grown by this factor since the last measurement."""
 _TRAIN_ROWS, _TRAIN_PER_LIST, _TRAIN_BYTES = 2**14, 64, 2**30
