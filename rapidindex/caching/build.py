@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from rapidindex.caching.batches import Item, padded_tokens
@@ -166,7 +165,7 @@ def _summary(
     main = next(iter(rows.values()))
     return BuildSummary(
         index=str(store.path),
-        examples=len(np.unique(main.example[main.live_mask])),
+        examples=len(main.live_examples),
         computed=len({id for level in rows for id in rows[level].done_ids - before[level]}),
         tokens=int(rows["token"].live_mask.sum()) if "token" in rows else None,
         without_tokens=_without_tokens(store, job, rows),

@@ -19,7 +19,7 @@ import torch
 
 from rapidindex.caching.batches import Item, as_batch, padded_tokens, plan_batches
 from rapidindex.caching.job import Job, LevelPlan, check_recipe, plan_levels, prepare, read_existing, same_day
-from rapidindex.caching.moment import moment_sample
+from rapidindex.caching.moment import ESTIMATES, moment_sample
 from rapidindex.config import BuildRequest
 from rapidindex.errors import ResourceError
 from rapidindex.gradients.eigenbases import seconds_to_find
@@ -96,9 +96,10 @@ def estimate(request: BuildRequest, *, overwrite: bool = False, progress: Progre
     if not plans:
         raise ResourceError(f"{request.output} holds all that is asked for already: nothing is left to do.")
     free = free_resources(job)
-    check_resources(resources_of(job, plans, store), free, request.output)
+    least = resources_of(job, plans, store)
+    check_resources(least, free, request.output)
     timings = [_Timing(job, plan, progress) for plan in plans]
-    needed = _combine([_measured(job, timing, store) for timing in timings])
+    needed = replace(_combine([_measured(job, timing) for timing in timings]), disk=least.disk)
     check_resources(_beyond_this_process(job, needed), free, request.output)
     seconds = {"read data and model": loading}
     for timing in timings:
@@ -186,8 +187,8 @@ def _least(job: Job, plan: LevelPlan, store: Store | None) -> ResourceEstimate:
     return ResourceEstimate(_disk_bytes(job, plan, store), memory | arrays, {})
 
 
-def _measured(job: Job, timing: "_Timing", store: Store | None) -> ResourceEstimate:
-    """Return the bytes of all processes, from the measured peak of one."""
+def _measured(job: Job, timing: "_Timing") -> ResourceEstimate:
+    """Return the memory of all processes, from the measured peak of one."""
     plan, workers = timing.plan, len(timing.plan.devices)
     memory = {"longest batch, model and libraries": timing.peak, "rows buffer": workers * _buffer_bytes(job, plan)}
     device = {}
@@ -195,7 +196,7 @@ def _measured(job: Job, timing: "_Timing", store: Store | None) -> ResourceEstim
         device = {"longest batch and model": timing.device_peak * max(map(plan.devices.count, plan.devices))}
     if workers > 1:
         memory["other workers"] = (workers - 1) * max(0, timing.peak - sum(_array_bytes(job).values()))
-    return ResourceEstimate(_disk_bytes(job, plan, store), memory, device)
+    return ResourceEstimate({}, memory, device)
 
 
 def _beyond_this_process(job: Job, needed: ResourceEstimate) -> ResourceEstimate:
@@ -279,7 +280,7 @@ class _Timing:
         job, level, workers = self.job, self.plan.level, len(self.plan.devices)
         parts = {}
         kind = preconditioner_of(job.recipe.gradient.second_moment)
-        if lacks_moment and job.recipe.gradient.second_moment in ("estimate", "kronecker"):
+        if lacks_moment and job.recipe.gradient.second_moment in ESTIMATES:
             sample = plan_batches(moment_sample(job), job.request.work.batch_tokens)
             parts["second moment"] = kind.sample_passes * self._caching_seconds(sample)
             if kind.vector_entries(job.layers):
@@ -317,20 +318,10 @@ class _Timing:
 
 def _stand_in(job: Job, plan: LevelPlan) -> Compressor:
     """Return a compressor that takes the time and memory of the build's own, whose second moment is not known yet."""
-    config = replace(job.request.sketch, K=plan.K)
-    slots = Sketch(job.size, config).slots(0, job.size).to(job.device)
-    kind = preconditioner_of(job.recipe.gradient.second_moment)
-    factors = kind.factors_of(torch.ones(job.size), job.layers)
-    return Compressor(
-        job.gradients,
-        Sketch(job.size, config, slots),
-        normalize=job.recipe.gradient.normalize,
-        preconditioner=kind(
-            job.layers,
-            None if factors is None else factors.to(job.device),
-            torch.zeros(kind.vector_entries(job.layers), device=job.device),
-        ),
-    )
+    slots = Sketch(job.size, replace(job.recipe.sketch, K=plan.K)).slots(0, job.size)
+    entries = preconditioner_of(job.recipe.gradient.second_moment).vector_entries(job.layers)
+    moment = {"v": np.ones(job.size, np.float32), "vectors": np.zeros(entries, np.float32)}
+    return Compressor.of(job.recipe, job.gradients, **moment, K=plan.K, slots=slots)
 
 
 class _PeakMemory:

@@ -17,9 +17,9 @@ import torch
 from rapidindex.caching.batches import Item, Unit, padded_tokens, plan_units
 from rapidindex.config import BuildRequest, ModelConfig
 from rapidindex.data.examples import Dataset, read_examples
-from rapidindex.data.templates import Template, check_template
+from rapidindex.data.templates import Template, check_template, encode_examples
 from rapidindex.data.tokens import token_positions
-from rapidindex.errors import DataError, ModelError, UsageError
+from rapidindex.errors import DataError, UsageError
 from rapidindex.gradients.losses import Layer
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.model.model import LoadedModel, adopt, load
@@ -198,28 +198,22 @@ def _place(path: str | None) -> str | None:
 
 def _encode(dataset: Dataset, template: Template, source: str) -> tuple[list[Item], list[dict[str, Any]]]:
     """Return the examples as token ids, and the rows that are left out: one that the template refuses ends no build."""
-    items, skipped = [], [asdict(row) for row in dataset.skipped]
-    refused: list[ModelError] = []
-    for example in dataset.examples:
-        try:
-            template.check_whole(example)
-            encoding = template.encode(example)
-        except ModelError as error:
-            refused.append(error)
-            skipped.append({"line": example.line, "reason": error.message.rstrip(".")})
-            continue
+    encoded, refused = encode_examples(template, dataset.examples)
+    items, left_out = [], [{"line": example.line, "reason": error.message.rstrip(".")} for example, error in refused]
+    for example, encoding in encoded:
         if encoding.response_mask.any():
             items.append(Item(replace(example, response=encoding.response), encoding, source))
         else:
             reason = f"the prompt alone has {encoding.prompt_tokens} tokens, and --max-length is {template.max_length}"
-            skipped.append({"line": example.line, "reason": reason})
+            left_out.append({"line": example.line, "reason": reason})
     if not items:
         if refused:
-            raise refused[0]
+            raise refused[0][1]
         raise DataError(
             f"{dataset.path} has no example with a response left to learn from.", hint="Give a larger --max-length."
         )
-    return items, skipped
+    skipped = [asdict(row) for row in dataset.skipped]
+    return items, skipped + sorted(left_out, key=lambda row: row["line"])
 
 
 def _check_listed(ids: frozenset[str] | None, items: Sequence[Item], data: str) -> None:

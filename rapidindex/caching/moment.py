@@ -8,14 +8,14 @@ from torch import Tensor
 from rapidindex.caching.batches import Item, as_batch, does_not_fit, padded_tokens, plan_batches
 from rapidindex.caching.job import Job
 from rapidindex.errors import ModelError, StoreError
-from rapidindex.gradients.losses import Batch
-from rapidindex.gradients.per_example import is_out_of_memory
+from rapidindex.gradients.losses import Batch, is_out_of_memory
 from rapidindex.gradients.second_moment import preconditioner_of, read_second_moment
 from rapidindex.progress import Progress
 from rapidindex.recipe import Recipe
 from rapidindex.store import Store
 
-_ESTIMATES = ("estimate", "kronecker")
+ESTIMATES = ("estimate", "kronecker")
+"""Second moments that are estimated from a sample; others are read from a training checkpoint."""
 
 
 def moment_sample(job: Job) -> list[Item]:
@@ -45,7 +45,7 @@ def ensure_second_moment(job: Job, store: Store, progress: Progress) -> None:
     if source == "none" or store.second_moment() is not None:
         return
     vectors = None
-    if source in _ESTIMATES:
+    if source in ESTIMATES:
         moment, vectors = _estimate(job, progress)
     else:
         moment = read_second_moment(source, job.loaded.model, job.layers)

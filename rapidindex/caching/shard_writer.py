@@ -15,7 +15,7 @@ import torch
 
 from rapidindex.caching.batches import Item, Unit, as_batch, does_not_fit, padded_tokens
 from rapidindex.config import BuildConfig
-from rapidindex.gradients.per_example import is_out_of_memory
+from rapidindex.gradients.losses import is_out_of_memory
 from rapidindex.gradients.rapidgrad import Compressor, RapidGrads, concatenate
 from rapidindex.store import Rows, ShardContent
 

@@ -283,6 +283,20 @@ class Template:
         return Encoding(input_ids, mask, tokens[: int(mask.sum())], len(ids) > self.max_length, first, response)
 
 
+def encode_examples(
+    template: Template, examples: Iterable[Example]
+) -> tuple[list[tuple[Example, Encoding]], list[tuple[Example, ModelError]]]:
+    """Encode examples. The second list has those that the template refuses or does not write whole, with the error."""
+    encoded, refused = [], []
+    for example in examples:
+        try:
+            template.check_whole(example)
+            encoded.append((example, template.encode(example)))
+        except ModelError as error:
+            refused.append((example, error))
+    return encoded, refused
+
+
 def check_template(template: str) -> None:
     """Raise UsageError for a text with another placeholder than `{prompt}`, which would be written as it stands."""
     others = [name for name in _PLACEHOLDER.findall(template) if name != "prompt"]

@@ -62,6 +62,11 @@ class Batch:
         return Batch(*(None if part is None else part[row : row + 1, :length] for part in parts))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory does not suffice: on a CPU torch has no type for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters by name; tied ones stand once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -20,13 +20,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rapidindex.errors import ModelError, RapidIndexError
-from rapidindex.gradients.losses import Batch, example_losses, layers_of, only_logits_at, positions_used, trainable
+from rapidindex.gradients.losses import (
+    Batch,
+    example_losses,
+    is_out_of_memory,
+    layers_of,
+    only_logits_at,
+    positions_used,
+    trainable,
+)
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Relative error from which a batched gradient counts as wrong (a wrong rule is off by about 1)."""
-
-_ALLOCATION_FAILED = "can't allocate memory"
-"""What torch's RuntimeError says where a CPU's memory does not suffice."""
 
 _SUMS = 4096
 """Numbers that stand for a layer's gradient in the comparison: they give an error's length within a few per cent."""
@@ -292,11 +297,6 @@ def _holds_tokens(x: Tensor, examples: int, length: int) -> bool:
             return False
         todo += before
     return True
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory does not suffice: on a CPU torch has no type for it."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _ALLOCATION_FAILED in str(error)
 
 
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rapidindex.errors import ModelError
+from rapidindex.gradients.losses import is_out_of_memory
 from rapidindex.model.fingerprints import tensors_fingerprint
 
 if TYPE_CHECKING:
@@ -45,10 +46,8 @@ def add_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":
     try:
         adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
         result = peft.set_peft_model_state_dict(adapted, weights)
-    except torch.OutOfMemoryError:
-        raise
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        if "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise ModelError(f"The adapter {folder} does not fit {model.name_or_path}: {reason}", hint=hint) from error

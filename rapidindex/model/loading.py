@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rapidindex.config import ModelConfig
 from rapidindex.errors import ModelError, RapidIndexError, ResourceError
+from rapidindex.gradients.losses import is_out_of_memory
 from rapidindex.model.checks import check_fast
 from rapidindex.model.files import ModelFiles, has_tokenizer
 
@@ -68,7 +69,7 @@ def translate_errors(config: ModelConfig) -> Iterator[None]:
     except RapidIndexError:
         raise
     except Exception as error:
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             smaller = "--dtype bfloat16 or --quantize 4bit" if config.adapter else "--dtype bfloat16"
             raise ResourceError(
                 f"{config.model} does not fit into the memory of {config.device}.", hint=f"Try {smaller}."
@@ -82,11 +83,6 @@ def translate_errors(config: ModelConfig) -> Iterator[None]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
         raise ModelError(f"{config.model} could not be loaded ({reason}).", hint=_advice(str(error))) from error
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory does not suffice; on a CPU torch raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _advice(text: str) -> str:

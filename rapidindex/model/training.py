@@ -24,8 +24,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig
 from rapidindex.data.examples import Dataset
-from rapidindex.data.templates import Template
+from rapidindex.data.templates import Template, encode_examples
 from rapidindex.errors import DataError, ModelError, ResourceError
+from rapidindex.gradients.losses import is_out_of_memory
 from rapidindex.model import loading
 from rapidindex.model.checks import Limits, check_causal, check_vocabulary
 from rapidindex.model.files import CHECKPOINTS, find_model
@@ -86,30 +87,23 @@ def _encode(dataset: Dataset, template: Template, limits: Limits) -> tuple[list[
 
     The second list has {"line", "reason"} of each example that the template refuses.
     """
-    rows, refused = [], []
-    errors: list[ModelError] = []
-    for example in dataset.examples:
-        try:
-            template.check_whole(example)
-            encoded = template.encode(example)
-        except ModelError as error:
-            errors.append(error)
-            refused.append({"line": example.line, "reason": error.message.rstrip(".")})
-            continue
+    encoded, refused = encode_examples(template, dataset.examples)
+    rows = []
+    for example, encoding in encoded:
         # The first token is predicted from nothing, so it has no loss.
-        if encoded.response_mask[1:].any():
-            limits.check(encoded.input_ids, f"line {example.line}")
-            ids = torch.from_numpy(encoded.input_ids).long()
-            labels = ids.where(torch.from_numpy(encoded.response_mask), _NO_LABEL)
+        if encoding.response_mask[1:].any():
+            limits.check(encoding.input_ids, f"line {example.line}")
+            ids = torch.from_numpy(encoding.input_ids).long()
+            labels = ids.where(torch.from_numpy(encoding.response_mask), _NO_LABEL)
             rows.append({"input_ids": ids, "labels": labels})
-    if not rows and errors:
-        raise errors[0]
+    if not rows and refused:
+        raise refused[0][1]
     if not rows:
         raise DataError(
             f"None of {len(dataset.examples)} examples has a response token within {template.max_length} tokens.",
             hint="Give a larger --max-length.",
         )
-    return rows, refused
+    return rows, [{"line": example.line, "reason": error.message.rstrip(".")} for example, error in refused]
 
 
 def collate(rows: list[Row]) -> Row:
@@ -241,7 +235,7 @@ class _Trainer(transformers.Trainer):
         try:
             self.train(resume_from_checkpoint=checkpoint)
         except (MemoryError, RuntimeError) as error:
-            if not loading.out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise ResourceError(
                 f"A batch of {self.options.batch_size} examples does not fit into the memory of {self.args.device}.",

@@ -238,7 +238,7 @@ class Index:
     def _results(
         self, level: str, queries: Sequence[EncodedQuery], found: SearchResult, options: QueryOptions
     ) -> list[Result]:
-        results = []
+        results, info = [], self._index_info(level, found.n)
         for number, query in enumerate(queries):
             started = time.perf_counter()
             candidates, rescoring = self._candidates(level, found, number), None
@@ -252,7 +252,7 @@ class Index:
             seconds = Seconds(query.seconds, *searching, time.perf_counter() - started)
             results.append(
                 Result(
-                    index=self._index_info(level, found.n),
+                    index=info,
                     query=query.info,
                     direction="proponents" if found.largest else "opponents",
                     level=level,
@@ -311,7 +311,7 @@ class Index:
     def _all_examples(self, level: str) -> list[Match]:
         """Return the live examples of a level as matches without scores."""
         rows = self.rows_of(level)
-        examples = (Example.from_record(rows.record(int(number))) for number in np.unique(rows.example[rows.live_mask]))
+        examples = (Example.from_record(rows.record(int(number))) for number in rows.live_examples)
         return [Match(0, 0.0, None, 0.0, one.id, one.prompt, one.response, one.meta) for one in examples]
 
     def _index_info(self, level: str, n: int) -> IndexInfo:
@@ -323,8 +323,7 @@ class Index:
 
     def _examples(self, level: str) -> int:
         """Return how many examples have live rows of a level."""
-        rows = self.rows_of(level)
-        return len(np.unique(rows.example[rows.live_mask]))
+        return len(self.rows_of(level).live_examples)
 
     def _level_info(self, level: str) -> dict[str, Any]:
         rows = self.rows_of(level)

@@ -67,6 +67,11 @@ class Rows:
         return int(self._first_row[-1])
 
     @property
+    def live_examples(self) -> np.ndarray:
+        """int64: the numbers of the examples that have live rows, in order."""
+        return np.unique(self.example[self.live_mask])
+
+    @property
     def row_bytes(self) -> int:
         """The size in bytes of a stored row, without its scale."""
         return shards.row_bytes(self.K, self.row_type)
