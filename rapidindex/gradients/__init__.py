@@ -3,6 +3,7 @@
 losses         example and token losses, and the layers of the flattened gradient
 per_example    the gradients of a padded batch, one layer at a time, from hooks
 second_moment  the corrections: preconditioners, and the second moments that they take
+blocks         layers grouped by depth and kind, and each block's share of a row
 eigenbases     each layer's Kronecker eigenbasis
 sketch         Algorithm 1: a gradient compressed to K entries
 rapidgrad      a batch to its RapidGrads: corrected, normalised, compressed
