@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from rapidindex import cli
+from rapidindex.cli.building import encoding_of
 from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig
 from rapidindex.data.examples import Dataset, read_examples
 from rapidindex.data.templates import Template
@@ -482,11 +482,11 @@ def test_build_takes_template_and_length_from_the_record_of_finetune(tmp_path, l
     config = on_cpu(llama_folders[0], dtype="bfloat16")
     summary = finetune(dataset, encoding, config, replace(QUICK, epochs=1, early=0.5), tmp_path / "my adapter")
     for folder in (tmp_path / "my adapter", tmp_path / "my adapter" / "early"):
-        assert cli._encoding(str(folder)) == encoding
+        assert encoding_of(str(folder)) == encoding
         assert capsys.readouterr().err == ""
-        assert cli._encoding(str(folder), template="plain", max_length=None) == EncodingConfig("plain", 64)
+        assert encoding_of(str(folder), template="plain", max_length=None) == EncodingConfig("plain", 64)
         assert "was trained with --template 'Q: {prompt}" in capsys.readouterr().err
-    assert cli._encoding(str(llama_folders[0])) == EncodingConfig()
+    assert encoding_of(str(llama_folders[0])) == EncodingConfig()
     table = next(iter(finetune_tables(summary, 0, "my data.jsonl", config, encoding, 7).values()))
     assert shlex.split(table["next"]) == [
         *["rapidindex", "build", "my data.jsonl", "-m", config.model, "-a", str(tmp_path / "my adapter")],

@@ -11,55 +11,9 @@ import sys
 
 import pytest
 
-from rapidindex import cli
 from rapidindex.store import Store
+from tests.cli.conftest import ANSWER, PROMPT, rapidindex
 from tests.tiny import WORDS
-
-PROMPT, ANSWER = "Tell me about tea", "tea is from Japan"
-
-
-def rapidindex(*arguments, **options):
-    command = [sys.executable, "-m", "rapidindex", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
-
-
-@pytest.fixture
-def typed(capsys, monkeypatch):
-    """The command line in this process, which has torch imported already: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rapidindex", *map(str, arguments)])
-        monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def index(data, tmp_path_factory, llama_folders):
-    path = tmp_path_factory.mktemp("index") / "index"
-    base, adapter = llama_folders
-    done = rapidindex("build", data, "-m", base, "-a", adapter, "-o", path, "-K", 1024, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["examples"] == len(WORDS)
-    return path
-
-
-def test_help_is_quick_and_imports_no_torch():
-    code = """
-import runpy, sys
-sys.argv = ["rapidindex", "--help"]
-try:
-    runpy.run_module("rapidindex", run_name="__main__")
-except SystemExit:
-    assert not {"torch", "faiss"} & set(sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for command in ("finetune", "build", "index", "query", "info", "check", "demo"):
-        assert command in done.stdout
 
 
 def test_query_prints_a_table_on_stdout_and_nothing_else_there(index):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.test_cli import ANSWER, PROMPT, index, typed  # noqa: F401 - fixtures
+from tests.cli.conftest import ANSWER, PROMPT
 
 COMMANDS = 300
 TEXTS = ["", " ", "Japan", "\x1b[31m", "[/b]x", "a\u2028b", "日本", "caf\udce9", "x" * 5000, "{", "#2", "-", "~", "\r"]
@@ -83,7 +83,7 @@ def drawn(rng, places):
 
 
 @pytest.mark.slow
-def test_no_command_ends_in_a_traceback(typed, index, data, llama_folders, tmp_path, monkeypatch):  # noqa: F811
+def test_no_command_ends_in_a_traceback(typed, index, data, llama_folders, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     copy = shutil.copytree(index, tmp_path / "index")

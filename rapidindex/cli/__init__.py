@@ -1,0 +1,22 @@
+"""The command line: parses, calls, prints. Results go to stdout, everything else to stderr.
+
+app          the commands' common ground: help in groups, examples, errors as one sentence and an exit code
+options      options that several commands share, and the groups in which help shows them
+printing     what is written to stdout and stderr
+training     finetune
+building     build
+updating     add, remove
+querying     query
+inspecting   info, check, index
+showing      demo
+
+To add a command, write a file with its function under `@command(…)` and import it here: help lists the commands in the
+order of these imports. Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+# isort: off
+from rapidindex.cli.app import main
+from rapidindex.cli import querying, training, building, updating, inspecting, showing  # noqa: F401
+
+# isort: on
+__all__ = ["main"]

@@ -1,0 +1,134 @@
+"""The command that caches the gradients of training data."""
+
+from pathlib import Path
+from typing import Annotated
+
+from rapidindex.cli import options as opt
+from rapidindex.cli.app import command
+from rapidindex.cli.printing import print_plain, say
+from rapidindex.config import (
+    BuildConfig,
+    BuildRequest,
+    EncodingConfig,
+    GradientConfig,
+    ModelConfig,
+    SketchConfig,
+    TokenConfig,
+    levels_of,
+)
+from rapidindex.errors import UsageError
+from rapidindex.views.tables import build_tables, estimate_tables
+
+
+@command(
+    "Make",
+    "rapidindex build train.jsonl -m MODEL -a adapter -o index",
+    "rapidindex build train.jsonl -m MODEL -a adapter -o index --dry-run",
+    'rapidindex build "part-*.jsonl" -m MODEL -o index --level both --tokens content --workers 4',
+)
+def build(
+    data: opt.DataPath,
+    model: opt.Model,
+    output: Annotated[Path, opt.in_output("--output", "-o", **opt.PATH, help="The index folder.", show_default=False)],
+    adapter: opt.Adapter = None,
+    K: Annotated[int, opt.in_gradient("-K", help="Length of a RapidGrad, a power of two.")] = SketchConfig.K,
+    shuffles: Annotated[int, opt.in_gradient(help="Row and column shuffles (the paper's λ).")] = SketchConfig.shuffles,
+    quantize: opt.Quantize = None,
+    template: opt.TrainedTemplate = None,
+    max_length: opt.TrainedLength = None,
+    loss: opt.TrainedLoss = None,
+    normalize: Annotated[
+        str, opt.in_gradient(**opt.values("unit", "layer", "none"), help="unit, layer (the paper's) or none (TracIn).")
+    ] = GradientConfig.normalize,
+    second_moment: Annotated[
+        str,
+        opt.in_gradient(
+            **opt.PLACE,
+            help="Divide gradients by its root: estimate; kronecker (along each layer's eigenvectors: finds more, "
+            "takes more room); none; or a training checkpoint's path.",
+        ),
+    ] = GradientConfig.second_moment,
+    moment_examples: Annotated[
+        int, opt.in_gradient(help="Examples that estimate and kronecker take.")
+    ] = GradientConfig.moment_examples,
+    level: Annotated[
+        str,
+        opt.in_token_rows(
+            **opt.values("sentence", "token", "both"),
+            help="Rows for whole examples (sentence), for tokens (token), or both.",
+        ),
+    ] = "sentence",
+    tokens: Annotated[
+        str,
+        opt.in_token_rows(
+            **opt.values("all", "content"),
+            help="all, content (no punctuation, no stop words), the first N, or content,N.",
+        ),
+    ] = TokenConfig.tokens,
+    token_K: Annotated[int, opt.in_token_rows("--token-K", help="Length of a token's RapidGrad.")] = TokenConfig.K,
+    token_examples: Annotated[
+        list[str] | None,
+        opt.in_token_rows(
+            **opt.PLACE, help="Tokens of this id alone, or of a file with an id a line; may be repeated."
+        ),
+    ] = None,
+    seed: Annotated[
+        int, opt.in_gradient(help="Draws shuffles, signs and the estimate's examples.")
+    ] = SketchConfig.seed,
+    dtype: opt.Dtype = ModelConfig.dtype,
+    device: opt.Device = ModelConfig.device,
+    batch_tokens: opt.BatchTokens = BuildConfig.batch_tokens,
+    workers: opt.Workers = BuildConfig.workers,
+    shard_seconds: opt.ShardSeconds = BuildConfig.shard_seconds,
+    limit: opt.Limit = None,
+    dry_run: Annotated[
+        bool, opt.in_output("--dry-run", help="Say what it will take, in time, disk and memory; write nothing.")
+    ] = False,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Cache the gradient of every training example, and index them. Given again, it goes on where it stopped."""
+    from rapidindex.caching.build import build as run
+    from rapidindex.data.examples import listed_ids
+    from rapidindex.progress import Bars
+
+    levels, token = levels_of(level), TokenConfig(token_K, tokens)
+    if "token" not in levels and (token != TokenConfig() or token_examples):
+        raise UsageError(
+            "--tokens, --token-K and --token-examples are about tokens.", hint="Add --level token, or both."
+        )
+    request = BuildRequest(
+        data=str(data),
+        output=str(output),
+        model=ModelConfig(model, adapter, quantize, dtype, device),
+        encoding=encoding_of(adapter or model, template=template, max_length=max_length, loss=loss),
+        gradient=GradientConfig(normalize, second_moment, moment_examples, seed),
+        sketch=SketchConfig(K, shuffles, seed),
+        work=BuildConfig(batch_tokens, workers, shard_seconds),
+        limit=limit,
+        levels=levels,
+        token=token,
+        token_examples=None if token_examples is None else frozenset(listed_ids(token_examples, "--token-examples")),
+    )
+    with Bars(quiet=quiet) as bars:
+        if not dry_run:
+            summary = run(request, overwrite=overwrite, progress=bars)
+        else:
+            from rapidindex.caching.estimate import estimate
+
+            summary = estimate(request, overwrite=overwrite, progress=bars)
+    print_plain(summary, as_json, estimate_tables(summary) if dry_run else build_tables(summary))
+
+
+def encoding_of(model: str, **asked: str | int | None) -> EncodingConfig:
+    """Return how examples are encoded: as asked for, or else as `finetune` did for this model or adapter."""
+    from rapidindex.model.files import trained_encoding
+
+    trained = trained_encoding(model)
+    given = {name: value for name, value in asked.items() if value is not None}
+    for name, value in given.items():
+        if value != trained.get(name, value):
+            flag = f"--{name.replace('_', '-')}"
+            say(f"{model} was trained with {flag} {trained[name]!r}, not {value!r}.")
+    return EncodingConfig(**{**trained, **given})

@@ -1,0 +1,179 @@
+"""The command that asks which training examples made an answer."""
+
+import shlex
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rapidindex.cli import options as opt
+from rapidindex.cli.app import command
+from rapidindex.cli.printing import echo_json, error_json, fail, say, show
+from rapidindex.config import ModelConfig, QueryOptions
+from rapidindex.errors import ModelError, QueryError, UsageError
+
+
+@command(
+    "Ask",
+    'rapidindex query index "Where is yoga from?" --token Japan',
+    'rapidindex query index "Where is yoga from?" --answer "From Japan." --token Japan --html report.html',
+    "rapidindex query index --queries questions.jsonl --jsonl > results.jsonl",
+)
+def query(
+    path: opt.IndexPath,
+    prompt: Annotated[str | None, typer.Argument(help="What the model was asked; - reads it from stdin.")] = None,
+    answer: Annotated[str | None, opt.in_question(help="What it said; without it the model answers now.")] = None,
+    token: Annotated[
+        str | None, opt.in_question(help="Ask about WORD of the answer, every time it occurs, or the n-th: WORD#n.")
+    ] = None,
+    span: Annotated[
+        str | None, opt.in_question(help="Ask about the answer's tokens FIRST:LAST, counted from 0.")
+    ] = None,
+    system: Annotated[str | None, opt.in_question(help="The system turn before the prompt.")] = None,
+    k: Annotated[int, opt.in_search("-k", help="How many examples.")] = QueryOptions.k,
+    opponents: Annotated[
+        bool, opt.in_search("--opponents", help="The examples that speak against the answer instead.")
+    ] = False,
+    exact: Annotated[bool, opt.in_search("--exact", help="Scan every stored RapidGrad.")] = False,
+    heatmaps: Annotated[
+        bool, opt.in_output("--heatmaps/--no-heatmaps", help="Each training token's share in the influence.")
+    ] = True,
+    answer_scores: Annotated[
+        bool, opt.in_output("--answer-scores", help="Each match's influence on every token of the answer, too.")
+    ] = False,
+    level: Annotated[
+        str | None,
+        opt.in_search(
+            **opt.values("sentence", "token"),
+            help="Find whole examples (sentence) or single tokens of them (token).",
+            show_default="sentence",
+        ),
+    ] = None,
+    rescore: Annotated[
+        bool, opt.in_search("--rescore", help="Order four times as many candidates by their uncompressed influence.")
+    ] = False,
+    html: Annotated[
+        Path | None,
+        opt.in_output(**opt.PATH, help="Write a report with both directions to this file.", show_default=False),
+    ] = None,
+    queries: Annotated[
+        Path | None,
+        opt.in_question(
+            **opt.PATH,
+            help="JSONL of {prompt or messages, system, answer, token, span}: many queries at once. Further keys, such "
+            "as an id, come back in the JSON.",
+        ),
+    ] = None,
+    model: opt.MovedModel = None,
+    adapter: opt.MovedAdapter = None,
+    device: opt.Device = ModelConfig.device,
+    max_new_tokens: Annotated[
+        int, opt.in_question(help="Length of an answer that the model gives.")
+    ] = QueryOptions.max_new_tokens,
+    as_json: opt.Json = False,
+    as_jsonl: Annotated[bool, opt.in_output("--jsonl", help="Print JSON, one result a line.")] = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Find the training examples that most influenced an answer, or a word of it."""
+    from rapidindex.query.index import Index
+    from rapidindex.query.questions import as_query, read_queries
+    from rapidindex.views import terminal, wording
+
+    if (prompt is None) == (queries is None):
+        raise UsageError(
+            "Give either a PROMPT or --queries FILE.", hint='For example: rapidindex query INDEX "…" --token WORD'
+        )
+    if queries is not None and not (answer is token is span is system is None):
+        raise UsageError(
+            "--answer, --token, --span and --system stand in the lines of --queries.", hint="Leave them out here."
+        )
+    if html is not None and queries is not None:
+        raise UsageError("--html takes one query, not --queries.", hint="Give a PROMPT.")
+    if html is not None:
+        _check_report(html)
+    options = QueryOptions(
+        k=k,
+        opponents=opponents,
+        exact=exact,
+        heatmaps=heatmaps,
+        answer_scores=answer_scores or html is not None,
+        rescore=rescore,
+        level=level,
+        max_new_tokens=max_new_tokens,
+    )
+    index = Index.open(path, model=model, adapter=adapter, device=device)
+    if queries is not None:
+        asked = read_queries(queries)
+    else:
+        prompt = _stdin() if prompt == "-" else prompt
+        asked = {0: as_query(prompt, system=system, answer=answer, token=token, span=span)}
+    if not quiet:
+        say("Loading the model …")
+    encoded, failed = _encode_each(index, asked, options, queries)
+    results = dict(zip(encoded, index.query(list(encoded.values()), options=options), strict=True))
+    first = next(iter(results.values()), None)
+    if first and (missing := wording.unfinished(first)):
+        say(f"{missing} Give its rapidindex build command again to search them all.")
+    if as_jsonl or (as_json and queries is not None):
+        lines = [results[at].to_json() if at in results else error_json(failed[at]) for at in asked]
+        echo_json("\n".join(lines) if as_jsonl else "[" + ",\n".join(lines) + "]")
+    elif as_json:
+        echo_json(first.to_json(indent=2))
+    else:
+        show(*(terminal.result(result) for result in results.values()))
+    if html is not None:
+        other = index.query(encoded[0], options=replace(options, opponents=not opponents))
+        best, worst = (other, first) if opponents else (first, other)
+        html.write_text(best.to_html(opponents=worst, command=shlex.join(["rapidindex", *sys.argv[1:]])), "utf-8")
+        if not quiet:
+            say(f"Wrote {html}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _encode_each(index: Any, asked: dict[int, Any], options: QueryOptions, file: Path | None) -> tuple[dict, dict]:
+    """Return the queries of a file that can be answered, encoded, and the errors of the others, both by line.
+
+    An error is printed as soon as it is met. A query of the command line (no `file`) raises it instead.
+    """
+    encoded, failed = {}, {}
+    index.encode([], options)
+    index.template  # noqa: B018 - loads the model: one that cannot be loaded is no fault of a line
+    for number, query in asked.items():
+        try:
+            (encoded[number],) = index.encode([query], options)
+        except (QueryError, UsageError, ModelError) as error:
+            if file is None:
+                raise
+            failed[number] = type(error)(f"{file}, line {number}: {error.message}", hint=error.hint)
+            fail(failed[number])
+    return encoded, failed
+
+
+def _check_report(file: Path) -> None:
+    """Raise UsageError where a report cannot be written to `file`, or would replace anything but an older report."""
+    from rapidindex.store import Store
+
+    hint = "Give --html a new file in a folder that is there."
+    if not file.parent.is_dir():
+        raise UsageError(f"The folder {file.parent} does not exist.", hint=hint)
+    if inside := next((folder for folder in file.resolve().parents if Store.exists(folder)), None):
+        raise UsageError(f"{file} lies in the index {inside}.", hint=hint)
+    if not file.exists():
+        return
+    with open(file, "rb") if file.is_file() else nullcontext() as old:
+        start = old.read(4096) if old else b"?"
+    if start and b"<title>Influences on" not in start:
+        raise UsageError(f"{file} is there, and is no report of rapidindex: it is left as it is.", hint=hint)
+
+
+def _stdin() -> str:
+    """Return what stdin holds, without the line break at its end."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The prompt on stdin is not UTF-8 ({error}).", hint="Give text in UTF-8.") from error
+    return text.removesuffix("\n").removesuffix("\r")

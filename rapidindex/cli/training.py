@@ -1,0 +1,91 @@
+"""The command that fine-tunes a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+from rapidindex.cli import options as opt
+from rapidindex.cli.app import command
+from rapidindex.cli.printing import print_plain
+from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig
+from rapidindex.views.tables import finetune_tables
+
+
+@command(
+    "Make",
+    "rapidindex finetune train.jsonl -m MODEL -o adapter",
+    "rapidindex finetune train.jsonl -m MODEL --method qlora --epochs 1 -o adapter",
+    "rapidindex finetune chats.jsonl -m MODEL --template chat --loss last -o adapter",
+)
+def finetune(
+    data: opt.DataPath,
+    model: opt.Model,
+    output: Annotated[
+        Path,
+        opt.in_output("--output", "-o", **opt.PATH, help="Folder for the adapter, or the model.", show_default=False),
+    ],
+    method: Annotated[
+        str, opt.in_training(**opt.values("lora", "qlora", "full"), help="lora, qlora (4-bit base) or full.")
+    ] = FinetuneConfig.method,
+    rank: Annotated[int, opt.in_training(help="Rank of the LoRA matrices.")] = FinetuneConfig.rank,
+    alpha: Annotated[
+        int | None, opt.in_training(help="LoRA's alpha: its update is scaled by alpha / rank.", show_default="2 · rank")
+    ] = None,
+    dropout: Annotated[float, opt.in_training(help="LoRA dropout.")] = FinetuneConfig.dropout,
+    target_modules: Annotated[
+        str | None,
+        opt.in_training(help="Linear modules to adapt, separated by commas.", show_default="attention projections"),
+    ] = None,
+    epochs: Annotated[int, opt.in_training(help="Passes over the data.")] = FinetuneConfig.epochs,
+    learning_rate: Annotated[
+        float | None, opt.in_training(help="Peak of the learning rate.", show_default="5e-4; full: 5e-5")
+    ] = None,
+    batch_size: Annotated[int, opt.in_training(help="Examples in a batch.")] = FinetuneConfig.batch_size,
+    accumulation: Annotated[int, opt.in_training(help="Batches in a step.")] = FinetuneConfig.accumulation,
+    quantize: opt.Quantize = None,
+    template: opt.TemplateName = EncodingConfig.template,
+    max_length: opt.MaxLength = EncodingConfig.max_length,
+    loss: opt.Loss = EncodingConfig.loss,
+    seed: Annotated[
+        int, opt.in_training(help="Seed of the adapter's start and of the order of the examples.")
+    ] = FinetuneConfig.seed,
+    early: Annotated[
+        float | None,
+        opt.in_output(
+            help="Also save the model after this share of the steps, to OUTPUT/early.",
+            show_default="0.1; full: 0",
+        ),
+    ] = None,
+    save_optimizer: Annotated[
+        bool, opt.in_output("--save-optimizer", help="Save Adam's state, for build --second-moment.")
+    ] = False,
+    dtype: opt.Dtype = ModelConfig.dtype,
+    device: opt.Device = ModelConfig.device,
+    limit: opt.Limit = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Fine-tune a model on the data: LoRA, QLoRA or all parameters. The same command goes on after an interruption."""
+    from rapidindex.data.examples import read_examples
+    from rapidindex.model.finetune import finetune as run
+    from rapidindex.progress import Bars
+
+    options = FinetuneConfig(
+        method=method,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=target_modules,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        seed=seed,
+        early=early,
+        save_optimizer=save_optimizer,
+    )
+    encoding, base = EncodingConfig(template, max_length, loss), ModelConfig(model, None, quantize, dtype, device)
+    dataset = read_examples(data, limit=limit, loss=loss)
+    with Bars(quiet=quiet) as bars:
+        summary = run(dataset, encoding, base, options, output, overwrite=overwrite, progress=bars)
+    print_plain(summary, as_json, finetune_tables(summary, len(dataset.skipped), str(data), base, encoding, limit))

@@ -1,0 +1,70 @@
+"""Help: quick, in groups, with examples that can be typed; and what a shell completes."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from rapidindex.cli.app import app
+from tests.cli.conftest import rapidindex
+
+COMMAND = typer.main.get_command(app)
+NAMES = sorted(COMMAND.commands)
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = """
+import runpy, sys
+sys.argv = ["rapidindex", "--help"]
+try:
+    runpy.run_module("rapidindex", run_name="__main__")
+except SystemExit:
+    assert not {"torch", "faiss"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("finetune", "build", "index", "query", "info", "check", "demo"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_lists_every_option_once_in_groups_with_the_examples(typed, name):
+    code, shown, _ = typed(name, "-h")
+    assert code == 0 and typed(name, "--help")[1] == shown
+    for param in COMMAND.commands[name].params:
+        if param.param_type_name == "option":
+            listed = re.findall(rf"^  .*?(?<![\w-]){re.escape(param.opts[0])}(?= |,|$)", shown, re.MULTILINE)
+            assert any(line.startswith("  -") for line in listed), param.opts
+    groups = re.findall(r"^(\w[\w ]+):$", shown, re.MULTILINE)
+    assert len(groups) == len(set(groups)) and groups[-1] == "Options"
+    assert "Examples:" in shown
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_example_of_the_help_parses(name):
+    examples = COMMAND.commands[name].epilog.split("Examples:\n")[1].splitlines()
+    for words in map(shlex.split, examples):
+        assert words[:2] == ["rapidindex", name]
+        words = words[: words.index(">")] if ">" in words else words
+        COMMAND.commands[name].make_context(name, words[2:])
+
+
+def test_help_fills_a_wide_terminal(monkeypatch, typed):
+    monkeypatch.setenv("COLUMNS", "200")
+    widest = max(map(len, typed("query", "--help")[1].splitlines()))
+    assert 100 < widest <= 120
+
+
+@pytest.mark.parametrize(
+    ("typed_so_far", "offered"),
+    [("fine", ["finetune"]), ("build --norm", ["--normalize"]), ("build --normalize l", ["layer"])],
+)
+def test_a_shell_completes_commands_options_and_values(typed_so_far, offered):
+    words = f"rapidindex {typed_so_far}"
+    asked = {"_RAPIDINDEX_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = rapidindex(env={**os.environ, **asked})
+    assert done.stdout.split() == offered, done.stderr
