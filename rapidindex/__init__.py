@@ -16,14 +16,17 @@ _HOME = {
     "remove": "caching.update",
     "finetune": "model.finetune",
     "check": "search.check",
+    "verify": "evaluate.verify",
     "Index": "query.index",
     "Query": "query.questions",
     "QueryOptions": "config",
     "Result": "results",
     "Match": "results",
+    "Verification": "results",
     "BuildRequest": "config",
     "ModelConfig": "config",
     "FinetuneConfig": "config",
+    "VerifyOptions": "config",
     "RapidIndexError": "errors",
 }
 """The module of each public name: modules are imported when a name is first used, because torch takes seconds."""
@@ -38,11 +41,14 @@ __all__ = [
     "QueryOptions",
     "RapidIndexError",
     "Result",
+    "Verification",
+    "VerifyOptions",
     "add",
     "build",
     "check",
     "finetune",
     "remove",
+    "verify",
 ]
 
 

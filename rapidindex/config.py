@@ -329,3 +329,45 @@ class FinetuneConfig:
         rate = self.learning_rate or (5e-5 if full else 5e-4)
         early = (0.0 if full else 0.1) if self.early is None else self.early
         return replace(self, learning_rate=rate, alpha=self.alpha or 2 * self.rank, early=early)
+
+
+VERIFICATIONS = ("tail-patch", "retrain")
+OPTIMIZERS = ("sgd", "adamw")
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """How an attribution is put to the test."""
+
+    method: str = "tail-patch"
+    """`tail-patch`: a step of training on the matches; `retrain`: the whole training without them."""
+    top: int = 10
+    """Matches that are put to the test, and rows of each control."""
+    draws: int = 20
+    """Random draws of as many rows, of like length, as controls of a step."""
+    repeats: int = 3
+    """Random draws as controls of a retraining."""
+    seed: int = 0
+    """Draws the random rows."""
+    optimizer: str = "sgd"
+    """`sgd`, or `adamw` with the second moment in the checkpoint's `optimizer.pt` where there is one."""
+    learning_rate: float | None = None
+    """The step's; None for the rate at which a step on a random row lowers its own loss by .1 nats, to first order."""
+    runs: str | None = None
+    """Where `retrain` keeps its runs; None for the folder INDEX-runs beside the index."""
+    data: str | None = None
+    """The training data of `retrain`, if it is no longer where it was."""
+    training: FinetuneConfig | None = None
+    """How the indexed model was trained, where `finetune` did not train it."""
+    max_new_tokens: int = QueryOptions.max_new_tokens
+    """Tokens of an answer that the model gives, at most."""
+
+    def __post_init__(self) -> None:
+        _one_of("--method", self.method, VERIFICATIONS)
+        _one_of("--optimizer", self.optimizer, OPTIMIZERS)
+        for flag, value in [("--top", self.top), ("--draws", self.draws), ("--repeats", self.repeats)]:
+            _at_least(flag, value, 1)
+        _at_least("--max-new-tokens", self.max_new_tokens, 1)
+        _seed(self.seed, 64)
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise UsageError(f"--learning-rate must be more than 0, not {self.learning_rate}.")

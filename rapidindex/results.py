@@ -189,14 +189,7 @@ class Result:
     @classmethod
     def from_json(cls, text: str) -> "Result":
         """Return the result that `to_json` wrote. Raises DataError for any other text or schema."""
-        try:
-            value = json.loads(text)
-            schema = value.pop("schema")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            hint = "Give the output of `rapidindex query --json`."
-            raise DataError("This is not a rapidindex result.", hint=hint) from error
-        if schema != SCHEMA:
-            raise DataError(f"The result has the schema {schema!r}, not {SCHEMA!r}.", hint="Upgrade rapidindex.")
+        value = _parsed(text, SCHEMA, "result", "rapidindex query --json")
         value["index"], value["seconds"] = IndexInfo(**value["index"]), Seconds(**value["seconds"])
         value["query"] = QueryInfo(**_with_tokens(value["query"]))
         value["matches"] = [Match(**_with_tokens(match)) for match in value["matches"]]
@@ -223,3 +216,99 @@ class Result:
 
 def _with_tokens(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, "tokens": [Token(**token) for token in value["tokens"]]}
+
+
+VERIFICATION = "rapidindex.verification/1"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a change to the training did to the chosen tokens of an answer."""
+
+    rows: list[str]
+    """Ids of the examples that were trained on, or taken out."""
+    log_probability: float
+    """Change of the chosen tokens' mean log-probability, in nats."""
+    probability: float
+    """Change of their probability, in percentage points; of several tokens, of the geometric mean."""
+    predicted: float | None = None
+    """The change of `log_probability` that the gradients predict to first order; None for a retrained model."""
+    score: float | None = None
+    """The index's score of a row that was tried alone."""
+    answer: str | None = None
+    """The greedy answer of a retrained model."""
+
+
+@dataclass(frozen=True)
+class TrialGroup:
+    """Rows of one origin: each tried alone, and all of them together."""
+
+    name: str
+    """`top` (the matches), `random` (of like length), `bm25` (found by the words), `least` (scores nearest to 0), or
+    `opponents`; `unlearned` is a step up the loss of the matches, `none` a training from which nothing was taken."""
+    alone: list[Trial]
+    """A trial for each row; of `random`, for the first row of each draw. Empty where rows were not tried alone."""
+    together: list[Trial]
+    """One trial of all rows; of `random`, one for each draw."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether the matches of a query move its answer, beside what other rows do."""
+
+    method: str
+    """`tail-patch` (a step of training on the rows, from the indexed checkpoint) or `retrain` (without the rows)."""
+    index: IndexInfo
+    query: QueryInfo
+    log_probability: float
+    """Mean log-probability of the chosen tokens before, in nats."""
+    probability: float
+    """Their probability before, 0 to 1; of several tokens, the geometric mean."""
+    groups: list[TrialGroup]
+    seconds: float
+    optimizer: str = ""
+    """`sgd` or `adamw`, and whose state it began with; empty for `retrain`."""
+    learning_rate: float | None = None
+    """The step's; None for `retrain`."""
+    prediction_correlation: float | None = None
+    """Pearson's correlation of `predicted` with `log_probability`, over all rows that were tried alone."""
+    score_correlation: float | None = None
+    """Pearson's correlation of `score` with `log_probability`, over the same rows."""
+    nats_per_score: float | None = None
+    """Slope of the line through 0 that gives `log_probability` from `score`, over the same rows."""
+    answer: str | None = None
+    """For `retrain`, the greedy answer of the model before."""
+    same_run: bool | None = None
+    """For `retrain`, whether the indexed model's own training is repeated, and not one like it."""
+
+    def group(self, name: str) -> TrialGroup | None:
+        """Return the group of that name, if there is one."""
+        return next((group for group in self.groups if group.name == name), None)
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """Return the verification as JSON text, without NaN or infinity."""
+        value = {"schema": VERIFICATION, **asdict(self)}
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Verification":
+        """Return the verification that `to_json` wrote. Raises DataError for any other text or schema."""
+        value = _parsed(text, VERIFICATION, "verification", "rapidindex verify --json")
+        value["index"], value["query"] = IndexInfo(**value["index"]), QueryInfo(**_with_tokens(value["query"]))
+        value["groups"] = [
+            TrialGroup(group["name"], *([Trial(**trial) for trial in group[kind]] for kind in ("alone", "together")))
+            for group in value["groups"]
+        ]
+        return cls(**value)
+
+
+def _parsed(text: str, schema: str, what: str, command: str) -> dict[str, Any]:
+    """Return the fields in a JSON text. Raise DataError for any other text or schema."""
+    try:
+        value = json.loads(text)
+        found = value.pop("schema")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"This is not a rapidindex {what}.", hint=f"Give the output of `{command}`.") from error
+    if found != schema:
+        raise DataError(f"The {what} has the schema {found!r}, not {schema!r}.", hint="Upgrade rapidindex.")
+    return value

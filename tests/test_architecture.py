@@ -17,6 +17,7 @@ TIERS = [
     {"data", "gradients", "store", "views"},
     {"model", "search"},
     {"caching", "query"},
+    {"evaluate"},
     {"demo"},
     {"cli", "__init__"},
     {"__main__"},
