@@ -6,7 +6,7 @@ Knows nothing of models or files. Every check names the flag a user typed.
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +108,11 @@ class EncodingConfig:
 class GradientConfig:
     """What is done to a gradient before it is compressed."""
 
-    normalize: str = "unit"
-    """`unit`: the whole gradient to length 1; `layer`: each layer (the paper); `none` (TracIn)."""
-    second_moment: str = "estimate"
-    """`estimate`, `kronecker`, `none`, or the path of a training checkpoint with Adam's or Adafactor's state."""
+    normalize: str | None = None
+    """`unit`: the whole gradient to length 1; `layer`: each layer (the paper); `none` (TracIn); None: the recipe's."""
+    second_moment: str | None = None
+    """`estimate`, `kronecker`, `none`, or the path of a training checkpoint with Adam's or Adafactor's state; None: the
+    recipe's."""
     moment_examples: int = 64
     """Examples from which `estimate` and `kronecker` take the mean squared gradient."""
     seed: int = 0
@@ -127,8 +128,8 @@ class GradientConfig:
 class SketchConfig:
     """The RapidGrad of Algorithm 1: a pure function of these and of the gradient's length."""
 
-    K: int = 65_536
-    """Length of a RapidGrad, a power of two."""
+    K: int | None = None
+    """Length of a RapidGrad, a power of two; None: the recipe's."""
     shuffles: int = 20
     """λ: how many row and column shuffles."""
     seed: int = 0
@@ -136,8 +137,33 @@ class SketchConfig:
 
     def __post_init__(self) -> None:
         _at_least("--shuffles", self.shuffles, 0)
-        _power_of_two("-K", self.K)
+        if self.K is not None:
+            _power_of_two("-K", self.K)
         _seed(self.seed, 64)
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {"second_moment": "estimate", "normalize": "unit", "K": 65_536},
+    "rapidin": {"second_moment": "none", "normalize": "layer", "K": 65_536},
+    "trackstar": {"second_moment": "estimate", "normalize": "unit", "K": 65_536},
+    "tracin": {"second_moment": "none", "normalize": "none", "K": 65_536},
+}
+"""What each recipe sets, where the user does not: `rapidin` is the paper's (arXiv 2405.11724, section 3.2), `trackstar`
+that of arXiv 2410.17413 (section 3), `tracin` the plain inner product of gradients (arXiv 2002.08484)."""
+CUSTOM = "custom"
+
+
+def in_recipe(options: Any, recipe: str) -> Any:
+    """Return a GradientConfig or SketchConfig with the recipe's values in the place of None. UsageError if unknown."""
+    _one_of("--recipe", recipe, tuple(RECIPES))
+    missing = {name: value for name, value in RECIPES[recipe].items() if getattr(options, name, 0) is None}
+    return replace(options, **missing)
+
+
+def recipe_name(gradient: GradientConfig, sketch: SketchConfig) -> str:
+    """Return the name of the recipe with exactly these values, or `custom`."""
+    values = asdict(gradient) | asdict(sketch)
+    return next((name for name, recipe in RECIPES.items() if recipe.items() <= values.items()), CUSTOM)
 
 
 @dataclass(frozen=True)
@@ -203,6 +229,7 @@ class BuildRequest:
     """A ModelConfig, the path of a model, or a loaded `PreTrainedModel` or `PeftModel`."""
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
     gradient: GradientConfig = field(default_factory=GradientConfig)
+    """What is None here and in `sketch` is set by `recipe`."""
     sketch: SketchConfig = field(default_factory=SketchConfig)
     work: BuildConfig = field(default_factory=BuildConfig)
     limit: int | None = None
@@ -214,8 +241,12 @@ class BuildRequest:
     """Ids of the examples whose tokens get rows; None for all examples."""
     tokenizer: Any = None
     """The tokenizer of a loaded `model`; None where `model` is a path."""
+    recipe: str = "default"
+    """A name of RECIPES."""
 
     def __post_init__(self) -> None:
+        for part in ("gradient", "sketch"):
+            object.__setattr__(self, part, in_recipe(getattr(self, part), self.recipe))
         object.__setattr__(self, "output", str(self.output))
         if isinstance(self.model, str | Path):
             object.__setattr__(self, "model", ModelConfig(str(self.model)))

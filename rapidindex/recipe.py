@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig, TokenConfig
+from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig, TokenConfig, recipe_name
 from rapidindex.errors import ConfigMismatch, DamagedIndex, UsageError
 
 _HINT = "Give the same options to go on with it, another -o, or --overwrite to build it anew."
@@ -57,6 +57,9 @@ class Recipe:
         try:
             encoding = dict(config["encoding"])
             template = encoding.pop("fingerprint")
+            unset = [name for part in ("gradient", "sketch") for name, value in config[part].items() if value is None]
+            if unset:
+                raise TypeError(f"{unset[0]} is null")
             return _typed(
                 cls,
                 model=_typed(Source, **config["model"]),
@@ -97,6 +100,11 @@ class Recipe:
         if self.token is not None:
             config |= {"token": asdict(self.token), "tokens_of": self.tokens_of}
         return config
+
+    @property
+    def name(self) -> str:
+        """The name of the recipe of gradient and sketch, or `custom`."""
+        return recipe_name(self.gradient, self.sketch)
 
     def differences(self, other: "Recipe") -> list[tuple[str, Any, Any]]:
         """Name each field that differs from `other`'s, with both values. Paths and added data may differ."""

@@ -77,7 +77,7 @@ def all_rows(path):
 
 
 RECIPES = {
-    "the default": GradientConfig(moment_examples=8),
+    "the default": GradientConfig("unit", "estimate", moment_examples=8),
     "the paper's": GradientConfig(normalize="layer", second_moment="none"),
     "plain TracIn": GradientConfig(normalize="none", second_moment="none"),
 }

@@ -7,6 +7,7 @@ from rapidindex.cli import options as opt
 from rapidindex.cli.app import command
 from rapidindex.cli.printing import print_plain, say
 from rapidindex.config import (
+    RECIPES,
     BuildConfig,
     BuildRequest,
     EncodingConfig,
@@ -31,23 +32,39 @@ def build(
     model: opt.Model,
     output: Annotated[Path, opt.in_output("--output", "-o", **opt.PATH, help="The index folder.", show_default=False)],
     adapter: opt.Adapter = None,
-    K: Annotated[int, opt.in_gradient("-K", help="Length of a RapidGrad, a power of two.")] = SketchConfig.K,
+    recipe: Annotated[
+        str,
+        opt.in_gradient(
+            **opt.values(*RECIPES),
+            help="default, rapidin, trackstar or tracin: sets what else is not given of -K, --normalize and "
+            "--second-moment.",
+        ),
+    ] = BuildRequest.recipe,
+    K: Annotated[
+        int | None, opt.in_gradient("-K", help="Length of a RapidGrad, a power of two.", show_default="65536")
+    ] = None,
     shuffles: Annotated[int, opt.in_gradient(help="Row and column shuffles (the paper's λ).")] = SketchConfig.shuffles,
     quantize: opt.Quantize = None,
     template: opt.TrainedTemplate = None,
     max_length: opt.TrainedLength = None,
     loss: opt.TrainedLoss = None,
     normalize: Annotated[
-        str, opt.in_gradient(**opt.values("unit", "layer", "none"), help="unit, layer (the paper's) or none (TracIn).")
-    ] = GradientConfig.normalize,
-    second_moment: Annotated[
-        str,
+        str | None,
         opt.in_gradient(
+            **opt.values("unit", "layer", "none"),
+            help="unit, layer (the paper's) or none (TracIn).",
+            show_default="that of --recipe",
+        ),
+    ] = None,
+    second_moment: Annotated[
+        str | None,
+        opt.in_gradient(
+            show_default="that of --recipe",
             **opt.PLACE,
             help="Divide gradients by its root: estimate; kronecker (along each layer's eigenvectors: finds more, "
             "takes more room); none; or a training checkpoint's path.",
         ),
-    ] = GradientConfig.second_moment,
+    ] = None,
     moment_examples: Annotated[
         int, opt.in_gradient(help="Examples that estimate and kronecker take.")
     ] = GradientConfig.moment_examples,
@@ -101,6 +118,7 @@ def build(
     request = BuildRequest(
         data=str(data),
         output=str(output),
+        recipe=recipe,
         model=ModelConfig(model, adapter, quantize, dtype, device),
         encoding=encoding_of(adapter or model, template=template, max_length=max_length, loss=loss),
         gradient=GradientConfig(normalize, second_moment, moment_examples, seed),

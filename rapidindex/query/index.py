@@ -176,6 +176,7 @@ class Index:
             "bytes": sum(file.stat().st_size for file in Path(store.path).rglob("*") if file.is_file()),
             "layers": len(store.layers),
             "gradient_size": sum(layer["size"] for layer in store.layers),
+            "recipe": self.recipe.name,
             "config": store.config,
             "versions": store.manifest["versions"],
         }

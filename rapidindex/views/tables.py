@@ -124,7 +124,7 @@ def _index_lines(info: dict[str, Any]) -> dict[str, str]:
         "adapter": config["adapter"]["path"] or "none: all parameters",
         "data": ", ".join(source["path"] for source in (config["data"], *config.get("added", []))),
         "template": config["encoding"]["template"],
-        "recipe": f"second moment {gradient['second_moment']}, normalize {gradient['normalize']}",
+        "recipe": f"{info['recipe']}: second moment {gradient['second_moment']}, normalize {gradient['normalize']}",
         "RapidGrad": f"{sketch['shuffles']} shuffles, seed {sketch['seed']}",
         "created": info["created"],
     }

@@ -51,6 +51,7 @@ CONFIG = {
 LEVEL = {"rows": 10, "examples": 10, "shards": 1, "K": 65536, "row_type": "int8", "planned": 12, "complete": True}
 INFO = {
     "path": "out",
+    "recipe": "custom",
     "config": CONFIG,
     "levels": {"sentence": {**LEVEL, "index": {"factory": "exact", "dim": 65536}}},
     "examples": 10,
