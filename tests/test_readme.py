@@ -1,47 +1,84 @@
-"""What the README says can be typed, can be typed."""
+"""What README and docs/ say can be typed, can be typed; and README stays short."""
 
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
 import transformers
+import typer
 
+from rapidindex import cli  # noqa: F401 - registers the commands
+from rapidindex.cli.app import app
 from tests import tiny
 from tests.test_architecture import PACKAGE
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"rapidindex (finetune|build|index|query|info|check|add|remove|demo)\b", README)))
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+COMMANDS = typer.main.get_command(app).commands
+LONGEST = 900
+"""Words of the README."""
 
 
-def helps(command):
-    done = subprocess.run([sys.executable, "-m", "rapidindex", command, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def typed(text, kind):
+    """The words of a page's commands: those of its code blocks, or those named in its sentences."""
+    found = {"block": r"^ {4,}(?:\$ )?(rapidindex +\w.*)", "inline": r"`(rapidindex\s+\w[^`]*)`"}[kind]
+    for fenced in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        text = text.replace(fenced, re.sub("^", "    ", fenced, flags=re.MULTILINE))
+    return [shlex.split(command, comments=True) for command in re.findall(found, text, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_that_the_readme_gives_a_command_exists(command):
-    help_text = helps(command)
-    for line in README.splitlines():
-        if match := re.search(rf"rapidindex {command}\b(.*)", line):
-            for option in re.findall(r"(?<![\w-])(--?[a-zA-Z][\w-]*)", match[1].split("    #")[0]):
-                assert re.search(rf"(^|[\s,]){re.escape(option)}\b", help_text), f"{command} has no {option}"
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_and_option_that_a_page_names_exists(page):
+    for words in typed(PAGES[page], "block") + typed(PAGES[page], "inline"):
+        assert words[1] in COMMANDS, words
+        known = {flag for param in COMMANDS[words[1]].params for flag in (*param.opts, *param.secondary_opts)}
+        given = {word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)}
+        assert given <= known | {"-h", "--help"}, words
 
 
-def test_the_readme_names_every_command():
-    done = subprocess.run([sys.executable, "-m", "rapidindex", "--help"], capture_output=True, text=True)
-    listed = re.findall(r"^  (\w+)  ", done.stdout, re.MULTILINE)
-    assert set(listed) == set(COMMANDS)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_in_a_page_s_code_parses(page):
+    for words in typed(PAGES[page], "block"):
+        if "…" not in words:
+            words = words[: words.index(">")] if ">" in words else words
+            COMMANDS[words[1]].make_context(words[1], words[2:])
+
+
+def test_a_wrong_command_is_found():
+    page = "    rapidindex query index --tokn Japan   # a remark\nand `rapidindex quarry`"
+    assert typed(page, "block") == [["rapidindex", "query", "index", "--tokn", "Japan"]]
+    assert typed(page, "inline") == [["rapidindex", "quarry"]]
+
+
+def test_every_command_stands_in_a_page():
+    assert {words[1] for text in PAGES.values() for kind in ("block", "inline") for words in typed(text, kind)} == set(
+        COMMANDS
+    )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
+        assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_readme_is_short_and_links_every_page():
+    assert len([word for word in README.split() if re.search(r"[^\W\d_]", word)]) < LONGEST
+    assert {page for page in PAGES if page != "README.md"} <= set(re.findall(r"\]\(([^)#]+)\)", README))
 
 
 def test_the_tree_names_every_file_and_room():
-    tree = README.split("## The tree")[1].split("## The file format")[0]
+    tree = README.split("## The tree")[1].split("## More")[0]
     names = {path.name for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
     names |= {f"{path.name}/" for path in PACKAGE.iterdir() if path.is_dir() and not path.name.startswith("__")}
     assert names <= set(re.findall(r"[\w.]+/?", tree))
-    assert all((PACKAGE / file).is_file() for file in re.findall(r"`(\w+/\w+\.py)`", tree))
+
+
+def test_every_file_that_a_page_names_is_there():
+    named = {file for text in PAGES.values() for file in re.findall(r"`(\w+/\w+\.py)`", text)}
+    assert all((PACKAGE / file).is_file() for file in named)
 
 
 def test_every_room_lists_its_files():
@@ -52,7 +89,7 @@ def test_every_room_lists_its_files():
 
 
 def test_the_python_lines_run_from_a_finished_trainer_to_an_answer(tmp_path, monkeypatch):
-    [lines] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    [lines] = re.findall(r"```python\n(.*?)```", PAGES["docs/python.md"], re.DOTALL)
     monkeypatch.chdir(tmp_path)
     tokenizer = tiny.make_tokenizer()
     model = tiny.with_lora(tiny.make_model("llama"))
