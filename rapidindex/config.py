@@ -15,6 +15,7 @@ from rapidindex.errors import UsageError
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
 NORMALIZATIONS = ("unit", "layer", "none")
+PROJECTIONS = ("rapidgrad", "two-sided")
 LEVELS = ("sentence", "token")
 DIM = 16_384
 """The default length of a fold, lowered to K. Rows of real gradients are nearly orthogonal, so the noise of a short
@@ -111,10 +112,10 @@ class GradientConfig:
     normalize: str | None = None
     """`unit`: the whole gradient to length 1; `layer`: each layer (the paper); `none` (TracIn); None: the recipe's."""
     second_moment: str | None = None
-    """`estimate`, `kronecker`, `none`, or the path of a training checkpoint with Adam's or Adafactor's state; None: the
-    recipe's."""
+    """`estimate`, `factored`, `kronecker`, `none`, or the path of a training checkpoint with Adam's or Adafactor's
+    state; None: the recipe's."""
     moment_examples: int = 64
-    """Examples from which `estimate` and `kronecker` take the mean squared gradient."""
+    """Examples from which `estimate`, `factored` and `kronecker` take the mean squared gradient."""
     seed: int = 0
     """Draws those examples."""
 
@@ -126,38 +127,53 @@ class GradientConfig:
 
 @dataclass(frozen=True)
 class SketchConfig:
-    """The RapidGrad of Algorithm 1: a pure function of these and of the gradient's length."""
+    """How a gradient becomes K entries: a pure function of these and of the layers' names and shapes."""
 
     K: int | None = None
-    """Length of a RapidGrad, a power of two; None: the recipe's."""
+    """Length of a row, a power of two; None: the recipe's."""
     shuffles: int = 20
-    """λ: how many row and column shuffles."""
+    """λ: how many row and column shuffles a RapidGrad takes."""
     seed: int = 0
     """Draws the shuffles and the signs."""
+    projection: str | None = None
+    """`rapidgrad` (Algorithm 1), or `two-sided`: P_out g P_inᵀ of each weight, summed by block (TrackStar). None: the
+    recipe's."""
 
     def __post_init__(self) -> None:
+        _one_of("--projection", self.projection, PROJECTIONS)
         _at_least("--shuffles", self.shuffles, 0)
+        if self.projection == "two-sided" and self.shuffles != SketchConfig.shuffles:
+            raise UsageError("--shuffles is about RapidGrads.", hint="Leave it out, or take --projection rapidgrad.")
         if self.K is not None:
             _power_of_two("-K", self.K)
         _seed(self.seed, 64)
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "default": {"second_moment": "estimate", "normalize": "unit", "K": 65_536},
-    "rapidin": {"second_moment": "none", "normalize": "layer", "K": 65_536},
-    "trackstar": {"second_moment": "estimate", "normalize": "unit", "K": 65_536},
-    "tracin": {"second_moment": "none", "normalize": "none", "K": 65_536},
+    "default": {"second_moment": "estimate", "normalize": "unit", "projection": "rapidgrad", "K": 65_536},
+    "rapidin": {"second_moment": "none", "normalize": "layer", "projection": "rapidgrad", "K": 65_536},
+    "trackstar": {"second_moment": "factored", "normalize": "unit", "projection": "two-sided", "K": 65_536},
+    "tracin": {"second_moment": "none", "normalize": "none", "projection": "rapidgrad", "K": 65_536},
 }
 """What each recipe sets, where the user does not: `rapidin` is the paper's (arXiv 2405.11724, section 3.2), `trackstar`
 that of arXiv 2410.17413 (section 3), `tracin` the plain inner product of gradients (arXiv 2002.08484)."""
 CUSTOM = "custom"
 
 
-def in_recipe(options: Any, recipe: str) -> Any:
-    """Return a GradientConfig or SketchConfig with the recipe's values in the place of None. UsageError if unknown."""
+def in_recipe(gradient: GradientConfig, sketch: SketchConfig, recipe: str) -> tuple[GradientConfig, SketchConfig]:
+    """Return the options with the recipe's values in the place of None. UsageError if the recipe is unknown.
+
+    Beside a two-sided projection, `factored` stands for the recipe's `estimate`, which it could not take apart.
+    """
     _one_of("--recipe", recipe, tuple(RECIPES))
-    missing = {name: value for name, value in RECIPES[recipe].items() if getattr(options, name, 0) is None}
-    return replace(options, **missing)
+    values = dict(RECIPES[recipe])
+    if sketch.projection == "two-sided" and values["second_moment"] == "estimate":
+        values["second_moment"] = "factored"
+    return _filled(gradient, values), _filled(sketch, values)
+
+
+def _filled(options: Any, values: dict[str, Any]) -> Any:
+    return replace(options, **{name: value for name, value in values.items() if getattr(options, name, 0) is None})
 
 
 def recipe_name(gradient: GradientConfig, sketch: SketchConfig) -> str:
@@ -245,8 +261,10 @@ class BuildRequest:
     """A name of RECIPES."""
 
     def __post_init__(self) -> None:
-        for part in ("gradient", "sketch"):
-            object.__setattr__(self, part, in_recipe(getattr(self, part), self.recipe))
+        for part, options in zip(
+            ("gradient", "sketch"), in_recipe(self.gradient, self.sketch, self.recipe), strict=True
+        ):
+            object.__setattr__(self, part, options)
         object.__setattr__(self, "output", str(self.output))
         if isinstance(self.model, str | Path):
             object.__setattr__(self, "model", ModelConfig(str(self.model)))

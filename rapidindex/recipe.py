@@ -70,7 +70,7 @@ class Recipe:
                 encoding=_typed(EncodingConfig, **{"loss": "last", **encoding}),  # without --loss it was the last turn
                 template=template,
                 gradient=_typed(GradientConfig, **config["gradient"]),
-                sketch=_typed(SketchConfig, **config["sketch"]),
+                sketch=_typed(SketchConfig, **{"projection": "rapidgrad", **config["sketch"]}),
                 data=_typed(Source, **config["data"]),
                 added=tuple(_typed(Source, **source) for source in config.get("added", ())),
                 token=_typed(TokenConfig, **config["token"]) if config.get("token") else None,

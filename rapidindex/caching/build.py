@@ -16,14 +16,22 @@ import torch
 
 from rapidindex.caching.batches import Item, padded_tokens
 from rapidindex.caching.estimate import check_resources, free_resources, resources_of
-from rapidindex.caching.job import Job, LevelPlan, check_recipe, plan_levels, prepare, read_existing, same_day
+from rapidindex.caching.job import (
+    Job,
+    LevelPlan,
+    check_recipe,
+    map_of_slots,
+    plan_levels,
+    prepare,
+    read_existing,
+    same_day,
+)
 from rapidindex.caching.moment import ensure_second_moment
 from rapidindex.caching.shard_writer import STAGES, ShardWriter, cache
 from rapidindex.caching.workers import Shared, cache_with_workers
 from rapidindex.config import BuildRequest
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.second_moment import preconditioner_of
-from rapidindex.gradients.sketch import Sketch
 from rapidindex.progress import Progress, silent
 from rapidindex.recipe import Recipe
 from rapidindex.search.vector_index import VectorIndex
@@ -120,17 +128,17 @@ def cache_level(store: Store, job: Job, plan: LevelPlan, progress: Progress) -> 
 def _cache_with_workers(store: Store, job: Job, plan: LevelPlan, progress: Progress) -> bool:
     progress("map", 0, 1)
     job.model.release()
-    shared: list[Shared] = []
+    shared: dict[str, Shared] = {}
     try:
-        shared.append(Shared.copy(Sketch(job.size, replace(job.request.sketch, K=plan.K)).slots(0, job.size)))
-        v = store.second_moment()
+        slots, v = map_of_slots(job, plan.K), store.second_moment()
+        if slots is not None:
+            shared["slots"] = Shared.copy(slots)
         if v is not None:
-            kind = preconditioner_of(job.recipe.gradient.second_moment)
-            shared.append(Shared.copy(kind.factors_of(torch.tensor(v), job.layers)))
+            shared["factors"] = Shared.copy(preconditioner_of(job.recipe).factors_of(torch.tensor(v), job.layers))
         progress("map", 1, 1)
         return cache_with_workers(plan, store, job.model.config, job.request.work, shared, progress)
     finally:
-        for tensor in shared:
+        for tensor in shared.values():
             tensor.close()
 
 

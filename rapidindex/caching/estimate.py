@@ -18,14 +18,22 @@ import psutil
 import torch
 
 from rapidindex.caching.batches import Item, as_batch, padded_tokens, plan_batches
-from rapidindex.caching.job import Job, LevelPlan, check_recipe, plan_levels, prepare, read_existing, same_day
+from rapidindex.caching.job import (
+    Job,
+    LevelPlan,
+    check_recipe,
+    map_of_slots,
+    plan_levels,
+    prepare,
+    read_existing,
+    same_day,
+)
 from rapidindex.caching.moment import ESTIMATES, moment_sample
 from rapidindex.config import BuildRequest
 from rapidindex.errors import ResourceError
 from rapidindex.gradients.eigenbases import seconds_to_find
 from rapidindex.gradients.rapidgrad import Compressor, RapidGrads
 from rapidindex.gradients.second_moment import preconditioner_of
-from rapidindex.gradients.sketch import Sketch
 from rapidindex.progress import Progress, silent
 from rapidindex.search.vector_index import search_index_bytes
 from rapidindex.store import Store, disk_bytes, encode_rows
@@ -209,10 +217,10 @@ def _beyond_this_process(job: Job, needed: ResourceEstimate) -> ResourceEstimate
 
 def _array_bytes(job: Job) -> dict[str, int]:
     """Return the sizes of the arrays that processes share: the sketch's map, and the correction with its vectors."""
-    kind = preconditioner_of(job.recipe.gradient.second_moment)
-    arrays = {"map of slots": 4 * job.size}
+    kind = preconditioner_of(job.recipe)
+    arrays = {"map of slots": 4 * job.size} if job.recipe.sketch.projection == "rapidgrad" else {}
     if kind.sample_passes:
-        arrays["correction"] = 4 * (job.size + kind.vector_entries(job.layers))
+        arrays["correction"] = 4 * (kind.moment_entries(job.layers) + kind.vector_entries(job.layers))
     return arrays
 
 
@@ -228,15 +236,15 @@ def _lacks_moment(job: Job, store: Store | None) -> bool:
 
 def _disk_bytes(job: Job, plan: LevelPlan, store: Store | None) -> dict[str, int]:
     layers = [{"name": layer.name, "size": layer.size} for layer in job.layers]
-    lacks_moment = _lacks_moment(job, store)
+    kind = preconditioner_of(job.recipe)
+    moment = kind.moment_entries(job.layers) + kind.vector_entries(job.layers) if _lacks_moment(job, store) else 0
     parts = disk_bytes(
         row_bytes=plan.row_bytes,
         rows=plan.rows,
         records=[item.to_record(1.234567) for item in plan.examples],
         shards=max(-(-plan.row_bytes * plan.rows // job.request.work.shard_bytes), len(plan.devices)),
         description={"config": job.recipe.to_manifest(), "layers": layers, "skipped": job.skipped},
-        second_moment=lacks_moment,
-        eigenvectors=preconditioner_of(job.recipe.gradient.second_moment).vector_entries(job.layers),
+        moment_entries=moment,
     )
     return parts | {"search index": search_index_bytes(plan.rows, plan.K)}
 
@@ -279,7 +287,7 @@ class _Timing:
         """Return the seconds of each part of caching the level, once data and model are read."""
         job, level, workers = self.job, self.plan.level, len(self.plan.devices)
         parts = {}
-        kind = preconditioner_of(job.recipe.gradient.second_moment)
+        kind = preconditioner_of(job.recipe)
         if lacks_moment and job.recipe.gradient.second_moment in ESTIMATES:
             sample = plan_batches(moment_sample(job), job.request.work.batch_tokens)
             parts["second moment"] = kind.sample_passes * self._caching_seconds(sample)
@@ -288,7 +296,8 @@ class _Timing:
         if workers > 1:
             starting = _IMPORT_SECONDS * max(1, workers / (psutil.cpu_count() or 1)) + loading
             parts[f"start workers, {level}"] = starting
-        parts[f"map of slots, {level}"] = self.map_seconds
+        if job.recipe.sketch.projection == "rapidgrad":
+            parts[f"map of slots, {level}"] = self.map_seconds
         check = max(0.0, self.first_seconds - self._caching_seconds(self.batches[:1]))
         parts[f"cache, {level}"] = self._caching_seconds(self.batches) / workers + check
         parts[f"write, {level}"] = self.writing_seconds * self.plan.rows / workers
@@ -318,10 +327,9 @@ class _Timing:
 
 def _stand_in(job: Job, plan: LevelPlan) -> Compressor:
     """Return a compressor that takes the time and memory of the build's own, whose second moment is not known yet."""
-    slots = Sketch(job.size, replace(job.recipe.sketch, K=plan.K)).slots(0, job.size)
-    entries = preconditioner_of(job.recipe.gradient.second_moment).vector_entries(job.layers)
-    moment = {"v": np.ones(job.size, np.float32), "vectors": np.zeros(entries, np.float32)}
-    return Compressor.of(job.recipe, job.gradients, **moment, K=plan.K, slots=slots)
+    kind = preconditioner_of(job.recipe)
+    v, vectors = np.ones(kind.moment_entries(job.layers), "f4"), np.zeros(kind.vector_entries(job.layers), "f4")
+    return Compressor.of(job.recipe, job.gradients, v=v, vectors=vectors, K=plan.K, slots=map_of_slots(job, plan.K))
 
 
 class _PeakMemory:

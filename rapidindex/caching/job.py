@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rapidindex.caching.batches import Item, Unit, padded_tokens, plan_units
 from rapidindex.config import BuildRequest, ModelConfig
@@ -22,6 +23,7 @@ from rapidindex.data.tokens import token_positions
 from rapidindex.errors import DataError, UsageError
 from rapidindex.gradients.losses import Layer
 from rapidindex.gradients.per_example import PerExampleGradients
+from rapidindex.gradients.sketch import Sketch
 from rapidindex.model.model import LoadedModel, adopt, load
 from rapidindex.progress import Progress, silent
 from rapidindex.recipe import Recipe, Source
@@ -276,6 +278,13 @@ def _plan_level(job: Job, level: str, store: Store | None) -> LevelPlan:
         units=units,
         devices=worker_devices(job.device, job.model.config, min(job.request.work.workers, len(units))),
     )
+
+
+def map_of_slots(job: Job, K: int) -> Tensor | None:
+    """Compute the whole map of a sketch of K, int32 [|v|]; None for a two-sided projection, which has none."""
+    if job.recipe.sketch.projection == "two-sided":
+        return None
+    return Sketch(job.size, replace(job.recipe.sketch, K=K)).slots(0, job.size)
 
 
 def worker_devices(device: torch.device, config: ModelConfig, workers: int) -> list[str]:

@@ -9,12 +9,12 @@ from rapidindex.caching.batches import Item, as_batch, does_not_fit, padded_toke
 from rapidindex.caching.job import Job
 from rapidindex.errors import ModelError, StoreError
 from rapidindex.gradients.losses import Batch, is_out_of_memory
-from rapidindex.gradients.second_moment import preconditioner_of, read_second_moment
+from rapidindex.gradients.second_moment import RowColumn, preconditioner_of, read_second_moment
 from rapidindex.progress import Progress
 from rapidindex.recipe import Recipe
 from rapidindex.store import Store
 
-ESTIMATES = ("estimate", "kronecker")
+ESTIMATES = ("estimate", "factored", "kronecker")
 """Second moments that are estimated from a sample; others are read from a training checkpoint."""
 
 
@@ -44,14 +44,15 @@ def ensure_second_moment(job: Job, store: Store, progress: Progress) -> None:
     source = job.request.gradient.second_moment
     if source == "none" or store.second_moment() is not None:
         return
-    vectors = None
+    vectors, kind = None, preconditioner_of(job.recipe)
     if source in ESTIMATES:
         moment, vectors = _estimate(job, progress)
     else:
-        moment = read_second_moment(source, job.loaded.model, job.layers)
+        moment = read_second_moment(source, job.loaded.model, job.layers, kind)
     if not moment.isfinite().all():
         raise ModelError(f"The second moment ({source}) is not finite.", hint="Build with --second-moment none.")
-    store.write_second_moment(moment.cpu().numpy(), None if vectors is None else vectors.numpy())
+    vectors = None if vectors is None else vectors.numpy()
+    store.write_second_moment(moment.cpu().numpy(), vectors, means=kind is RowColumn)
 
 
 def _estimate(job: Job, progress: Progress) -> tuple[Tensor, Tensor | None]:
@@ -70,7 +71,6 @@ def _estimate(job: Job, progress: Progress) -> tuple[Tensor, Tensor | None]:
 
 
 def _estimate_in(batches: list[list[Item]], job: Job, progress: Progress) -> tuple[Tensor, Tensor | None]:
-    options = job.request.gradient
 
     def track(batches: Sequence[Batch], stage: str) -> Iterator[Batch]:
         for number, batch in enumerate(batches):
@@ -79,4 +79,4 @@ def _estimate_in(batches: list[list[Item]], job: Job, progress: Progress) -> tup
         progress(stage, len(batches), len(batches))
 
     sample = [as_batch(batch, job.loaded.device) for batch in batches]
-    return preconditioner_of(options.second_moment).estimate(job.gradients, sample, options.seed, track)
+    return preconditioner_of(job.recipe).estimate(job.gradients, sample, job.recipe.gradient.seed, track)

@@ -100,16 +100,16 @@ class WorkerSpec:
     threads: int
     first_shard: int
     """It numbers its shards from `first_shard + number` on, in steps of `workers`: no two ever clash."""
-    shared: list[Shared]
-    """The map of slots, int32 [|v|], and the correction's factors, float32 [|v|], where there is one."""
+    shared: dict[str, Shared]
+    """`slots`, the map of a sketch, int32 [|v|], and `factors`, the correction's, float32, where there are such."""
 
 
 def cache_with_workers(
-    plan: LevelPlan, store: Store, model: ModelConfig, work: BuildConfig, shared: list[Shared], progress: Progress
+    plan: LevelPlan, store: Store, model: ModelConfig, work: BuildConfig, shared: dict[str, Shared], progress: Progress
 ) -> bool:
     """Compute `plan` in one process for each of its devices; the locked `store` lists their shards.
 
-    `shared` is the map of slots, and the correction's factors where there is one. Return whether all workers computed
+    `shared` is that of `WorkerSpec`. Return whether all workers computed
     in batches. However the work ends, no process is left, and finished units are kept. ResourceError, naming the
     signal, where a worker was killed; a worker's own error where it failed.
     """
@@ -321,7 +321,7 @@ def _compute(spec: WorkerSpec, pipe: connection.Connection, units: queue.SimpleQ
     torch.set_num_threads(spec.threads)
     store, loaded = Store.open(spec.index), load(spec.model)
     rows = store.rows(spec.level)
-    shared = dict(zip(("slots", "factors"), (array.tensor for array in spec.shared), strict=False))
+    shared = {name: array.tensor for name, array in spec.shared.items()}
     recipe, gradients = Recipe.from_manifest(store.config), PerExampleGradients(loaded.model)
     compressor = Compressor.of(recipe, gradients, vectors=store.eigenvectors(), K=rows.K, **shared)
     numbers = itertools.count(spec.first_shard + spec.number, spec.workers)

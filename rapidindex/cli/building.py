@@ -36,12 +36,21 @@ def build(
         str,
         opt.in_gradient(
             **opt.values(*RECIPES),
-            help="default, rapidin, trackstar or tracin: sets what else is not given of -K, --normalize and "
-            "--second-moment.",
+            help="default, rapidin, trackstar or tracin: sets what else is not given of -K, --projection, --normalize "
+            "and --second-moment.",
         ),
     ] = BuildRequest.recipe,
     K: Annotated[
         int | None, opt.in_gradient("-K", help="Length of a RapidGrad, a power of two.", show_default="65536")
+    ] = None,
+    projection: Annotated[
+        str | None,
+        opt.in_gradient(
+            **opt.values("rapidgrad", "two-sided"),
+            help="rapidgrad, or two-sided: each weight's gradient from both sides (TrackStar); the faster for all "
+            "parameters.",
+            show_default="that of --recipe",
+        ),
     ] = None,
     shuffles: Annotated[int, opt.in_gradient(help="Row and column shuffles (the paper's λ).")] = SketchConfig.shuffles,
     quantize: opt.Quantize = None,
@@ -61,12 +70,12 @@ def build(
         opt.in_gradient(
             show_default="that of --recipe",
             **opt.PLACE,
-            help="Divide gradients by its root: estimate; kronecker (along each layer's eigenvectors: finds more, "
-            "takes more room); none; or a training checkpoint's path.",
+            help="Divide gradients by its root: estimate; factored (row and column means); kronecker (along each "
+            "layer's eigenvectors: finds more, takes more room); none; or a training checkpoint's path.",
         ),
     ] = None,
     moment_examples: Annotated[
-        int, opt.in_gradient(help="Examples that estimate and kronecker take.")
+        int, opt.in_gradient(help="Examples that estimate, factored and kronecker take.")
     ] = GradientConfig.moment_examples,
     level: Annotated[
         str,
@@ -122,7 +131,7 @@ def build(
         model=ModelConfig(model, adapter, quantize, dtype, device),
         encoding=encoding_of(adapter or model, template=template, max_length=max_length, loss=loss),
         gradient=GradientConfig(normalize, second_moment, moment_examples, seed),
-        sketch=SketchConfig(K, shuffles, seed),
+        sketch=SketchConfig(K, shuffles, seed, projection),
         work=BuildConfig(batch_tokens, workers, shard_seconds),
         limit=limit,
         levels=levels,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rapidindex.errors import ModelError, RapidIndexError
+from rapidindex.gradients.factors import Factors
 from rapidindex.gradients.losses import (
     Batch,
     example_losses,
@@ -38,7 +39,8 @@ _SUMS = 4096
 
 
 Consume = Callable[[int, Tensor], None]
-"""Receives a layer's number and its gradients, float [examples, size]; may change them in place."""
+"""Receives a layer's number and its gradients, float [examples, size]; may change them in place. One that asks for
+`factored` gradients receives Factors in the place of a tensor where they are smaller."""
 
 
 class PerExampleGradients:
@@ -68,8 +70,8 @@ class PerExampleGradients:
         """Whether gradients are computed in batches."""
         return not self.unbatched
 
-    def __call__(self, batch: Batch, consume: Consume) -> Float[Tensor, " examples"]:
-        """Pass every layer's gradients, float [examples, size], to `consume` once.
+    def __call__(self, batch: Batch, consume: Consume, *, factored: bool = False) -> Float[Tensor, " examples"]:
+        """Pass every layer's gradients, float [examples, size], to `consume` once; with `factored`, some as Factors.
 
         Return the losses, float32 [examples].
         """
@@ -78,25 +80,27 @@ class PerExampleGradients:
             self._attempt(self._check, batch, int(lengths.argmin()), int(lengths.argmax()))
             self._checked = True
         if self.batched and self._checked:
-            return self._verified(batch, consume)
+            return self._verified(batch, consume, factored)
         return self._single(batch, consume) if len(batch) == 1 else self._one_by_one(batch, consume)
 
     @contextmanager
-    def forward(self, batch: Batch, consume: Consume) -> Iterator[tuple[Tensor, "_Recorder"]]:
+    def forward(
+        self, batch: Batch, consume: Consume, *, factored: bool = False
+    ) -> Iterator[tuple[Tensor, "_Recorder"]]:
         """Yield the losses, float32 [examples], and keep what the batched backward pass needs within the block."""
         positions = positions_used(batch.weights)
         narrowed = only_logits_at(self.model, positions)
-        with torch.enable_grad(), _Recorder(self, batch, consume) as recorder, narrowed as is_narrow:
+        with torch.enable_grad(), _Recorder(self, batch, consume, factored) as recorder, narrowed as is_narrow:
             losses = example_losses(self.model, batch, positions if is_narrow else None)
             recorder.check_graph(losses)
             yield losses, recorder
 
-    def _batched(self, batch: Batch, consume: Consume, *, rehearsal: bool = False) -> Tensor:
+    def _batched(self, batch: Batch, consume: Consume, factored: bool = False, *, rehearsal: bool = False) -> Tensor:
         """Compute a batch; raise _Unseen, before anything is passed on, where it reaches layers that none has reached.
 
         A `rehearsal`, whose gradients are only compared, may reach them.
         """
-        with self.forward(batch, consume) as (losses, recorder):
+        with self.forward(batch, consume, factored=factored) as (losses, recorder):
             reached = frozenset(number for number, calls in enumerate(recorder.calls) if calls)
             if not (rehearsal or reached <= self._reached):
                 raise _Unseen(reached - self._reached)
@@ -106,7 +110,7 @@ class PerExampleGradients:
             recorder.flush()
         return losses.detach()
 
-    def _verified(self, batch: Batch, consume: Consume) -> Tensor:
+    def _verified(self, batch: Batch, consume: Consume, factored: bool) -> Tensor:
         """Compute a batch, and compare each layer with autograd when it first has a gradient.
 
         Where one is wrong, all layers that were not passed on yet are computed one example at a time. Those that were
@@ -115,7 +119,9 @@ class PerExampleGradients:
         passed: set[int] = set()
         unseen: dict[int, Tensor] = {}
 
-        def pass_on(number: int, gradient: Tensor) -> None:
+        def pass_on(number: int, gradient: Tensor | Factors) -> None:
+            if number in self._unverified and isinstance(gradient, Factors):
+                gradient = gradient.dense()
             if number in self._unverified and _lengths(gradient).max() > self._rounding(number):
                 unseen[number] = gradient
             else:
@@ -123,10 +129,10 @@ class PerExampleGradients:
                 consume(number, gradient)
 
         try:
-            losses = self._attempt(self._batched, batch, pass_on)
+            losses = self._attempt(self._batched, batch, pass_on, factored)
         except _Unseen as unseen_layers:
             self._attempt(self._rehearse, batch, unseen_layers.numbers)
-            losses = self._attempt(self._batched, batch, pass_on) if self.batched else None
+            losses = self._attempt(self._batched, batch, pass_on, factored) if self.batched else None
         if losses is not None and unseen:
             rows = {int(_lengths(gradient).argmax()) for gradient in unseen.values()}
             self._compare({n: _digest(gradient.clone()) for n, gradient in unseen.items()}, batch, sorted(rows))
@@ -336,13 +342,13 @@ class _Recorder:
     batch's summed gradients, which are not used. Everywhere else it does: a use that no rule sees is then in the graph.
     """
 
-    def __init__(self, owner: PerExampleGradients, batch: Batch, consume: Consume) -> None:
-        self.owner, self.consume = owner, consume
+    def __init__(self, owner: PerExampleGradients, batch: Batch, consume: Consume, factored: bool) -> None:
+        self.owner, self.consume, self.factored = owner, consume, factored
         self.shape = batch.input_ids.shape
         self.examples = len(batch)
         self.numbers = {id(parameter): number for number, parameter in enumerate(owner._parameters)}
         self.calls = [0] * len(owner.layers)
-        self.partial: list[Tensor | None] = [None] * len(owner.layers)
+        self.partial: list[Tensor | Factors | None] = [None] * len(owner.layers)
         self.replaying = False
         self.handles: list = []
 
@@ -423,27 +429,27 @@ class _Recorder:
         with torch.no_grad():
             for parameter, name in self.owner._rules[module].items():
                 number = self.numbers[id(parameter)]
-                partial = self.partial[number]
-                if type(module) is nn.Embedding:  # large and nearly empty: only its rows are added
-                    self.partial[number] = _embedding(module, x, delta.detach(), partial)
-                else:
-                    gradient = self._gradient(module, name, x, delta.detach()).reshape(self.examples, -1).float()
-                    self.partial[number] = gradient if partial is None else partial.add_(gradient)
+                self.partial[number] = _sum(self.partial[number], self._gradient(module, name, x, delta.detach()))
                 self.calls[number] -= 1
                 if self.calls[number] == 0:
                     self._emit(number, self.partial[number])
 
-    def _emit(self, number: int, gradient: Tensor) -> None:
+    def _emit(self, number: int, gradient: Tensor | Factors) -> None:
         self.partial[number] = None
         self.calls[number] = -1
+        if isinstance(gradient, Factors) and not (self.factored and gradient.smaller):
+            gradient = gradient.dense()
         self.consume(number, gradient)
 
-    def _gradient(self, module: nn.Module, name: str, x: Tensor, delta: Tensor) -> Tensor:
+    def _gradient(self, module: nn.Module, name: str, x: Tensor, delta: Tensor) -> Tensor | Factors:
+        if type(module) is nn.Embedding:
+            return _embedding(module, x, delta)
         if type(module) in (nn.Linear, Conv1D):
             return _linear(module, name, x.to(delta.dtype), delta)
         self.replaying = True
         try:
-            return torch.cat([_replay(module, name, x[b : b + 1], delta[b : b + 1]) for b in range(self.examples)])
+            parts = [_replay(module, name, x[b : b + 1], delta[b : b + 1]) for b in range(self.examples)]
+            return torch.cat(parts).reshape(self.examples, -1).float()
         finally:
             self.replaying = False
 
@@ -462,22 +468,29 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and all(p.dim() == 1 for p in module.parameters())
 
 
-def _linear(module: nn.Module, name: str, x: Tensor, delta: Tensor) -> Tensor:
+def _sum(before: Tensor | Factors | None, more: Tensor | Factors) -> Tensor | Factors:
+    """Return the gradients of a parameter's calls so far, and one more."""
+    if before is None:
+        return more
+    if isinstance(before, Factors) and isinstance(more, Factors):
+        return before.joined(more)
+    before, more = (part.dense() if isinstance(part, Factors) else part for part in (before, more))
+    return before.add_(more)
+
+
+def _linear(module: nn.Module, name: str, x: Tensor, delta: Tensor) -> Tensor | Factors:
     x, delta = x.flatten(1, -2), delta.flatten(1, -2)
     if name == "bias":
         return delta.float().sum(1)
-    first, second = (x, delta) if type(module) is Conv1D else (delta, x)
-    return first.transpose(1, 2) @ second
+    pair = (x, delta) if type(module) is Conv1D else (delta, x)
+    return Factors(tuple(module.weight.shape), [pair])
 
 
-def _embedding(module: nn.Embedding, ids: Tensor, delta: Tensor, partial: Tensor | None) -> Tensor:
-    """Return the gradients [examples, size], added to `partial`, which a tied layer may have made already."""
-    weight = module.weight
-    gradient = torch.zeros(len(ids), weight.numel(), device=delta.device) if partial is None else partial
-    kept = delta.float() if module.padding_idx is None else delta.float() * (ids != module.padding_idx).unsqueeze(-1)
-    for row in range(len(ids)):
-        gradient[row].view_as(weight).index_add_(0, ids[row], kept[row])
-    return gradient
+def _embedding(module: nn.Embedding, ids: Tensor, delta: Tensor) -> Factors:
+    ids, delta = ids.flatten(1), delta.flatten(1, -2)
+    if module.padding_idx is not None:
+        delta = delta * (ids != module.padding_idx).unsqueeze(-1)
+    return Factors(tuple(module.weight.shape), [(ids, delta)])
 
 
 def _replay(module: nn.Module, name: str, x: Tensor, delta: Tensor) -> Tensor:

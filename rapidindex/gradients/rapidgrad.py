@@ -1,7 +1,9 @@
 """RapidGrads of a batch: per-example gradients, corrected, normalised and compressed layer by layer.
 
 Training examples and queries are computed alike, so that inner products of RapidGrads estimate Eq. 5 to 8 (with
-e·η = 1). Each layer goes into the sketch as soon as its gradient is known. Knows nothing of files.
+e·η = 1). Each layer goes into the sketch, or the two-sided projection, as soon as its gradient is known. Norms are
+those of the whole gradients either way: heat-maps and `rescore`, which divide by them, then know no projection. Knows
+nothing of files.
 """
 
 from collections.abc import Sequence
@@ -12,11 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rapidindex.config import SketchConfig
 from rapidindex.errors import StoreError
-from rapidindex.gradients.losses import Batch
+from rapidindex.gradients.factors import Factors
+from rapidindex.gradients.losses import Batch, Layer
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.second_moment import Preconditioner, preconditioner_of
 from rapidindex.gradients.sketch import Sketch
+from rapidindex.gradients.two_sided import TwoSided
 from rapidindex.recipe import Recipe
 
 
@@ -38,6 +43,13 @@ def concatenate(batches: Sequence[RapidGrads]) -> RapidGrads:
     return RapidGrads(*map(torch.cat, columns))
 
 
+def projection_of(config: SketchConfig, layers: Sequence[Layer], slots: Tensor | None = None) -> Sketch | TwoSided:
+    """Return the projection that a recipe names; `slots` is the map of a sketch where it was computed before."""
+    if config.projection == "two-sided":
+        return TwoSided(layers, config)
+    return Sketch(layers[-1].start + layers[-1].size, config, slots)
+
+
 class Compressor:
     """Turns batches of one model into RapidGrads.
 
@@ -47,7 +59,7 @@ class Compressor:
     def __init__(
         self,
         gradients: PerExampleGradients,
-        sketch: Sketch,
+        sketch: Sketch | TwoSided,
         *,
         normalize: str,
         preconditioner: Preconditioner | None = None,
@@ -56,6 +68,8 @@ class Compressor:
         self.sketch = sketch
         self.normalize = normalize
         self.preconditioner = preconditioner or Preconditioner(gradients.layers)
+        factored = sketch.takes_factors and self.preconditioner.takes_factors
+        self._options = {"factored": True} if factored else {}
 
     @classmethod
     def of(
@@ -71,13 +85,13 @@ class Compressor:
     ) -> "Compressor":
         """Return the compressor of an index's recipe, on the device of the gradients' model.
 
-        `v` (float32 [|v|]) and `vectors` (float32) are the stored second moment and its eigenvectors; `K` is the length
-        of a row, by default that of an example's. `slots` (int32 [|v|]) and `factors` (float32 [|v|]) are the sketch's
-        map and the correction where they were computed before. StoreError where the recipe wants a second moment and
-        there is none, DamagedIndex where the eigenvectors belong to other layers.
+        `v` and `vectors` (float32) are the stored second moment and its eigenvectors; `K` is the length of a row, by
+        default that of an example's. `slots` (int32 [|v|]) and `factors` (float32, as long as v) are the sketch's map
+        and the correction where they were computed before. StoreError where the recipe wants a second moment and
+        there is none, DamagedIndex where it, or the eigenvectors, belong to other layers.
         """
         layers, device = gradients.layers, next(gradients.model.parameters()).device
-        kind = preconditioner_of(recipe.gradient.second_moment)
+        kind = preconditioner_of(recipe)
         if kind is not Preconditioner and factors is None:
             if v is None:
                 raise StoreError(
@@ -87,10 +101,9 @@ class Compressor:
             factors = kind.factors_of(torch.tensor(np.asarray(v)), layers)
         factors = None if factors is None else factors.to(device)
         vectors_on_device = None if vectors is None else torch.from_numpy(vectors).to(device)
-        sketch = Sketch(layers[-1].start + layers[-1].size, replace(recipe.sketch, K=K or recipe.sketch.K), slots)
         return cls(
             gradients,
-            sketch,
+            projection_of(replace(recipe.sketch, K=K or recipe.sketch.K), layers, slots),
             normalize=recipe.gradient.normalize,
             preconditioner=kind(layers, factors, vectors_on_device),
         )
@@ -101,15 +114,16 @@ class Compressor:
         sums = self.sketch.empty(len(batch), device)
         norms = torch.zeros(len(batch), len(self.gradients.layers), device=device)
 
-        def consume(number: int, values: Tensor) -> None:
-            layer = self.gradients.layers[number]
-            self.preconditioner.apply(number, values)
-            norms[:, number] = values.norm(dim=1)
+        def consume(number: int, values: Tensor | Factors) -> None:
+            values = self.preconditioner.apply(number, values)
+            factored = isinstance(values, Factors)
+            norms[:, number] = values.lengths() if factored else values.norm(dim=1)
             if self.normalize == "layer":
-                values.div_(_or_one(norms[:, number]).unsqueeze(1))
-            self.sketch.add(sums, layer.start, values)
+                lengths = _or_one(norms[:, number])
+                values = values.divided(lengths) if factored else values.div_(lengths.unsqueeze(1))
+            self.sketch.add(sums, self.gradients.layers[number].start, values)
 
-        losses = self.gradients(batch, consume)
+        losses = self.gradients(batch, consume, **self._options)
         rows = self.sketch.finish(sums)
         if self.normalize == "unit":
             rows /= _or_one(norms.norm(dim=1)).unsqueeze(1)

@@ -3,7 +3,9 @@
 Each entry is divided by (v + 1e-3 · mean(v))^½. v is the mean squared gradient over a sample of training examples at
 the same checkpoint, or Adam's or Adafactor's bias-corrected second moment from a training checkpoint (TrackStar's
 optimizer correction, arXiv 2410.17413). `kronecker` divides along each layer's eigenvectors, and adds a tenth of the
-layer's mean instead. A preconditioner applies the correction; `preconditioner_of` names its class.
+layer's mean instead. `factored` is Adafactor's: v of a weight is the outer product of its row and column means, which
+takes no |v| numbers, and corrects gradients that come as factors. A preconditioner applies the correction;
+`preconditioner_of` names its class.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 
 from rapidindex.errors import DamagedIndex, ModelError
 from rapidindex.gradients.eigenbases import Eigenbases, estimate_eigenbases, vector_entries
+from rapidindex.gradients.factors import Factors
 from rapidindex.gradients.losses import Batch, Layer, trainable, with_drawn_labels
 from rapidindex.gradients.per_example import PerExampleGradients
+from rapidindex.recipe import Recipe
 
 DAMPING = 1e-3
 KRONECKER_DAMPING = 0.1
@@ -31,13 +35,20 @@ class Preconditioner:
 
     sample_passes = 0
     """Passes over the sample that `estimate` makes."""
+    takes_factors = True
+    """Whether `apply` takes gradients as factors, too."""
 
     def __init__(self, layers: Sequence[Layer], factors: Tensor | None = None, vectors: Tensor | None = None) -> None:
         self.layers, self.factors = layers, factors
 
     @staticmethod
+    def moment_entries(layers: Sequence[Layer]) -> int:
+        """Count the entries of the second moment that is stored."""
+        return 0
+
+    @staticmethod
     def vector_entries(layers: Sequence[Layer]) -> int:
-        """Count the entries of the eigenvectors that are stored beside v."""
+        """Count the entries of the eigenvectors that are stored beside it."""
         return 0
 
     @staticmethod
@@ -52,23 +63,30 @@ class Preconditioner:
         """Return v and the eigenvectors along which it was taken, None for the axes. ModelError if v has no value."""
         return estimate_second_moment(gradients, track(sample, "second moment")), None
 
-    def apply(self, number: int, gradients: Float[Tensor, "examples n"]) -> None:
-        """Correct the gradients of layer `number` in place."""
+    def apply(self, number: int, gradients: Float[Tensor, "examples n"] | Factors) -> Tensor | Factors:
+        """Return the corrected gradients of layer `number`; a tensor is corrected in place."""
+        return gradients
 
 
 class Diagonal(Preconditioner):
     """Multiplies each entry by (v + 1e-3 · mean(v))^-½."""
 
     sample_passes = 1
+    takes_factors = False
+
+    @staticmethod
+    def moment_entries(layers: Sequence[Layer]) -> int:
+        """Return |v|."""
+        return sum(layer.size for layer in layers)
 
     @staticmethod
     def factors_of(v: Float[Tensor, " size"], layers: Sequence[Layer]) -> Float[Tensor, " size"]:
         """Return (v + 1e-3 · mean(v))^-½, float32 [|v|]."""
         return correction(v)
 
-    def apply(self, number: int, gradients: Float[Tensor, "examples n"]) -> None:
-        """Correct the gradients of layer `number` in place."""
-        gradients.mul_(self._factors(number))
+    def apply(self, number: int, gradients: Float[Tensor, "examples n"]) -> Tensor:
+        """Return the corrected gradients of layer `number`, corrected in place."""
+        return gradients.mul_(self._factors(number))
 
     def _factors(self, number: int) -> Tensor:
         layer = self.layers[number]
@@ -110,15 +128,93 @@ class Eigenbasis(Diagonal):
         bases = Eigenbases(gradients.layers, vectors.to(batches[0].input_ids.device))
         return estimate_second_moment(gradients, track(batches, "second moment"), bases), vectors
 
-    def apply(self, number: int, gradients: Float[Tensor, "examples n"]) -> None:
-        """Correct the gradients of layer `number` in place."""
+    def apply(self, number: int, gradients: Float[Tensor, "examples n"]) -> Tensor:
+        """Return the corrected gradients of layer `number`, corrected in place."""
         rotated = self.bases.to_eigenbasis(number, gradients) * self._factors(number)
-        gradients.copy_(self.bases.from_eigenbasis(number, rotated))
+        return gradients.copy_(self.bases.from_eigenbasis(number, rotated))
 
 
-def preconditioner_of(second_moment: str) -> type[Preconditioner]:
-    """Return the class for a value of `GradientConfig.second_moment`."""
-    return {"none": Preconditioner, "kronecker": Eigenbasis}.get(second_moment, Diagonal)
+class RowColumn(Preconditioner):
+    """Multiplies each row by (R_i + 1e-3 · mean(v))^-½ and each column by (C_j / mean(C) + 1e-3)^-½.
+
+    R and C are the row and column means of v over a weight, so that v ≈ R Cᵀ / mean(C), as Adafactor has it (arXiv
+    1804.04235). The damping of either side is that of `estimate`. Every entry of a vector is a row.
+    """
+
+    sample_passes = 1
+
+    def __init__(self, layers: Sequence[Layer], factors: Tensor, vectors: Tensor | None) -> None:
+        super().__init__(layers, factors)
+        if len(factors) != self.moment_entries(layers):
+            raise DamagedIndex(
+                "The index does not hold the row and column means of this model's layers.",
+                hint="Type `rapidindex check INDEX`.",
+            )
+        self._sides = _split_sides(factors, layers)
+
+    @staticmethod
+    def moment_entries(layers: Sequence[Layer]) -> int:
+        """Count the rows and columns of all layers."""
+        return sum(map(sum, map(_sides_of, layers)))
+
+    @staticmethod
+    def factors_of(v: Float[Tensor, " entries"], layers: Sequence[Layer]) -> Float[Tensor, " entries"]:
+        """Return the factors of the rows and the columns of each layer, in the order of the means in `v`."""
+        pairs = _split_sides(v, layers)
+        mean = sum(float(R.double().mean()) * layer.size for (R, _), layer in zip(pairs, layers, strict=True))
+        mean /= sum(layer.size for layer in layers)
+        parts = []
+        for R, C in pairs:
+            parts.append((R + DAMPING * mean).rsqrt() if mean > 0 else torch.ones_like(R))
+            parts.append((C / C.mean() + DAMPING).rsqrt() if C.any() else torch.ones_like(C))
+        return torch.cat(parts)
+
+    @classmethod
+    def estimate(
+        cls, gradients: PerExampleGradients, sample: Sequence[Batch], seed: int, track: Track
+    ) -> tuple[Float[Tensor, " entries"], None]:
+        """Return the row and column means of the sample's mean squared gradient."""
+        layers = gradients.layers
+
+        def measure(number: int, values: Tensor | Factors) -> Tensor:
+            if isinstance(values, Factors):  # one example after another: all of them may not fit into memory
+                return sum(row_column_means(values.example(b).dense(), layers[number]) for b in range(len(values)))
+            return row_column_means(values, layers[number])
+
+        sizes = [sum(_sides_of(layer)) for layer in layers]
+        return mean_over_sample(gradients, track(sample, "second moment"), measure, sizes, factored=True), None
+
+    def apply(self, number: int, gradients: Float[Tensor, "examples n"] | Factors) -> Tensor | Factors:
+        """Return the corrected gradients of layer `number`; a tensor is corrected in place."""
+        rows, columns = self._sides[number]
+        if isinstance(gradients, Factors):
+            return gradients.scaled(rows, columns)
+        gradients.view(-1, len(rows), len(columns)).mul_(rows.unsqueeze(1)).mul_(columns)
+        return gradients
+
+
+def _sides_of(layer: Layer) -> tuple[int, int]:
+    """Return the rows and columns that have means of their own; a vector has rows of one entry."""
+    columns = layer.shape[-1] if len(layer.shape) > 1 else 1
+    return layer.size // columns, columns
+
+
+def _split_sides(flat: Tensor, layers: Sequence[Layer]) -> list[tuple[Tensor, Tensor]]:
+    parts = iter(flat.split([side for layer in layers for side in _sides_of(layer)]))
+    return list(zip(parts, parts, strict=True))
+
+
+def row_column_means(gradients: Float[Tensor, "examples size"], layer: Layer) -> Float[Tensor, " sides"]:
+    """Return the row means and column means of one layer's squared gradients, summed over the examples."""
+    squares = gradients.view(-1, *_sides_of(layer)).square().sum(0)
+    return torch.cat([squares.mean(1), squares.mean(0)])
+
+
+def preconditioner_of(recipe: Recipe) -> type[Preconditioner]:
+    """Return the class of a recipe's correction. Of a training checkpoint, two-sided rows take row and column means."""
+    named = {"none": Preconditioner, "kronecker": Eigenbasis, "factored": RowColumn, "estimate": Diagonal}
+    of_checkpoint = RowColumn if recipe.sketch.projection == "two-sided" else Diagonal
+    return named.get(recipe.gradient.second_moment, of_checkpoint)
 
 
 def correction(second_moment: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
@@ -141,24 +237,35 @@ def estimate_second_moment(
 ) -> Float[Tensor, " size"]:
     """Return the mean squared gradient over the examples of `batches`, along `eigenbases` where they are given.
 
-    A batch with a gradient that is not finite is left out. ModelError where no batch is left.
+    Raises as `mean_over_sample` does.
     """
-    layers = gradients.layers
-    total = torch.zeros(layers[-1].start + layers[-1].size)
-    count = 0
+
+    def measure(number: int, values: Tensor) -> Tensor:
+        values = values if eigenbases is None else eigenbases.to_eigenbasis(number, values)
+        return values.square().sum(0)
+
+    return mean_over_sample(gradients, batches, measure, [layer.size for layer in gradients.layers])
+
+
+def mean_over_sample(
+    gradients: PerExampleGradients,
+    batches: Iterable[Batch],
+    measure: Callable[[int, Tensor], Tensor],
+    sizes: Sequence[int],
+    **options: bool,
+) -> Float[Tensor, " entries"]:
+    """Return the mean over the examples of what `measure` sums over a batch, `sizes` numbers for each layer.
+
+    `measure` is given a layer's number and gradients. A batch with a gradient that is not finite is left out.
+    ModelError where no batch is left.
+    """
+    total, count = torch.zeros(sum(sizes)), 0
     for batch in batches:
-        finite = torch.ones(len(batch), dtype=torch.bool)
-        squares = torch.zeros_like(total)
-
-        def add(number: int, values: Tensor, squares: Tensor = squares, finite: Tensor = finite) -> None:
-            finite &= values.isfinite().all(1).cpu()
-            layer = layers[number]
-            values = values if eigenbases is None else eigenbases.to_eigenbasis(number, values)
-            squares[layer.start : layer.start + layer.size] = values.square().sum(0)
-
-        gradients(batch, add)
-        if finite.all():
-            total += squares
+        sums = torch.zeros_like(total)
+        places = sums.split(list(sizes))
+        gradients(batch, lambda number, values, places=places: places[number].copy_(measure(number, values)), **options)
+        if sums.isfinite().all():
+            total += sums
             count += len(batch)
     if count == 0:
         raise ModelError(
@@ -168,13 +275,16 @@ def estimate_second_moment(
     return total.div_(count)
 
 
-def read_second_moment(path: str | Path, model: nn.Module, layers: list[Layer]) -> Float[Tensor, " size"]:
+def read_second_moment(
+    path: str | Path, model: nn.Module, layers: list[Layer], kind: type[Preconditioner] = Diagonal
+) -> Float[Tensor, " entries"]:
     """Read Adam's or Adafactor's bias-corrected second moment from a Trainer checkpoint folder or its `optimizer.pt`.
 
-    ModelError where the file is missing, or is not the state of an optimizer of this model's trainable parameters.
+    For a `RowColumn` it is reduced to row and column means, which are Adafactor's own. ModelError where the file is
+    missing, or is not the state of an optimizer of this model's trainable parameters.
     """
     file = Path(path) / "optimizer.pt" if Path(path).is_dir() else Path(path)
-    hint = "Give the folder of a training checkpoint that holds optimizer.pt, `estimate`, `kronecker` or `none`."
+    hint = "Give the folder of a training checkpoint that holds optimizer.pt, or `estimate`, `factored` or `none`."
     if not file.is_file():
         raise ModelError(f"--second-moment {path}: there is no optimizer state at {file}.", hint=hint)
     try:
@@ -194,7 +304,11 @@ def read_second_moment(path: str | Path, model: nn.Module, layers: list[Layer]) 
         name: (state.get(number), group)
         for number, name, group in zip(numbers, names, _group_of_each(groups), strict=True)
     }
-    return torch.cat([_second_moment(layer.name, *states[layer.name], parameters[layer.name]) for layer in layers])
+    parts = []
+    for layer in layers:
+        v = _second_moment(layer.name, *states[layer.name], parameters[layer.name])
+        parts.append(row_column_means(v.sqrt(), layer) if kind is RowColumn else v)
+    return torch.cat(parts)
 
 
 def _names_by_group(model: nn.Module, parameters: dict[str, nn.Parameter], groups: int) -> list[str]:

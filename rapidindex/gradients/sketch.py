@@ -29,6 +29,8 @@ class Sketch:
     `slots` is the whole map, where it was computed before (in memory that several processes share).
     """
 
+    takes_factors = False
+
     def __init__(self, size: int, config: SketchConfig, slots: Int32[Tensor, " size"] | None = None) -> None:
         if size < 1:
             raise ValueError("a gradient has at least one entry")

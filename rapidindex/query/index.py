@@ -13,7 +13,8 @@ import numpy as np
 from rapidindex.config import ModelConfig, QueryOptions, check_level
 from rapidindex.data.examples import Example
 from rapidindex.data.templates import Template
-from rapidindex.errors import ConfigMismatch, DamagedIndex, StoreError
+from rapidindex.errors import ConfigMismatch, DamagedIndex, StoreError, UsageError
+from rapidindex.gradients.blocks import blocks_of
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.model.model import LoadedModel, adopt, load
@@ -199,6 +200,15 @@ class Index:
         if level not in self._rows:
             self._rows[level] = self.store.rows(level)
         return self._rows[level]
+
+    def blocks(self, level: str) -> dict[str, slice]:
+        """Return the entries of a row of that level that belong to each block of layers, by the block's name.
+
+        UsageError where layers are not kept apart, as in RapidGrads.
+        """
+        if self.recipe.sketch.projection != "two-sided":
+            raise UsageError("RapidGrads mix all layers.", hint="Build with --projection two-sided.")
+        return blocks_of([layer["name"] for layer in self.store.layers]).slices(self.rows_of(level).K)
 
     def compressor_of(self, level: str) -> Compressor:
         """Return the compressor of queries to a level."""

@@ -171,14 +171,16 @@ def read_moment(path: Path, manifest: Manifest) -> Layout:
     length = sum(layer["size"] for layer in manifest["layers"])
     if layout.attributes.get("index") != manifest["id"]:
         raise damaged(layout.path, f"it belongs to another index ({layout.attributes.get('index')})")
-    if "v" not in layout.extents or (layout.extents["v"].shape, layout.extents["v"].dtype) != ((length,), "<f4"):
+    whole = layout.extents.get("v")
+    if whole is None and "means" not in layout.extents or whole and (whole.shape, whole.dtype) != ((length,), "<f4"):
         raise damaged(layout.path, f"it does not hold {length} numbers")
-    vectors = layout.extents.get("eigenvectors")
-    if vectors is not None and (len(vectors.shape), vectors.dtype) != (1, "<f4"):
-        raise damaged(layout.path, "its eigenvectors are of another type")
+    for name in layout.extents.keys() & {"means", "eigenvectors"}:
+        if (len(layout.extents[name].shape), layout.extents[name].dtype) != (1, "<f4"):
+            raise damaged(layout.path, f"its {name} are of another type")
     return layout
 
 
 def moment_entry(layout: Layout) -> dict[str, Any]:
     """Return the manifest's entry for the second moment."""
-    return {"sha256": layout.sha256, "bytes": layout.size, "length": layout.extents["v"].shape[0]}
+    numbers = layout.extents.get("v") or layout.extents["means"]
+    return {"sha256": layout.sha256, "bytes": layout.size, "length": numbers.shape[0]}

@@ -20,15 +20,14 @@ def disk_bytes(
     records: Sequence[dict[str, Any]],
     shards: int,
     description: dict[str, Any],
-    second_moment: bool = False,
-    eigenvectors: int = 0,
+    moment_entries: int = 0,
 ) -> dict[str, int]:
     """Return the bytes that one level of an index will take on the disk, by part.
 
     `rows` is the number of rows, `row_bytes` the size of one (`Rows.row_bytes`), `records` the stored records of their
     examples (`ShardContent.examples`), and `shards` the number of files. `description` holds the arguments `config` and
-    `layers` of `Store.create`, and `versions` and `skipped` where they are known. With `second_moment`, a part of that
-    name counts v and the float32 entries of the `eigenvectors`. The levels of an index share it and the `manifest`.
+    `layers` of `Store.create`, and `versions` and `skipped` where they are known. The part `second moment` counts
+    its `moment_entries`, float32, with those of eigenvectors. The levels of an index share it and the `manifest`.
     """
     content = manifest.new(planned={_LEVEL: (row_bytes, len(records))}, **description)
     index, layers = manifest.copy_for_files(content), content["layers"]
@@ -42,10 +41,9 @@ def disk_bytes(
         "shards": shards * _empty_shard_bytes(row_bytes, len(layers), index),
         "manifest": len(folder.render_json(content)),
     }
-    if second_moment:
-        entries = sum(layer["size"] for layer in layers) + eigenvectors
+    if moment_entries:
         empty = {"index": json_column(index), "v": column([], "<f4")}
-        parts["second moment"] = 4 * entries + file_bytes(empty, {"index": index["id"]})
+        parts["second moment"] = 4 * moment_entries + file_bytes(empty, {"index": index["id"]})
     return parts
 
 

@@ -132,8 +132,12 @@ class Store:
         return self._rows[level][1]
 
     def second_moment(self) -> np.ndarray | None:
-        """Return v, float32 [sum of the layers' sizes], a view of its file; None where the index has none."""
-        return self._map_moment().get("v")
+        """Return v, float32 [sum of the layers' sizes], or its row and column means, float32 [n], a view of their file.
+
+        None where the index has none.
+        """
+        stored = self._map_moment()
+        return stored.get("v", stored.get("means"))
 
     def eigenvectors(self) -> np.ndarray | None:
         """Return the eigenvectors of v's basis, float32 [n], a view of their file; None where the index has none."""
@@ -239,16 +243,19 @@ class Store:
             _refuse_unknown(ids - self.removed, f"not among the examples removed from {self.path}")
             return self._set_removed(self.removed - ids)
 
-    def write_second_moment(self, v: np.ndarray, eigenvectors: np.ndarray | None = None) -> None:
+    def write_second_moment(
+        self, v: np.ndarray, eigenvectors: np.ndarray | None = None, *, means: bool = False
+    ) -> None:
         """Write the second moment v, float32 [sum of the layers' sizes], which an index has once and for all.
 
-        `eigenvectors`, float32 [n], are given where v is in their basis. Raises StoreError where the index has a second
+        `eigenvectors`, float32 [n], are given where v is in their basis. Where `v` holds only row and column `means`,
+        it may have any length. Raises StoreError where the index has a second
         moment, and ValueError where v does not fit the layers or is not finite.
         """
         length = sum(layer["size"] for layer in self.layers)
-        if v.shape != (length,) or v.dtype != np.float32 or not np.isfinite(v).all():
+        if (v.ndim != 1 if means else v.shape != (length,)) or v.dtype != np.float32 or not np.isfinite(v).all():
             raise ValueError(f"a second moment must be finite float32 ({length},), not {v.dtype} {v.shape}")
-        columns = {"v": writing.column(v, "<f4")}
+        columns = {"means" if means else "v": writing.column(v, "<f4")}
         if eigenvectors is not None:
             columns["eigenvectors"] = writing.column(eigenvectors, "<f4")
         with self.lock():

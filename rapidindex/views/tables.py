@@ -125,10 +125,15 @@ def _index_lines(info: dict[str, Any]) -> dict[str, str]:
         "data": ", ".join(source["path"] for source in (config["data"], *config.get("added", []))),
         "template": config["encoding"]["template"],
         "recipe": f"{info['recipe']}: second moment {gradient['second_moment']}, normalize {gradient['normalize']}",
-        "RapidGrad": f"{sketch['shuffles']} shuffles, seed {sketch['seed']}",
+        "projection": f"{_projection(sketch)}, seed {sketch['seed']}",
         "created": info["created"],
     }
     return lines | ({"removed": f"{info['removed']:,} examples"} if info["removed"] else {})
+
+
+def _projection(sketch: dict[str, Any]) -> str:
+    kind = sketch.get("projection", "rapidgrad")
+    return f"RapidGrads of {sketch['shuffles']} shuffles" if kind == "rapidgrad" else kind
 
 
 def _completeness(levels: dict[str, dict[str, Any]]) -> str:

@@ -41,7 +41,6 @@ def test_the_bytes_of_a_second_moment_are_predicted_within_two_per_cent(tmp_path
         records=[],
         shards=0,
         description=description,
-        second_moment=True,
-        eigenvectors=eigenvectors,
+        moment_entries=1000 + eigenvectors,
     )
     assert predicted["second moment"] == pytest.approx((store.path / "second_moment.h5").stat().st_size, rel=0.02)
