@@ -380,6 +380,8 @@ class _Recorder:
         """
         if self.replaying or output.requires_grad:
             return None
+        if output.dim() == 2 and len(output) == self.shape[1]:  # positions, looked up without a batch
+            output = output.unsqueeze(0)
         return output.expand(self.examples, *output.shape[1:]).detach().requires_grad_().clone()
 
     def check_graph(self, losses: Tensor) -> None:
@@ -409,21 +411,28 @@ class _Recorder:
         rule = self.owner._rules[module]
         for parameter in rule:
             parameter.requires_grad_(True)
-        if len(inputs) != 1 or options or not isinstance(output, Tensor):
+        own_way = isinstance(module, nn.Embedding) and type(module) is not nn.Embedding  # a mask, a shape, positions
+        if not isinstance(output, Tensor) or not (own_way or (len(inputs) == 1 and not options)):
             raise _NoRule(f"a {type(module).__name__} with more than one input or output")
         if not output.requires_grad:
+            return
+        if own_way:
+            self._await(module, (inputs, options), output)
             return
         x = inputs[0].detach()
         if x.dim() == 2 and not isinstance(module, nn.Embedding) and _holds_tokens(inputs[0], *self.shape):
             x = x.unflatten(0, self.shape)
         elif len(output) != self.examples or (x.dim() == 2 and not isinstance(module, nn.Embedding)):
             raise _NoRule(f"a {type(module).__name__} that does not see the examples one after another")
-        x = x.expand(self.examples, *x.shape[1:])
-        for parameter in rule:
+        self._await(module, x.expand(self.examples, *x.shape[1:]), output)
+
+    def _await(self, module: nn.Module, x: Any, output: Tensor) -> None:
+        """Wait for the gradient of a call's output. `x` is its input, or all of its arguments: (inputs, options)."""
+        for parameter in self.owner._rules[module]:
             self.calls[self.numbers[id(parameter)]] += 1
         output.register_hook(lambda delta: self._receive(module, x, delta))
 
-    def _receive(self, module: nn.Module, x: Tensor, delta: Tensor) -> None:
+    def _receive(self, module: nn.Module, x: Any, delta: Tensor) -> None:
         if delta.dim() == 2:
             delta = delta.unflatten(0, self.shape)
         with torch.no_grad():
@@ -441,17 +450,27 @@ class _Recorder:
             gradient = gradient.dense()
         self.consume(number, gradient)
 
-    def _gradient(self, module: nn.Module, name: str, x: Tensor, delta: Tensor) -> Tensor | Factors:
+    def _gradient(self, module: nn.Module, name: str, x: Any, delta: Tensor) -> Tensor | Factors:
         if type(module) is nn.Embedding:
             return _embedding(module, x, delta)
         if type(module) in (nn.Linear, Conv1D):
             return _linear(module, name, x.to(delta.dtype), delta)
+        inputs, options = x if isinstance(x, tuple) else ((x,), {})
         self.replaying = True
         try:
-            parts = [_replay(module, name, x[b : b + 1], delta[b : b + 1]) for b in range(self.examples)]
+            calls = (
+                ([self._of(b, one) for one in inputs], {key: self._of(b, one) for key, one in options.items()})
+                for b in range(self.examples)
+            )
+            parts = [_replay(module, name, *call, delta[b : b + 1]) for b, call in enumerate(calls)]
             return torch.cat(parts).reshape(self.examples, -1).float()
         finally:
             self.replaying = False
+
+    def _of(self, example: int, argument: Any) -> Any:
+        """Return one example's part of a module's argument."""
+        parted = isinstance(argument, Tensor) and argument.dim() > 1 and len(argument) == self.examples
+        return argument[example : example + 1] if parted else argument
 
 
 def _rules_of(model: nn.Module) -> dict[nn.Module, dict[nn.Parameter, str]]:
@@ -493,9 +512,9 @@ def _embedding(module: nn.Embedding, ids: Tensor, delta: Tensor) -> Factors:
     return Factors(tuple(module.weight.shape), [(ids, delta)])
 
 
-def _replay(module: nn.Module, name: str, x: Tensor, delta: Tensor) -> Tensor:
+def _replay(module: nn.Module, name: str, inputs: Sequence[Any], options: dict[str, Any], delta: Tensor) -> Tensor:
     """Run the module once more for the gradient of one example: norms and scaled embeddings are cheap."""
     with torch.enable_grad():
         parameter = getattr(module, name).detach().requires_grad_()
-        output = torch.func.functional_call(module, {name: parameter}, (x,))
-        return torch.autograd.grad(output, parameter, delta)[0].unsqueeze(0)
+        output = torch.func.functional_call(module, {name: parameter}, tuple(inputs), options)
+        return torch.autograd.grad(output, parameter, delta.view_as(output))[0].unsqueeze(0)
