@@ -50,3 +50,13 @@ def test_every_adapter_equals_autograd_or_is_refused(name):
 @pytest.mark.parametrize("name", ["opt", "qwen2_moe", "ctrl", "gpt_oss"])
 def test_flattened_tokens_and_embeddings_scaled_in_place_are_batched_under_lora(name):
     assert judge(name, "lora") == "batched"
+
+
+@pytest.mark.parametrize("name", ["opt", "bart", "blenderbot"])
+def test_learned_positions_are_batched_whatever_they_are_looked_up_with(name):
+    assert judge(name, "full") == "batched"
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "minicpm3", "youtu"])
+def test_latent_attention_is_batched(name):
+    assert judge(name, "full") == judge(name, "lora") == "batched"
