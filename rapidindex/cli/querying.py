@@ -80,7 +80,7 @@ def query(
     """Find the training examples that most influenced an answer, or a word of it."""
     from rapidindex.query.index import Index
     from rapidindex.query.questions import as_query, read_queries
-    from rapidindex.views import terminal, wording
+    from rapidindex.views import wording
 
     if (prompt is None) == (queries is None):
         raise UsageError(
@@ -113,7 +113,8 @@ def query(
     if not quiet:
         say("Loading the model …")
     encoded, failed = _encode_each(index, asked, options, queries)
-    results = dict(zip(encoded, index.query(list(encoded.values()), options=options), strict=True))
+    as_text = not (as_json or as_jsonl)
+    results = dict(zip(encoded, _answer(index, list(encoded.values()), options, as_text, quiet), strict=True))
     first = next(iter(results.values()), None)
     if first and (missing := wording.unfinished(first)):
         say(f"{missing} Give its rapidindex build command again to search them all.")
@@ -122,8 +123,6 @@ def query(
         echo_json("\n".join(lines) if as_jsonl else "[" + ",\n".join(lines) + "]")
     elif as_json:
         echo_json(first.to_json(indent=2))
-    else:
-        show(*(terminal.result(result) for result in results.values()))
     if html is not None:
         other = index.query(encoded[0], options=replace(options, opponents=not opponents))
         best, worst = (other, first) if opponents else (first, other)
@@ -151,6 +150,35 @@ def _encode_each(index: Any, asked: dict[int, Any], options: QueryOptions, file:
             failed[number] = type(error)(f"{file}, line {number}: {error.message}", hint=error.hint)
             fail(failed[number])
     return encoded, failed
+
+
+def _answer(index: Any, encoded: list[Any], options: QueryOptions, shown: bool, quiet: bool) -> list[Any]:
+    """Return the results; where they are `shown`, each ranking is as soon as it is known, and heat-maps follow."""
+    from rapidindex.query.events import Ranked
+    from rapidindex.views import terminal
+
+    results, events = [], index.ask(encoded, options)
+    for event in events:
+        if isinstance(event, Ranked):
+            early = shown and options.heatmaps and not options.rescore
+            if early:
+                show(terminal.result(event.result))
+            results.append(_completed(events, quiet=quiet or not shown))
+            if shown:
+                show(terminal.cards(results[-1]) if early else terminal.result(results[-1]))
+    return results
+
+
+def _completed(events: Any, *, quiet: bool) -> Any:
+    """Return the next result of the events, after its heat-maps."""
+    from rapidindex.progress import Bars
+    from rapidindex.query.events import Answered
+
+    with Bars(quiet=quiet) as bars:
+        for event in events:
+            if isinstance(event, Answered):
+                return event.result
+            bars("heat-maps", event.done, event.total)
 
 
 def _check_report(file: Path) -> None:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.model.model import LoadedModel, adopt, load
 from rapidindex.query.encode import EncodedQuery, encode_query, generate_answer, selected_text, stack_rows
 from rapidindex.query.evaluation import BM25, Evaluation, average_precision, precision_at
+from rapidindex.query.events import Answered, Event, Posed, Ranked, Scored
 from rapidindex.query.influence import RESCORED, Candidate, Influence, rescore
 from rapidindex.query.questions import Query, as_query, is_conversation
 from rapidindex.recipe import Recipe
@@ -112,6 +113,29 @@ class Index:
         if not isinstance(prompt, EncodedQuery):
             prompt = as_query(prompt, system=system, answer=answer, token=token, span=span)
         return self._answer(self.encode([prompt], options), options)[0]
+
+    def ask(self, queries: Sequence[Any], options: QueryOptions | None = None) -> Iterator[Event]:
+        """Answer questions step by step: yield what is known as soon as it is known (`rapidindex.query.events`).
+
+        The questions share one search, and are then completed one after the other. Whoever stops reading has cancelled
+        the rest: no lock is held between two events. Raises as `query` does.
+        """
+        options, encoded = options or QueryOptions(), []
+        level = self._level(options)
+        for number, query in enumerate(queries):
+            encoded += self.encode([query], options)
+            yield Posed(number, encoded[-1])
+        if not encoded:
+            return
+        with _model_work:
+            search = self._search(level, encoded, options)
+        found = search()
+        for number, query in enumerate(encoded):
+            with _model_work:  # tokenizers are not safe among threads
+                candidates = self._candidates(level, found, number)
+            ranked = self._ranked(level, encoded, found, number, candidates[: options.k])
+            yield ranked
+            yield from self._complete(ranked, candidates, query, options)
 
     def encode(self, queries: Iterable[Any], options: QueryOptions | None = None) -> list[EncodedQuery]:
         """Answer queries and compute their gradients, once for several searches. Raises as `query` does."""
@@ -237,45 +261,48 @@ class Index:
         return replace(encoded, seconds=time.perf_counter() - started)
 
     def _answer(self, queries: Sequence[EncodedQuery], options: QueryOptions) -> list[Result]:
-        if not queries:
-            return []
-        level = self._level(options)
-        with _model_work:
-            search = self._search(level, queries, options)
-        found = search()
-        with _model_work:
-            return self._results(level, queries, found, options)
+        return [event.result for event in self.ask(queries, options) if isinstance(event, Answered)]
 
-    def _results(
-        self, level: str, queries: Sequence[EncodedQuery], found: SearchResult, options: QueryOptions
-    ) -> list[Result]:
-        results, info = [], self._index_info(level, found.n)
-        for number, query in enumerate(queries):
-            started = time.perf_counter()
-            candidates, rescoring = self._candidates(level, found, number), None
-            if options.heatmaps or options.rescore:
-                candidates = self._influence.with_heatmaps(candidates, query, self.rows_of(level).norms)
-            if options.rescore:
-                candidates, rescoring = rescore(candidates, options.k, largest=found.largest)
-            if options.answer_scores:
-                candidates = [self._influence.with_answer_scores(candidate, query) for candidate in candidates]
-            searching = found.search_seconds / len(queries), found.rerank_seconds / len(queries)
-            seconds = Seconds(query.seconds, *searching, time.perf_counter() - started)
-            results.append(
-                Result(
-                    index=info,
-                    query=query.info,
-                    direction="proponents" if found.largest else "opponents",
-                    level=level,
-                    search=found.method,
-                    recall=found.recall,
-                    seconds=seconds,
-                    summary=found.summaries[number] if found.summaries else None,
-                    matches=[candidate.match for candidate in candidates],
-                    rescoring=rescoring,
-                )
-            )
-        return results
+    def _ranked(
+        self, level: str, queries: Sequence[EncodedQuery], found: SearchResult, number: int, first: list[Candidate]
+    ) -> Ranked:
+        query, share = queries[number], 1 / len(queries)
+        result = Result(
+            index=self._index_info(level, found.n),
+            query=query.info,
+            direction="proponents" if found.largest else "opponents",
+            level=level,
+            search=found.method,
+            recall=found.recall,
+            seconds=Seconds(query.seconds, found.search_seconds * share, found.rerank_seconds * share, 0.0),
+            summary=found.summaries[number] if found.summaries else None,
+            matches=[candidate.match for candidate in first],
+        )
+        return Ranked(number, result)
+
+    def _complete(
+        self, ranked: Ranked, candidates: list[Candidate], query: EncodedQuery, options: QueryOptions
+    ) -> Iterator[Event]:
+        """Yield the question's heat-maps, one after the other, and its result. The model is free between them."""
+        started, result, number = time.perf_counter(), ranked.result, ranked.number
+        heatmaps = len(candidates) if options.heatmaps or options.rescore else 0
+        total = heatmaps + options.answer_scores * min(options.k, len(candidates))
+        rescoring = None
+        if heatmaps:
+            norms, found, candidates = self.rows_of(result.level).norms, candidates, []
+            for one in self._influence.heatmaps(found, query, norms, _model_work):
+                candidates.append(one)
+                yield Scored(number, one.match, len(candidates), total)
+        if options.rescore:
+            candidates, rescoring = rescore(candidates, options.k, largest=result.direction == "proponents")
+        if options.answer_scores:
+            for at, one in enumerate(candidates):
+                with _model_work:
+                    candidates[at] = self._influence.with_answer_scores(one, query)
+                yield Scored(number, candidates[at].match, heatmaps + at + 1, total)
+        seconds = replace(result.seconds, heatmaps=time.perf_counter() - started)
+        matches = [candidate.match for candidate in candidates]
+        yield Answered(number, replace(result, seconds=seconds, matches=matches, rescoring=rescoring))
 
     def _search(self, level: str, queries: Sequence[EncodedQuery], options: QueryOptions) -> Callable[[], SearchResult]:
         """Return the search of the queries, which several threads may run at the same time."""

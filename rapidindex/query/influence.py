@@ -1,6 +1,7 @@
 """Heat-maps and uncompressed influence of the rows that a search found (Eq. 6 to 8), and the order that they give."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from rapidindex.results import Match, Rescoring
 RESCORED = 4
 """Candidates for each match, of which `rescore` computes the uncompressed influence."""
 HEATMAP_TOKENS = 1024
-"""Padded tokens of candidates whose heat-maps are computed together."""
+"""Padded tokens of candidates whose heat-maps a GPU computes together. On a CPU that saves nothing: one at a time."""
 
 Norms = Callable[[Sequence[int]], Float32[np.ndarray, "rows layers"]]
 """Reads the stored norms of each layer in these rows."""
@@ -41,21 +42,27 @@ class Influence:
         self.scorer = TokenScores(compressor.gradients.model)
         self.device = next(compressor.gradients.model.parameters()).device
 
-    def with_heatmaps(self, candidates: Sequence[Candidate], query: EncodedQuery, norms: Norms) -> list[Candidate]:
-        """Add every token's share and the uncompressed influence to the candidates' matches.
+    def heatmaps(
+        self, candidates: Sequence[Candidate], query: EncodedQuery, norms: Norms, lock: AbstractContextManager
+    ) -> Iterator[Candidate]:
+        """Yield the candidates with every token's share and the uncompressed influence in their matches.
 
         An example's influence is the mean of the shares. A token's is its own share, and the shares of the other tokens
-        are in the same unit: that of the norms of this token.
+        are in the same unit: that of the norms of this token. `lock` is held while the model works.
         """
-        direction = self.compressor.direction(selected_batch(query.encoding, query.info.selection, self.device))
-        scored: list[Candidate] = []
-        for group in _groups(candidates):
-            masks = [candidate.encoding.response_mask.astype(np.float32) for candidate in group]
-            batch = Batch.of([candidate.encoding.input_ids for candidate in group], masks, self.device)
-            lengths = torch.from_numpy(norms([candidate.row for candidate in group])).to(self.device)
-            token_scores = shares(self.scorer, self.compressor, direction, batch, lengths)
-            scored += [_scored(*pair) for pair in zip(group, token_scores, strict=True)]
-        return scored
+        with lock:
+            direction = self.compressor.direction(selected_batch(query.encoding, query.info.selection, self.device))
+        for group in _groups(candidates, HEATMAP_TOKENS if self.device.type == "cuda" else 0):
+            with lock:
+                scored = self._with_heatmaps(group, direction, norms)
+            yield from scored
+
+    def _with_heatmaps(self, group: Sequence[Candidate], direction: torch.Tensor, norms: Norms) -> list[Candidate]:
+        masks = [candidate.encoding.response_mask.astype(np.float32) for candidate in group]
+        batch = Batch.of([candidate.encoding.input_ids for candidate in group], masks, self.device)
+        lengths = torch.from_numpy(norms([candidate.row for candidate in group])).to(self.device)
+        token_scores = shares(self.scorer, self.compressor, direction, batch, lengths)
+        return [_scored(*pair) for pair in zip(group, token_scores, strict=True)]
 
     def with_answer_scores(self, candidate: Candidate, query: EncodedQuery) -> Candidate:
         """Add the influence on each token of the answer (Eq. 7 for every j) to the candidate's match.
@@ -90,8 +97,8 @@ def _scored(candidate: Candidate, token_scores: torch.Tensor) -> Candidate:
     return replace(candidate, match=match)
 
 
-def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
-    """Yield the candidates in their order, in batches of about HEATMAP_TOKENS; one for one where they are tokens.
+def _groups(candidates: Sequence[Candidate], tokens: int) -> Iterator[list[Candidate]]:
+    """Yield the candidates in their order, in batches of about `tokens`; one for one where they are tokens.
 
     Tokens of one example differ in their norms, and so in the unit of their heat-maps.
     """
@@ -99,7 +106,7 @@ def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
     longest = 0
     for candidate in candidates:
         longest = max(longest, len(candidate.encoding.input_ids))
-        if group and (candidate.match.position is not None or longest * (len(group) + 1) > HEATMAP_TOKENS):
+        if group and (candidate.match.position is not None or longest * (len(group) + 1) > tokens):
             yield group
             group, longest = [], len(candidate.encoding.input_ids)
         group.append(candidate)

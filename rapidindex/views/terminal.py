@@ -36,7 +36,7 @@ def result(result: Result) -> RenderableType:
     """Return a query's answer with the selected tokens marked, its matches, and where they lie among all scores."""
     parts: list[RenderableType] = [_question(result.query), Text()]
     if any(match.token_scores for match in result.matches):
-        parts += [Text(line(result.direction), style="bold"), _cards(result), Text()]
+        parts += [Text(line(result.direction), style="bold"), cards(result), Text()]
     else:
         parts.append(_table(result))
     if result.summary and sum(result.summary.histogram):
@@ -150,8 +150,8 @@ def _bar(count: int, tallest: int) -> str:
     return _BLOCKS[round(math.sqrt(count / tallest) * (len(_BLOCKS) - 1))] if count else " "
 
 
-def _cards(result: Result) -> RenderableType:
-    """Return a legend, and the matches as cards on one scale of colour."""
+def cards(result: Result) -> RenderableType:
+    """Return a legend, and the matches with their heat-maps as cards on one scale of colour."""
     full, answer_full = heatmap.response_scale(result), heatmap.answer_scale(result)
     return Group(_Legend(full), *(_card(match, result.query, full, answer_full) for match in result.matches))
 

@@ -104,6 +104,34 @@ def test_a_quantized_base_has_heat_maps(tmp_path, quantize, method):
     check_against_backward(load(ModelConfig(str(base), str(adapter), quantize=quantize)).model, method, 1e-2)
 
 
+class Dropping(torch.autograd.Function):
+    """The identity, whose forward-mode rule silently loses a tenth of the derivative."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, delta):
+        return delta
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 0.9 * tangent
+
+
+def test_a_forward_mode_that_loses_a_part_is_found_out():
+    model = make("llama", "lora")
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: Dropping.apply(output))
+    check_against_backward(model, "central difference", 5e-3)
+
+
 def test_a_zero_direction_gives_zeros():
     model = make("llama", "lora")
     size = sum(p.numel() for p in trainable(model).values())

@@ -7,7 +7,7 @@ import torch
 
 from rapidindex import Index
 from rapidindex.caching.build import build
-from rapidindex.config import GradientConfig, ModelConfig
+from rapidindex.config import GradientConfig, ModelConfig, QueryOptions
 from rapidindex.errors import ConfigMismatch, DataError, NotAnIndex, QueryError, TokenNotFound
 from rapidindex.gradients.second_moment import correction
 from rapidindex.query.questions import Query
@@ -83,6 +83,31 @@ def test_rescoring_orders_by_the_uncompressed_influence(index):
     assert [match.id for match in result.matches] == [match.id for match in truth[:3]]
     assert [match.rank for match in result.matches] == [1, 2, 3]
     assert result.rescoring.candidates == 10 and result.rescoring.rank_correlation > 0.5
+
+
+def test_the_steps_of_an_answer_add_up_to_its_result(index):
+    options = QueryOptions(k=4, answer_scores=True)
+    asked = [Query(PROMPT, ANSWER, "Japan"), Query("Tell me about cats", "cats purr")]
+    events = list(index.ask(asked, options))
+    order = [(type(event).__name__, event.number) for event in events]
+    each = [["Ranked", *["Scored"] * 8, "Answered"]] * 2
+    assert order == [("Posed", 0), ("Posed", 1), *((name, n) for n, names in enumerate(each) for name in names)]
+    for number, result in enumerate(index.query(asked, options=options)):
+        mine = [event for event in events if event.number == number]
+        ranked, done = mine[1].result, mine[-1].result
+        assert [m.id for m in ranked.matches] == [m.id for m in done.matches] == [m.id for m in result.matches]
+        assert not any(match.token_scores for match in ranked.matches)
+        assert done.matches == result.matches == [event.match for event in mine[-5:-1]]
+        assert [event.match.exact_score for event in mine[2:6]] == [m.exact_score for m in result.matches]
+        assert [(event.done, event.total) for event in mine[2:-1]] == [(i, 8) for i in range(1, 9)]
+
+
+def test_a_question_that_nobody_reads_on_leaves_the_model_to_others(index):
+    events = index.ask([Query(PROMPT, ANSWER, "Japan")], QueryOptions(k=4))
+    assert [type(next(events)).__name__ for _ in range(3)] == ["Posed", "Ranked", "Scored"]
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(index.query, PROMPT, answer=ANSWER, k=2).result(timeout=60).matches
+    events.close()
 
 
 def test_a_match_carries_what_the_data_said(index):
