@@ -91,7 +91,8 @@ def pin(threads: int) -> int:
 
 def _module(started: Path) -> str:
     """Return the name that `python -m` was given, from the file that it ran."""
-    return f"bench.{started.parent.name if started.stem == '__main__' else started.stem}"
+    parts = started.absolute().with_suffix("").relative_to(Path(__file__).parents[1]).parts
+    return ".".join(parts).removesuffix(".__main__")
 
 
 def _portable(argument: str) -> str:

@@ -274,7 +274,7 @@ def _rapidin(seed: Seed) -> None:
 def _lissa_scores(seed: Seed) -> Scores:
     kinds = [(query.group, query.word) for query in seed.queries]
     chosen = [n for n, kind in enumerate(kinds) if kinds[:n].count(kind) < seed.sizes.lissa_queries]
-    products = RandomHessians(seed.single(), _alone(seed), seed.seed)
+    products = RandomHessians(seed.single(), alone(seed), seed.seed)
     queries, depth = torch.from_numpy(np.array(seed.posed.rows[chosen])), seed.sizes.lissa_depth
     h, depth = lissa(queries, products, depth=depth, progress=seed.bars)
     scores = np.full((len(seed.queries), len(seed.rows)), np.nan, np.float32)
@@ -284,7 +284,7 @@ def _lissa_scores(seed: Seed) -> Scores:
     return {"lissa": scores}
 
 
-def _alone(seed: Seed) -> list[Batch]:
+def alone(seed: Seed) -> list[Batch]:
     """Return every example as a batch of one, in the order of the rows."""
     batches: dict[int, Batch] = {}
     for numbers, batch in example_batches(seed.job.items):
@@ -295,7 +295,7 @@ def _alone(seed: Seed) -> list[Batch]:
 def _ekfac_scores(seed: Seed) -> Scores:
     from bench.evidence.ekfac import fit, prepared
 
-    examples, started = _alone(seed), time.perf_counter()
+    examples, started = alone(seed), time.perf_counter()
     bases = fit(prepared(seed.single(), seed.folder / "ekfac"), examples, seed.sizes.ekfac_rows, seed.seed)
     seed.note("ekfac factors", {"seconds": time.perf_counter() - started}, keep=True)
     return _preconditioned(seed, bases, EKFAC)
