@@ -97,6 +97,7 @@ def test_subsets_are_halves_of_their_own():
     assert subset(SMOKE, -1).all()
 
 
+@pytest.mark.slow
 @needs_scipy
 def test_the_bank_goes_on_where_it_stopped(tmp_path):
     from tests.bench.test_smoke import examples, run, write_lines
