@@ -1,9 +1,9 @@
 """All tables and plots of bench/results, from the JSON there alone.
 
-    python -m bench.render [evidence] [retrieval] [caching] [--results FOLDER]
+    python -m bench.render [evidence] [retrieval] [caching] [lds] [--results FOLDER]
 
-`evidence` and `retrieval` write Markdown and SVG beside their JSON, `caching` prints the tables of caching and of token
-rows. Plots need matplotlib. The same JSON gives the same files, byte for byte.
+`evidence`, `retrieval` and `lds` write Markdown (and SVG) beside their JSON, `caching` prints the tables of caching
+and of token rows. Plots need matplotlib. The same JSON gives the same files, byte for byte.
 """
 
 import argparse
@@ -26,7 +26,7 @@ WAYS = ("proponents", "opponents")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="evidence, retrieval or caching; all by default")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="evidence, retrieval, caching or lds; all by default")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON is, and where the files go")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
@@ -237,6 +237,9 @@ def title(name: str) -> str:
             return label + title(name.removeprefix(prefix))
     if name in NAMES:
         return NAMES[name]
+    if name.startswith(("repsim/", "rept/")):
+        kind, _, depth = name.partition("/")
+        return f"{'RepSim' if kind == 'repsim' else 'RepT'} (hidden states), depth: {depth}"
     if name.startswith("full/"):
         return f"uncompressed, correction {name.split('/')[1]}, normalise {name.split('/')[2]}"
     _, shuffles, corrected, normalize, kind = name.split("/")
@@ -816,7 +819,46 @@ def _spread(values: list[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
-PARTS = {"evidence": render_evidence, "retrieval": render_retrieval, "caching": render_caching}
+# --- the linear datamodeling score ---
+
+
+def render_lds(folder: Path) -> None:
+    """Write lds.md from lds.json."""
+    write(folder / "lds.md", lds_page(read(folder, "lds")["lds"]["figures"]))
+
+
+def lds_page(figures: Figures) -> str:
+    """Return the LDS of every method, the best first."""
+    best = sorted(figures["methods"], key=lambda row: -row["lds"])
+    body = [
+        [title(row["method"]), f"{row['lds']:.3f}", _ends(row["interval"]), _ends(row.get("less_default"))]
+        for row in best
+    ]
+    agreement = [
+        f"- {name}: Spearman {found['spearman']:.3f} ({_ends(found['interval'])}), Pearson {found['pearson']:.3f}, over"
+        f" {found['subsets']} subsets. Standard deviation of a query's loss over the subsets"
+        f" {found['standard_deviations'][0]:.3f} and {found['standard_deviations'][1]:.3f}, of the difference of the"
+        f" two {found['of_the_difference']:.3f}."
+        for name, found in figures["agreement"].items()
+    ]
+    schedule = figures["setting"]["schedule"]
+    parts = [
+        f"# LDS over {figures['subsets']} retrainings\n",
+        f"{figures['setting']['choice']['rows']} rows, {figures['queries']} queries; {schedule['epochs']} epochs at"
+        f" {schedule['learning_rate']:g}, LoRA of rank {schedule['rank']} on the last {schedule['layers']} layers.\n",
+        "The losses of the same subsets trained otherwise agree with the bank's:\n",
+        "\n".join(agreement) + "\n",
+        markdown(["method", "LDS", "95 %", "less the default's, 95 %"], body) + "\n",
+        markdown(["stage", "seconds"], [[name, f"{spent:.0f}"] for name, spent in figures["seconds"].items()]) + "\n",
+    ]
+    return "\n".join(parts)
+
+
+def _ends(interval: list[float] | None) -> str:
+    return f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "—"
+
+
+PARTS = {"evidence": render_evidence, "retrieval": render_retrieval, "caching": render_caching, "lds": render_lds}
 
 if __name__ == "__main__":
     main()

@@ -25,6 +25,11 @@ def test_the_page_of_retrieval_is_rendered_from_its_json_byte_for_byte(tmp_path,
     assert (tmp_path / "retrieval.md").read_bytes() == (RESULTS / "retrieval.md").read_bytes()
 
 
+def test_the_page_of_the_lds_is_rendered_from_its_json_byte_for_byte():
+    figures = json.loads((RESULTS / "lds.json").read_text())["figures"]
+    assert render.lds_page(figures) == (RESULTS / "lds.md").read_text()
+
+
 def test_every_committed_plot_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
     for file in RESULTS.glob("*.json"):
