@@ -240,6 +240,9 @@ def title(name: str) -> str:
     if name.startswith(("repsim/", "rept/")):
         kind, _, depth = name.partition("/")
         return f"{'RepSim' if kind == 'repsim' else 'RepT'} (hidden states), depth: {depth}"
+    if name.startswith("two-sided="):
+        K, corrected, normalize = name.removeprefix("two-sided=").split("/")
+        return f"two-sided, K = {int(K):,}, correction {corrected}, normalise {normalize}, float32"
     if name.startswith("full/"):
         return f"uncompressed, correction {name.split('/')[1]}, normalise {name.split('/')[2]}"
     _, shuffles, corrected, normalize, kind = name.split("/")

@@ -7,20 +7,25 @@ and subsets anew, the same draws for all methods, so that differences have inter
 
 import argparse
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bench.common import save
-from bench.evidence.cached import Replay, compute
+from bench.evidence.cached import Replay
+from bench.evidence.curvature import of_sample
 from bench.evidence.lds import BANK, Chosen, choose, load_tokenizer
 from bench.evidence.measured import of_both_models
-from bench.evidence.representations import representation_scores
-from bench.evidence.run import STAGES, Seed, Sizes, alone
+from bench.evidence.run import STAGES, Seed, Sizes
+from bench.evidence.sketched import Scores
 from bench.evidence.tasks import Task, TaskQuery, read_jsonl, write_jsonl
-from rapidindex.config import ModelConfig
+from rapidindex.config import ModelConfig, SketchConfig
+from rapidindex.gradients.losses import Batch, Layer
+from rapidindex.gradients.two_sided import TwoSided
 from rapidindex.progress import Bars
 
 DRAWS = 1000
@@ -57,10 +62,9 @@ class Bank(Seed):
         return [TaskQuery(e.prompt, e.response, "", None, False) for e in self.chosen.queries]
 
     @cached_property
-    def posed(self) -> Replay:
-        """The gradients of the queries' losses, as they are measured after each retraining."""
-        batches = [([number], batch) for number, batch in enumerate(self.chosen.query_batches)]
-        return Replay(self.job.layers, compute(self.job.gradients, batches, self.folder / "queries.f32", self.bars))
+    def query_batches(self) -> list[Batch]:
+        """The queries as their losses are measured after each retraining, with the token that ends the response."""
+        return self.chosen.query_batches
 
 
 def score(options: argparse.Namespace, bars: Bars) -> None:
@@ -69,13 +73,45 @@ def score(options: argparse.Namespace, bars: Bars) -> None:
     if [item.example.id for item in bank.job.items] != [example.id for example in bank.chosen.rows]:
         raise SystemExit("The rows are not those of the bank, in its order.")
     for method in options.only:
-        if method == "representations":
-            sides = (alone(bank), bank.chosen.query_batches)
-            model = bank.job.loaded.model
-            bank.scores(method, lambda: representation_scores(model, *sides, bars), gradients=False)  # noqa: B023
+        if method == "two-sided":
+            bank.scores(method, lambda: two_sided_scores(bank))
         else:
             STAGES[method](bank)
         bars.say(f"written to {measure(bank.folder, options)}")
+
+
+def two_sided_scores(bank: Bank) -> Scores:
+    """Score rows P_out g P_inᵀ of the whole gradients on disk, as they are and corrected, at each K."""
+    bases, factors, scores = of_sample(bank.drawn_sample), bank.factors, {}
+    corrections: dict[str, Callable[[Layer, torch.Tensor], torch.Tensor]] = {
+        "none": lambda layer, values: values,
+        "estimate": lambda layer, values: values * factors[layer.start : layer.start + layer.size],
+        "kronecker": lambda layer, values: bases[layer.name].solved(values, 0.5),
+    }
+    for name, corrected in corrections.items():
+        projections = {K: TwoSided(bank.rows.layers, SketchConfig(K, seed=bank.seed)) for K in bank.sizes.Ks}
+        asked, _ = _projected(bank.posed, projections, corrected)
+        kept, lengths = _projected(bank.rows, projections, corrected)
+        for K in projections:
+            found = asked[K] @ kept[K].T
+            scores[f"two-sided={K}/{name}/none"] = found.numpy()
+            scores[f"two-sided={K}/{name}/unit"] = (found / lengths).numpy()
+        bank.bars.say(f"two-sided, correction {name}")
+    return scores
+
+
+def _projected(
+    side: Replay, projections: dict[int, TwoSided], corrected: Callable[[Layer, torch.Tensor], torch.Tensor]
+) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """Return the projected gradients [n, K] by K, and the lengths [n] of the corrected gradients."""
+    sums, squares = {K: one.empty(len(side)) for K, one in projections.items()}, torch.zeros(len(side))
+    for layer in side.layers:
+        values = torch.from_numpy(np.array(side.rows[:, layer.start : layer.start + layer.size]))
+        values = corrected(layer, values)
+        squares += values.square().sum(1)
+        for K, projection in projections.items():
+            projection.add(sums[K], layer.start, values)
+    return {K: projections[K].finish(total) for K, total in sums.items()}, squares.sqrt()
 
 
 def measure(folder: Path, options: argparse.Namespace) -> Path:

@@ -23,6 +23,7 @@ from bench.evidence.cached import Replay, compute, example_batches, numbered
 from bench.evidence.curvature import EKFAC, KRONECKER, Eigenbasis, of_sample, scores_of
 from bench.evidence.end_to_end import RECIPES, product_scores
 from bench.evidence.influence import RandomHessians, datainf, limit, lissa
+from bench.evidence.representations import representation_scores
 from bench.evidence.sketched import ROTATED_K, Scores, sketched, uncompressed
 from rapidindex.caching.job import Job, prepare
 from rapidindex.caching.moment import moment_sample
@@ -195,9 +196,13 @@ class Seed:
     @cached_property
     def posed(self) -> Replay:
         """The gradients of the queries: of the mean loss of the chosen tokens."""
+        return self._gradients("queries", [([number], batch) for number, batch in enumerate(self.query_batches)])
+
+    @cached_property
+    def query_batches(self) -> list[Batch]:
+        """The queries, each a batch of one."""
         template = Template(self.sizes.template, self.job.loaded.tokenizer, self.sizes.max_length)
-        batches = [([number], encode_query(query, template)) for number, query in enumerate(self.queries)]
-        return self._gradients("queries", batches)
+        return [encode_query(query, template) for query in self.queries]
 
     def _gradients(self, name: str, batches: list[tuple[list[int], Batch]]) -> Replay:
         return Replay(self.job.layers, compute(self.job.gradients, batches, self.folder / f"{name}.f32", self.bars))
@@ -208,6 +213,15 @@ class Seed:
         number = {item.example.id: row for row, item in enumerate(self.job.items)}
         sample = [numbered([number[item.example.id]]) for item in moment_sample(self.job)]
         return correction(estimate_second_moment(self.rows, sample))
+
+    @cached_property
+    def drawn_sample(self) -> Replay:
+        """The gradients of that sample's examples with tokens drawn from the model."""
+        batches = [
+            (numbers, with_drawn_labels(self.job.loaded.model, batch, 2**20 * self.seed + number))
+            for number, (numbers, batch) in enumerate(example_batches(moment_sample(self.job)))
+        ]
+        return self._gradients("sample", batches)
 
     def note(self, name: str, value: Any, *, keep: bool = False) -> None:
         """Remember a stage's seconds and the like; `keep` leaves the note of an earlier call."""
@@ -302,11 +316,11 @@ def _ekfac_scores(seed: Seed) -> Scores:
 
 
 def _kronecker_scores(seed: Seed) -> Scores:
-    batches = [
-        (numbers, with_drawn_labels(seed.job.loaded.model, batch, 2**20 * seed.seed + number))
-        for number, (numbers, batch) in enumerate(example_batches(moment_sample(seed.job)))
-    ]
-    return _preconditioned(seed, of_sample(seed._gradients("sample", batches)), KRONECKER)
+    return _preconditioned(seed, of_sample(seed.drawn_sample), KRONECKER)
+
+
+def _representation_scores(seed: Seed) -> Scores:
+    return representation_scores(seed.job.loaded.model, alone(seed), seed.query_batches, seed.bars)
 
 
 def _preconditioned(seed: Seed, bases: dict[str, Eigenbasis], powers: dict[str, tuple[float, float]]) -> Scores:
@@ -325,7 +339,7 @@ def _product(seed: Seed) -> None:
 
 
 def _early(seed: Seed) -> None:
-    for name in ("full", "rapidin", "datainf", "limit", "kronecker"):
+    for name in ("full", "rapidin", "datainf", "limit", "kronecker", "representations"):
         STAGES[name](seed.early)
 
 
@@ -345,6 +359,7 @@ STAGES: dict[str, Callable[[Seed], None]] = {
     "lissa": _stage("lissa", _lissa_scores),
     "ekfac": _stage("ekfac", _ekfac_scores),
     "kronecker": _stage("kronecker", _kronecker_scores),
+    "representations": _stage("representations", _representation_scores),
 }
 METHODS = tuple(STAGES)
 """Names for --only: `text` is random, BM25 and embeddings; `full` the uncompressed recipes; `early` those, RapidGrads
