@@ -28,7 +28,7 @@ from rapidindex.gradients.losses import Batch, Layer
 from rapidindex.gradients.two_sided import TwoSided
 from rapidindex.progress import Bars
 
-DRAWS = 1000
+DRAWS = 300
 """Of the bootstrap."""
 DEFAULT = "K=65536/shuffles=20/estimate/unit/int8"
 
