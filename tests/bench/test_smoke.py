@@ -116,6 +116,14 @@ def test_profile_of_caching(work, folder):
 
 
 @pytest.mark.slow
+def test_projection(work, folder):
+    options = ("--data", folder / "alpaca_9k.jsonl", "-m", work / "model", "--methods", "floor", "two-sided, factored")
+    figures = run(work, "bench.projection", *options, results=["projection_full"])["projection_full"]
+    assert all(figures["peak_bytes"].values()) and all(map(all, figures["seconds"].values()))
+    assert set(figures["fidelity"]) == {"none", "factored"} and figures["fidelity"]["none"]["two-sided, K = 65536"]
+
+
+@pytest.mark.slow
 def test_tokens(work, folder):
     figures = run(work, "bench.tokens", "--data", folder / "alpaca_9k.jsonl", results=["tokens"])["tokens"]
     assert figures["caching"]["largest_difference"] < 1e-4

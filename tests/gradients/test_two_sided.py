@@ -212,16 +212,32 @@ def test_entry_by_entry_corrections_are_applied_to_whole_gradients():
     assert ((ours(Batch.of(ids, weights)).rows - truth).norm(dim=1) <= 2e-5 * truth.norm(dim=1)).all()
 
 
-def test_a_checkpoints_second_moment_is_reduced_to_row_and_column_means(tmp_path):
-    model = make("llama", "full")
-    parameters = list(trainable(model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+def after_a_step(model, optimizer, folder):
     model(input_ids=torch.arange(5, 15)[None]).logits.square().mean().backward()
     optimizer.step()
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    means = read_second_moment(tmp_path, model, PerExampleGradients(model).layers, RowColumn)
-    v = optimizer.state[parameters[0]]["exp_avg_sq"] / (1 - 0.999)
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    return read_second_moment(folder, model, PerExampleGradients(model).layers, RowColumn)
+
+
+def test_adams_second_moment_is_reduced_to_row_and_column_means(tmp_path):
+    model = make("llama", "full")
+    first = next(iter(trainable(model).values()))
+    optimizer = torch.optim.AdamW(list(trainable(model).values()), lr=1e-4)
+    means = after_a_step(model, optimizer, tmp_path)
+    v = optimizer.state[first]["exp_avg_sq"] / (1 - 0.999)
     torch.testing.assert_close(means[: sum(v.shape)], torch.cat([v.mean(1), v.mean(0)]))
+
+
+def test_adafactors_row_and_column_means_are_its_own(tmp_path):
+    from transformers.optimization import Adafactor
+
+    model = make("llama", "full")
+    first = next(iter(trainable(model).values()))
+    optimizer = Adafactor(list(trainable(model).values()), lr=1e-4, relative_step=False, scale_parameter=False)
+    means = after_a_step(model, optimizer, tmp_path)
+    state = optimizer.state[first]
+    own = torch.cat([state["exp_avg_sq_row"], state["exp_avg_sq_col"]])
+    torch.testing.assert_close(means[: sum(first.shape)], own, rtol=1e-4, atol=0)
 
 
 # Through an index
