@@ -47,8 +47,8 @@ def build(
         str | None,
         opt.in_gradient(
             **opt.values("rapidgrad", "two-sided"),
-            help="rapidgrad, or two-sided: each weight's gradient from both sides (TrackStar); the faster for all "
-            "parameters.",
+            help="rapidgrad, or two-sided: each weight's gradient from both sides (TrackStar), without a number "
+            "for each parameter.",
             show_default="that of --recipe",
         ),
     ] = None,
