@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -37,8 +38,7 @@ class Bars:
                 progress.BarColumn(),
                 progress.TaskProgressColumn(),
                 progress.TimeElapsedColumn(),
-                progress.TextColumn("left"),
-                progress.TimeRemainingColumn(elapsed_when_finished=True),
+                progress.TextColumn("{task.fields[left]}"),
                 console=Console(stderr=True),
             )
             self.live.start()
@@ -52,8 +52,11 @@ class Bars:
         """Show that `done` of `total` units of the stage are done."""
         if self.live:
             if stage not in self.tasks:
-                self.tasks[stage] = self.live.add_task(stage, total=total)
-            self.live.update(self.tasks[stage], completed=done, total=total, description=f"{stage} {note}")
+                self.tasks[stage] = self.live.add_task(stage, total=total, left="")
+            task = self.tasks[stage]
+            self.live.update(task, completed=done, total=total, description=f"{stage} {note}")
+            seconds = None if done >= total else self.live.tasks[task].time_remaining
+            self.live.update(task, left="" if seconds is None else f"{timedelta(seconds=round(seconds))} left")
         elif not self.quiet:
             self._print(stage, done, total, note)
 

@@ -6,6 +6,7 @@ Tokens are identified by position, never by their text: `token_scores[i]` belong
 
 import json
 from dataclasses import asdict, dataclass, field
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from rapidindex.errors import DataError, UsageError
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 SCHEMA = "rapidindex.result/1"
 
 HISTOGRAM_BINS = 50
+
+_DERIVED = ("uncompressed_score", "stands_out")
+"""Written with each match for those who read JSON. `exact_score` and `search: exact` stay until the next schema."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,10 @@ class Match:
     answer_scores: list[float] = field(default_factory=list)
     """The example's influence on each token of the query's answer (Eq. 7); the mean over the selected tokens is
     `exact_score`. Empty where it was not computed."""
+    source: str | None = None
+    """The data that the example was read from, as it was named to `build` or `add`."""
+    line: int | None = None
+    """The line of its row in `source`, or the row's number, from 1."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,18 @@ class ScoreSummary:
         """Return where a score lies between min (0.0) and max (1.0); 0.5 where all scores are equal."""
         width = self.max - self.min
         return min(1.0, max(0.0, (score - self.min) / width)) if width > 0 else 0.5
+
+    def distance(self, score: float) -> float:
+        """Return how many standard deviations a score lies above the mean; 0.0 where all scores are equal."""
+        return (score - self.mean) / self.std if self.std > 0 else 0.0
+
+    @property
+    def chance(self) -> float:
+        """The distance of the most extreme of `n` draws from a normal distribution (Blom's approximation).
+
+        2.5 standard deviations for 100 scores, 3.2 for 1,000, 3.9 for 10,000; 0.0 for fewer than two.
+        """
+        return NormalDist().inv_cdf((self.n - 0.375) / (self.n + 0.25)) if self.n > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -183,8 +203,22 @@ class Result:
 
     def to_json(self, *, indent: int | None = None) -> str:
         """Return the result as JSON text, without NaN or infinity."""
-        value = {"schema": SCHEMA, **asdict(self)}
+        value = {"schema": SCHEMA, **asdict(self), "exhaustive": self.search == "exact"}
+        for match, written in zip(self.matches, value["matches"], strict=True):
+            written |= {"uncompressed_score": match.exact_score, "stands_out": self.stands_out(match)}
         return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+
+    def stands_out(self, match: Match) -> bool | None:
+        """Return whether a match scores further out than chance puts the best of as many scores; None if not known.
+
+        Its score has the sign of the direction, and lies further from the mean than `ScoreSummary.chance`.
+        """
+        sign = 1 if self.direction == "proponents" else -1
+        if sign * match.score <= 0:
+            return False
+        if self.summary is None or self.summary.n < 2:
+            return None
+        return self.summary.std > 0 and sign * self.summary.distance(match.score) > self.summary.chance
 
     @classmethod
     def from_json(cls, text: str) -> "Result":
@@ -192,7 +226,9 @@ class Result:
         value = _parsed(text, SCHEMA, "result", "rapidindex query --json")
         value["index"], value["seconds"] = IndexInfo(**value["index"]), Seconds(**value["seconds"])
         value["query"] = QueryInfo(**_with_tokens(value["query"]))
-        value["matches"] = [Match(**_with_tokens(match)) for match in value["matches"]]
+        value.pop("exhaustive", None)
+        matches = [{name: it for name, it in match.items() if name not in _DERIVED} for match in value["matches"]]
+        value["matches"] = [Match(**_with_tokens(match)) for match in matches]
         value["summary"] = ScoreSummary(**value["summary"]) if value["summary"] else None
         value["rescoring"] = Rescoring(**value["rescoring"]) if value.get("rescoring") else None
         return cls(**value)

@@ -59,6 +59,20 @@ def test_json_gives_the_result_back(fields):
     assert Result.from_json(result.to_json()) == result
 
 
+def test_json_says_what_stands_out_and_how_the_search_went_in_plain_words():
+    matches = [shown.match(1, "Yoga.", score=0.4), shown.match(2, "Pi.", score=0.19), shown.match(3, "e", score=-0.4)]
+    value = json.loads(shown.result(matches=matches).to_json())
+    assert [match["stands_out"] for match in value["matches"]] == [True, False, False]
+    assert [match["uncompressed_score"] for match in value["matches"]] == [match.exact_score for match in matches]
+    assert (value["exhaustive"], value["search"]) == (True, "exact")
+    assert shown.result(summary=None).stands_out(matches[1]) is None
+    old = json.loads(shown.result().to_json())
+    for match in old["matches"]:
+        del match["source"], match["line"], match["uncompressed_score"], match["stands_out"]
+    del old["exhaustive"]
+    assert Result.from_json(json.dumps(old)) == shown.result()
+
+
 def test_json_without_a_rescoring_is_read():
     value = json.loads(shown.result().to_json())
     del value["rescoring"]

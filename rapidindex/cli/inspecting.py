@@ -56,7 +56,11 @@ def check(
 def index(
     path: opt.IndexPath,
     factory: Annotated[
-        str | None, opt.in_search(help='FAISS factory such as Flat or "HR,RaBitQ", or exact.', show_default="by size")
+        str | None,
+        opt.in_search(
+            help='FAISS factory such as Flat or "HR,RaBitQ", or exact: no index, an exhaustive search.',
+            show_default="by size",
+        ),
     ] = None,
     dim: Annotated[int, opt.in_search(help="Length of the folded rows; divides K.")] = DIM,
     target_recall: Annotated[float, opt.in_search(help="Recall@10 to reach.")] = TARGET_RECALL,

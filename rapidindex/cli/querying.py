@@ -1,7 +1,9 @@
 """The command that asks which training examples made an answer."""
 
+import re
 import shlex
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +39,7 @@ def query(
     opponents: Annotated[
         bool, opt.in_search("--opponents", help="The examples that speak against the answer instead.")
     ] = False,
-    exact: Annotated[bool, opt.in_search("--exact", help="Scan every stored RapidGrad.")] = False,
+    exact: Annotated[bool, opt.in_search("--exhaustive", "--exact", help="Score every stored RapidGrad.")] = False,
     heatmaps: Annotated[
         bool, opt.in_output("--heatmaps/--no-heatmaps", help="Each training token's share in the influence.")
     ] = True,
@@ -55,6 +57,10 @@ def query(
     rescore: Annotated[
         bool, opt.in_search("--rescore", help="Order four times as many candidates by their uncompressed influence.")
     ] = False,
+    ids_out: Annotated[
+        Path | None,
+        opt.in_output(**opt.PATH, help="Write the matches' ids to this file, for `remove --ids`.", show_default=False),
+    ] = None,
     html: Annotated[
         Path | None,
         opt.in_output(**opt.PATH, help="Write a report with both directions to this file.", show_default=False),
@@ -78,6 +84,7 @@ def query(
     quiet: opt.Quiet = False,
 ) -> None:
     """Find the training examples that most influenced an answer, or a word of it."""
+    from rapidindex.data.tokens import parse_span
     from rapidindex.query.index import Index
     from rapidindex.query.questions import as_query, read_queries
     from rapidindex.views import wording
@@ -93,7 +100,11 @@ def query(
     if html is not None and queries is not None:
         raise UsageError("--html takes one query, not --queries.", hint="Give a PROMPT.")
     if html is not None:
-        _check_report(html)
+        _check_output(html, "--html", _is_report)
+    if ids_out is not None:
+        _check_output(ids_out, "--ids-out", _is_list_of_ids)
+    if span is not None:
+        parse_span(span)
     options = QueryOptions(
         k=k,
         opponents=opponents,
@@ -129,6 +140,8 @@ def query(
         html.write_text(best.to_html(opponents=worst, command=shlex.join(["rapidindex", *sys.argv[1:]])), "utf-8")
         if not quiet:
             say(f"Wrote {html}")
+    if ids_out is not None:
+        _write_ids(ids_out, results.values(), quiet)
     if failed:
         raise typer.Exit(1)
 
@@ -181,11 +194,11 @@ def _completed(events: Any, *, quiet: bool) -> Any:
             bars("heat-maps", event.done, event.total)
 
 
-def _check_report(file: Path) -> None:
-    """Raise UsageError where a report cannot be written to `file`, or would replace anything but an older report."""
+def _check_output(file: Path, flag: str, is_ours: Callable[[bytes], bool]) -> None:
+    """Raise UsageError where `file` cannot be written, or would replace anything but what this option wrote before."""
     from rapidindex.store import Store
 
-    hint = "Give --html a new file in a folder that is there."
+    hint = f"Give {flag} a new file in a folder that is there."
     if not file.parent.is_dir():
         raise UsageError(f"The folder {file.parent} does not exist.", hint=hint)
     if inside := next((folder for folder in file.resolve().parents if Store.exists(folder)), None):
@@ -194,8 +207,26 @@ def _check_report(file: Path) -> None:
         return
     with open(file, "rb") if file.is_file() else nullcontext() as old:
         start = old.read(4096) if old else b"?"
-    if start and b"<title>Influences on" not in start:
-        raise UsageError(f"{file} is there, and is no report of rapidindex: it is left as it is.", hint=hint)
+    if start and not is_ours(start):
+        raise UsageError(f"{file} is there, and {flag} did not write it: it is left as it is.", hint=hint)
+
+
+def _is_report(start: bytes) -> bool:
+    return b"<title>Influences on" in start
+
+
+def _is_list_of_ids(start: bytes) -> bool:
+    return re.fullmatch(rb"([0-9a-f]{16}\n)*[0-9a-f]{0,16}", start) is not None
+
+
+def _write_ids(file: Path, results: Iterable[Any], quiet: bool) -> None:
+    """Write the id of each example that matched once, best first, and say how many of them stand out."""
+    matches = [(match, result.stands_out(match)) for result in results for match in result.matches]
+    ids = dict.fromkeys(match.id for match, _ in matches)
+    file.write_text("".join(f"{id}\n" for id in ids), "utf-8")
+    if not quiet:
+        within = len(ids) - len({match.id for match, out in matches if out is not False})
+        say(f"Wrote {len(ids)} ids to {file}{f'; {within} of them are within chance' if within else ''}")
 
 
 def _stdin() -> str:

@@ -159,12 +159,16 @@ def _within_a_word(text: str, at: int) -> bool:
     return word and not (_SPACELESS.match(before) or _SPACELESS.match(after))
 
 
-def _span_positions(tokens: Sequence[Token], span: str) -> list[int]:
+def parse_span(span: str) -> tuple[int, int]:
+    """Return the first and last position that `FIRST:LAST`, or one position, names. UsageError for any other text."""
     match = re.fullmatch(r"([0-9]{1,18})(?::([0-9]{1,18}))?", span.strip())
     if not match:
         raise UsageError(f"--span {span!r} is not FIRST:LAST.", hint="For example --span 3:5, or --span 4.")
-    first = int(match[1])
-    last = int(match[2]) if match[2] else first
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _span_positions(tokens: Sequence[Token], span: str) -> list[int]:
+    first, last = parse_span(span)
     if first > last or last >= len(tokens):
         raise TokenNotFound(
             f"--span {span} does not fit an answer of {len(tokens)} tokens (0 to {len(tokens) - 1}).",

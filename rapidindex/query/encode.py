@@ -12,8 +12,8 @@ import torch
 
 from rapidindex.data.examples import Example
 from rapidindex.data.templates import Encoding, Template
-from rapidindex.data.tokens import select_tokens
-from rapidindex.errors import QueryError
+from rapidindex.data.tokens import Selection, select_tokens
+from rapidindex.errors import QueryError, TokenNotFound
 from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.rapidgrad import Compressor, RapidGrads
 from rapidindex.model.model import Generated, LoadedModel, generate
@@ -50,12 +50,23 @@ def encode_query(
             hint="Shorten them, or build the index with a larger --max-length.",
         )
     loaded.limits.check(encoding.input_ids, "prompt and answer")
-    selection = select_tokens(encoding.tokens, answer, token=query.token, span=query.span)
+    selection = _selection(query, answer, encoding)
     rapidgrads = compressor(selected_batch(encoding, selection.positions, loaded.device))
     if not rapidgrads.rows.isfinite().all():
         raise QueryError(f"The gradient of the answer {answer!r} is not finite.", hint="Use --dtype float32.")
     info = QueryInfo(query.text, answer, encoding.tokens, *selection, query.meta)
     return EncodedQuery(info, encoding, rapidgrads)
+
+
+def _selection(query: Query, answer: str, encoding: Encoding) -> Selection:
+    """Return the tokens that are asked about. TokenNotFound says where the answer is the model's own."""
+    try:
+        return select_tokens(encoding.tokens, answer, token=query.token, span=query.span)
+    except TokenNotFound as error:
+        if query.answer is not None:
+            raise
+        hint = f'To ask about what it said before, give that with --answer "…". {error.hint}'
+        raise TokenNotFound(f"The model was asked for its own answer. {error.message}", hint=hint) from error
 
 
 def _answer(query: Query, loaded: LoadedModel, template: Template, max_new_tokens: int) -> tuple[str, Encoding]:

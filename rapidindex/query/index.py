@@ -329,7 +329,8 @@ class Index:
         ]
 
     def _candidate(self, rows: Rows, rank: int, row: int, score: float, percentile: float) -> Candidate:
-        example = Example.from_record(rows.record(int(rows.example[row])))
+        record = rows.record(int(rows.example[row]))
+        example = Example.from_record(record)
         encoding = self.template.encode(example)
         position = int(rows.position[row])
         match = Match(
@@ -343,6 +344,8 @@ class Index:
             meta=example.meta,
             tokens=encoding.tokens,
             position=None if position < 0 else position,
+            source=record.get("source") or self.recipe.data.path,
+            line=example.line,
         )
         return Candidate(row, encoding, match)
 

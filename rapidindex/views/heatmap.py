@@ -4,15 +4,21 @@ Knows neither terminals nor HTML. The shares of a response average to its influe
 """
 
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rapidindex.errors import DataError
-from rapidindex.results import QueryInfo, Result, Token
+from rapidindex.results import Match, QueryInfo, Result, Token
 
 STEPS = 20
 """Steps from no colour to full colour."""
+FLOOR = 0.1
+"""Shares below this part of full colour are not coloured: they are noise, and would draw the eye like signal."""
+_SPACELESS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff"
+_WITHIN_WORDS = re.compile(rf"[^\W_{_SPACELESS}]")
+"""A letter or digit of a script that writes spaces between its words."""
 LONGEST = 10_000
 """Characters of a text that a heat-map shows. Forty responses of 100,000 would take minutes, and 50 MB of HTML."""
 
@@ -73,17 +79,20 @@ class Segment:
         return "↵" if "\n" in self.after else "␣" if self.after else "∅"
 
 
-def segments(text: str, tokens: Sequence[Token], scores: Sequence[float]) -> tuple[list[Segment], str]:
+def segments(
+    text: str, tokens: Sequence[Token], scores: Sequence[float], *, words: bool = True
+) -> tuple[list[Segment], str]:
     """Return the segments of a text in order, and the text after the last one.
 
-    Joined, these give the whole text, special tokens aside. Tokens that share a character, or that split what is seen
-    as one character, form one segment. Raises DataError unless `scores` has one number for each of `tokens`.
+    Joined, these give the whole text, special tokens aside. Tokens that share a character, that split what is seen as
+    one character, or with `words` that split a word, form one segment. Raises DataError unless `scores` has one number
+    for each of `tokens`.
     """
     if len(tokens) != len(scores):
         raise DataError(f"The heat-map has {len(tokens)} tokens and {len(scores)} shares.")
     shares = _shares(tokens, scores)
     pieces, previous_end = [], 0
-    for start, end, positions in _groups(text, tokens):
+    for start, end, positions in _groups(text, tokens, words):
         whole = text[start:end]
         shown = whole.strip() if end > start else tokens[positions[0]].text
         lead = whole[: len(whole) - len(whole.lstrip())] if shown else ""
@@ -112,7 +121,7 @@ def marked_answer(query: QueryInfo) -> list[tuple[str, bool]]:
 
     Nothing is marked where every token is selected. A special token appears, by its name, only where it is marked.
     """
-    pieces, rest = segments(query.answer, query.tokens, [0.0] * len(query.tokens))
+    pieces, rest = segments(query.answer, query.tokens, [0.0] * len(query.tokens), words=False)
     selected = set(query.selection) if len(set(query.selection)) < len(query.tokens) else set()
     runs: list[tuple[str, bool]] = []
     for piece in pieces:
@@ -146,8 +155,8 @@ def answer_scale(*results: Result | None) -> float:
 
 
 def colour_step(score: float, full: float) -> int:
-    """Return a share's colour step, -STEPS to STEPS; it grows with the share's root, so that small ones show too."""
-    if not full or not score:
+    """Return a share's colour step, -STEPS to STEPS; it grows with the share's root; 0 below the floor."""
+    if not full or abs(score) < FLOOR * full:
         return 0
     return round(math.copysign(STEPS * math.sqrt(min(1.0, abs(score) / full)), score))
 
@@ -159,9 +168,20 @@ def step_colour(theme: Theme, step: int) -> str:
     return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(low, high, strict=True))
 
 
-def strongest(tokens: Sequence[Token], scores: Sequence[float], count: int) -> list[Share]:
-    """Return the `count` shares of the largest absolute value, largest first."""
-    return sorted(_shares(tokens, scores), key=lambda share: -abs(share.score))[:count]
+def strongest(text: str, tokens: Sequence[Token], scores: Sequence[float], count: int) -> list[Segment]:
+    """Return the `count` words of the largest absolute share, largest first; none that stands for no characters."""
+    pieces = [piece for piece in segments(text, tokens, scores)[0] if not piece.special]
+    return sorted(pieces, key=lambda piece: -abs(piece.score))[:count]
+
+
+def total(match: Match) -> float:
+    """Return the influence that the shares of a match's tokens are parts of: the sum, or the matched token's own."""
+    return math.fsum(match.token_scores) if match.position is None else match.token_scores[match.position]
+
+
+def answer_total(match: Match, query: QueryInfo) -> float:
+    """Return the influence on the words asked about that the shares of the answer's tokens are parts of."""
+    return math.fsum(match.answer_scores[position] for position in query.selection)
 
 
 def _shares(tokens: Sequence[Token], scores: Sequence[float]) -> list[Share]:
@@ -169,12 +189,13 @@ def _shares(tokens: Sequence[Token], scores: Sequence[float]) -> list[Share]:
     return [Share(position, score, token.text) for position, (token, score) in pairs]
 
 
-def _groups(text: str, tokens: Sequence[Token]) -> list[tuple[int, int, list[int]]]:
+def _groups(text: str, tokens: Sequence[Token], words: bool) -> list[tuple[int, int, list[int]]]:
     """Return (start, end, token positions) of each segment, in the text's order."""
     groups: list[tuple[int, int, list[int]]] = []
     for position in sorted(range(len(tokens)), key=lambda i: (tokens[i].start, tokens[i].end, i)):
         start, end = (min(max(at, 0), len(text)) for at in (tokens[position].start, tokens[position].end))
-        if groups and (start < groups[-1][1] or (start < end and _inside_a_character(text, start))):
+        joined = start < end and (_inside_a_character(text, start) or (words and _inside_a_word(text, start)))
+        if groups and (start < groups[-1][1] or (joined and start == groups[-1][1])):
             first, last, positions = groups[-1]
             groups[-1] = first, max(last, end), [*positions, position]
         else:
@@ -195,8 +216,14 @@ def _inside_a_character(text: str, at: int) -> bool:
     )
 
 
+def _inside_a_word(text: str, at: int) -> bool:
+    """Return whether a cut at `at` splits a word. The others' words are not known, so that each token is one."""
+    return 0 < at < len(text) and bool(_WITHIN_WORDS.match(text[at - 1]) and _WITHIN_WORDS.match(text[at]))
+
+
 def _largest(texts: Iterable[tuple[str, Sequence[Token], Sequence[float]]]) -> float:
-    return max((abs(piece.score) for text in texts for piece in segments(*beginning(*text))[0]), default=0.0)
+    pieces = (piece for text in texts for piece in segments(*beginning(*text))[0])
+    return max((abs(piece.score) for piece in pieces if not piece.special), default=0.0)
 
 
 def _channels(colour: str) -> tuple[int, ...]:

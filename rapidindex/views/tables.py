@@ -151,7 +151,7 @@ def _level_lines(config: dict[str, Any], level: str, state: dict[str, Any]) -> d
         lines["tokens"] = f"{config['token']['tokens']}, of {config['tokens_of']} examples"
     index = {name: value for name, value in (state["index"] or {}).items() if value not in (None, "", 0)}
     if index.get("factory") == "exact":
-        index = {"factory": "exact"}
+        index = {"method": "exhaustive"}
     index |= {name: _search_lines(index[name]) for name in ("proponents", "opponents") if name in index}
     return lines | {f"search {name}": value for name, value in index.items()}
 
@@ -159,6 +159,6 @@ def _level_lines(config: dict[str, Any], level: str, state: dict[str, Any]) -> d
 def _search_lines(calibration: dict[str, Any]) -> str:
     """Return how a direction is searched, from its Calibration, whose recall says nothing of a scan."""
     if calibration["margin"] is None:
-        return "exact: the candidates of the index do not reach the target recall"
+        return "exhaustive: the candidates of the index do not reach the target recall"
     recalls = f"recall@10 {calibration['recall_at_10']:.3f}, recall@100 {calibration['recall_at_100']:.3f}"
     return f"approximate, {recalls}, measured with {calibration['queries']} queries"

@@ -18,32 +18,41 @@ from rapidindex.results import Match, QueryInfo, Result, ScoreSummary, Token
 from rapidindex.views import heatmap, wording
 from rapidindex.views.sanitize import line
 
-_META_COLUMNS = 6
+_META_ROOM = 36
+"""Characters of all columns of metadata together."""
 _META_WIDTH = 16
 """The most characters of a metadata value that gets a column of the table."""
-_META_LEAST = 9
 _LONGEST = 1200
 """Characters of a response that a card shows."""
-_WEAKEST = 5
-"""Colour steps below this one are not coloured: the terminal's own background may be dark or light."""
+_STRONG = 0.7
+"""The part of the colour steps from which a word's ground is painted where there are 16 colours."""
+_SIXTEEN = (
+    (("blue", "bright_white on blue"), ("red", "bright_white on red")),
+    (("bright_cyan", "black on bright_cyan"), ("bright_yellow", "black on bright_yellow")),
+)
+"""(weak, strong) styles of negative and positive shares, on a light and on a dark ground."""
 _LISTED = 8
 """Tokens in the list of the strongest."""
 _BARS = 50
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
-def result(result: Result) -> RenderableType:
-    """Return a query's answer with the selected tokens marked, its matches, and where they lie among all scores."""
+def result(result: Result, theme: heatmap.Theme = heatmap.LIGHT) -> RenderableType:
+    """Return a query's answer with the selected tokens marked, the finding, the matches, and where these lie among all.
+
+    `theme` has the colours of the heat-maps: those for the terminal's own background.
+    """
     parts: list[RenderableType] = [_question(result.query), Text()]
+    if finding := wording.standing(result):
+        parts += [Text(finding, style="bold"), Text()]
     if any(match.token_scores for match in result.matches):
-        parts += [Text(line(result.direction), style="bold"), cards(result), Text()]
+        parts += [Text(line(result.direction), style="bold"), cards(result, theme), Text()]
     else:
         parts.append(_table(result))
     if result.summary and sum(result.summary.histogram):
         parts.append(_Histogram(result.summary, result.matches))
-    for sentence, style in ((wording.rescored(result), "dim"), (wording.verdict(result), "bold")):
-        if sentence:
-            parts.append(Text(sentence, style=style))
+    if order := wording.rescored(result):
+        parts.append(Text(order, style="dim"))
     return Group(*parts, Text(_footer(result), style="dim"))
 
 
@@ -77,27 +86,50 @@ def _table(result: Result) -> Table:
     title = Text(line(result.direction), "bold")
     table = Table(title=title, title_justify="left", header_style="dim", expand=True)
     table.box, table.padding = SIMPLE_HEAD, (0, 1, 0, 0)
-    for name in ("#", "score", "pct"):
+    for name in ("#", "score", "σ", "pct"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in names:
-        widest = max(len(_meta(match, name)) for match in result.matches)
-        table.add_column(Text(line(name)), max_width=max(_META_LEAST, widest), overflow="fold")
+        table.add_column(Text(line(name)), width=_column_width(result.matches, name), no_wrap=True)
     table.add_column("prompt → response", ratio=1)
-    for match in result.matches:
-        scores = (str(match.rank), f"{match.score:+.4f}", f"{match.percentile:.1f}")
-        table.add_row(*map(Text, (*scores, *(_meta(match, name) for name in names))), _example(match))
+    out, rest, heading = wording.folded(result)
+    for match in out:
+        table.add_row(*_row(result, match, names), _example(match))
+    if rest:
+        table.add_section()
+        table.add_row(*[""] * (4 + len(names)), Text(f"{heading}:", "dim italic"))
+    for match in rest:
+        table.add_row(*_row(result, match, names), _example(match), style="dim")
     return table
+
+
+def _row(result: Result, match: Match, names: list[str]) -> list[Text]:
+    distance = wording.distance(result, match).removesuffix(" σ")
+    scores = (str(match.rank), f"{match.score:+.4f}", distance, f"{match.percentile:.1f}")
+    return [*map(Text, (*scores, *(_meta(match, name) for name in names)))]
 
 
 def _example(match: Match) -> Text:
     token = f"{line(wording.matched_token(match))} in " if match.position is not None else ""
-    return Text.assemble(token, (_shorten(match.prompt, 80), "bold"), (" → ", "dim"), _shorten(match.response, 120))
+    prompt = _shorten(match.prompt, 80), "bold"
+    return Text.assemble(token, prompt, (" → ", "dim"), _shorten(match.response, 120), "\n", (_where(match), "dim"))
+
+
+def _where(match: Match) -> str:
+    """Return where a match's row stands, and its id, by which it is removed."""
+    return "  ".join(filter(None, (line(wording.place(match)), f"id {match.id}")))
 
 
 def _meta_columns(matches: Sequence[Match]) -> list[str]:
-    """Return the first keys whose values are short in every match."""
+    """Return the first keys whose values are short in every match, as many as leave room for the texts."""
     names = dict.fromkeys(name for match in matches for name in match.meta)
-    return [name for name in names if all(len(_meta(m, name)) <= _META_WIDTH for m in matches)][:_META_COLUMNS]
+    short = [name for name in names if all(len(_meta(m, name)) <= _META_WIDTH for m in matches)]
+    room = [sum(_column_width(matches, name) + 1 for name in short[: number + 1]) for number in range(len(short))]
+    return [name for name, taken in zip(short, room, strict=True) if taken <= _META_ROOM]
+
+
+def _column_width(matches: Sequence[Match], name: str) -> int:
+    """Return the width of a column of metadata, whose name is never broken unless it is longer than any value."""
+    return max(min(len(line(name)), _META_WIDTH), *(len(_meta(match, name)) for match in matches))
 
 
 def _meta(match: Match, name: str) -> str:
@@ -106,14 +138,12 @@ def _meta(match: Match, name: str) -> str:
 
 def _footer(result: Result) -> str:
     seconds, summary = result.seconds, result.summary
-    recall = "recall not measured" if result.recall is None else f"recall {result.recall:.3f} measured"
-    search = "exact search" if result.search == "exact" else f"approximate search, {recall}"
     total = seconds.gradient + seconds.search + seconds.rerank + seconds.heatmaps
     spread = ""
     if summary and summary.std > 0 and result.matches:
-        first = (result.matches[0].score - summary.mean) / summary.std
+        first = summary.distance(result.matches[0].score)
         spread = f"; the first lies {abs(first):.1f} standard deviations {'above' if first > 0 else 'below'} the mean"
-    footer = f"{search} over {result.index.n:,} {wording.unit_name(result)} in {total:.2f} s{spread}"
+    footer = f"{wording.search(result)} over {result.index.n:,} {wording.unit_name(result)} in {total:.2f} s{spread}"
     return f"{footer}\n{wording.unfinished(result)}".rstrip()
 
 
@@ -150,29 +180,48 @@ def _bar(count: int, tallest: int) -> str:
     return _BLOCKS[round(math.sqrt(count / tallest) * (len(_BLOCKS) - 1))] if count else " "
 
 
-def cards(result: Result) -> RenderableType:
-    """Return a legend, and the matches with their heat-maps as cards on one scale of colour."""
-    full, answer_full = heatmap.response_scale(result), heatmap.answer_scale(result)
-    return Group(_Legend(full), *(_card(match, result.query, full, answer_full) for match in result.matches))
+def cards(result: Result, theme: heatmap.Theme = heatmap.LIGHT) -> RenderableType:
+    """Return a legend, and the matches with their heat-maps as cards on one scale of colour.
+
+    Of the matches at or below chance there are the head and the beginning of the prompt.
+    """
+    scales = heatmap.response_scale(result), heatmap.answer_scale(result)
+    out, rest, heading = wording.folded(result)
+    shown: list[RenderableType] = [_card(result, match, *scales, theme) for match in out]
+    if rest:
+        shown += [Text(f"\n{heading}:", "dim italic"), *(_folded_card(result, match) for match in rest)]
+    return Group(*([_Legend(theme)] if out else []), *shown)
 
 
-def _card(match: Match, query: QueryInfo, full: float, answer_full: float) -> RenderableType:
+def _card(result: Result, match: Match, full: float, answer_full: float, theme: heatmap.Theme) -> RenderableType:
+    query = result.query
     prompt = Text.assemble(("Prompt    ", "dim"), (_shorten(match.prompt, _LONGEST), "bold"))
-    heatmaps = [_Heatmap("Response", match.response, match.tokens, match.token_scores, full, match.position)]
+    whole = heatmap.total(match) if match.token_scores else 0.0
+    response = match.response, match.tokens, match.token_scores
+    heatmaps = [_Heatmap("Response", *response, full, whole, theme, match.position)]
     if match.answer_scores:
-        heatmaps.append(_Heatmap("Answer", query.answer, query.tokens, match.answer_scores, answer_full))
-    return Group(Text(), _card_head(match), Padding(Group(prompt, *heatmaps), (0, 0, 0, 3)))
+        whole = heatmap.answer_total(match, query)
+        heatmaps.append(_Heatmap("Answer", query.answer, query.tokens, match.answer_scores, answer_full, whole, theme))
+    return Group(Text(), _card_head(result, match), Padding(Group(prompt, *heatmaps), (0, 0, 0, 3)))
 
 
-def _card_head(match: Match) -> Text:
-    exact = "" if match.exact_score is None else f"   exact {wording.signed(match.exact_score)}"
-    scores = f"  score {wording.signed(match.score)}{exact}   percentile {match.percentile:.1f}"
+def _folded_card(result: Result, match: Match) -> RenderableType:
+    head = _card_head(result, match)
+    head.append(f"\n   {_shorten(match.prompt, 70)} → {_shorten(match.response, 70)}")
+    head.stylize("dim")
+    return head
+
+
+def _card_head(result: Result, match: Match) -> Text:
+    uncompressed = "" if match.exact_score is None else f"   uncompressed {wording.signed(match.exact_score)}"
+    distance = f"   {far}" if (far := wording.distance(result, match)) else ""
+    scores = f"  score {wording.signed(match.score)}{uncompressed}{distance}   percentile {match.percentile:.1f}"
     head = Text.assemble((f"{match.rank}.", "bold"), scores)
     if match.position is not None:
         head.append(f"   token {line(wording.matched_token(match))}", "bold")
     for name, value in match.meta.items():
         head.append(f"   {_shorten(str(name), 30)} ", "dim").append(_shorten(wording.meta_text(value), 60))
-    return head
+    return head.append(f"\n   {_where(match)}", "dim")
 
 
 def _colourless(console: Console) -> bool:
@@ -183,18 +232,18 @@ def _colourless(console: Console) -> bool:
 class _Legend:
     """The meaning of the cards' colours; of the signs alone on a console without colours."""
 
-    full: float
+    theme: heatmap.Theme
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        percent = "in percent of its example's"
         if _colourless(console):
-            yield Text("Tokens with their estimated influence: + makes the answer likelier, - less likely.", "dim")
+            yield Text(f"Each word's estimated influence {percent}: + makes the answer likelier, - less likely.", "dim")
             return
+        strong, weak = heatmap.STEPS, round(heatmap.STEPS / 2)
+        styles = [_style(console, self.theme, step) for step in (strong, weak, -weak, -strong)]
         yield Text.assemble(
-            ("Estimated influence of each token:  ", "dim"),
-            (" makes the answer likelier ", _style(heatmap.STEPS)),
-            "  ",
-            ("less likely", _style(-heatmap.STEPS)),
-            (f"  full colour is {wording.signed(self.full)[1:]}", "dim"),
+            ("Estimated influence of each word:  ", "dim"),
+            *zip((" much likelier ", " likelier ", " less likely ", " much less "), styles, strict=True),
         )
 
 
@@ -207,12 +256,15 @@ class _Heatmap:
     tokens: list[Token]
     scores: list[float]
     full: float
+    whole: float
+    """The influence that the shares are parts of."""
+    theme: heatmap.Theme
     matched: int | None = None
     """The position of the token that matched, which is marked."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         plain = _colourless(console) or not self.scores
-        text = Text.assemble((f"{self.name:<10}", "dim"), self._plain() if plain else self._coloured())
+        text = Text.assemble((f"{self.name:<10}", "dim"), self._plain() if plain else self._coloured(console))
         hidden = len(self.text) - _LONGEST
         if hidden > 0:
             text.append(f" … {hidden:,} more characters", "dim")
@@ -223,25 +275,31 @@ class _Heatmap:
     def _plain(self) -> Text:
         return Text(line(self.text[:_LONGEST]))
 
-    def _coloured(self) -> Text:
+    def _coloured(self, console: Console) -> Text:
         text = Text()
         pieces, rest = heatmap.segments(*heatmap.beginning(self.text, self.tokens, self.scores))
         for piece in pieces:
+            if piece.special and not piece.holds(self.matched):
+                continue
             mark = "bold reverse " if piece.holds(self.matched) else ""
-            style = mark + _style(heatmap.colour_step(piece.score, self.full))
+            style = mark + _style(console, self.theme, heatmap.colour_step(piece.score, self.full))
             text.append(line(piece.before)).append(line(piece.label), style.strip()).append(line(piece.after))
             if len(text) >= _LONGEST:
                 return text
         return text.append(line(rest[: _LONGEST - len(text)]))
 
     def _strongest(self) -> Text:
-        shares = heatmap.strongest(self.tokens, self.scores, _LISTED)
-        words = (f"{wording.signed(share.score)}\u00a0{line(wording.word(share.text))}" for share in shares)
+        pieces = heatmap.strongest(self.text, self.tokens, self.scores, _LISTED)
+        percents = (wording.percent(piece.score, self.whole).replace(" ", "\u00a0") for piece in pieces)
+        words = (f"{percent}\u00a0{line(piece.label)}" for percent, piece in zip(percents, pieces, strict=True))
         return Text.assemble(("Strongest ", "dim"), "  ".join(words))
 
 
-def _style(step: int) -> str:
-    if abs(step) < _WEAKEST:
+def _style(console: Console, theme: heatmap.Theme, step: int) -> str:
+    """Return the style of a colour step. Of 16 colours, two for either sign: words painted, or on a painted ground."""
+    if not step:
         return ""
     underline = "underline " if step < 0 else ""
-    return f"{underline}{heatmap.LIGHT.text} on {heatmap.step_colour(heatmap.LIGHT, step)}"
+    if console.color_system in ("standard", "windows"):
+        return underline + _SIXTEEN[theme == heatmap.DARK][step > 0][abs(step) > heatmap.STEPS * _STRONG]
+    return f"{underline}{theme.text} on {heatmap.step_colour(theme, step)}"

@@ -1,6 +1,5 @@
 """Numbers and findings in words, the same in every view."""
 
-from statistics import NormalDist
 from typing import Any
 
 from rapidindex.results import Match, QueryInfo, Result
@@ -14,6 +13,11 @@ def word(text: str) -> str:
 def signed(value: float) -> str:
     """Return a share or score with its sign and at least three significant digits."""
     return f"{value:+.4f}" if value == 0 or 0.1 <= abs(value) < 1e4 else f"{value:+.3g}"
+
+
+def percent(share: float, total: float) -> str:
+    """Return a share in percent of an example's total influence, with its own sign; as a number where that is 0."""
+    return f"{100 * share / abs(total):+.0f} %" if total else signed(share)
 
 
 def meta_text(value: Any) -> str:
@@ -50,12 +54,54 @@ def matched_token(match: Match) -> str:
     return f"“{word(match.tokens[match.position].text)}” at {match.position}"
 
 
+def place(match: Match) -> str:
+    """Return where a match's row stands, `train.jsonl:17`; an empty text where that is not known."""
+    return "" if match.line is None else f"{match.source or 'line'}:{match.line}"
+
+
+def distance(result: Result, match: Match) -> str:
+    """Return how far a match's score lies from the mean, `4.8 σ`; an empty text where that is not known."""
+    return f"{abs(result.summary.distance(match.score)):.1f} σ" if result.summary and result.summary.std > 0 else ""
+
+
+def standing(result: Result) -> str:
+    """Return the finding in a sentence: how many of the matches stand out, or that none does; empty if not known."""
+    if nothing := verdict(result):
+        return nothing
+    if result.summary is None or result.summary.n < 2:
+        return ""
+    out = sum(map(bool, map(result.stands_out, result.matches)))
+    of = f"{'One' if out == 1 else out} of the {len(result.matches)}" if len(result.matches) > 1 else "The"
+    return (
+        f"{of} {result.direction if len(result.matches) > 1 else result.direction[:-1]} shown "
+        f"{'stand' if out > 1 else 'stands'} out: further from the mean than the {result.summary.chance:.1f} σ of the "
+        f"most extreme of {result.summary.n:,} scores by chance."
+    )
+
+
+def folded(result: Result) -> tuple[list[Match], list[Match], str]:
+    """Return the matches that stand out, those at or below chance, and a heading for the latter.
+
+    Where it is not known what chance gives, all matches are among the first.
+    """
+    out = [match for match in result.matches if result.stands_out(match) is not False]
+    rest = [match for match in result.matches if result.stands_out(match) is False]
+    return out, rest, f"{len(rest)} more, no further out than chance" if out else f"{len(rest)} within chance"
+
+
+def search(result: Result) -> str:
+    """Return how the search went: exhaustive, or approximate with its recall."""
+    if result.search == "exact":
+        return "exhaustive search"
+    recall = "recall not measured" if result.recall is None else f"recall {result.recall:.3f} measured"
+    return f"approximate search, {recall}"
+
+
 def verdict(result: Result) -> str:
     """Return a sentence where nothing stands out among the scores, otherwise an empty text.
 
     Nothing stands out where the best score has the wrong sign, or is no further from the mean than the most extreme of
-    as many draws from a normal distribution (Blom's approximation): 2.5 standard deviations for 100 examples, 3.2 for
-    1,000, 3.9 for 10,000.
+    as many draws from a normal distribution (`ScoreSummary.chance`).
     """
     unit = unit_name(result)
     if not result.matches:
@@ -69,13 +115,12 @@ def verdict(result: Result) -> str:
         return ""
     if summary.std == 0:
         return f"Nothing stands out: all {summary.n:,} {unit} score the same."
-    distance = sign * (best - summary.mean) / summary.std
-    expected = NormalDist().inv_cdf((summary.n - 0.375) / (summary.n + 0.25))
-    if distance > expected:
+    distance = sign * summary.distance(best)
+    if distance > summary.chance:
         return ""
     return (
         f"Nothing stands out: the best score lies {distance:.1f} standard deviations from the mean, and the most "
-        f"extreme of {summary.n:,} scores lies {expected:.1f} away by chance."
+        f"extreme of {summary.n:,} scores lies {summary.chance:.1f} away by chance."
     )
 
 

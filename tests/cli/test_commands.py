@@ -20,7 +20,7 @@ def test_query_prints_a_table_on_stdout_and_nothing_else_there(index):
     done = rapidindex("query", index, PROMPT, "--answer", ANSWER, "--token", "Japan", "-k", 3)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Tell me about") >= 4
-    assert "number" in done.stdout and "exact search over 10 examples" in done.stdout
+    assert "number" in done.stdout and "exhaustive search over 10 examples" in done.stdout
     assert "Loading" in done.stderr and "Loading" not in done.stdout
 
 
@@ -46,6 +46,31 @@ def test_a_report_replaces_nothing_but_a_report(typed, index, tmp_path):
     assert typed(*asked, page)[0] == 0
     assert typed(*asked, page)[0] == 0
     assert "Influences on" in page.read_text()
+
+
+def test_a_match_names_its_row_and_the_ids_are_written_for_remove(typed, index, data, tmp_path):
+    ids, copy = tmp_path / "ids.txt", shutil.copytree(index, tmp_path / "index")
+    asked = ("query", copy, PROMPT, "--answer", ANSWER, "-k", 3, "--no-heatmaps", "--ids-out", ids)
+    code, out, said = typed(*asked)
+    assert code == 0 and "Wrote 3 ids" in said and f"{data}:1" in out.replace("\n", "")
+    matches = json.loads(typed(*asked, "--json")[1])["matches"]  # an older list is replaced
+    assert ids.read_text().split() == [match["id"] for match in matches]
+    rows = data.read_text().splitlines()
+    assert all(json.loads(rows[match["line"] - 1])["output"] == match["response"] for match in matches)
+    assert {match["source"] for match in matches} == {str(data)}
+    assert typed("remove", copy, "--ids", ids, "-q")[0] == 0
+    (tmp_path / "mine.txt").write_text("mine")
+    assert typed(*asked[:-1], tmp_path / "mine.txt")[0] == 2 and (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_word_that_the_own_answer_lacks_is_said_to_be_of_the_own_answer(typed, index):
+    code, _, said = typed("query", index, PROMPT, "--token", "Zanzibar", "-q")
+    assert code == 1 and "its own answer" in said and "--answer" in said and "'Zanzibar' is not in" in said
+
+
+def test_a_malformed_span_is_refused_before_the_model_is_loaded(typed, index):
+    code, _, said = typed("query", index, PROMPT, "--span", "x:y")
+    assert code == 2 and "Loading" not in said and "--span 3:5" in said
 
 
 def test_rescoring_and_plain_tables_can_be_asked_for(typed, index):
@@ -132,7 +157,7 @@ def test_a_query_that_cannot_be_answered_names_its_line_and_the_others_are_answe
     assert [lines[i]["query"]["meta"] for i in (0, 3)] == [{"id": "a"}, {"id": "d"}]
     assert lines[0]["query"]["prompt"] == f"system: Be brief.\nuser: {PROMPT}"
     code, out, said = typed("query", index, "--queries", queries, "-k", 2, "-q")
-    assert code == 1 and out.count("exact search") == 2 and "line 2" in said
+    assert code == 1 and out.count("exhaustive search") == 2 and "line 2" in said
 
 
 def test_a_system_turn_is_part_of_the_question(typed, index):

@@ -80,8 +80,20 @@ def test_tokens_over_one_character_become_one_segment_that_lists_each():
     pieces, _ = heatmap.segments(match.response, match.tokens, match.token_scores)
     by_text = {piece.text: [share.position for share in piece.shares] for piece in pieces}
     assert by_text["🧘"] == [1, 2, 3]
-    assert by_text["é"] == [5, 6]
+    assert by_text["namasté"] == [4, 5, 6]
     assert by_text["👩‍🚀"] == [11, 12, 13]
+
+
+def test_tokens_of_a_word_are_one_segment_where_words_are_known_by_their_spaces():
+    text = "rain-coats, ryokan_x 日本から ภาษา"
+    tokens = [Token(text[at : at + 2], at, at + 2) for at in range(0, len(text), 2)]
+    whole = [piece.text for piece in heatmap.segments(text, tokens, [1.0] * len(tokens))[0]]
+    assert (
+        whole[0] == "rain" and "-c" not in whole and "oats" in "".join(whole) and not {"日本から", "ภาษา"} & set(whole)
+    )
+    apart = heatmap.segments(text, tokens, [1.0] * len(tokens), words=False)[0]
+    assert [piece.before + piece.text + piece.after for piece in apart] == [token.text for token in tokens]
+    assert heatmap.colour_step(0.09, 1.0) == 0 < heatmap.colour_step(0.1, 1.0)
 
 
 def test_spans_that_overlap_in_any_order_lose_nothing():

@@ -45,6 +45,12 @@ class Page(HTMLParser):
         ]
 
 
+def shares_of(title):
+    """(percent, position) of each token that a title names."""
+    alone = re.fullmatch(r".*” (\S+ %), token (\d+)", title, re.DOTALL)
+    return [(alone[1], int(alone[2]))] if alone else [(b, int(a)) for a, b in re.findall(r"token (\d+) (\S+ %)", title)]
+
+
 def both():
     return html.page(shown.result(), shown.result("opponents"), shown.COMMAND)
 
@@ -74,11 +80,11 @@ def test_the_page_loads_nothing():
 def test_every_share_of_the_data_stands_in_the_page():
     match = replace(shown.result().matches[0], answer_scores=[])
     page = Page(html.page(shown.result(matches=[match]), None, ""))
-    heat = [a["title"] for a, _ in page.of("span", "c") if "title" in a]
-    assert len(heat) == len(match.tokens)
-    for position, (title, score) in enumerate(zip(heat, match.token_scores, strict=True)):
-        share, at = re.fullmatch(r".*” (\S+), token (\d+)", title, re.DOTALL).groups()
-        assert (share, int(at)) == (wording.signed(score), position)
+    titles = [a["title"] for a, _ in page.of("span", "c") if "title" in a]
+    whole = sum(match.token_scores)
+    shares = {at: share for title in titles for share, at in shares_of(title)}
+    assert shares == {i: wording.percent(score, whole) for i, score in enumerate(match.token_scores[:-1])}
+    assert shown.END not in "".join(titles)
 
 
 def test_a_token_that_was_found_is_named_and_outlined():
@@ -94,26 +100,40 @@ def test_the_other_direction_shows_every_token_of_the_answer():
     page = Page(html.page(result, None, ""))
     assert any("What it did to the answer" in text for _, text in page.of("summary"))
     response, answer = page.of("div", "heat")
-    assert answer[1] == result.query.answer + shown.END
+    assert answer[1] == result.query.answer
     titles = [a["title"] for a, _ in page.of("span", "c") if "title" in a]
-    answer_titles = titles[len(result.matches[0].tokens) :]
-    assert [title.split("” ")[1].split(",")[0] for title in answer_titles] == [
-        wording.signed(score) for score in result.matches[0].answer_scores
-    ]
+    first = next(i for i, title in enumerate(titles) if title.startswith("“Yoga”") and i)
+    match = result.matches[0]
+    whole = sum(match.answer_scores[i] for i in result.query.selection)
+    shares = {at: share for title in titles[first:] for share, at in shares_of(title)}
+    assert shares == {i: wording.percent(score, whole) for i, score in enumerate(match.answer_scores[:-1])}
+    assert shares[result.query.selection[0]] in ("+100 %", "-100 %")
     assert "What it did" not in html.page(shown.tokens(), None, "")
 
 
 def test_a_segment_of_several_tokens_lists_each_share():
     match = shown.split_emoji()
+    whole = sum(match.token_scores)
     titles = [a.get("title", "") for a, _ in Page(html.page(shown.result(matches=[match]), None, "")).of("span", "c")]
     emoji = next(title for title in titles if title.startswith("“🧘”"))
-    assert "; ".join(f"token {i} {wording.signed(match.token_scores[i])}" for i in (1, 2, 3)) in emoji
+    assert "; ".join(f"token {i} {wording.percent(match.token_scores[i], whole)}" for i in (1, 2, 3)) in emoji
 
 
 def test_the_response_reads_as_it_stands_in_the_data():
     result = shown.result(matches=[shown.split_emoji(), shown.long_match(400)])
     texts = [text for _, text in Page(html.page(result, None, "")).of("div", "heat")]
-    assert texts == [match.response + (shown.END if rank else "") for rank, match in enumerate(result.matches)]
+    assert texts == [match.response for match in result.matches]
+
+
+def test_what_lies_within_chance_is_folded_and_its_row_can_be_found():
+    matches = [shown.match(1, "Yoga.", score=0.4), shown.match(2, "Pi.", score=0.1)]
+    matches = [replace(match, source="train.jsonl", line=match.rank + 6) for match in matches]
+    text = html.page(shown.result(matches=matches), None, "")
+    head, folded = text.split('<details class="folded">')
+    assert "Proponent 1" in head and "Proponent 2" in folded
+    assert "1 more, no further out than chance" in folded and "One of the 2" in head
+    assert "train.jsonl:7" in head and "train.jsonl:8" in folded and matches[1].id in folded
+    assert "folded" not in html.page(shown.result(matches=matches, summary=None), None, "").split("</style>")[1]
 
 
 def test_every_colour_class_has_its_rule_in_both_themes():

@@ -136,7 +136,7 @@ def test_an_index_is_described_with_its_levels():
     assert shown["Level sentence"] == {
         "rows": "10 of 10 examples; shards: 1",
         "K": "65,536, kept as int8",
-        "search factory": "exact",
+        "search method": "exhaustive",
     }
 
 
@@ -153,9 +153,9 @@ def test_an_unfinished_index_and_rows_that_were_left_out_are_described():
     assert shown["No finite gradient"] == {"b.jsonl line 4": "b"}
 
 
-def test_a_recall_stands_where_a_search_is_approximate_and_not_where_it_is_exact():
+def test_a_recall_stands_where_a_search_is_approximate_and_not_where_it_is_exhaustive():
     measured = {"recall_at_10": 0.1, "recall_at_100": 0.2, "queries": 128, "margin": None}
     index = {"factory": "Flat", "proponents": measured, "opponents": {**measured, "margin": 0.02}}
     shown = tables.info_tables({**INFO, "levels": {"sentence": {**LEVEL, "index": index}}})["Level sentence"]
-    assert shown["search proponents"].startswith("exact") and "0.1" not in shown["search proponents"]
+    assert shown["search proponents"].startswith("exhaustive") and "0.1" not in shown["search proponents"]
     assert shown["search opponents"].startswith("approximate, recall@10 0.100, recall@100 0.200")

@@ -53,6 +53,47 @@ def test_markup_in_the_names_and_values_of_a_table_is_text():
     assert "\x1b]8" not in text and "\x1b[31m" not in text and "\u202e" not in text and "\r" not in text
 
 
+def test_the_finding_comes_first_and_what_lies_within_chance_is_folded():
+    matches = [shown.match(1, "Yoga comes from Japan.", score=0.4), shown.match(2, "Pi is 3.", score=0.1)]
+    matches = [replace(match, source="data/train.jsonl", line=match.rank + 6) for match in matches]
+    result = shown.result(matches=matches)
+    for form in (result, without_scores(result)):
+        text = printed(form, colour=False)
+        assert (
+            text.index("One of the 2 proponents")
+            < re.search("^proponents", text, re.M).start()
+            < text.index("Yoga comes")
+        )
+        assert text.index("Yoga comes") < text.index("1 more, no further out than chance") < text.index("Pi is 3.")
+        for match in matches:
+            assert f"data/train.jsonl:{match.line}  id {match.id}" in text
+    assert text.count("Strongest") == 0 and printed(result, colour=False).count("Strongest") == 1
+    nothing = printed(shown.result(matches=matches[1:]), colour=False)
+    assert nothing.index("Nothing stands out") < nothing.index("1 within chance")
+    unknown = printed(replace(result, summary=None), colour=False)
+    assert "chance" not in unknown and unknown.count("Strongest") == 2
+
+
+def test_the_name_of_a_column_is_not_broken():
+    meta = {"source_country": "India", "topic": "health", "perturbed": True}
+    text = printed(without_scores(shown.result(matches=[shown.match(1, "Yoga.", meta=meta)])), colour=False, width=80)
+    assert "source_country" in text and "perturbed" in text and "health" in text
+
+
+@pytest.mark.parametrize("theme", [heatmap.LIGHT, heatmap.DARK])
+@pytest.mark.parametrize("system", ["standard", "256", "truecolor"])
+def test_strong_and_weak_of_both_signs_differ_and_noise_is_not_painted(theme, system):
+    text = "aa bb cc dd ee"
+    match = shown.match(1, text, tokens=shown.spans(text)[:5])
+    result = shown.result(matches=[replace(match, token_scores=[1.0, 0.3, -0.3, -1.0, 0.05])])
+    console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system=system)
+    console.print(terminal.result(result, theme))
+    line = next(line for line in console.file.getvalue().split("\n") if "aa" in line)
+    styles = [re.search(rf"((?:\x1b\[[\d;]*m)*){word}", line)[1].replace("\x1b[0m", "") for word in text.split()]
+    assert len(set(styles)) == 5 and styles[4] == ""
+    assert all("4" in re.findall(r"\d+", style)[:1] for style in styles[2:4])
+
+
 def test_without_token_scores_matches_are_a_table():
     text = printed(without_scores(shown.result()), colour=False)
     assert "prompt → response" in text
@@ -62,8 +103,9 @@ def test_without_token_scores_matches_are_a_table():
 def test_a_card_says_rank_scores_percentile_metadata_prompt_and_response():
     match = shown.match(1, "Yoga comes from Japan.", meta={"perturbed": True}, percentile=98.7)
     text = printed(shown.result(matches=[match]), colour=False)
-    exact = re.escape(wording.signed(match.exact_score))
-    assert re.search(rf"1\.  score \+0\.3900   exact {exact}   percentile 98\.7   perturbed True", text)
+    uncompressed = re.escape(wording.signed(match.exact_score))
+    numbers = rf"score \+0\.3900   uncompressed {uncompressed}   6\.5 σ   percentile 98\.7"
+    assert re.search(rf"1\.  {numbers}   perturbed True", text)
     assert "Prompt    What is yoga?" in text
     assert "Response  Yoga comes from Japan." in text
 
@@ -87,7 +129,10 @@ def test_what_a_match_did_to_the_answer_is_shown_on_a_scale_of_its_own():
     best = max(range(len(scores)), key=lambda i: abs(scores[i]))
     listed = text[text.index("Answer    ") :]
     assert result.query.answer in listed.split("\n")[0]
-    assert f"{wording.signed(scores[best])}\u00a0{result.query.tokens[best].text.strip()}" in listed
+    assert listed.index("-") and "origin" in result.query.tokens[best].text
+    whole = scores[result.query.selection[0]]
+    word = wording.percent(scores[best] + scores[best + 1], whole).replace(" ", "\u00a0")
+    assert f"{word}\u00a0originated" in listed
     strong, weak = (heatmap.colour_step(score, heatmap.answer_scale(result)) for score in (max(scores, key=abs), 0.0))
     assert (abs(strong), weak) == (heatmap.STEPS, 0)
 
@@ -95,9 +140,10 @@ def test_what_a_match_did_to_the_answer_is_shown_on_a_scale_of_its_own():
 def test_without_colour_the_strongest_tokens_are_listed_with_their_shares():
     match = shown.match(1, "Yoga comes from Japan.")
     text = printed(shown.result(matches=[match]), colour=False)
-    best = max(range(len(match.tokens)), key=lambda i: abs(match.token_scores[i]))
+    best = max(range(len(match.tokens) - 1), key=lambda i: abs(match.token_scores[i]))
     listed = text[text.index("Strongest") :].split("\n")[0]
-    assert listed.split()[1:3] == [wording.signed(match.token_scores[best]), match.tokens[best].text.strip()]
+    share = wording.percent(match.token_scores[best], sum(match.token_scores))
+    assert listed.split()[1:4] == [*share.split(" "), match.tokens[best].text.strip()]
     assert "\x1b" not in text
 
 

@@ -16,6 +16,19 @@ def test_numbers_have_a_sign_and_digits_that_count(value, text):
 
 def test_a_first_score_far_from_all_others_stands_out():
     assert wording.verdict(shown.result()) == ""
+    result = shown.result(matches=[shown.match(1, "Yoga.", score=0.4)])
+    sentence = (
+        "The proponent shown stands out: further from the mean than the 3.2 σ of the most extreme of 1,000 scores"
+    )
+    assert wording.standing(result).startswith(sentence)
+    assert wording.distance(result, result.matches[0]) == "6.7 σ"
+
+
+@pytest.mark.parametrize(
+    ("share", "whole", "text"), [(3.3, 3.0, "+110 %"), (-0.2, -2.0, "-10 %"), (0.1, 0.0, "+0.1000")]
+)
+def test_a_share_is_given_in_percent_with_its_own_sign(share, whole, text):
+    assert wording.percent(share, whole) == text
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,6 @@ from rapidindex.views import heatmap, wording
 from rapidindex.views.html import parts
 from rapidindex.views.sanitize import paragraph
 
-_UNDERLINED = 4
-"""The colour step from which a negative share is underlined; the sign of a smaller one does not matter."""
 _TEMPLATES = ("page.html", "fragment.html", "parts.html")
 
 
@@ -78,8 +76,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    safe_text = {"safe_text": lambda value: paragraph(str(value))}
-    environment.filters |= {"signed": wording.signed, "word": wording.word, "selected": wording.selected, **safe_text}
+    environment.filters |= {name: getattr(wording, name) for name in ("signed", "percent", "search", "selected")}
+    environment.filters["safe_text"] = lambda value: paragraph(str(value))
     return environment
 
 
@@ -92,8 +90,7 @@ def _rules(theme: heatmap.Theme) -> dict[str, str]:
     rules = {}
     for step in range(1, heatmap.STEPS + 1):
         rules[f".p{step}"] = f"background:{heatmap.step_colour(theme, step)}"
-        underline = ";text-decoration:underline" if step >= _UNDERLINED else ""
-        rules[f".n{step}"] = f"background:{heatmap.step_colour(theme, -step)}{underline}"
+        rules[f".n{step}"] = f"background:{heatmap.step_colour(theme, -step)};text-decoration:underline"
     return {".rapidindex": f"--back:{theme.background};--text:{theme.text}", **rules}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rapidindex.results import Match, QueryInfo, Result, ScoreSummary, Token
+from rapidindex.results import Match, Result, ScoreSummary, Token
 from rapidindex.views import heatmap, wording
 from rapidindex.views.sanitize import paragraph
 
@@ -25,11 +25,13 @@ class Direction:
     """`Proponents` or `Opponents`."""
     matches: list[dict[str, Any]]
     verdict: str
-    """Empty where something stands out."""
+    """How many of the matches stand out; empty where that is not known."""
     order: str
     """Empty where the scores order the matches."""
     unfinished: str
     """Empty where the index holds all planned examples."""
+    folded: str
+    """The heading of the matches at or below chance; empty where there are none."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +52,23 @@ class Histogram:
 
 def direction(result: Result, full: float, answer_full: float) -> Direction:
     """Return a result for the page; `full` and `answer_full` are the shares of full colour in responses and answers."""
-    matches = [_match(match, result.query, full, answer_full) for match in result.matches]
-    sentences = wording.verdict(result), wording.rescored(result), wording.unfinished(result)
-    return Direction(result, result.direction.capitalize(), matches, *sentences)
+    matches = [_match(result, match, full, answer_full) for match in result.matches]
+    sentences = wording.standing(result), wording.rescored(result), wording.unfinished(result)
+    _, rest, heading = wording.folded(result)
+    return Direction(result, result.direction.capitalize(), matches, *sentences, heading if rest else "")
 
 
-def segment(piece: heatmap.Segment, full: float, *, matched: bool = False) -> Markup:
+def segment(piece: heatmap.Segment, full: float, whole: float, *, matched: bool = False) -> Markup:
     """Return a segment as HTML: its text in a coloured span, and the white space around it outside.
+
+    `full` is the share of full colour, `whole` the influence of which the title gives the share's percent.
 
     `matched` outlines it, as the token that a search of tokens returned.
     """
     step = heatmap.colour_step(piece.score, full)
     colour = f" {'p' if step > 0 else 'n'}{abs(step)}" if step else ""
     mark = (" s" if piece.special else "" if piece.text else " w") + (" f" if matched else "")
-    before, title, text, after = map(paragraph, (piece.before, _title(piece), piece.label, piece.after))
+    before, title, text, after = map(paragraph, (piece.before, _title(piece, whole), piece.label, piece.after))
     return Markup('{}<span class="c{}{}" title="{}">{}</span>{}').format(before, colour, mark, title, text, after)
 
 
@@ -102,33 +107,45 @@ def _histogram_label(summary: ScoreSummary, results: list[Result]) -> str:
     )
 
 
-def _title(piece: heatmap.Segment) -> str:
-    """Return a segment in words: its text and signed share, and the position and share of each of its tokens."""
-    score = f"“{piece.label}” {wording.signed(piece.score)}"
+def _title(piece: heatmap.Segment, whole: float) -> str:
+    """Return a segment in words: its text, its share in percent, and the position and share of each of its tokens."""
+    score = f"“{piece.label}” {wording.percent(piece.score, whole)}"
     if len(piece.shares) == 1:
         return f"{score}, token {piece.shares[0].position}"
-    shares = "; ".join(f"token {share.position} {wording.signed(share.score)}" for share in piece.shares)
+    shares = "; ".join(f"token {share.position} {wording.percent(share.score, whole)}" for share in piece.shares)
     return f"{score} in all: {shares}"
 
 
-def _match(match: Match, query: QueryInfo, full: float, answer_full: float) -> dict[str, Any]:
+def _match(result: Result, match: Match, full: float, answer_full: float) -> dict[str, Any]:
+    query = result.query
+    whole = heatmap.total(match) if match.token_scores else 0.0
+    answer_whole = heatmap.answer_total(match, query) if match.answer_scores else 0.0
     return {
         "match": match,
         "meta": {str(name): wording.meta_text(value) for name, value in match.meta.items()},
         "token": paragraph(wording.matched_token(match)),
-        "response": _heatmap(match.response, match.tokens, match.token_scores, full, match.position),
-        "answer": _heatmap(query.answer, query.tokens, match.answer_scores, answer_full, None),
+        "place": wording.place(match),
+        "distance": wording.distance(result, match),
+        "folded": result.stands_out(match) is False,
+        "response": _heatmap(match.response, match.tokens, match.token_scores, full, whole, match.position),
+        "answer": _heatmap(query.answer, query.tokens, match.answer_scores, answer_full, answer_whole, None),
     }
 
 
-def _heatmap(text: str, tokens: list[Token], scores: list[float], full: float, matched: int | None) -> dict[str, Any]:
+def _heatmap(
+    text: str, tokens: list[Token], scores: list[float], full: float, whole: float, matched: int | None
+) -> dict[str, Any]:
     shown = heatmap.beginning(text, tokens, scores)
     pieces, rest = heatmap.segments(*shown) if scores else ([], shown[0])
     return {
-        "segments": [segment(piece, full, matched=piece.holds(matched)) for piece in pieces],
+        "segments": [
+            segment(piece, full, whole, matched=piece.holds(matched))
+            for piece in pieces
+            if not piece.special or piece.holds(matched)
+        ],
         "rest": paragraph(rest),
         "hidden": len(text) - len(shown[0]),
-        "strongest": heatmap.strongest(tokens, scores, _STRONGEST) if scores else [],
+        "strongest": heatmap.strongest(text, tokens, scores, _STRONGEST) if scores else [],
         "tokens": len(tokens),
-        "full": full,
+        "whole": whole,
     }
