@@ -81,6 +81,9 @@ class ModelConfig:
     """What the model computes in."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes the GPU where there is one."""
+    recorded: bool = False
+    """Whether an index says so, and nobody typed it: what was a local path may look like a hub name, and is not asked
+    of the hub."""
 
     def __post_init__(self) -> None:
         _one_of("--quantize", self.quantize, QUANTIZATIONS)

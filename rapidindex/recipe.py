@@ -129,7 +129,9 @@ class Recipe:
         self, *, model: str | None = None, adapter: str | None = None, device: str = "auto"
     ) -> ModelConfig:
         """Return the options that load the index's model, from new places where these are given."""
-        return ModelConfig(model or self.model.path, adapter or self.adapter.path, self.quantize, self.dtype, device)
+        return ModelConfig(
+            model or self.model.path, adapter or self.adapter.path, self.quantize, self.dtype, device, not model
+        )
 
 
 def _typed(kind: type, **fields: Any) -> Any:

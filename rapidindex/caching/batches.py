@@ -45,7 +45,7 @@ class Item:
 
     def to_record(self, loss: float) -> dict[str, Any]:
         """Return the stored record of the example, whose loss is `loss`."""
-        return self.example.to_record(loss, self.source)
+        return self.example.to_record(loss, self.source, self.encoding.fingerprint)
 
 
 Unit = list[list[Item]]

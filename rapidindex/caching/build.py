@@ -20,6 +20,7 @@ from rapidindex.caching.job import (
     Job,
     LevelPlan,
     check_recipe,
+    check_tokens,
     map_of_slots,
     plan_levels,
     prepare,
@@ -77,6 +78,7 @@ def build(request: BuildRequest, *, overwrite: bool = False, progress: Progress 
         job = prepare(same_day(request, store), progress)
         if store:
             check_recipe(job, store)
+            check_tokens(job, store)
         plans = plan_levels(job, store)
         check_resources(resources_of(job, plans, store), free_resources(job), request.output)
         store = store or _create(job, plans, overwrite=overwrite)
@@ -147,7 +149,7 @@ def _create(job: Job, plans: list[LevelPlan], *, overwrite: bool) -> Store:
     if overwrite and path.exists():
         Store.destroy(path)
     layers = [{"name": layer.name, "size": layer.size} for layer in job.layers]
-    versions = {name: version(name) for name in ("rapidindex", "torch", "transformers", "peft", "numpy")}
+    versions = {name: version(name) for name in ("rapidindex", "torch", "transformers", "tokenizers", "peft", "numpy")}
     planned = {plan.level: (plan.K, plan.planned) for plan in plans}
     config = job.recipe.to_manifest()
     return Store.create(path, config=config, layers=layers, versions=versions, skipped=job.skipped, planned=planned)

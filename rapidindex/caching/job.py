@@ -144,6 +144,10 @@ class LevelPlan:
         return sum(map(padded_tokens, self.batches))
 
 
+_CHECKED = 16
+"""Stored examples that are encoded again before others join them."""
+
+
 def prepare(request: BuildRequest, progress: Progress = silent, *, added: bool = False) -> Job:
     """Read the data and the model, and turn every example into token ids.
 
@@ -252,6 +256,16 @@ def check_recipe(job: Job, store: Store) -> None:
         encoding = replace(encoding, loss=built.encoding.loss)
     token = job.recipe.token if built.token and job.recipe.token else built.token
     built.check(replace(job.recipe, token=token, encoding=encoding), store.path)
+
+
+def check_tokens(job: Job, store: Store) -> None:
+    """Encode some stored examples again. ConfigMismatch where one becomes other tokens than its row was made of."""
+    encoding = job.recipe.encoding
+    template = Template(encoding.template, job.loaded.tokenizer, encoding.max_length, date=encoding.date)
+    for level in store.levels[:1]:
+        rows = store.rows(level)
+        for number in range(0, len(rows.ids), len(rows.ids) // _CHECKED + 1):
+            template.encode_stored(rows.record(number))
 
 
 def plan_levels(job: Job, store: Store | None) -> list[LevelPlan]:

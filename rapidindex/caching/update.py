@@ -14,7 +14,7 @@ from typing import Any
 
 from rapidindex.caching.build import BuildSummary, cache_levels
 from rapidindex.caching.estimate import check_resources, free_resources, resources_of
-from rapidindex.caching.job import Job, LevelPlan, plan_levels, prepare, same_day
+from rapidindex.caching.job import Job, LevelPlan, check_tokens, plan_levels, prepare, same_day
 from rapidindex.caching.moment import refuse_without_second_moment
 from rapidindex.config import BuildConfig, BuildRequest, TokenConfig
 from rapidindex.data.examples import listed_ids
@@ -76,6 +76,7 @@ def add(
         job = prepare(same_day(request, store), progress, added=True)
         hint = "Say with -m and -a where the model and the adapter of the index lie now."
         recipe.check(replace(job.recipe, data=recipe.data, token=recipe.token), Path(path), hint=hint)
+        check_tokens(job, store)
         plans = plan_levels(job, store)
         check_resources(resources_of(job, plans, store), free_resources(job), request.output)
         _note_source(store, recipe, job, plans)

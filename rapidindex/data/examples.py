@@ -66,17 +66,19 @@ class Example:
         """Whether there are several assistant turns that may be in the loss."""
         return any(map(is_trained, self.messages))
 
-    def to_record(self, loss: float, source: str = "") -> dict[str, Any]:
+    def to_record(self, loss: float, source: str = "", tokens: str = "") -> dict[str, Any]:
         """Return the stored record of the example, as JSON can hold it.
 
         `loss` is the mean loss over the response's tokens, rounded to 6 places; `source` names the added data that the
-        example comes from. What is empty is left out, and so is the prompt: `from_record` renders it again.
+        example comes from, and `tokens` is the fingerprint of its encoding. What is empty is left out, and so is the
+        prompt: `from_record` renders it again.
         """
         optional = {
             "final": self.final and list(self.final),
             "trained": list(self.trained),
             "tools": list(self.tools),
             "source": source,
+            "tokens": tokens,
         }
         return {
             "id": self.id,

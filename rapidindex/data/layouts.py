@@ -66,7 +66,7 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation:
             raise Unusable(f"`{system}` beside another system turn")
         turns = turns if turns and turns[0][0] == "system" else (("system", row[system]), *turns)
         used = (*used, system)
-    tools = _tools(row.get("tools"))
+    tools = tools_of(row.get("tools"))
     used = (*used, "tools") if tools else used
     trained = [number for number, turn in enumerate(turns) if is_trained(turn)]
     if not trained:
@@ -108,13 +108,13 @@ def _turns(row: Mapping[str, Any]) -> tuple[Messages, tuple[str, ...]]:
     filled = [column for column in row if row[column] is not None]
     for column in ("messages", "conversations"):
         if column in filled:
-            return _conversation(row[column], column), (column,)
+            return turns_of(row[column], column), (column,)
     if "instruction" in filled and "output" in filled:
         return _pair(row, "instruction", "output", ("input", "context"))
     prompts = [column for column in _PROMPTS if column in filled]
     responses = [column for column in _RESPONSES if column in filled]
     if responses and _is_turns(row[responses[0]]):
-        turns = _conversation(row[responses[0]], responses[0])
+        turns = turns_of(row[responses[0]], responses[0])
         if turns[0][0] != "assistant":  # the whole conversation, whose prompt stands in a column of its own too
             return turns, (responses[0], *prompts[:1])
     if prompts and responses:
@@ -131,7 +131,7 @@ def _pair(
     used = (prompt, response)
     if _is_turns(row[prompt]):
         # What TRL calls a prompt is not in the loss, whoever speaks in it.
-        before = tuple(_untrained(turn) for turn in _conversation(row[prompt], prompt))
+        before = tuple(_untrained(turn) for turn in turns_of(row[prompt], prompt))
     else:
         text = _text(row, prompt)
         for column in contexts:
@@ -143,7 +143,7 @@ def _pair(
     history = _history(row.get("history"))
     used = (*used, "history") if history else used
     if _is_turns(row[response]):
-        return (*history, *before, *_conversation(row[response], response)), used
+        return (*history, *before, *turns_of(row[response], response)), used
     return (*history, *before, ("assistant", _text(row, response))), used
 
 
@@ -160,7 +160,8 @@ def _history(value: Any) -> Messages:
     return tuple(turns)
 
 
-def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
+    """Return the descriptions of tools in the column `tools`, which may be JSON text. Raises Unusable."""
     value = _from_json(value)
     if value is None or (isinstance(value, str | list | tuple) and not len(value)):
         return ()
@@ -181,7 +182,8 @@ def _missing_column(row: Mapping[str, Any], prompts: list[str], responses: list[
     return f"no known columns (found: {', '.join(map(str, row)) or 'none'})"
 
 
-def _conversation(value: Any, column: str) -> Messages:
+def turns_of(value: Any, column: str) -> Messages:
+    """Return the turns in a column: a list of {role, content} or {from, value}, or its JSON text. Raises Unusable."""
     turns = _from_json(value)
     if not isinstance(turns, list | tuple):
         raise Unusable(f"`{column}` is {kind_of(value)}, not a list of turns")

@@ -4,6 +4,7 @@ Knows tokenizers, not models. Prompt and response are tokenised as one text, as 
 are found by their character offsets. `alpaca` is the prompt of the paper's Figure 5.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from rapidindex.config import fingerprint
 from rapidindex.data.examples import BETWEEN, Example, display_text
 from rapidindex.data.layouts import CALLS, REASONING, WEIGHT, Messages, Turn, more
-from rapidindex.errors import ModelError, UsageError
+from rapidindex.errors import ConfigMismatch, ModelError, UsageError
 from rapidindex.results import Token
 
 _TEXTS = {
@@ -51,6 +52,11 @@ class Encoding:
     """Number of tokens before the response, including any that were cut off."""
     response: str
     """The text in which the tokens' offsets count: `Example.response`, with the tool calls and thoughts in it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits: a hash of the token ids, and of which of them are in the loss."""
+        return hashlib.sha256(self.input_ids.tobytes() + self.response_mask.tobytes()).hexdigest()[:16]
 
 
 class _Piece(NamedTuple):
@@ -136,6 +142,23 @@ class Template:
         response = BETWEEN.join(piece.text for piece in rendered.pieces)
         return self._truncated(ids, runs[0][0], positions, tokens, response)
 
+    def encode_stored(self, record: dict[str, Any]) -> tuple[Example, Encoding]:
+        """Return the example of a stored record, and its encoding.
+
+        Raises ConfigMismatch where that is not the one of which its row was computed. Records of older versions do not
+        say which it was.
+        """
+        example = Example.from_record(record)
+        encoding = self.encode(example)
+        if record.get("tokens", encoding.fingerprint) != encoding.fingerprint:
+            raise ConfigMismatch(
+                f"The example {example.id} (line {example.line}) becomes other tokens now than those that its row was"
+                " computed from: what is shown of it would belong to another text.",
+                hint="Install the transformers and tokenizers that `rapidindex info INDEX --json` names under versions,"
+                " or build the index anew.",
+            )
+        return example, encoding
+
     def _run(self, ids: list[int], spans: list[tuple[int, int]], piece: _Piece) -> tuple[int, int]:
         """Return the positions of the piece's first token and of the one after its last; twice the end for none."""
         inside = [i for i, span in enumerate(spans) if self._is_response(ids[i], span, piece)]
@@ -152,11 +175,7 @@ class Template:
         trained = example.trained or (len(turns) - 1,)
         if self.name == "chat":
             return self._render_chat(example, turns, trained)
-        if example.tools or any(name in more(turn) for turn in turns for name in (CALLS, *REASONING)):
-            raise ModelError(
-                f"--template {self.name} writes neither tools nor their calls nor thoughts.",
-                hint="Use --template chat.",
-            )
+        self.check_plain(turns, example.tools)
         prompt = self.render_prompt(example.messages)
         text = prompt + turns[-1][1]
         starts, reached = [], self._text.index("{prompt}")
@@ -165,6 +184,14 @@ class Template:
             reached = starts[-1] + len(f"{content}\n")
         starts.append(len(prompt))
         return _Rendered(text, [_Piece(starts[i], starts[i] + len(turns[i][1]), turns[i][1]) for i in trained])
+
+    def check_plain(self, turns: Messages, tools: Sequence[dict[str, Any]] = ()) -> None:
+        """Raise ModelError where there is more than text, and the template is not a chat template, which can write it."""
+        if self.name != "chat" and (tools or any(name in more(turn) for turn in turns for name in (CALLS, *REASONING))):
+            raise ModelError(
+                f"--template {self.name} writes neither tools nor their calls nor thoughts.",
+                hint="Use --template chat.",
+            )
 
     def _render_chat(self, example: Example, turns: Messages, trained: Sequence[int]) -> _Rendered:
         text = self._render(turns, example.tools)

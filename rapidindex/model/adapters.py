@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 _REPEATABLE = ("pissa", "olora")
 """Ways in which LoRA begins by changing its base, but always alike: a whole SVD or QR of each weight."""
+_STARTS_FROM_DATA = ("corda", "loftq", "lora_ga")
+"""Ways in which LoRA begins by changing its base after data, or a GPU, that nobody has when the adapter is loaded. peft
+leaves the base of `lora_ga` as it is, without a word: it would be another model than was trained."""
+_CONVERT = (
+    "Convert it to plain LoRA where it was trained: model.save_pretrained(FOLDER,"
+    " path_initial_model_for_weight_conversion=FOLDER_OF_THE_UNTRAINED_ADAPTER)."
+)
 _WRAPPED = "base_model.model."
 """What peft puts before the names of a base."""
 
@@ -38,6 +45,14 @@ def add_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":
             hint=f"Save or copy it again; peft {peft.__version__} has to know its kind.",
         ) from error
     check_adapter(settings, str(folder))
+    start = getattr(settings, "init_lora_weights", None)
+    if start in _STARTS_FROM_DATA:
+        raise ModelError(
+            f"The adapter {folder} belongs to a base that was changed before training (init_lora_weights={start!r}),"
+            " and the change cannot be made again from its files.",
+            hint=f"{_CONVERT} Or save the changed base with it, write true for init_lora_weights in its"
+            " adapter_config.json, and give that base with -m.",
+        )
     _check_sizes(model, folder, weights)
     its_base = settings.base_model_name_or_path or "another model"
     hint = f"The adapter names {its_base} as its base: give it with -m." if its_base != model.name_or_path else ""
@@ -55,13 +70,11 @@ def add_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":
     if missing or extra:
         odd = f"it lacks {missing[0]}" if missing else f"the model has no place for {extra[0]}"
         raise ModelError(f"The adapter {folder} does not fit {model.name_or_path}: {odd}.", hint=hint)
-    start = getattr(settings, "init_lora_weights", None)
     if start not in _REPEATABLE and tensors_fingerprint(untouched) != before:
         raise ModelError(
             f"The adapter {folder} changes the weights of its base when it is loaded (init_lora_weights={start!r}),"
             " and never twice in the same way.",
-            hint="Convert it to plain LoRA where it was trained: model.save_pretrained(FOLDER,"
-            " path_initial_model_for_weight_conversion=FOLDER_OF_THE_UNTRAINED_ADAPTER).",
+            hint=_CONVERT,
         )
     return adapted
 

@@ -53,10 +53,10 @@ class ModelFiles:
     """The file's name in `folder`, or None for an ordinary model."""
 
 
-def find_model(model: str) -> ModelFiles:
+def find_model(model: str, *, download: bool = True) -> ModelFiles:
     """Find the files of `model`: a folder, a .gguf file, a folder with one .gguf file, or a hub name.
 
-    A hub model is downloaded unless the cache holds it. Raises ModelError, saying where it looked, if there is none.
+    A hub model is downloaded unless the cache holds it, or `download` forbids it. Raises ModelError, saying where it looked, if there is none.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -70,7 +70,7 @@ def find_model(model: str) -> ModelFiles:
         raise ModelError(f"There is no model at {model}.", hint=_GIVE_FOLDER)
     if model.lower().endswith(".gguf"):
         raise ModelError(f"There is no file {model}.", hint=_GIVE_FOLDER)
-    return ModelFiles(_snapshot(model), None)
+    return ModelFiles(_snapshot(model, download), None)
 
 
 def _in_folder(folder: Path) -> ModelFiles:
@@ -144,7 +144,7 @@ def _folders(folder: Path) -> list[Path]:
     )
 
 
-def _snapshot(name: str) -> Path:
+def _snapshot(name: str, download: bool) -> Path:
     """Return the folder of a hub model in the cache; download it first if it is not there."""
     import huggingface_hub
     from huggingface_hub import constants
@@ -156,6 +156,11 @@ def _snapshot(name: str) -> Path:
     if isinstance(cached, str) and has_weights(Path(cached).parent):
         return Path(cached).parent
     missing = f"{name} is no folder here, and not (completely) in the Hugging Face cache {constants.HF_HUB_CACHE}"
+    if not download:
+        raise ModelError(
+            f"{missing}, where the index was built with it.",
+            hint=f"Say where it lies now with -m FOLDER (or download it: -m {name}).",
+        )
     if constants.HF_HUB_OFFLINE:
         raise ModelError(
             f"{missing}; HF_HUB_OFFLINE forbids a download.",

@@ -120,7 +120,7 @@ def load(config: ModelConfig, *, attn_implementation: str | None = None) -> Load
             hint="Give --adapter FOLDER, or leave --quantize out.",
         )
     adapter = find_adapter(config.adapter) if config.adapter else None
-    files = find_model(config.model)
+    files = find_model(config.model, download=not config.recorded)
     with quiet_libraries(), translate_errors(config):
         tokenizer = load_tokenizer(files, adapter)
         model = load_base(files, config, device, attn_implementation)

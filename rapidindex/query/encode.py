@@ -71,6 +71,7 @@ def _selection(query: Query, answer: str, encoding: Encoding) -> Selection:
 
 def _answer(query: Query, loaded: LoadedModel, template: Template, max_new_tokens: int) -> tuple[str, Encoding]:
     """Return the answer as text and as token ids: the model's own is read as it was given, token for token."""
+    template.check_plain(query.turns, query.tools)
     if query.answer is None:
         generated = generate_answer(query, loaded, template, max_new_tokens)
         if not generated.text.strip():
@@ -78,12 +79,16 @@ def _answer(query: Query, loaded: LoadedModel, template: Template, max_new_token
         return template.encode_generated(generated.prompt_ids, generated.ids)
     if not query.answer.strip():
         raise QueryError("The answer is empty.", hint="Give its text with --answer, or leave --answer out.")
-    return query.answer, template.encode(Example("", query.text, query.answer, {}, 0, query.turns), end=False)
+    return query.answer, template.encode(_example(query), end=False)
+
+
+def _example(query: Query) -> Example:
+    return Example("", query.text, query.answer or "", {}, 0, query.turns, tools=query.tools)
 
 
 def generate_answer(query: Query, loaded: LoadedModel, template: Template, max_new_tokens: int) -> Generated:
     """Return the model's greedy answer."""
-    prompt, special = template.render_prompt(query.turns), template.add_special_tokens
+    prompt, special = template.render_prompt(query.turns, query.tools), template.add_special_tokens
     return generate(loaded, prompt, add_special_tokens=special, max_new_tokens=max_new_tokens)
 
 

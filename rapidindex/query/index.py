@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from rapidindex.config import ModelConfig, QueryOptions, check_level
 from rapidindex.data.examples import Example
-from rapidindex.data.templates import Template
+from rapidindex.data.templates import Encoding, Template
 from rapidindex.errors import ConfigMismatch, DamagedIndex, StoreError, UsageError
 from rapidindex.gradients.blocks import blocks_of
 from rapidindex.gradients.per_example import PerExampleGradients
@@ -29,6 +29,9 @@ from rapidindex.search.exact import SearchResult, exact_search
 from rapidindex.search.metadata import IndexMetadata
 from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Rows, Store
+
+Stored = Callable[[int], tuple[Example, Encoding]]
+"""Reads the example of a number from the store, and encodes it."""
 
 _model_work = threading.RLock()
 """Gradients are taken with hooks on the model, and its tokenizer keeps state: one thread at a time. The lock is that of
@@ -129,10 +132,11 @@ class Index:
             return
         with _model_work:
             search = self._search(level, encoded, options)
-        found = search()
+        found, rows = search(), self.rows_of(level)
+        stored = cache(lambda number: self.template.encode_stored(rows.record(number)))  # once, for all queries
         for number, query in enumerate(encoded):
             with _model_work:  # tokenizers are not safe among threads
-                candidates = self._candidates(level, found, number)
+                candidates = self._candidates(rows, found, number, stored)
             ranked = self._ranked(level, encoded, found, number, candidates[: options.k])
             yield ranked
             yield from self._complete(ranked, candidates, query, options)
@@ -319,19 +323,18 @@ class Index:
             self._vector_indexes[level] = VectorIndex.open(self.rows_of(level))
         return self._vector_indexes[level]
 
-    def _candidates(self, level: str, found: SearchResult, number: int) -> list[Candidate]:
-        """Return the candidates of one query, best first, with their examples read from the store."""
+    def _candidates(self, rows: Rows, found: SearchResult, number: int, stored: Stored) -> list[Candidate]:
+        """Return the candidates of one query, best first, with their examples from the store."""
         columns = zip(found.rows[number], found.scores[number], found.percentiles()[number], strict=True)
         return [
-            self._candidate(self.rows_of(level), rank, int(row), float(score), float(percentile))
+            self._candidate(rows, rank, int(row), float(score), float(percentile), stored)
             for rank, (row, score, percentile) in enumerate(columns, 1)
             if row >= 0
         ]
 
-    def _candidate(self, rows: Rows, rank: int, row: int, score: float, percentile: float) -> Candidate:
+    def _candidate(self, rows: Rows, rank: int, row: int, score: float, percentile: float, stored: Stored) -> Candidate:
+        example, encoding = stored(int(rows.example[row]))
         record = rows.record(int(rows.example[row]))
-        example = Example.from_record(record)
-        encoding = self.template.encode(example)
         position = int(rows.position[row])
         match = Match(
             rank=rank,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rapidindex.data.examples import Messages, display_text
+from rapidindex.data.layouts import CALLS, Unusable, tools_of, turns_of
 from rapidindex.errors import DataError, QueryError, RapidIndexError, UsageError
 
-_KEYS = ("prompt", "messages", "system", "answer", "token", "span")
-_OF_DATA = {"instruction", "input", "output", "response", "completion", "question", "conversations", "history", "tools"}
+_KEYS = ("prompt", "messages", "system", "answer", "token", "span", "tools")
+_OF_DATA = {"instruction", "input", "output", "response", "completion", "question", "conversations", "history"}
 """Keys of training data that would change a question. They are refused, because no question is read from them."""
 _EXAMPLE = 'For example {"prompt": "Where does yoga come from?", "answer": "From Japan.", "token": "Japan"}.'
 _DEEPEST = 16
@@ -31,7 +32,10 @@ class Query:
     span: str | None = None
     """Tokens of the answer, `FIRST:LAST`, counted from 0. Neither `token` nor `span`: the whole answer."""
     messages: Messages = ()
-    """The turns of a conversation before the answer, (role, content), in the place of `prompt`."""
+    """The turns of a conversation before the answer, in the place of `prompt`: (role, content), or with a third entry
+    what else a turn says, such as `tool_calls`."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Descriptions of the tools that the model may call."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Whatever else the caller says of the query: it comes back with the result."""
 
@@ -50,7 +54,7 @@ class Query:
         for name in ("answer", "token", "span"):
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
-        for role, content in self.messages:
+        for role, content, *_ in self.messages:
             yield "role", role
             yield f"{role} turn", content
 
@@ -69,8 +73,8 @@ def as_query(value: Any, *, system: str | None = None, **fields: str | None) -> 
     """Return `value` as a Query, with the answer, token and span that `fields` give, and after the turn `system`.
 
     `value` is a Query, a prompt, a dict with the fields of a Query (and `system`; further keys are its `meta`), or a
-    conversation: a list of {"role", "content"}, whose last turn is the answer where the assistant speaks it.
-    QueryError for anything else.
+    conversation: a list of turns as data has them, {"role", "content"} and more, whose last turn is the answer where
+    the assistant speaks it. QueryError for anything else.
     """
     given = {name: text for name, text in fields.items() if text is not None}
     if isinstance(value, Query):
@@ -97,6 +101,10 @@ def _from_mapping(value: Mapping[str, Any], given: dict[str, str]) -> Query:
     if not _is_plain(meta):
         raise QueryError(f"Further keys of a query hold plain JSON, nested at most {_DEEPEST} times.", hint=_EXAMPLE)
     messages, system = named.pop("messages", None), named.pop("system", None)
+    try:
+        named |= {"tools": tools_of(named["tools"])} if "tools" in named else {}
+    except Unusable as error:
+        raise QueryError(f"A query's {str(error).replace('`', '')}.", hint=_EXAMPLE) from error
     if (messages is None) == ("prompt" not in named):
         raise QueryError("A query has either a text under prompt or a list of turns under messages.", hint=_EXAMPLE)
     if messages is None:
@@ -108,18 +116,23 @@ def _from_mapping(value: Mapping[str, Any], given: dict[str, str]) -> Query:
 
 
 def _from_turns(value: Sequence[Mapping[str, Any]], given: dict[str, str]) -> Query:
-    turns = tuple((turn["role"], turn["content"]) for turn in value)
+    try:
+        turns = turns_of(value, "messages")
+    except Unusable as error:
+        raise QueryError(f"The conversation cannot be asked about: {error}.", hint=_EXAMPLE) from error
     if turns[-1][0] != "assistant":
         return Query(messages=turns, **given)
     if "answer" in given:
         raise QueryError("The conversation ends with an answer, and another one is given.", hint="Leave out one.")
+    if len(turns[-1]) > 2:
+        raise QueryError("An answer that is asked about is a text: no tool calls, no thoughts.", hint=_EXAMPLE)
     return Query(messages=turns[:-1], answer=turns[-1][1], **given)
 
 
 def _after_system(query: Query, system: str | None) -> Query:
     if system is None:
         return query
-    if any(role == "system" for role, _ in query.messages):
+    if any(turn[0] == "system" for turn in query.messages):
         raise QueryError("The conversation has a system turn, and another one is given.", hint="Leave out one.")
     return replace(query, prompt="", messages=(("system", system), *query.turns))
 
@@ -136,7 +149,9 @@ def _is_plain(value: Any, levels: int = _DEEPEST) -> bool:
 def is_conversation(value: Any) -> bool:
     """Return whether `value` is a list of turns, each a dict with role and content."""
     turns = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-    return turns and all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in value)
+    return turns and all(
+        isinstance(turn, Mapping) and "role" in turn and {"content", CALLS} & turn.keys() for turn in value
+    )
 
 
 def read_queries(path: str | Path) -> dict[int, Query]:

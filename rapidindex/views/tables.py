@@ -128,6 +128,8 @@ def _index_lines(info: dict[str, Any]) -> dict[str, str]:
         "projection": f"{_projection(sketch)}, seed {sketch['seed']}",
         "created": info["created"],
     }
+    if info["lost_second_moment"]:
+        lines["damaged"] = "the second moment is lost: nothing can be asked before the build command is given again"
     return lines | ({"removed": f"{info['removed']:,} examples"} if info["removed"] else {})
 
 

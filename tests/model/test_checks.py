@@ -1,5 +1,6 @@
 """Models and adapters that would give wrong gradients, or run code of their own, are refused before anything else."""
 
+import json
 import builtins
 import shutil
 import time
@@ -265,3 +266,16 @@ def test_too_little_memory_of_the_computer_is_a_resource_error():
     with pytest.raises(ResourceError, match="does not fit into the memory of cpu.*--dtype bfloat16"):
         with translate_errors(cpu(Path("large"))):
             torch.empty(2**60)
+
+
+@pytest.mark.parametrize("start", ["corda", "loftq", "lora_ga"])
+def test_an_adapter_whose_base_cannot_be_made_again_is_refused(tmp_path, llama_folders, start):
+    folder = tmp_path / "adapter"
+    made = adapter(folder, llama_folders[0])
+    file = folder / "adapter_config.json"
+    settings = json.loads(file.read_text()) | {"init_lora_weights": start, "loftq_config": {"loftq_bits": 4}}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=f"{start}.*path_initial_model_for_weight_conversion"):
+        load(cpu(llama_folders[0], folder))
+    file.write_text(json.dumps(settings | {"init_lora_weights": True, "loftq_config": {}}))
+    assert torch.equal(load(cpu(llama_folders[0], folder)).model(input_ids=IDS).logits, made(input_ids=IDS).logits)

@@ -1,5 +1,6 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import torch
 from rapidindex import Index
 from rapidindex.caching.build import build
 from rapidindex.config import GradientConfig, ModelConfig, QueryOptions
-from rapidindex.errors import ConfigMismatch, DataError, NotAnIndex, QueryError, TokenNotFound
+from rapidindex.errors import ConfigMismatch, DataError, ModelError, NotAnIndex, QueryError, TokenNotFound
 from rapidindex.gradients.second_moment import correction
+from rapidindex.model.model import load
 from rapidindex.query.questions import Query
 from rapidindex.results import Result
 from tests import tiny
@@ -220,3 +222,27 @@ def test_a_full_parameter_model_is_queried_without_an_adapter(data, tmp_path, ll
 def test_a_folder_that_is_no_index_is_refused(tmp_path):
     with pytest.raises(NotAnIndex):
         Index.open(tmp_path)
+
+
+def test_a_row_whose_example_becomes_other_tokens_now_is_not_shown(data, tmp_path, llama_folders):
+    build(request(data, tmp_path / "index", llama_folders))
+    index, encoded = Index.open(tmp_path / "index"), []
+    encode = index.template.encode
+    index.template.encode = lambda example, **options: encoded.append(example.id) or encode(example, **options)
+    found = index.query([{"prompt": PROMPT, "answer": ANSWER}] * 3, k=3)
+    ids = {match.id for match in found[0].matches}
+    assert [encoded.count(id) for id in ids] == [1, 1, 1]  # once for the three queries
+    question = index.encode([{"prompt": PROMPT, "answer": ANSWER}])
+    index.template.tokenizer.add_special_tokens({"additional_special_tokens": ["is", "the", "a"]})
+    with pytest.raises(ConfigMismatch, match="becomes other tokens now"):
+        index.query(question, k=10)
+
+
+def test_the_place_that_an_index_records_is_not_asked_of_the_hub(data, tmp_path, llama_folders, monkeypatch):
+    build(request(data, tmp_path / "index", llama_folders))
+    index = Index.open(tmp_path / "index")
+    recorded = replace(index.recipe, model=replace(index.recipe.model, path="models/tiny")).model_config()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ModelError, match=r"no folder here.*-m FOLDER"):
+        load(replace(recorded, adapter=None))
+    assert not index.recipe.model_config(model="models/tiny").recorded

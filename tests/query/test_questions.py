@@ -1,5 +1,7 @@
 """What may be asked, and in which forms."""
 
+import json
+
 import pytest
 
 from rapidindex.errors import DataError, QueryError, UsageError
@@ -106,3 +108,18 @@ def test_a_file_of_queries_that_cannot_be_used_names_the_line(tmp_path, text, sa
     (tmp_path / "q.jsonl").write_text(text)
     with pytest.raises(DataError, match=said):
         read_queries(tmp_path / "q.jsonl")
+
+
+def test_turns_of_a_question_keep_what_they_say_beside_their_content():
+    call = {"function": {"name": "look", "arguments": '{"at": "tea"}'}}
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    turns = [*TURNS, {"role": "assistant", "tool_calls": [call], "reasoning_content": "Hm."}]
+    turns += [{"role": "tool", "content": "China", "name": "look"}]
+    query = as_query({"messages": turns, "tools": json.dumps(tools)})
+    said = {"tool_calls": [{"function": {"name": "look", "arguments": {"at": "tea"}}}], "reasoning_content": "Hm."}
+    assert query.messages == (*CONVERSATION, ("assistant", "", said), ("tool", "China", {"name": "look"}))
+    assert query.tools == tuple(tools)
+    with pytest.raises(QueryError, match="tools is"):
+        as_query({"messages": turns, "tools": 7})
+    with pytest.raises(QueryError, match="is a text"):
+        as_query([*TURNS, {"role": "assistant", "content": "x", "reasoning_content": "Hm."}])
