@@ -186,7 +186,7 @@ class Template:
         return _Rendered(text, [_Piece(starts[i], starts[i] + len(turns[i][1]), turns[i][1]) for i in trained])
 
     def check_plain(self, turns: Messages, tools: Sequence[dict[str, Any]] = ()) -> None:
-        """Raise ModelError where there is more than text, and the template is not a chat template, which can write it."""
+        """Raise ModelError where there is more than text, which a chat template alone can write."""
         if self.name != "chat" and (tools or any(name in more(turn) for turn in turns for name in (CALLS, *REASONING))):
             raise ModelError(
                 f"--template {self.name} writes neither tools nor their calls nor thoughts.",

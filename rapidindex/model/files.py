@@ -56,7 +56,8 @@ class ModelFiles:
 def find_model(model: str, *, download: bool = True) -> ModelFiles:
     """Find the files of `model`: a folder, a .gguf file, a folder with one .gguf file, or a hub name.
 
-    A hub model is downloaded unless the cache holds it, or `download` forbids it. Raises ModelError, saying where it looked, if there is none.
+    A hub model is downloaded unless the cache holds it, or `download` forbids it. Raises ModelError, saying where it
+    looked, if there is none.
     """
     path = Path(model).expanduser()
     if path.is_dir():

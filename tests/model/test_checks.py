@@ -1,7 +1,7 @@
 """Models and adapters that would give wrong gradients, or run code of their own, are refused before anything else."""
 
-import json
 import builtins
+import json
 import shutil
 import time
 from pathlib import Path
