@@ -98,10 +98,11 @@ def scores_of(
     """
     scores, multiply = np.empty(len(numbers), np.float32), products_with(query[None], rows.row_type)
     stored, group_rows = rows.each(numbers), max(1, _BLOCK_BYTES["float16"] // rows.row_bytes)
-    while group := list(islice(stored, group_rows)):
-        scales = np.array([scale for _, _, scale in group], np.float32)
-        products = multiply(np.stack([entries for _, entries, _ in group]))[0]
-        scores[[place for place, _, _ in group]] = products * scales
+    with torch_threads(1):
+        while group := list(islice(stored, group_rows)):
+            scales = np.array([scale for _, _, scale in group], np.float32)
+            products = multiply(np.stack([entries for _, entries, _ in group]))[0]
+            scores[[place for place, _, _ in group]] = products * scales
     check_finite(scores, rows, numbers)
     return scores
 

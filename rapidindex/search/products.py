@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int8
 from torch import Tensor
 
 Multiply = Callable[[np.ndarray], Float32[np.ndarray, "queries m"]]
@@ -26,10 +26,10 @@ _STEP = 254.0
 def products_with(queries: Float32[np.ndarray, "queries K"], row_type: str, device: str = "cpu") -> Multiply:
     """Return the function that multiplies `queries` by blocks of rows of `row_type` (`int8`, `float16`) on `device`.
 
-    Several threads may call it at once.
+    Several threads may call it at once; each is fastest with one inner thread of torch.
     """
     if row_type == "int8" and device == "cpu" and multiplies_integers():
-        return _of_integers(torch.from_numpy(queries))
+        return _of_integers(queries)
     return _of_floats(torch.from_numpy(queries).to(device))
 
 
@@ -49,25 +49,28 @@ def _of_floats(queries: Float32[Tensor, "queries K"]) -> Multiply:
     return multiply
 
 
-def _of_integers(queries: Float32[Tensor, "queries K"]) -> Multiply:
-    scale = queries.abs().amax(1).double() / 127 if queries.numel() else torch.zeros(len(queries)).double()
-    groups = [_parts(part, unit) for part, unit in zip(queries.split(_QUERIES), scale.split(_QUERIES), strict=True)]
+def _of_integers(queries: Float32[np.ndarray, "queries K"]) -> Multiply:
+    scale = np.abs(queries).max(1, initial=0) / np.float32(127)
+    groups = [_parts(queries[at : at + _QUERIES], scale[at : at + _QUERIES]) for at in range(0, len(queries), _QUERIES)]
 
     def multiply(entries: np.ndarray) -> np.ndarray:
         block = torch.from_numpy(entries)
-        return torch.cat([_multiply(block, parts) for parts in groups]).mul_(scale[:, None]).float().numpy()
+        products = [_multiply(block, parts).numpy() for parts in groups]
+        with np.errstate(over="ignore"):  # an overflow becomes infinite, as it does in float32
+            return (np.concatenate(products) * scale[:, None].astype(np.float64)).astype(np.float32)
 
     return multiply
 
 
-def _parts(queries: Tensor, scale: Tensor) -> Tensor:
-    """Return p₀, p₁ and p₂ of each query, int8 [3, queries, K]."""
-    rest = queries / torch.where(scale > 0, scale, 1.0).float()[:, None]
-    parts = []
-    for _ in range(3):
-        parts.append(rest.round().clamp_(-127, 127))
-        rest = (rest - parts[-1]) * _STEP
-    return torch.stack(parts).to(torch.int8)
+def _parts(queries: Float32[np.ndarray, "q K"], scale: Float32[np.ndarray, " q"]) -> Int8[Tensor, "3 q K"]:
+    """Return p₀, p₁ and p₂ of each query."""
+    rest = queries / np.where(scale > 0, scale, 1)[:, None]
+    parts = np.empty((3, *queries.shape), np.int8)
+    for part in parts:
+        rounded = np.rint(rest).clip(-127, 127)
+        part[:] = rounded
+        rest = (rest - rounded) * np.float32(_STEP)
+    return torch.from_numpy(parts)
 
 
 def _multiply(block: Tensor, parts: Tensor) -> Tensor:
