@@ -1,5 +1,6 @@
 """Search among stored rows, by an exact scan or through FAISS. Knows vectors only.
 
+products      inner products of queries with stored rows
 exact         the scan of all rows, and the result of a search
 faiss_index   FAISS's index of folded rows
 calibration   how many candidates a search needs, and its recall
