@@ -18,7 +18,7 @@ from rapidindex.results import Match, QueryInfo, Result, ScoreSummary, Token
 from rapidindex.views import heatmap, wording
 from rapidindex.views.sanitize import line
 
-_META_ROOM = 36
+_META_ROOM = 18
 """Characters of all columns of metadata together."""
 _META_WIDTH = 16
 """The most characters of a metadata value that gets a column of the table."""
@@ -90,7 +90,7 @@ def _table(result: Result) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for name in names:
         table.add_column(Text(line(name)), width=_column_width(result.matches, name), no_wrap=True)
-    table.add_column("prompt → response", ratio=1)
+    table.add_column("prompt → response", ratio=1, overflow="fold")
     out, rest, heading = wording.folded(result)
     for match in out:
         table.add_row(*_row(result, match, names), _example(match))

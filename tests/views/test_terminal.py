@@ -77,7 +77,7 @@ def test_the_finding_comes_first_and_what_lies_within_chance_is_folded():
 def test_the_name_of_a_column_is_not_broken():
     meta = {"source_country": "India", "topic": "health", "perturbed": True}
     text = printed(without_scores(shown.result(matches=[shown.match(1, "Yoga.", meta=meta)])), colour=False, width=80)
-    assert "source_country" in text and "perturbed" in text and "health" in text
+    assert "source_country" in text and "perturbed" not in text and "health" not in text
 
 
 @pytest.mark.parametrize("theme", [heatmap.LIGHT, heatmap.DARK])
