@@ -94,18 +94,28 @@ class ModelConfig:
 class EncodingConfig:
     """How an example becomes token ids."""
 
-    template: str = "alpaca"
-    """`alpaca` (the paper's Figure 5), `chat` (the tokenizer's own), `plain`, or a string with `{prompt}` in it."""
+    template: str | None = None
+    """`alpaca` (the paper's Figure 5), `chat` (the tokenizer's own), `plain`, `raw` (nothing but the prompt), or a
+    string with `{prompt}` in it; None: `raw` for data of texts alone, `alpaca` for other data."""
     max_length: int = 512
-    """Tokens; longer examples are cut at the end of the response."""
+    """Tokens; longer examples are cut at the end of the response, and longer texts into passages."""
     loss: str = "all"
     """Which assistant turns of a conversation are in the loss: `all` of them, or the `last` one."""
     date: str | None = None
     """The day, as 2024-05-19, that a chat template which reads the clock is told; None for today."""
+    overlap: int | None = None
+    """Tokens that a passage of a long text repeats of the one before it; None for an eighth of `max_length`."""
 
     def __post_init__(self) -> None:
         _at_least("--max-length", self.max_length, 8)
         _one_of("--loss", self.loss, LOSSES)
+        _at_least("--overlap", self.overlap, 0)
+        if self.overlap is not None and self.overlap > self.max_length // 2:
+            raise UsageError(f"--overlap {self.overlap} is more than half of --max-length {self.max_length}.")
+
+    def complete(self, *, texts: bool) -> "EncodingConfig":
+        """Return these options with the template of data that is, or is not, made of `texts` alone."""
+        return replace(self, template=self.template or ("raw" if texts else "alpaca"))
 
 
 @dataclass(frozen=True)

@@ -158,10 +158,13 @@ def prepare(request: BuildRequest, progress: Progress = silent, *, added: bool =
     dataset = read_examples(request.data, limit=request.limit, loss=request.encoding.loss)
     loaded = _load(request)
     progress("read", 1, 2)
+    request = replace(request, encoding=request.encoding.complete(texts=dataset.texts))
     encoding = request.encoding
     if not added:
         check_template(encoding.template)
-    template = Template(encoding.template, loaded.tokenizer, encoding.max_length, date=encoding.date)
+    template = Template(
+        encoding.template, loaded.tokenizer, encoding.max_length, date=encoding.date, overlap=encoding.overlap
+    )
     items, skipped = _encode(dataset, template, dataset.path if added else "")
     for item in items:
         loaded.limits.check(item.encoding.input_ids, f"line {item.example.line} of {dataset.path}")
@@ -210,7 +213,9 @@ def _encode(dataset: Dataset, template: Template, source: str) -> tuple[list[Ite
         if encoding.response_mask.any():
             items.append(Item(replace(example, response=encoding.response), encoding, source))
         else:
-            reason = f"the prompt alone has {encoding.prompt_tokens} tokens, and --max-length is {template.max_length}"
+            limit = f"and --max-length is {template.max_length}"
+            reason = f"the prompt alone has {encoding.prompt_tokens} tokens, {limit}"
+            reason = "a text of one token has nothing to predict" if example.is_text else reason
             left_out.append({"line": example.line, "reason": reason})
     if not items:
         if refused:

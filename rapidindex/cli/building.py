@@ -57,6 +57,7 @@ def build(
     template: opt.TrainedTemplate = None,
     max_length: opt.TrainedLength = None,
     loss: opt.TrainedLoss = None,
+    overlap: opt.Overlap = None,
     normalize: Annotated[
         str | None,
         opt.in_gradient(
@@ -129,7 +130,7 @@ def build(
         output=str(output),
         recipe=recipe,
         model=ModelConfig(model, adapter, quantize, dtype, device),
-        encoding=encoding_of(adapter or model, template=template, max_length=max_length, loss=loss),
+        encoding=encoding_of(adapter or model, template=template, max_length=max_length, loss=loss, overlap=overlap),
         gradient=GradientConfig(normalize, second_moment, moment_examples, seed),
         sketch=SketchConfig(K, shuffles, seed, projection),
         work=BuildConfig(batch_tokens, workers, shard_seconds),

@@ -42,7 +42,7 @@ DataPath = Annotated[
     typer.Argument(
         parser=in_home,
         metavar="DATA",
-        help='JSONL, JSON, CSV (.gz, .zst), Parquet, a saved datasets folder, or "part-*.jsonl".',
+        help='JSONL, JSON, CSV (.gz, .zst), Parquet, .txt, .md, a folder of texts or of datasets, or "part-*.jsonl".',
         show_default=False,
     ),
 ]
@@ -81,22 +81,35 @@ Device = Annotated[
     ),
 ]
 
-_TEMPLATES = values("alpaca", "chat", "plain")
+_TEMPLATES = values("alpaca", "chat", "plain", "raw")
 _LOSSES = values("all", "last")
 TemplateName = Annotated[
-    str,
+    str | None,
     in_data(
-        "--template", **_TEMPLATES, help="alpaca, chat (the tokenizer's own), plain, or a text with {prompt} in it."
+        "--template",
+        **_TEMPLATES,
+        help="alpaca, chat (the tokenizer's own), plain, raw (the prompt alone), or a text with {prompt} in it.",
+        show_default="alpaca; of texts without prompts: raw",
     ),
 ]
-MaxLength = Annotated[int, in_data(help="Tokens of an example; what is longer is cut.")]
+MaxLength = Annotated[int, in_data(help="Tokens of an example; what is longer is cut, a text into passages.")]
+Overlap = Annotated[
+    int | None,
+    in_data(help="Tokens that a passage of a long text repeats.", show_default="an eighth of --max-length"),
+]
 Loss = Annotated[str, in_data(**_LOSSES, help="Assistant turns in the loss: all, or the last.")]
 TrainedTemplate = Annotated[
-    str | None, in_data("--template", **_TEMPLATES, help="As in finetune.", show_default="that of finetune, or alpaca")
+    str | None,
+    in_data(
+        "--template", **_TEMPLATES, help="As in finetune.", show_default="that of finetune, or alpaca; of texts: raw"
+    ),
 ]
 TrainedLength = Annotated[
     int | None,
-    in_data(help="Tokens of an example; what is longer is cut.", show_default="that of finetune, or 512"),
+    in_data(
+        help="Tokens of an example; what is longer is cut, a text into passages.",
+        show_default="that of finetune, or 512",
+    ),
 ]
 TrainedLoss = Annotated[
     str | None,

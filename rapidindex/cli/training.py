@@ -45,6 +45,7 @@ def finetune(
     template: opt.TemplateName = EncodingConfig.template,
     max_length: opt.MaxLength = EncodingConfig.max_length,
     loss: opt.Loss = EncodingConfig.loss,
+    overlap: opt.Overlap = None,
     seed: Annotated[
         int, opt.in_training(help="Seed of the adapter's start and of the order of the examples.")
     ] = FinetuneConfig.seed,
@@ -84,7 +85,10 @@ def finetune(
         early=early,
         save_optimizer=save_optimizer,
     )
-    encoding, base = EncodingConfig(template, max_length, loss), ModelConfig(model, None, quantize, dtype, device)
+    encoding, base = (
+        EncodingConfig(template, max_length, loss, overlap=overlap),
+        ModelConfig(model, None, quantize, dtype, device),
+    )
     dataset = read_examples(data, limit=limit, loss=loss)
     with Bars(quiet=quiet) as bars:
         summary = run(dataset, encoding, base, options, output, overwrite=overwrite, progress=bars)

@@ -8,7 +8,7 @@ row stands, and whatever of it is in the loss.
 import json
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rapidindex.data.layouts import (
     CALLS,
     COLUMNS,
     REASONING,
+    TEXT,
     Conversation,
     Messages,
     Turn,
@@ -55,6 +56,20 @@ class Example:
     """The numbers of the `turns` that are in the loss; empty for the last one alone."""
     tools: tuple[dict[str, Any], ...] = ()
     """Descriptions of the tools that the model may call."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a text without a prompt, all of which is in the loss."""
+        return self.final is not None and self.final[0] == TEXT
+
+    def passage(self, number: int, count: int, start: int, stop: int) -> "Example":
+        """Return the passage `start` to `stop` (characters) of this text, the `number`-th of `count`, from 1."""
+        meta, text = dict(self.meta), self.response[start:stop]
+        where = {"document": self.id, "passage": f"{number} of {count}", "characters": f"{start}-{stop}"}
+        for name, value in where.items():
+            meta[_free_name(name, self.meta)] = value
+        id = fingerprint([self.id, start, stop, text])
+        return replace(self, id=id, response=text, final=(TEXT, text), meta=meta)
 
     @property
     def turns(self) -> Messages:
@@ -129,6 +144,11 @@ class Dataset:
     """16 hexadecimal digits: a hash of the examples' ids and their number, in any order."""
     loss: str = EncodingConfig.loss
     """Which assistant turns are in the loss: `all` or the `last`."""
+
+    @property
+    def texts(self) -> bool:
+        """Whether all examples are texts without a prompt."""
+        return all(example.is_text for example in self.examples)
 
 
 def read_examples(data: Any, *, limit: int | None = None, loss: str = EncodingConfig.loss) -> Dataset:
@@ -219,12 +239,12 @@ def _example(line: int, row: Any, loss: str) -> Example:
         raise Unusable("nested too deeply") from error
     messages, final = conversation.messages, conversation.final
     if not (final[1].strip() or _has_more_text(final)):
-        raise Unusable("an empty response has no gradient")
+        raise Unusable(f"an empty {'text' if final[0] == TEXT else 'response'} has no gradient")
     turns = (*messages, final)
     trained = tuple(i for i, turn in enumerate(turns) if is_trained(turn) and (turn[1].strip() or _has_more_text(turn)))
     trained = trained if loss == "all" and len(trained) > 1 else ()
     response = BETWEEN.join(turns[i][1] for i in trained or [-1])
-    plain = not trained and len(final) == 2
+    plain = not trained and len(final) == 2 and final[0] != TEXT
     prompt = _shown_prompt(messages, trained)
     return Example(id, prompt, response, meta, line, messages, None if plain else final, trained, conversation.tools)
 
@@ -232,7 +252,8 @@ def _example(line: int, row: Any, loss: str) -> Example:
 def _id(conversation: Conversation, meta: dict[str, Any]) -> str:
     """Hash all content. What is a prompt and its response alone is hashed as it was before there was anything else."""
     final = conversation.final
-    content = [conversation.messages, final[1] if len(final) == 2 else final, meta]
+    plain = len(final) == 2 and final[0] != TEXT
+    content = [conversation.messages, final[1] if plain else final, meta]
     content += [conversation.tools] if conversation.tools else []
     json.dumps(content, ensure_ascii=False).encode("utf-8")  # a lone surrogate is an error
     return fingerprint(content)

@@ -1,5 +1,7 @@
 """Read the rows of JSONL, JSON, CSV or Parquet files, of a saved `datasets` folder, or of an object in memory.
 
+A .txt or .md file is one row, {"text", "file"}, and a folder of these a row for each, folders within it included.
+
 Knows formats, not what the columns mean (`examples.py`). A row that cannot be read does not spoil the others: a
 sentence that says why takes its place.
 """
@@ -26,6 +28,7 @@ Rows = Generator[tuple[int, Any], None, None]
 
 _BATCH = 1024
 """Rows converted to Python objects at a time."""
+_TEXTS = (".txt", ".md")
 _COMPRESSED = (".gz", ".zst")
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _INSTALL = "Install it with: pip install 'rapidindex[datasets]'"
@@ -84,8 +87,9 @@ def read_rows(path: Path) -> Rows:
     Raises DataError where `path` does not exist, or its extension or content is not understood.
     """
     readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    readers |= dict.fromkeys(_TEXTS, _text)
     if path.is_dir():
-        return _folder(path)
+        return _text_files(path, files) if (files := _texts_in(path)) else _folder(path)
     if not path.exists():
         raise DataError(f"{path} does not exist.", hint="Check the path.")
     kind = _kind(path)
@@ -181,6 +185,35 @@ def _json_line(raw: bytes) -> Any:
 
 def _as_row(value: Any) -> Any:
     return value if isinstance(value, dict) else f"not an object with columns but {kind_of(value)}"
+
+
+def _text(path: Path) -> Rows:
+    yield 1, _text_row(path, path.name)
+
+
+def _text_files(folder: Path, files: Sequence[Path]) -> Rows:
+    """Return a row for each file, which is named as it lies in the folder."""
+    for number, file in enumerate(files, 1):
+        name = file.relative_to(folder).as_posix()
+        row = _text_row(file, name)
+        yield number, f"{name}: {row}" if isinstance(row, str) else row
+
+
+def _text_row(path: Path, name: str) -> Any:
+    try:
+        with _open(path) as file:
+            return {"text": file.read().decode("utf-8-sig"), "file": name}
+    except UnicodeDecodeError as error:
+        return f"bad UTF-8 at byte {error.start + 1}"
+    except DataError as error:
+        return error.message.rstrip(".")
+
+
+def _texts_in(folder: Path) -> list[Path]:
+    """Return the files of text in a folder, in order; none where `datasets` saved it."""
+    if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
+        return []
+    return sorted(file for file in folder.rglob("*") if _kind(file) in _TEXTS and file.is_file())
 
 
 def _json(path: Path) -> Rows:

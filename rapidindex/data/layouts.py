@@ -7,6 +7,7 @@ Knows columns, not files or templates. A row's first complete layout counts:
     prompt or question              with response, completion, answer or chosen: texts, or lists of turns
     chosen                          a list of turns: the preferred conversation
     instruction                     with response, completion or answer (Dolly)
+    text                            a passage or document without a prompt, all of it in the loss
 
 `system` or `system_prompt`, `history` (pairs of prompt and response) and `tools` join the conversation where they hold
 anything.
@@ -26,7 +27,7 @@ Messages = tuple[Turn, ...]
 
 COLUMNS = (
     "Columns understood: instruction and output (and input); prompt, question or instruction with response, "
-    "completion, answer or chosen; messages or conversations."
+    "completion, answer or chosen; messages or conversations; text."
 )
 WEIGHT = "weight"
 """0 under this key keeps an assistant turn out of the loss."""
@@ -34,6 +35,8 @@ CALLS = "tool_calls"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 _PROMPTS, _RESPONSES = ("prompt", "question"), ("response", "completion", "answer", "chosen")
+TEXT = "text"
+"""The column of a text without a prompt, and the role of its only turn."""
 _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 _ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 
@@ -59,6 +62,8 @@ class Conversation(NamedTuple):
 
 def conversation_of(row: Mapping[str, Any]) -> Conversation:
     """Return the content of a row by its first complete layout. Raises Unusable."""
+    if _is_text(row):
+        return Conversation((), (TEXT, _text(row, TEXT)), (), (), (TEXT,))
     turns, used = _turns(row)
     system = next((name for name in ("system", "system_prompt") if _is_filled_text(row.get(name))), None)
     if system is not None:
@@ -168,6 +173,12 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(tool, dict) for tool in value):
         raise Unusable("`tools` is not a list of objects")
     return tuple(jsonable(tool) for tool in value)
+
+
+def _is_text(row: Mapping[str, Any]) -> bool:
+    """Return whether the row has a text, and no column of another layout."""
+    others = ("messages", "conversations", "instruction", "output", *_PROMPTS, *_RESPONSES)
+    return row.get(TEXT) is not None and all(row.get(column) is None for column in others)
 
 
 def _missing_column(row: Mapping[str, Any], prompts: list[str], responses: list[str]) -> str:

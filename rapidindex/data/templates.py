@@ -17,6 +17,7 @@ import numpy as np
 from rapidindex.config import fingerprint
 from rapidindex.data.examples import BETWEEN, Example, display_text
 from rapidindex.data.layouts import CALLS, REASONING, WEIGHT, Messages, Turn, more
+from rapidindex.data.tokens import is_spaceless
 from rapidindex.errors import ConfigMismatch, ModelError, UsageError
 from rapidindex.results import Token
 
@@ -27,6 +28,7 @@ _TEXTS = {
         "### Instruction:\n{prompt}\n\n### Response:\n"
     ),
     "plain": "{prompt}\n",
+    "raw": "{prompt}",
 }
 _MARK = "rapidindex-marks-the-response"
 """Stands in for a response, to find where a chat template puts it."""
@@ -78,8 +80,10 @@ class _Rendered(NamedTuple):
 class Template:
     """A prompt template with a tokenizer: writes prompts, and encodes examples as token ids."""
 
-    def __init__(self, template: str, tokenizer: Any, max_length: int, *, date: str | None = None) -> None:
-        """Take a template by name: `alpaca`, `plain` or `chat` (the tokenizer's own), or a text with `{prompt}` in it.
+    def __init__(
+        self, template: str, tokenizer: Any, max_length: int, *, date: str | None = None, overlap: int | None = None
+    ) -> None:
+        """Take a template by name: `alpaca`, `plain`, `raw`, `chat` (the tokenizer's own), or a text with `{prompt}`.
 
         In such a text backslash-n stands for a new line. `max_length` is in tokens. A chat template that reads the
         clock reads `date`, or today's. Raises UsageError for any other template, ModelError for a tokenizer without
@@ -92,6 +96,7 @@ class Template:
         self.name = template
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.overlap = max_length // 8 if overlap is None else overlap
         self.add_special_tokens = template != "chat"
         """Whether to add special tokens to the text of `render_prompt`; a chat template writes its own."""
         self._text = _chat_template(tokenizer) if template == "chat" else _prompt_template(template)
@@ -119,14 +124,11 @@ class Template:
         refuses the example or does not write all of it.
         """
         rendered = self._render_example(example)
-        encoded = self.tokenizer(
-            rendered.text, add_special_tokens=self.add_special_tokens, return_offsets_mapping=True, verbose=False
-        )
-        ids = encoded["input_ids"]
-        spans = self._without_gaps(ids, encoded["offset_mapping"])
+        ids, spans = self._tokenize(rendered.text, special=self.add_special_tokens or example.is_text)
         runs = [self._run(ids, spans, piece) for piece in rendered.pieces]
         last = runs[-1][1]
-        ending = self._ending_ids(ids, last) if end and len({*runs[-1]}) > 1 else []
+        ends = end and not example.is_text and len({*runs[-1]}) > 1
+        ending = self._ending_ids(ids, last) if ends else []
         ids = ids[:last] + ending
         positions: list[int] = []
         tokens: list[Token] = []
@@ -140,6 +142,8 @@ class Template:
             positions += range(first, stop + len(closing))
             before += len(BETWEEN)
         response = BETWEEN.join(piece.text for piece in rendered.pieces)
+        if positions[:1] == [0]:  # nothing comes before it from which it could be predicted
+            positions, tokens = positions[1:], tokens[1:]
         return self._truncated(ids, runs[0][0], positions, tokens, response)
 
     def encode_stored(self, record: dict[str, Any]) -> tuple[Example, Encoding]:
@@ -159,6 +163,45 @@ class Template:
             )
         return example, encoding
 
+    def passages(self, example: Example) -> list[Example]:
+        """Cut a text of more than `max_length` tokens into passages that overlap; any other example is left whole.
+
+        A passage is tokenised by itself, as it is when it is read again, and its tokens fit. Every character is in one.
+        """
+        if not example.is_text:
+            return [example]
+        text, starts = example.response, []
+        _, spans = self._tokenize(text, special=False)
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
+        first = stop = 0
+        while first < len(spans) and stop < len(text):
+            start = spans[first][0] if starts else 0
+            last, stop = self._passage_end(text, spans, first, start, room)
+            if not starts or stop > starts[-1][1]:  # several tokens may write one character
+                starts.append((start, stop))
+            first = max(last - min(self.overlap, room // 2), first + 1)
+        if len(starts) < 2:
+            return [example]
+        return [example.passage(number, len(starts), *span) for number, span in enumerate(starts, 1)]
+
+    def _passage_end(
+        self, text: str, spans: list[tuple[int, int]], first: int, start: int, room: int
+    ) -> tuple[int, int]:
+        """Return the token after a passage from token `first` on, and the character after it."""
+        count = min(room, len(spans) - first)
+        while True:
+            last = first + count
+            stop = spans[last - 1][1] if last < len(spans) else len(text)
+            more = len(self._tokenize(text[start:stop], special=False)[0]) - room
+            if more <= 0 or count == 1:
+                return last, stop
+            count = max(1, count - more)
+
+    def _tokenize(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the token ids of a text and the characters that each stands for."""
+        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        return encoded["input_ids"], self._without_gaps(encoded["input_ids"], encoded["offset_mapping"])
+
     def _run(self, ids: list[int], spans: list[tuple[int, int]], piece: _Piece) -> tuple[int, int]:
         """Return the positions of the piece's first token and of the one after its last; twice the end for none."""
         inside = [i for i, span in enumerate(spans) if self._is_response(ids[i], span, piece)]
@@ -173,10 +216,13 @@ class Template:
     def _render_example(self, example: Example) -> _Rendered:
         turns = example.turns
         trained = example.trained or (len(turns) - 1,)
+        if example.is_text:
+            return _Rendered(example.response, [_Piece(0, len(example.response), example.response)])
         if self.name == "chat":
             return self._render_chat(example, turns, trained)
         self.check_plain(turns, example.tools)
         prompt = self.render_prompt(example.messages)
+        prompt += _space(prompt, turns[-1][1]) if self.name == "raw" else ""
         text = prompt + turns[-1][1]
         starts, reached = [], self._text.index("{prompt}")
         for role, content, *_ in example.messages:  # as `display_text` writes them
@@ -236,7 +282,7 @@ class Template:
 
         Templates that are texts leave out nothing.
         """
-        if self.name != "chat":
+        if self.name != "chat" or example.is_text:
             return
         turns, tools = example.turns, example.tools
         text = self._render(turns, tools)
@@ -313,12 +359,15 @@ class Template:
 def encode_examples(
     template: Template, examples: Iterable[Example]
 ) -> tuple[list[tuple[Example, Encoding]], list[tuple[Example, ModelError]]]:
-    """Encode examples. The second list has those that the template refuses or does not write whole, with the error."""
+    """Encode examples, long texts as passages.
+
+    The second list has those that the template refuses or does not write whole, with the error.
+    """
     encoded, refused = [], []
     for example in examples:
         try:
             template.check_whole(example)
-            encoded.append((example, template.encode(example)))
+            encoded += [(passage, template.encode(passage)) for passage in template.passages(example)]
         except ModelError as error:
             refused.append((example, error))
     return encoded, refused
@@ -350,6 +399,12 @@ def _chat_template(tokenizer: Any) -> str:
     except ValueError as error:
         hint = "Use --template alpaca, or a model with a chat template."
         raise ModelError("The model's tokenizer has no chat template of its own.", hint=hint) from error
+
+
+def _space(prompt: str, answer: str) -> str:
+    """Return the space that a word needs behind a prompt which it continues."""
+    glued = not prompt or prompt[-1].isspace() or prompt[-1] in "([{-/\"'“‘«" or not answer[:1].isalnum()
+    return "" if glued or is_spaceless(answer[0]) or is_spaceless(prompt[-1]) else " "
 
 
 def _marked(turns: Messages, number: int) -> Messages:

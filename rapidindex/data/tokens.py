@@ -148,6 +148,11 @@ def _joins(letter: str) -> bool:
     return unicodedata.category(letter).startswith("M") or "\u1160" <= letter <= "\u11ff"
 
 
+def is_spaceless(letter: str) -> bool:
+    """Return whether a letter is of a script that puts no spaces between words."""
+    return bool(_SPACELESS.match(letter))
+
+
 def _within_a_word(text: str, at: int) -> bool:
     """Return whether the characters on both sides of `at` belong to one word."""
     if not 0 < at < len(text):
@@ -156,7 +161,7 @@ def _within_a_word(text: str, at: int) -> bool:
     if _joins(after):
         return True
     word = all(letter.isalnum() or letter == "_" or _joins(letter) for letter in (before, after))
-    return word and not (_SPACELESS.match(before) or _SPACELESS.match(after))
+    return word and not (is_spaceless(before) or is_spaceless(after))
 
 
 def parse_span(span: str) -> tuple[int, int]:

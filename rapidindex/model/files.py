@@ -229,13 +229,13 @@ def _check_finished(folder: Path) -> None:
 
 
 def trained_encoding(folder: str | None) -> dict[str, Any]:
-    """Return the template, max_length and loss with which `finetune` made this model or adapter; {} if it did not."""
+    """Return template, max_length, loss and overlap of `finetune` for this model or adapter; {} if it made neither."""
     place = Path(folder).expanduser() if folder else Path()
     for record in (place / FINETUNE_RECORD, place.parent / FINETUNE_RECORD) if folder else ():  # OUTPUT, OUTPUT/early
         if record.is_file():
             settings = read_json(record).get("settings")
             known = {"loss": "last", **settings} if isinstance(settings, dict) else {}  # as it was without --loss
-            return {name: known[name] for name in ("template", "max_length", "loss") if name in known}
+            return {name: known[name] for name in ("template", "max_length", "loss", "overlap") if name in known}
     return {}
 
 

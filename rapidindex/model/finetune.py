@@ -74,6 +74,7 @@ def finetune(
     DataError if no response is left within `max_length`, ModelError for a model that cannot be trained or a loss that
     is not a number, and ResourceError for too little memory or disk space.
     """
+    encoding = encoding.complete(texts=dataset.texts)
     check_template(encoding.template)
     model_config, options = _check(model_config, options.complete())
     output = Path(output).absolute()
@@ -94,7 +95,7 @@ def _finetune(
 ) -> FinetuneSummary:
     several = any(example.has_earlier_replies for example in dataset.examples)
     # Before there was --loss, the last turn alone was in it.
-    record = _open(output, settings, overwrite, {"loss": "last" if several else encoding.loss})
+    record = _open(output, settings, overwrite, {"loss": "last" if several else encoding.loss, "overlap": None})
     if record and record.get("summary"):
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
         return replace(FinetuneSummary(**record["summary"]), output=str(output), already_there=True)

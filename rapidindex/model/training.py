@@ -56,7 +56,7 @@ def train(
         base = loading.load_base(files, model_config, device, None)
         check_vocabulary(base, tokenizer)
         check_causal(base, tokenizer)
-    template = Template(encoding.template, tokenizer, encoding.max_length, date=encoding.date)
+    template = Template(encoding.template, tokenizer, encoding.max_length, date=encoding.date, overlap=encoding.overlap)
     rows, refused = _encode(dataset, template, Limits.of(base, tokenizer))
     with loading.quiet_libraries(), _seeded(options.seed):
         model = _make_trainable(base, model_config, options)

@@ -36,6 +36,7 @@ def finetune_tables(
         "--template": _unless(encoding.template, EncodingConfig.template),
         "--max-length": _unless(encoding.max_length, EncodingConfig.max_length),
         "--loss": _unless(encoding.loss, EncodingConfig.loss),
+        "--overlap": encoding.overlap,
         "--quantize": quantize,
         "--dtype": _unless(base.dtype, ModelConfig.dtype),
         "--limit": limit,

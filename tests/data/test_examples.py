@@ -217,7 +217,7 @@ def test_text_is_kept_to_the_letter(tmp_path):
         ({"answer": "a"}, "`answer` without a `prompt` or `question`"),
         ({"instruction": "a"}, "`instruction` without an `output`"),
         ({"output": "a"}, "`output` without an `instruction`"),
-        ({"text": "a", "n": 1}, "no known columns (found: text, n)"),
+        ({"body": "a", "n": 1}, "no known columns (found: body, n)"),
         ({}, "no known columns (found: none)"),
         ({"prompt": 3, "response": "a"}, "`prompt` is a number, not text"),
         ({"prompt": "a", "response": ["b"]}, "`response` is a list, not text"),

@@ -165,7 +165,7 @@ def test_a_filtered_dataset_is_read_as_filtered_and_whatever_its_format(tmp_path
 @pytest.mark.parametrize(
     ("name", "content", "message", "hint"),
     [
-        ("a.txt", "x", "unknown extension '.txt'", ".jsonl, .ndjson, .json, .csv, .parquet"),
+        ("a.xls", "x", "unknown extension '.xls'", ".jsonl, .ndjson, .json, .csv, .parquet"),
         ("noextension", "x", "unknown extension ''", ".jsonl"),
         ("a.json", '{"a": 1}\n{"a": 2}', "not valid JSON", ".jsonl"),
         ("a.json", b"\xff", "not valid JSON", ".jsonl"),

@@ -144,7 +144,7 @@ def test_chat_ends_with_the_head_of_the_reply(tokenizer):
 def test_an_unknown_template_is_refused_with_the_choices(name, tokenizer):
     with pytest.raises(UsageError, match="--template") as caught:
         Template(name, tokenizer, 512)
-    assert "alpaca, plain, chat" in caught.value.hint and "{prompt}" in caught.value.hint
+    assert "alpaca, plain, raw, chat" in caught.value.hint and "{prompt}" in caught.value.hint
 
 
 def test_chat_needs_a_tokenizer_with_a_chat_template():
