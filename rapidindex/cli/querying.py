@@ -108,7 +108,7 @@ def query(
     if queries is not None:
         asked = read_queries(queries)
     else:
-        prompt = _stdin() if prompt == "-" else prompt
+        prompt = read_stdin() if prompt == "-" else prompt
         asked = {0: as_query(prompt, system=system, answer=answer, token=token, span=span)}
     if not quiet:
         say("Loading the model …")
@@ -170,7 +170,7 @@ def _check_report(file: Path) -> None:
         raise UsageError(f"{file} is there, and is no report of rapidindex: it is left as it is.", hint=hint)
 
 
-def _stdin() -> str:
+def read_stdin() -> str:
     """Return what stdin holds, without the line break at its end."""
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")

@@ -127,6 +127,8 @@ class Dataset:
     """16 hexadecimal digits: a hash of the examples' ids and their number, in any order."""
     loss: str = EncodingConfig.loss
     """Which assistant turns are in the loss: `all` or the `last`."""
+    masked: frozenset[str] = frozenset()
+    """Ids of examples that fine-tuning leaves out of the loss; they keep their places in its order and batches."""
 
 
 def read_examples(data: Any, *, limit: int | None = None, loss: str = EncodingConfig.loss) -> Dataset:
