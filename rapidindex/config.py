@@ -417,8 +417,10 @@ class VerifyOptions:
     """The step's; None for the rate at which a step on a random row lowers its own loss by .1 nats, to first order."""
     runs: str | None = None
     """Where `retrain` keeps its runs; None for the folder INDEX-runs beside the index."""
-    data: str | None = None
-    """The training data of `retrain`, if it is no longer where it was."""
+    data: Any = None
+    """The training data of `retrain`, if it is no longer where it was: what `read_examples` takes."""
+    base: str | None = None
+    """The model with which that training began, if it is not on record or no longer where it was."""
     training: FinetuneConfig | None = None
     """How the indexed model was trained, where `finetune` did not train it."""
     max_new_tokens: int = QueryOptions.max_new_tokens

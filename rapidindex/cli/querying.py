@@ -119,7 +119,7 @@ def query(
     if queries is not None:
         asked = read_queries(queries)
     else:
-        prompt = _stdin() if prompt == "-" else prompt
+        prompt = read_stdin() if prompt == "-" else prompt
         asked = {0: as_query(prompt, system=system, answer=answer, token=token, span=span)}
     if not quiet:
         say("Loading the model …")
@@ -229,7 +229,7 @@ def _write_ids(file: Path, results: Iterable[Any], quiet: bool) -> None:
         say(f"Wrote {len(ids)} ids to {file}{f'; {within} of them are within chance' if within else ''}")
 
 
-def _stdin() -> str:
+def read_stdin() -> str:
     """Return what stdin holds, without the line break at its end."""
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")

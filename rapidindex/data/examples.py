@@ -144,6 +144,8 @@ class Dataset:
     """16 hexadecimal digits: a hash of the examples' ids and their number, in any order."""
     loss: str = EncodingConfig.loss
     """Which assistant turns are in the loss: `all` or the `last`."""
+    masked: frozenset[str] = frozenset()
+    """Ids of examples that fine-tuning leaves out of the loss; they keep their places in its order and batches."""
 
     @property
     def texts(self) -> bool:

@@ -2,5 +2,6 @@
 
 steps      one optimizer step on some examples, measured and taken back
 controls   the rows that are put to the test, and those beside them
-verify     the steps for one question to an index
+retrain    the whole training again, without some of its rows
+verify     both, for one question to an index
 """

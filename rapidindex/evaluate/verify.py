@@ -8,6 +8,8 @@ beside it. Whether the model would have said it without the rows, only a retrain
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import numpy as np
 
 from rapidindex.caching.batches import Item, as_batch, plan_batches
 from rapidindex.config import BuildConfig, QueryOptions, VerifyOptions
+from rapidindex.errors import DataError, UsageError
 from rapidindex.evaluate.controls import Pool
+from rapidindex.evaluate.retrain import Announce, Training, read
 from rapidindex.evaluate.steps import Effect, Gradient, OptimizerOf, Steps, adamw, sgd
 from rapidindex.gradients.losses import Batch, layers_of
 from rapidindex.gradients.second_moment import read_second_moment
@@ -23,8 +27,8 @@ from rapidindex.model.model import LoadedModel
 from rapidindex.progress import Progress, silent
 from rapidindex.query.encode import EncodedQuery, selected_batch
 from rapidindex.query.index import Index, _model_work
-from rapidindex.query.questions import as_query
-from rapidindex.results import Trial, TrialGroup, Verification
+from rapidindex.query.questions import Query, as_query
+from rapidindex.results import Result, Trial, TrialGroup, Verification
 
 
 def verify(
@@ -32,44 +36,108 @@ def verify(
     query: Any,
     options: VerifyOptions | None = None,
     *,
+    announce: Announce = lambda runs, seconds: None,
     progress: Progress = silent,
     **changes: Any,
 ) -> Verification:
     """Measure what the first matches of a query do to the chosen words of its answer, beside what other rows do.
 
     `query` is what `Index.query` takes for one question. `options` may be given field by field: `top=5,
-    optimizer="adamw"`. The model's weights are put back after each step, whatever happens. `progress` gets ("take
-    steps", done, total).
+    optimizer="adamw"`. The model's weights are put back after each step, whatever happens. Before a retraining
+    `announce` is told the number of trainings that are to come and the seconds that they will take together; it may
+    raise to stop. `progress` gets ("take steps", done, total), or each training's steps.
 
-    Raises as `Index.query` does, and UsageError where there are too few examples for controls.
+    Raises as `Index.query` does, UsageError where there are too few examples for controls or it is not known how the
+    model was trained, DataError where the training data is gone, and the errors of `finetune`.
     """
     started, options = time.perf_counter(), replace(options or VerifyOptions(), **changes)
     asked = QueryOptions(options.top, level="sentence", heatmaps=False, max_new_tokens=options.max_new_tokens)
-    (encoded,) = index.encode([query if isinstance(query, EncodedQuery) else as_query(query)], asked)
-    results = [index.query(encoded, options=replace(asked, opponents=opponents)) for opponents in (False, True)]
+    question = query if isinstance(query, EncodedQuery) else as_query(query)
+    (encoded,) = index.encode([question], asked)
+    found = index.query(encoded, options=asked)
+    if options.method == "retrain":
+        if isinstance(question, EncodedQuery):
+            raise UsageError("A retraining takes a question with its prompt.", hint="Give a Query, a dict or a text.")
+        measured = _retrained(index, question, encoded, found, options, announce, progress)
+    else:
+        measured = _stepped(index, encoded, found, options, progress)
+    seconds = time.perf_counter() - started
+    return Verification(options.method, found.index, encoded.info, **measured, seconds=seconds)
+
+
+def _stepped(
+    index: Index, query: EncodedQuery, found: Result, options: VerifyOptions, progress: Progress
+) -> dict[str, Any]:
+    """Return the fields of a verification by steps."""
     pool = Pool.of(index)
     pool.check(options.top)
-    top, opponents = ([pool.by_id[match.id] for match in result.matches] for result in results)
-    patch = TailPatch(index, encoded, pool, options, progress)
+    against = QueryOptions(options.top, level="sentence", heatmaps=False, opponents=True)
+    top, opponents = (
+        [pool.by_id[match.id] for match in result.matches] for result in (found, index.query(query, options=against))
+    )
+    patch = TailPatch(index, query, pool, options, progress)
     groups = {
         "top": top,
-        "bm25": pool.found_by_words(encoded, options.top),
-        "least": pool.least(index, encoded, options.top, options.seed),
+        "bm25": pool.found_by_words(query, options.top),
+        "least": pool.least(index, query, options.top, options.seed),
         "opponents": opponents,
     }
     tried = patch.try_groups(groups, pool.draws(top, options.draws, options.seed))
-    return Verification(
-        method=options.method,
-        index=results[0].index,
-        query=encoded.info,
-        log_probability=patch.steps.log_probability,
-        probability=float(np.exp(patch.steps.log_probability)),
-        groups=tried,
-        seconds=time.perf_counter() - started,
-        optimizer=patch.optimizer,
-        learning_rate=patch.rate,
+    return {
+        "log_probability": patch.steps.log_probability,
+        "probability": exp(patch.steps.log_probability),
+        "groups": tried,
+        "optimizer": patch.optimizer,
+        "learning_rate": patch.rate,
         **_calibration(list(patch.alone.values())),
-    )
+    }
+
+
+def _retrained(
+    index: Index,
+    question: Query,
+    query: EncodedQuery,
+    found: Result,
+    options: VerifyOptions,
+    announce: Announce,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return the fields of a verification by retraining."""
+    training = Training.of(index, options)
+    pool = Pool.of(index).only({example.id for example in training.dataset.examples})
+    top = [match.id for match in found.matches]
+    if missing := [id for id in top if id not in pool.by_id]:
+        raise DataError(
+            f"{len(missing)} of the {len(top)} matches are not in {training.dataset.path}: they were not trained on.",
+            hint="Give the data that the model was trained on, with --data, or build the index from it.",
+        )
+    pool.check(options.top)
+    draws = pool.draws([pool.by_id[id] for id in top], options.repeats, options.seed)
+    runs = {} if training.same_run else {"with all rows": frozenset()}
+    runs["without the matches"] = frozenset(top)
+    for number, draw in enumerate(draws, 1):
+        runs[f"without random rows {number}"] = frozenset(pool.examples[place].id for place in draw)
+    left = [without for without in runs.values() if not training.is_done(without)]
+    if left:
+        announce(len(left), len(left) * training.seconds(index))
+    readings = {}
+    for name, without in runs.items():
+        model = training.run(without, partial(_as_stage, progress, f"train {name}"))
+        readings[name] = read(index, model, query, question, options.max_new_tokens)
+    before = readings.get("with all rows") or read(index, index.loaded, query, question, options.max_new_tokens)
+    trials = [readings[name].change(before, without) for name, without in runs.items() if without]
+    return {
+        "log_probability": before.log_probability,
+        "probability": exp(before.log_probability),
+        "groups": [TrialGroup("top", [], trials[:1]), TrialGroup("random", [], trials[1:])],
+        "answer": before.answer,
+        "same_run": training.same_run,
+    }
+
+
+def _as_stage(progress: Progress, stage: str, _: str, done: int, total: int, note: str = "") -> None:
+    """Report the progress of one training among several under its own name."""
+    progress(stage, done, total, note)
 
 
 class TailPatch:

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,10 @@ def _finetune(
 
     with quiet_libraries():  # importing Trainer imports bitsandbytes, which logs what it does not find
         from rapidindex.model.training import train
+    sources = _sources(dataset, encoding, model_config)
     trained = train(dataset, encoding, model_config, options, output, progress)
     summary = FinetuneSummary(output=str(output), method=options.method, **trained)
-    _write_record(output, {"settings": settings, "summary": asdict(summary)})
+    _write_record(output, {"settings": settings, "sources": sources, "summary": asdict(summary)})
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return summary
 
@@ -143,13 +145,25 @@ def _settings(
         )
     training, encoded = asdict(options), asdict(encoding)
     del training["checkpoint_seconds"], encoded["date"]
+    masked = {"masked": fingerprint(sorted(dataset.masked))} if dataset.masked else {}
     return {
+        **masked,
         "data": fingerprint([example.id for example in dataset.examples]),
         "model": model_fingerprint(find_model(model_config.model)),
         "dtype": model_config.dtype,
         "quantize": model_config.quantize,
         **encoded,
         **training,
+    }
+
+
+def _sources(dataset: Dataset, encoding: EncodingConfig, model_config: ModelConfig) -> dict[str, Any]:
+    """Return what is needed beside the settings to train again: where data and model lay, and the day."""
+    return {
+        "data": os.path.abspath(dataset.path) if os.path.exists(dataset.path) else dataset.path,
+        "examples": len(dataset.examples),
+        "model": os.path.abspath(model_config.model) if os.path.exists(model_config.model) else model_config.model,
+        "date": encoding.date or date.today().isoformat(),
     }
 
 

@@ -94,7 +94,8 @@ def _encode(dataset: Dataset, template: Template, limits: Limits) -> tuple[list[
         if encoding.response_mask[1:].any():
             limits.check(encoding.input_ids, f"line {example.line}")
             ids = torch.from_numpy(encoding.input_ids).long()
-            labels = ids.where(torch.from_numpy(encoding.response_mask), _NO_LABEL)
+            mask = torch.from_numpy(encoding.response_mask & (example.id not in dataset.masked))
+            labels = ids.where(mask, _NO_LABEL)
             rows.append({"input_ids": ids, "labels": labels})
     if not rows and refused:
         raise refused[0][1]
@@ -241,6 +242,14 @@ class _Trainer(transformers.Trainer):
                 f"A batch of {self.options.batch_size} examples does not fit into the memory of {self.args.device}.",
                 hint="Give a smaller --batch-size (with a larger --accumulation), or --max-length.",
             ) from error
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Row, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the mean loss over the labels of a step: zero, and not 0/0, where all its examples are masked."""
+        if num_items_in_batch is not None and not num_items_in_batch:
+            num_items_in_batch = num_items_in_batch + 1
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer calls this after each step, before it saves a checkpoint, and once more at the end."""

@@ -12,12 +12,12 @@ from importlib.resources import files
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from rapidindex.results import Result
-from rapidindex.views import heatmap, wording
+from rapidindex.results import Result, Verification
+from rapidindex.views import heatmap, trials, wording
 from rapidindex.views.html import parts
 from rapidindex.views.sanitize import paragraph
 
-_TEMPLATES = ("page.html", "fragment.html", "parts.html")
+_TEMPLATES = ("page.html", "fragment.html", "parts.html", "verification.html")
 
 
 def page(proponents: Result, opponents: Result | None, command: str) -> str:
@@ -42,6 +42,24 @@ def page(proponents: Result, opponents: Result | None, command: str) -> str:
 def fragment(result: Result) -> str:
     """Return a result for a notebook: an element with its own style and no script."""
     return _environment().get_template("fragment.html").render(**_common([result]))
+
+
+def verification(found: Verification) -> str:
+    """Return a verification as an element of a page: the verdict, the table with its plot, and what the figures mean.
+
+    It has neither style nor script of its own.
+    """
+    return (
+        _environment()
+        .get_template("verification.html")
+        .render(
+            verdict=trials.verdict(found),
+            notes=trials.notes(found),
+            rows=trials.rows(found),
+            zero=trials.zero(found),
+            ends=trials.scale(found),
+        )
+    )
 
 
 def ramp() -> str:
