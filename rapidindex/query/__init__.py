@@ -5,4 +5,6 @@ encode      a question as the model reads it, and its RapidGrad
 influence   heat-maps and uncompressed influence of what a search found
 evaluation  precision and average precision of rankings, beside BM25
 index       open an index, ask it, say what it holds
+two_stages  an index of embeddings: an encoder finds, gradients order
+anchors     questions as anchors of a distillation
 """
