@@ -103,7 +103,7 @@ class Encoder:
         that is too long by itself is cut too.
         """
         head = self._ids(PREFIX) if anchor else []
-        room = self.max_length - len(self._left) - len(self._right) - len(head)
+        room = max(0, self.max_length - len(self._left) - len(self._right) - len(head))
         before, after = self._ids(prompt), self._ids(response)
         kept = after[:room]
         body = [*head, *before[: room - len(kept)], *kept]
