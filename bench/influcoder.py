@@ -96,7 +96,7 @@ def _text_scores(part: Part) -> dict[str, np.ndarray]:
     try:
         import wordllama
 
-        model = wordllama.WordLlama.load(disable_download=True)
+        model = wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
         found["wordllama"] = model.embed(anchors, norm=True) @ model.embed(pool, norm=True).T
     except (ImportError, OSError, ValueError) as error:
         print(f"wordllama is left out: {error}")
