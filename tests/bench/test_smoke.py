@@ -198,7 +198,7 @@ def test_peers(peer, work, folder):
 @lacks("sentence_transformers", "sklearn", "datasets")
 def test_an_encoder_is_distilled_ranked_and_timed(tmp_path, llama_folders):
     rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(WORDS.split(), 4)) for _ in range(110)]
+    texts = [" ".join(rng.choice(WORDS, 4)) for _ in range(110)]
     data = write_lines(tmp_path / "data.jsonl", [{"instruction": f"Say {n}", "output": t} for n, t in enumerate(texts)])
     build(BuildRequest(str(data), tmp_path / "index", ModelConfig(*map(str, llama_folders)), sketch=SketchConfig(4096)))
     encoder = tiny.save_encoder(tmp_path / "plain")
