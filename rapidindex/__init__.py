@@ -15,6 +15,7 @@ _HOME = {
     "add": "caching.update",
     "remove": "caching.update",
     "finetune": "model.finetune",
+    "distill": "query.anchors",
     "check": "search.check",
     "verify": "evaluate.verify",
     "Index": "query.index",
@@ -26,6 +27,8 @@ _HOME = {
     "BuildRequest": "config",
     "ModelConfig": "config",
     "FinetuneConfig": "config",
+    "DistillConfig": "config",
+    "EncoderConfig": "config",
     "VerifyOptions": "config",
     "RapidIndexError": "errors",
 }
@@ -33,6 +36,8 @@ _HOME = {
 
 __all__ = [
     "BuildRequest",
+    "DistillConfig",
+    "EncoderConfig",
     "FinetuneConfig",
     "Index",
     "Match",
@@ -46,6 +51,7 @@ __all__ = [
     "add",
     "build",
     "check",
+    "distill",
     "finetune",
     "remove",
     "verify",

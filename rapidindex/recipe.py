@@ -50,6 +50,8 @@ class Recipe:
     """Which tokens have rows; None for an index without token rows."""
     tokens_of: str | None = None
     """`all` examples have token rows, or those `listed` by the user."""
+    encoder: Source | None = None
+    """The encoder whose embeddings the rows are; the rest is the recipe of the gradients that it ranks."""
 
     @classmethod
     def from_manifest(cls, config: Mapping[str, Any]) -> "Recipe":
@@ -75,6 +77,7 @@ class Recipe:
                 added=tuple(_typed(Source, **source) for source in config.get("added", ())),
                 token=_typed(TokenConfig, **config["token"]) if config.get("token") else None,
                 tokens_of=config.get("tokens_of"),
+                encoder=_typed(Source, **config["encoder"]) if config.get("encoder") else None,
             )
         except (KeyError, TypeError, ValueError, UsageError) as error:
             raise DamagedIndex(
@@ -99,6 +102,8 @@ class Recipe:
             config["added"] = [asdict(source) for source in self.added]
         if self.token is not None:
             config |= {"token": asdict(self.token), "tokens_of": self.tokens_of}
+        if self.encoder is not None:
+            config["encoder"] = _place(self.encoder)
         return config
 
     @property

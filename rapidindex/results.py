@@ -128,6 +128,9 @@ class IndexInfo:
     """Examples that the level holds, where its build was interrupted and has not stored all; None where it has."""
     planned: int | None = None
     """Examples that it was to hold; None where it holds them all."""
+    encoder: str | None = None
+    """The encoder whose cosine a match's `score` is; None where it is the inner product of RapidGrads. `exact_score` is
+    the influence by the language model's gradients in either case."""
 
 
 @dataclass(frozen=True)

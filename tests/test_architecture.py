@@ -16,6 +16,7 @@ TIERS = [
     {"config", "recipe", "results"},
     {"data", "gradients", "store", "views"},
     {"model", "search"},
+    {"encoder"},
     {"caching", "query"},
     {"evaluate"},
     {"demo"},
@@ -24,8 +25,11 @@ TIERS = [
 ]
 """A room imports from itself and from the tiers above its own, never from its neighbours unless `BESIDE` says so."""
 BESIDE = {("recipe", "config"), ("gradients", "data"), ("query", "caching")}
-LAZY = {("rapidindex.results", "rapidindex.views.html")}
-"""The one import upward: a result shows itself."""
+LAZY = {
+    ("rapidindex.results", "rapidindex.views.html"),
+    ("rapidindex.query.index", "rapidindex.query.two_stages"),
+}
+"""The imports upward: a result shows itself, and an index of embeddings is opened as any other."""
 LIGHT = (
     "config",
     "results",

@@ -200,3 +200,35 @@ def write_gguf(file: Path, folder: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def save_encoder(folder: Path, *, max_length: int = 48) -> Path:
+    """Write a two-layer BERT of width 32 that pools the mean, as sentence-transformers saves it."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    torch.manual_seed(0)
+    prefix = "find the training examples that influence this answer".split()
+    letters = [chr(code) for code in range(33, 127)]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{letter}" for letter in letters),
+        *WORDS,
+        *prefix,
+    ]
+    (folder / "raw").mkdir(parents=True)
+    (folder / "raw" / "vocab.txt").write_text("\n".join(vocabulary))
+    tokenizer = transformers.BertTokenizerFast(vocab={word: id for id, word in enumerate(vocabulary)})
+    tokenizer.save_pretrained(folder / "raw")
+    sizes = {"vocab_size": len(vocabulary), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = transformers.BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=64)
+    transformers.BertModel(config).save_pretrained(folder / "raw")
+    transformer = Transformer(str(folder / "raw"), max_seq_length=max_length)
+    model = SentenceTransformer(modules=[transformer, Pooling(32, "mean")], device="cpu")
+    model.save_pretrained(str(folder / "encoder"), create_model_card=False)
+    return folder / "encoder"

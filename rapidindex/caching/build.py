@@ -31,12 +31,12 @@ from rapidindex.caching.moment import ensure_second_moment
 from rapidindex.caching.shard_writer import STAGES, ShardWriter, cache
 from rapidindex.caching.workers import Shared, cache_with_workers
 from rapidindex.config import BuildRequest
-from rapidindex.gradients.rapidgrad import Compressor
+from rapidindex.encoder.embed import copy_recipe
 from rapidindex.gradients.second_moment import preconditioner_of
 from rapidindex.progress import Progress, silent
 from rapidindex.recipe import Recipe
 from rapidindex.search.vector_index import VectorIndex
-from rapidindex.store import Rows, Store
+from rapidindex.store import GRADIENTS, Rows, Store
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,10 @@ def cache_levels(
     `started` is the run's start on the clock of `time.perf_counter`; `restored` counts examples put back before.
     """
     with store.lock():
-        ensure_second_moment(job, store, progress)
+        if job.embeds:
+            copy_recipe(job.loaded.gradients, store.path / GRADIENTS)
+        else:
+            ensure_second_moment(job, store, progress)
         _extend_levels(store, job, plans)
         before = {plan.level: store.rows(plan.level).done_ids for plan in plans}
         batched = [cache_level(store, job, plan, progress) for plan in plans if plan.examples]
@@ -118,7 +121,7 @@ def cache_level(store: Store, job: Job, plan: LevelPlan, progress: Progress) -> 
 
     progress(STAGES[plan.level], 0, total)
     moment = {"v": store.second_moment(), "vectors": store.eigenvectors()}
-    compressor = Compressor.of(job.recipe, job.gradients, **moment, K=plan.K)
+    compressor = job.model.compressor(job.recipe, **moment, K=plan.K)
     numbers = itertools.count(rows.next_number())
     writer = ShardWriter(
         rows, job.request.work, numbers, lambda name: store.record_shard(plan.level, name), capacity=plan.rows

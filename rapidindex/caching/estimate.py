@@ -217,6 +217,8 @@ def _beyond_this_process(job: Job, needed: ResourceEstimate) -> ResourceEstimate
 
 def _array_bytes(job: Job) -> dict[str, int]:
     """Return the sizes of the arrays that processes share: the sketch's map, and the correction with its vectors."""
+    if job.embeds:
+        return {}
     kind = preconditioner_of(job.recipe)
     arrays = {"map of slots": 4 * job.size} if job.recipe.sketch.projection == "rapidgrad" else {}
     if kind.sample_passes:
@@ -231,7 +233,11 @@ def _buffer_bytes(job: Job, plan: LevelPlan) -> int:
 
 
 def _lacks_moment(job: Job, store: Store | None) -> bool:
-    return job.recipe.gradient.second_moment != "none" and (store is None or store.second_moment() is None)
+    return (
+        not job.embeds
+        and job.recipe.gradient.second_moment != "none"
+        and (store is None or store.second_moment() is None)
+    )
 
 
 def _disk_bytes(job: Job, plan: LevelPlan, store: Store | None) -> dict[str, int]:
@@ -327,6 +333,8 @@ class _Timing:
 
 def _stand_in(job: Job, plan: LevelPlan) -> Compressor:
     """Return a compressor that takes the time and memory of the build's own, whose second moment is not known yet."""
+    if job.embeds:
+        return job.loaded
     kind = preconditioner_of(job.recipe)
     v, vectors = np.ones(kind.moment_entries(job.layers), "f4"), np.zeros(kind.vector_entries(job.layers), "f4")
     return Compressor.of(job.recipe, job.gradients, v=v, vectors=vectors, K=plan.K, slots=map_of_slots(job, plan.K))

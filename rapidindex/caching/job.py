@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from rapidindex.caching.batches import Item, Unit, padded_tokens, plan_units
-from rapidindex.config import BuildRequest, ModelConfig
+from rapidindex.config import BuildRequest, EncoderConfig, ModelConfig
 from rapidindex.data.examples import Dataset, read_examples
 from rapidindex.data.templates import Template, check_template, encode_examples
 from rapidindex.data.tokens import token_positions
+from rapidindex.encoder.embed import Encoder
 from rapidindex.errors import DataError, UsageError
 from rapidindex.gradients.losses import Layer
 from rapidindex.gradients.per_example import PerExampleGradients
+from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.model.model import LoadedModel, adopt, load
 from rapidindex.progress import Progress, silent
@@ -52,6 +54,10 @@ class ModelHandle:
             self._gradients = PerExampleGradients(self.loaded.model)
         return self._gradients
 
+    def compressor(self, recipe: Recipe, **arrays: Any) -> Compressor:
+        """Return what turns a batch into rows; `arrays` as for `Compressor.of`."""
+        return Compressor.of(recipe, self.gradients, **arrays)
+
     def release(self) -> None:
         """Give the model's memory back: worker processes load models of their own."""
         self._loaded = self._gradients = None
@@ -60,6 +66,28 @@ class ModelHandle:
             ctypes.CDLL(None).malloc_trim(0)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+class EncoderHandle(ModelHandle):
+    """An encoder in the place of a model: its embeddings are the rows, and nothing else is needed for them."""
+
+    @property
+    def loaded(self) -> Any:
+        """The encoder."""
+        if self._loaded is None:
+            self._loaded = Encoder.load(self.config)
+        return self._loaded
+
+    gradients = loaded
+
+    def compressor(self, recipe: Recipe, **arrays: Any) -> Any:
+        """Return the encoder."""
+        return self.loaded
+
+
+def open_model(config: ModelConfig | EncoderConfig) -> ModelHandle:
+    """Load a model or an encoder from disk."""
+    return EncoderHandle(Encoder.load(config)) if isinstance(config, EncoderConfig) else ModelHandle(load(config))
 
 
 @dataclass(frozen=True)
@@ -90,7 +118,16 @@ class Job:
     @property
     def size(self) -> int:
         """|v|, the length of the flattened gradient."""
-        return self.layers[-1].start + self.layers[-1].size
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the rows are embeddings."""
+        return isinstance(self.model, EncoderHandle)
+
+    def K(self, level: str) -> int:
+        """Return the length of a row of that level."""
+        return self.loaded.width if self.embeds else self.request.K(level)
 
     def examples_of(self, level: str) -> list[Item]:
         """Return the examples with rows on a level: for tokens, those that were asked for and have such a token."""
@@ -156,32 +193,37 @@ def prepare(request: BuildRequest, progress: Progress = silent, *, added: bool =
     """
     progress("read", 0, 2)
     dataset = read_examples(request.data, limit=request.limit, loss=request.encoding.loss)
-    loaded = _load(request)
+    model = _open(request)
     progress("read", 1, 2)
     request = replace(request, encoding=request.encoding.complete(texts=dataset.texts))
-    encoding = request.encoding
-    if not added:
-        check_template(encoding.template)
-    template = Template(
-        encoding.template, loaded.tokenizer, encoding.max_length, date=encoding.date, overlap=encoding.overlap
-    )
+    loaded, encoding = model.loaded, request.encoding
+    template = loaded
+    if not isinstance(model, EncoderHandle):
+        if not added:
+            check_template(encoding.template)
+        template = Template(
+            encoding.template, loaded.tokenizer, encoding.max_length, date=encoding.date, overlap=encoding.overlap
+        )
     items, skipped = _encode(dataset, template, dataset.path if added else "")
-    for item in items:
+    for item in () if template is loaded else items:
         loaded.limits.check(item.encoding.input_ids, f"line {item.example.line} of {dataset.path}")
     progress("read", 2, 2)
     _check_listed(request.token_examples, items, dataset.path)
-    model = ModelHandle(loaded)
     recipe = _recipe(request, loaded, template, dataset)
     return Job(request, recipe, dataset, model, loaded.device, model.gradients.layers, items, skipped)
 
 
-def _load(request: BuildRequest) -> LoadedModel:
-    if isinstance(request.model, ModelConfig):
-        return load(request.model)
-    return adopt(request.model, request.tokenizer)
+def _open(request: BuildRequest) -> ModelHandle:
+    if isinstance(request.model, ModelConfig | EncoderConfig):
+        return open_model(request.model)
+    return ModelHandle(adopt(request.model, request.tokenizer))
 
 
-def _recipe(request: BuildRequest, loaded: LoadedModel, template: Template, dataset: Dataset) -> Recipe:
+def _recipe(request: BuildRequest, loaded: Any, template: Any, dataset: Dataset) -> Recipe:
+    if isinstance(loaded, Encoder):
+        source = Source(_place(loaded.path), loaded.fingerprint)
+        data = Source(dataset.path, dataset.fingerprint)
+        return replace(loaded.recipe, encoder=source, data=data, added=(), token=None, tokens_of=None)
     config, fingerprints = loaded.config, loaded.fingerprints
     with_tokens = "token" in request.levels
     return Recipe(
@@ -205,7 +247,7 @@ def _place(path: str | None) -> str | None:
     return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
 
 
-def _encode(dataset: Dataset, template: Template, source: str) -> tuple[list[Item], list[dict[str, Any]]]:
+def _encode(dataset: Dataset, template: Any, source: str) -> tuple[list[Item], list[dict[str, Any]]]:
     """Return the examples as token ids, and the rows that are left out: one that the template refuses ends no build."""
     encoded, refused = encode_examples(template, dataset.examples)
     items, left_out = [], [{"line": example.line, "reason": error.message.rstrip(".")} for example, error in refused]
@@ -213,8 +255,7 @@ def _encode(dataset: Dataset, template: Template, source: str) -> tuple[list[Ite
         if encoding.response_mask.any():
             items.append(Item(replace(example, response=encoding.response), encoding, source))
         else:
-            limit = f"and --max-length is {template.max_length}"
-            reason = f"the prompt alone has {encoding.prompt_tokens} tokens, {limit}"
+            reason = template.without_response(encoding)
             reason = "a text of one token has nothing to predict" if example.is_text else reason
             left_out.append({"line": example.line, "reason": reason})
     if not items:
@@ -264,7 +305,12 @@ def check_recipe(job: Job, store: Store) -> None:
 
 
 def check_tokens(job: Job, store: Store) -> None:
-    """Encode some stored examples again. ConfigMismatch where one becomes other tokens than its row was made of."""
+    """Encode some stored examples again. ConfigMismatch where one becomes other tokens than its row was made of.
+
+    An encoder's fingerprint says which tokens its texts become.
+    """
+    if job.embeds:
+        return
     encoding = job.recipe.encoding
     template = Template(encoding.template, job.loaded.tokenizer, encoding.max_length, date=encoding.date)
     for level in store.levels[:1]:
@@ -287,7 +333,7 @@ def _plan_level(job: Job, level: str, store: Store | None) -> LevelPlan:
     if level == "token":
         positions = job.token_positions
         items = [replace(item, position=at) for item in examples for at in positions[item.example.id]]
-    units, K = plan_units(items, job.request.work.batch_tokens), job.request.K(level)
+    units, K = plan_units(items, job.request.work.batch_tokens), job.K(level)
     return LevelPlan(
         level,
         K,
@@ -300,8 +346,8 @@ def _plan_level(job: Job, level: str, store: Store | None) -> LevelPlan:
 
 
 def map_of_slots(job: Job, K: int) -> Tensor | None:
-    """Compute the whole map of a sketch of K, int32 [|v|]; None for a two-sided projection, which has none."""
-    if job.recipe.sketch.projection == "two-sided":
+    """Compute the whole map of a sketch of K, int32 [|v|]; None where a row is made without one."""
+    if job.embeds or job.recipe.sketch.projection == "two-sided":
         return None
     return Sketch(job.size, replace(job.recipe.sketch, K=K)).slots(0, job.size)
 

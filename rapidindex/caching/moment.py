@@ -28,7 +28,7 @@ def moment_sample(job: Job) -> list[Item]:
 
 def refuse_without_second_moment(store: Store, recipe: Recipe) -> None:
     """Raise StoreError where the recipe wants a second moment that `store` lacks: other data would give another one."""
-    if recipe.gradient.second_moment != "none" and store.second_moment() is None:
+    if recipe.encoder is None and recipe.gradient.second_moment != "none" and store.second_moment() is None:
         raise StoreError(
             f"{store.path} lacks its second moment, and one from other data would not fit its rows.",
             hint=f"Give its rapidindex build command with the data of {recipe.data.path} again, which makes it.",

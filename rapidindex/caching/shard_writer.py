@@ -51,7 +51,7 @@ class _BatchCompressor:
 
     def __init__(self, compressor: Compressor) -> None:
         self.compressor = compressor
-        self.device = next(compressor.gradients.model.parameters()).device
+        self.device = compressor.device
         self.most_tokens = 2**63
 
     def __call__(self, items: list[Item]) -> RapidGrads:

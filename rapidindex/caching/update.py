@@ -16,7 +16,7 @@ from rapidindex.caching.build import BuildSummary, cache_levels
 from rapidindex.caching.estimate import check_resources, free_resources, resources_of
 from rapidindex.caching.job import Job, LevelPlan, check_tokens, plan_levels, prepare, same_day
 from rapidindex.caching.moment import refuse_without_second_moment
-from rapidindex.config import BuildConfig, BuildRequest, TokenConfig
+from rapidindex.config import BuildConfig, BuildRequest, EncoderConfig, TokenConfig
 from rapidindex.data.examples import listed_ids
 from rapidindex.errors import StoreError, UsageError
 from rapidindex.progress import Progress, silent
@@ -42,6 +42,7 @@ def add(
     *,
     model: Any = None,
     adapter: str | None = None,
+    encoder: str | None = None,
     tokenizer: Any = None,
     device: str = "auto",
     work: BuildConfig | None = None,
@@ -51,14 +52,17 @@ def add(
     """Cache the examples of `data` that the index at `path` lacks, by the index's own recipe.
 
     `data` is what `BuildRequest.data` may be. `model` and `adapter` are new places of the index's model, or `model` is
-    a loaded model with its `tokenizer`. Examples that were removed, and are in the data, come back. Raises as `build`
-    does, and StoreError where the index is not finished yet.
+    a loaded model with its `tokenizer`; `encoder` is the new place of the encoder of an index of embeddings. Examples
+    that were removed, and are in the data, come back. Raises as `build` does, and StoreError where the index is not
+    finished yet.
     """
     started = time.perf_counter()
     with Store.open(path).lock() as store:
         recipe = Recipe.from_manifest(store.config)
         refuse_without_second_moment(store, recipe)
-        if model is None or isinstance(model, str | Path):
+        if recipe.encoder is not None:
+            model = EncoderConfig(encoder or recipe.encoder.path, device)
+        elif model is None or isinstance(model, str | Path):
             model = recipe.model_config(model=model and str(model), adapter=adapter, device=device)
         request = BuildRequest(
             data=data,
@@ -74,7 +78,7 @@ def add(
             tokenizer=tokenizer,
         )
         job = prepare(same_day(request, store), progress, added=True)
-        hint = "Say with -m and -a where the model and the adapter of the index lie now."
+        hint = "Say with -m and -a (or --encoder) where the model and the adapter of the index lie now."
         recipe.check(replace(job.recipe, data=recipe.data, token=recipe.token), Path(path), hint=hint)
         check_tokens(job, store)
         plans = plan_levels(job, store)

@@ -29,13 +29,10 @@ import torch
 from torch import Tensor
 
 from rapidindex.caching.batches import Unit, padded_tokens
-from rapidindex.caching.job import LevelPlan
+from rapidindex.caching.job import LevelPlan, open_model
 from rapidindex.caching.shard_writer import STAGES, ShardWriter, cache, uninterrupted
-from rapidindex.config import BuildConfig, ModelConfig
+from rapidindex.config import BuildConfig, EncoderConfig, ModelConfig
 from rapidindex.errors import RapidIndexError, ResourceError
-from rapidindex.gradients.per_example import PerExampleGradients
-from rapidindex.gradients.rapidgrad import Compressor
-from rapidindex.model.model import load
 from rapidindex.progress import Progress
 from rapidindex.recipe import Recipe
 from rapidindex.store import Store
@@ -95,7 +92,7 @@ class WorkerSpec:
     workers: int
     index: str
     level: str
-    model: ModelConfig
+    model: ModelConfig | EncoderConfig
     work: BuildConfig
     threads: int
     first_shard: int
@@ -319,16 +316,16 @@ def _accept_termination() -> None:
 
 def _compute(spec: WorkerSpec, pipe: connection.Connection, units: queue.SimpleQueue) -> bool:
     torch.set_num_threads(spec.threads)
-    store, loaded = Store.open(spec.index), load(spec.model)
+    store, model = Store.open(spec.index), open_model(spec.model)
     rows = store.rows(spec.level)
     shared = {name: array.tensor for name, array in spec.shared.items()}
-    recipe, gradients = Recipe.from_manifest(store.config), PerExampleGradients(loaded.model)
-    compressor = Compressor.of(recipe, gradients, vectors=store.eigenvectors(), K=rows.K, **shared)
+    recipe = Recipe.from_manifest(store.config)
+    compressor = model.compressor(recipe, vectors=store.eigenvectors(), K=rows.K, **shared)
     numbers = itertools.count(spec.first_shard + spec.number, spec.workers)
     writer = ShardWriter(rows, spec.work, numbers, lambda name: _send(pipe, "shard", name))
     _send(pipe, "ready", None)
     cache(_received(units, pipe), compressor, writer, lambda batch: _send(pipe, "cached", padded_tokens(batch)))
-    return gradients.batched
+    return model.gradients.batched
 
 
 def _received(units: queue.SimpleQueue, pipe: connection.Connection) -> Iterator[Unit]:

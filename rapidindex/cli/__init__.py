@@ -3,7 +3,7 @@
 app          the commands' common ground: help in groups, examples, errors as one sentence and an exit code
 options      options that several commands share, and the groups in which help shows them
 printing     what is written to stdout and stderr
-training     finetune
+training     finetune, distill
 building     build
 updating     add, remove
 querying     query

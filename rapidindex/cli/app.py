@@ -28,11 +28,28 @@ def _in_groups(formatter: Any, rows: list[tuple[str, tuple[str, str]]]) -> None:
 class _Command(TyperCommand):
     """A command whose help shows its options in groups: plain text, in a third of the time of Typer's boxes."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Let an option whose metavar is in brackets stand without its number, which is 0 then."""
+        for param in self.params:
+            if str(getattr(param, "metavar", None)).startswith("["):
+                args = _with_number(param.opts[0], args)
+        return super().parse_args(ctx, args)
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         shown = [(param, param.get_help_record(ctx)) for param in self.get_params(ctx)]
         found = [(getattr(param, "rich_help_panel", None), param, row) for param, row in shown if row]
         default = {"argument": "Arguments", "option": "Options"}
         _in_groups(formatter, [(group or default[param.param_type_name], row) for group, param, row in found])
+
+
+def _with_number(option: str, args: list[str]) -> list[str]:
+    """Write `OPTION N`, or `OPTION` without a number behind it, as one argument."""
+    joined, rest = [], list(args)
+    while rest and rest[0] != "--":
+        word = rest.pop(0)
+        number = rest.pop(0) if word == option and rest and rest[0].isdigit() else "0"
+        joined.append(f"{option}={number}" if word == option else word)
+    return joined + rest
 
 
 class _Commands(TyperGroup):

@@ -10,6 +10,7 @@ from rapidindex.config import (
     RECIPES,
     BuildConfig,
     BuildRequest,
+    EncoderConfig,
     EncodingConfig,
     GradientConfig,
     ModelConfig,
@@ -29,8 +30,17 @@ from rapidindex.views.tables import build_tables, estimate_tables
 )
 def build(
     data: opt.DataPath,
-    model: opt.Model,
     output: Annotated[Path, opt.in_output("--output", "-o", **opt.PATH, help="The index folder.", show_default=False)],
+    model: Annotated[
+        str | None,
+        opt.in_model("--model", "-m", **opt.PLACE, help="Model folder, hub name or GGUF file.", show_default=False),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        opt.in_model(
+            **opt.PLACE, help="In the place of a model: rows are embeddings by what distill wrote.", show_default=False
+        ),
+    ] = None,
     adapter: opt.Adapter = None,
     recipe: Annotated[
         str,
@@ -120,6 +130,8 @@ def build(
     from rapidindex.data.examples import listed_ids
     from rapidindex.progress import Bars
 
+    if (model is None) == (encoder is None):
+        raise UsageError("Give either -m MODEL or --encoder ENCODER.", hint="rapidindex build DATA -m MODEL -o INDEX")
     levels, token = levels_of(level), TokenConfig(token_K, tokens)
     if "token" not in levels and (token != TokenConfig() or token_examples):
         raise UsageError(
@@ -129,7 +141,7 @@ def build(
         data=str(data),
         output=str(output),
         recipe=recipe,
-        model=ModelConfig(model, adapter, quantize, dtype, device),
+        model=EncoderConfig(encoder, device) if encoder else ModelConfig(model, adapter, quantize, dtype, device),
         encoding=encoding_of(adapter or model, template=template, max_length=max_length, loss=loss, overlap=overlap),
         gradient=GradientConfig(normalize, second_moment, moment_examples, seed),
         sketch=SketchConfig(K, shuffles, seed, projection),

@@ -62,6 +62,10 @@ Adapter = Annotated[
 MovedAdapter = Annotated[
     str | None, in_model("--adapter", "-a", **PLACE, help="Where the adapter lies now.", show_default=False)
 ]
+MovedEncoder = Annotated[
+    str | None,
+    in_model("--encoder", **PLACE, help="Where the encoder of an index of embeddings lies now.", show_default=False),
+]
 Quantize = Annotated[
     str | None,
     in_model(

@@ -55,8 +55,14 @@ def query(
         ),
     ] = None,
     rescore: Annotated[
-        bool, opt.in_search("--rescore", help="Order four times as many candidates by their uncompressed influence.")
-    ] = False,
+        int | None,
+        opt.in_search(
+            metavar="[N]",
+            help="Order N candidates by their uncompressed influence; without N four times as many as -k, or 200 of "
+            "those that an encoder finds.",
+            show_default=False,
+        ),
+    ] = None,
     ids_out: Annotated[
         Path | None,
         opt.in_output(**opt.PATH, help="Write the matches' ids to this file, for `remove --ids`.", show_default=False),
@@ -75,6 +81,7 @@ def query(
     ] = None,
     model: opt.MovedModel = None,
     adapter: opt.MovedAdapter = None,
+    encoder: opt.MovedEncoder = None,
     device: opt.Device = ModelConfig.device,
     max_new_tokens: Annotated[
         int, opt.in_question(help="Length of an answer that the model gives.")
@@ -85,6 +92,7 @@ def query(
 ) -> None:
     """Find the training examples that most influenced an answer, or a word of it."""
     from rapidindex.data.tokens import parse_span
+    from rapidindex.progress import Bars
     from rapidindex.query.index import Index
     from rapidindex.query.questions import as_query, read_queries
     from rapidindex.views import wording
@@ -111,11 +119,12 @@ def query(
         exact=exact,
         heatmaps=heatmaps,
         answer_scores=answer_scores or html is not None,
-        rescore=rescore,
+        rescore=False if rescore is None else rescore or True,
         level=level,
         max_new_tokens=max_new_tokens,
     )
-    index = Index.open(path, model=model, adapter=adapter, device=device)
+    index = Index.open(path, model=model, adapter=adapter, encoder=encoder, device=device)
+    index.progress = Bars(quiet=quiet)
     if queries is not None:
         asked = read_queries(queries)
     else:
@@ -153,7 +162,7 @@ def _encode_each(index: Any, asked: dict[int, Any], options: QueryOptions, file:
     """
     encoded, failed = {}, {}
     index.encode([], options)
-    index.template  # noqa: B018 - loads the model: one that cannot be loaded is no fault of a line
+    index.load(options)  # a model that cannot be loaded is no fault of a line
     for number, query in asked.items():
         try:
             (encoded[number],) = index.encode([query], options)

@@ -1,4 +1,4 @@
-"""The command that fine-tunes a model."""
+"""The commands that train: a model on the data, and an encoder on an index of its gradients."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,8 +6,8 @@ from typing import Annotated
 from rapidindex.cli import options as opt
 from rapidindex.cli.app import command
 from rapidindex.cli.printing import print_plain
-from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig
-from rapidindex.views.tables import finetune_tables
+from rapidindex.config import DistillConfig, EncoderConfig, EncodingConfig, FinetuneConfig, ModelConfig
+from rapidindex.views.tables import distill_tables, finetune_tables
 
 
 @command(
@@ -93,3 +93,65 @@ def finetune(
     with Bars(quiet=quiet) as bars:
         summary = run(dataset, encoding, base, options, output, overwrite=overwrite, progress=bars)
     print_plain(summary, as_json, finetune_tables(summary, len(dataset.skipped), str(data), base, encoding, limit))
+
+
+@command(
+    "Make",
+    "rapidindex distill index -o encoder",
+    "rapidindex distill index --queries questions.jsonl --anchors 500 -o encoder",
+)
+def distill(
+    path: opt.IndexPath,
+    output: Annotated[
+        Path, opt.in_output("--output", "-o", **opt.PATH, help="Folder for the encoder.", show_default=False)
+    ],
+    encoder: Annotated[
+        str, opt.in_model(**opt.PLACE, help="What is trained: a model of sentence-transformers, by folder or hub name.")
+    ] = EncoderConfig.model,
+    anchors: Annotated[
+        int, opt.in_data(help="Examples that others are ranked for, at most; 0: questions alone.")
+    ] = DistillConfig.anchors,
+    pool: Annotated[int, opt.in_data(help="Examples that are ranked, at most.")] = DistillConfig.pool,
+    queries: Annotated[
+        Path | None,
+        opt.in_data(
+            **opt.PATH, help="JSONL of questions, as query takes it: further anchors, each of which costs a gradient."
+        ),
+    ] = None,
+    epochs: Annotated[int, opt.in_training(help="Times that each anchor is trained on.")] = DistillConfig.epochs,
+    alpha: Annotated[
+        float, opt.in_training(help="Share of 1 - Pearson in the loss; the rest is KL.")
+    ] = DistillConfig.alpha,
+    hard: Annotated[
+        float, opt.in_training(help="Share of candidates among the best for an anchor.")
+    ] = DistillConfig.hard,
+    learning_rate: Annotated[float, opt.in_training(help="Peak of the learning rate.")] = DistillConfig.learning_rate,
+    held_out: Annotated[
+        float, opt.in_data(help="Share of the examples that the figures are measured on.")
+    ] = DistillConfig.held_out,
+    seed: Annotated[int, opt.in_training(help="Draws the split and the blocks.")] = DistillConfig.seed,
+    model: opt.MovedModel = None,
+    adapter: opt.MovedAdapter = None,
+    device: opt.Device = ModelConfig.device,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Train an encoder to rank texts as the index's gradients do. Given again, it goes on where it stopped."""
+    from rapidindex.progress import Bars
+    from rapidindex.query.anchors import distill as run
+
+    options = DistillConfig(
+        anchors=anchors,
+        pool=pool,
+        epochs=epochs,
+        alpha=alpha,
+        hard=hard,
+        learning_rate=learning_rate,
+        held_out=held_out,
+        seed=seed,
+    )
+    moved = {"model": model, "adapter": adapter, "device": device}
+    with Bars(quiet=quiet) as bars:
+        summary = run(path, output, options, encoder, queries, **moved, overwrite=overwrite, progress=bars)
+    print_plain(summary, as_json, distill_tables(summary))

@@ -18,6 +18,7 @@ def add(
     data: opt.DataPath,
     model: opt.MovedModel = None,
     adapter: opt.MovedAdapter = None,
+    encoder: opt.MovedEncoder = None,
     device: opt.Device = ModelConfig.device,
     batch_tokens: opt.BatchTokens = BuildConfig.batch_tokens,
     workers: opt.Workers = BuildConfig.workers,
@@ -36,7 +37,7 @@ def add(
     from rapidindex.progress import Bars
 
     work = BuildConfig(batch_tokens, workers, shard_seconds)
-    moved = {"model": model, "adapter": adapter, "device": device}
+    moved = {"model": model, "adapter": adapter, "encoder": encoder, "device": device}
     with Bars(quiet=quiet) as bars:
         summary = run(path, str(data), **moved, work=work, limit=limit, progress=bars)
     print_plain(summary, as_json, build_tables(summary))

@@ -277,6 +277,10 @@ class Template:
             raise self._not_written(turns, number, example)
         return _Piece(len(opening), stop, piece)
 
+    def without_response(self, encoding: Encoding) -> str:
+        """Say why no token of an example's response is left."""
+        return f"the prompt alone has {encoding.prompt_tokens} tokens, and --max-length is {self.max_length}"
+
     def check_whole(self, example: Example) -> None:
         """Raise ModelError where the chat template leaves out anything of the example but the thoughts before its end.
 

@@ -5,10 +5,10 @@ from functools import cached_property
 
 import numpy as np
 
+from rapidindex.data.bm25 import BM25
 from rapidindex.data.examples import Example
 from rapidindex.errors import UsageError
 from rapidindex.query.encode import EncodedQuery, selected_text, stack_rows
-from rapidindex.query.evaluation import BM25
 from rapidindex.query.index import Index
 from rapidindex.search.exact import scores_of
 

@@ -23,7 +23,7 @@ from rapidindex.model.finetune import finetune
 from rapidindex.model.model import LoadedModel, load
 from rapidindex.progress import Progress
 from rapidindex.query.encode import EncodedQuery, generate_answer, selected_batch
-from rapidindex.query.index import Index, _model_work
+from rapidindex.query.index import Index, model_work
 from rapidindex.query.questions import Query
 from rapidindex.recipe import Recipe
 from rapidindex.results import Trial
@@ -119,7 +119,7 @@ class Training:
         """Estimate how long one run takes here, from forward and backward passes over a few of its examples."""
         encode = index.template.encode
         items = [Item(example, encode(example)) for example in self.dataset.examples[:: self._stride]]
-        with _model_work:
+        with model_work:
             model, started = index.loaded.model, time.perf_counter()
             for batch in plan_batches(items, BuildConfig.batch_tokens):
                 loss = example_losses(model, as_batch(batch, index.loaded.device)).sum()
@@ -155,7 +155,7 @@ class Reading:
 def read(index: Index, loaded: LoadedModel, query: EncodedQuery, question: Query, max_new_tokens: int) -> Reading:
     """Return what a model of the index's kind says: the chosen tokens' log-probability, and its greedy answer."""
     batch: Batch = selected_batch(query.encoding, query.info.selection, loaded.device)
-    with _model_work, torch.no_grad():
+    with model_work, torch.no_grad():
         value = -float(example_losses(loaded.model, batch).sum())
         answer = generate_answer(question, loaded, index.template, max_new_tokens).text
     return Reading(value, answer)

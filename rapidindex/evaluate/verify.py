@@ -26,7 +26,7 @@ from rapidindex.gradients.second_moment import read_second_moment
 from rapidindex.model.model import LoadedModel
 from rapidindex.progress import Progress, silent
 from rapidindex.query.encode import EncodedQuery, selected_batch
-from rapidindex.query.index import Index, _model_work
+from rapidindex.query.index import Index, model_work
 from rapidindex.query.questions import Query, as_query
 from rapidindex.results import Result, Trial, TrialGroup, Verification
 
@@ -151,7 +151,7 @@ class TailPatch:
     ) -> None:
         self.index, self.query, self.pool, self.options, self.progress = index, query, pool, options, progress
         self.optimizer, optimizer_of = _optimizer(options.optimizer, index.loaded)
-        with _model_work:
+        with model_work:
             question = selected_batch(query.encoding, query.info.selection, index.loaded.device)
             self.steps = Steps(index.loaded.model, question, optimizer_of)
         self.rate = options.learning_rate or 0.0
@@ -180,7 +180,7 @@ class TailPatch:
 
     def together(self, places: Sequence[int], sign: float = 1.0) -> Trial:
         """Return the trial of one step on all of these examples, whose losses are summed; `sign` -1 unlearns them."""
-        with _model_work:
+        with model_work:
             gradient = self._gradient(places)
             effect = self.steps([sign * part for part in gradient], self.rate)
         self.done += 1
@@ -198,7 +198,7 @@ class TailPatch:
         return [as_batch(batch, self.index.loaded.device) for batch in batches]
 
     def _default_rate(self, places: Sequence[int]) -> float:
-        with _model_work:
+        with model_work:
             return self.steps.default_rate(self._gradient([place]) for place in places)
 
 

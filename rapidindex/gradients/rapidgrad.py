@@ -108,6 +108,11 @@ class Compressor:
             preconditioner=kind(layers, factors, vectors_on_device),
         )
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.gradients.model.parameters()).device
+
     def __call__(self, batch: Batch) -> RapidGrads:
         """Return the RapidGrads of every example of `batch`, float32, on the batch's device."""
         device = batch.input_ids.device

@@ -6,6 +6,7 @@ adapters       peft's adapters on a base
 checks         what a model must be, or its influence would be wrong
 fingerprints   fingerprints of a model and tokenizer in memory
 model          load a model, or adopt one from memory; greedy generation
-finetune       options, the output folder, resuming
+outputs        the folder that a training writes to: its record, its lock
+finetune       options, resuming
 training       the training itself, with transformers' Trainer
 """

@@ -8,12 +8,8 @@ early/                     the model after the first tenth of the steps
 *                          the adapter or model, with its tokenizer
 """
 
-import fcntl
-import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -22,11 +18,12 @@ from typing import Any
 from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig, fingerprint
 from rapidindex.data.examples import Dataset
 from rapidindex.data.templates import check_template
-from rapidindex.errors import ConfigMismatch, ModelError, UsageError
-from rapidindex.model.files import CHECKPOINTS, FINETUNE_RECORD, find_model, model_fingerprint, read_json
+from rapidindex.errors import UsageError
+from rapidindex.model.files import CHECKPOINTS, FINETUNE_RECORD, find_model, model_fingerprint
+from rapidindex.model.outputs import Output
 from rapidindex.progress import Progress, silent
 
-_PART = f"{FINETUNE_RECORD}.part"
+_OUTPUT = Output("finetune", FINETUNE_RECORD, "a model fine-tuned")
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def finetune(
     model_config, options = _check(model_config, options.complete())
     output = Path(output).absolute()
     settings = _settings(dataset, encoding, model_config, options)
-    with _locked(output):
+    with _OUTPUT.locked(output):
         return _finetune(dataset, encoding, model_config, options, output, settings, overwrite, progress)
 
 
@@ -96,7 +93,9 @@ def _finetune(
 ) -> FinetuneSummary:
     several = any(example.has_earlier_replies for example in dataset.examples)
     # Before there was --loss, the last turn alone was in it.
-    record = _open(output, settings, overwrite, {"loss": "last" if several else encoding.loss, "overlap": None})
+    record = _OUTPUT.open(
+        output, settings, overwrite, {"loss": "last" if several else encoding.loss, "overlap": None}
+    )
     if record and record.get("summary"):
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
         return replace(FinetuneSummary(**record["summary"]), output=str(output), already_there=True)
@@ -107,7 +106,7 @@ def _finetune(
     sources = _sources(dataset, encoding, model_config)
     trained = train(dataset, encoding, model_config, options, output, progress)
     summary = FinetuneSummary(output=str(output), method=options.method, **trained)
-    _write_record(output, {"settings": settings, "sources": sources, "summary": asdict(summary)})
+    _OUTPUT.write(output, {"settings": settings, "sources": sources, "summary": asdict(summary)})
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return summary
 
@@ -165,71 +164,3 @@ def _sources(dataset: Dataset, encoding: EncodingConfig, model_config: ModelConf
         "model": os.path.abspath(model_config.model) if os.path.exists(model_config.model) else model_config.model,
         "date": encoding.date or date.today().isoformat(),
     }
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Make the folder `output`, and hold it for this run alone; raise ModelError where another run is writing to it.
-
-    The operating system lets go of the folder when the process ends, however it ends.
-    """
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file.", hint="Choose another --output.")
-    output.mkdir(parents=True, exist_ok=True)
-    folder = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):  # file systems without locks
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ModelError(
-                    f"Another run of finetune is writing to {output}.", hint="Wait for it, or choose another --output."
-                ) from error
-        yield
-    finally:
-        os.close(folder)
-
-
-def _open(output: Path, settings: dict[str, Any], overwrite: bool, defaults: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the record in `output` if it has these settings; otherwise begin a new one there and return None.
-
-    `defaults` are the settings that the record of an earlier version lacks.
-
-    Raises ConfigMismatch where the record has other settings, unless `overwrite` is set, and UsageError where
-    `output` holds anything that finetune did not write.
-    """
-    record = read_json(output / FINETUNE_RECORD) if (output / FINETUNE_RECORD).is_file() else None
-    if record and not overwrite:
-        if {**defaults, **record["settings"]} == settings:
-            return record
-        state = "a model fine-tuned" if record.get("summary") else "an interrupted run"
-        raise ConfigMismatch(
-            f"{output} holds {state} with other settings: {_differences(record['settings'], settings)}.",
-            hint="Give those settings, choose another --output, or give --overwrite to start again.",
-        )
-    if record:
-        _clear(output)
-    elif output.exists() and (not output.is_dir() or any(path.name != _PART for path in output.iterdir())):
-        raise UsageError(f"{output} exists, and finetune did not write it.", hint="Choose another --output.")
-    output.mkdir(parents=True, exist_ok=True)
-    _write_record(output, {"settings": settings})
-    return None
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Name the settings that differ, such as `epochs 3, now 5`."""
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return "; ".join(f"{key} {before.get(key)}, now {now.get(key)}" for key in keys)
-
-
-def _clear(output: Path) -> None:
-    """Remove everything but the record, which first loses its settings: what is left then fits no run."""
-    _write_record(output, {"settings": {}})
-    for path in output.iterdir():
-        if path.name != FINETUNE_RECORD:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _write_record(output: Path, record: dict[str, Any]) -> None:
-    (output / _PART).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (output / _PART).replace(output / FINETUNE_RECORD)

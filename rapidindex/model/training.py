@@ -58,10 +58,10 @@ def train(
         check_causal(base, tokenizer)
     template = Template(encoding.template, tokenizer, encoding.max_length, date=encoding.date, overlap=encoding.overlap)
     rows, refused = _encode(dataset, template, Limits.of(base, tokenizer))
-    with loading.quiet_libraries(), _seeded(options.seed):
+    with loading.quiet_libraries(), seeded(options.seed):
         model = _make_trainable(base, model_config, options)
         _check_disk(output, model, options)
-        checkpoint = _last_checkpoint(output / CHECKPOINTS)
+        checkpoint = last_checkpoint(output / CHECKPOINTS)
         trainer = _Trainer(model, tokenizer, rows, options, output, progress)
         started = time.monotonic()
         trainer.run(checkpoint)
@@ -295,7 +295,7 @@ class _Trainer(transformers.Trainer):
         return sampler
 
 
-def _last_checkpoint(folder: Path) -> str | None:
+def last_checkpoint(folder: Path) -> str | None:
     """Return the last complete checkpoint, and remove later ones that were cut short."""
     while folder.is_dir() and (checkpoint := get_last_checkpoint(folder)):
         try:
@@ -318,7 +318,7 @@ def _check_disk(output: Path, model: nn.Module, options: FinetuneConfig) -> None
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed the global generators of Python, NumPy and torch, and restore their states afterwards."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():

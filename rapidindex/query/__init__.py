@@ -6,4 +6,6 @@ influence   heat-maps and uncompressed influence of what a search found
 evaluation  precision and average precision of rankings, beside BM25
 events      the steps of an answer, which every view shares
 index       open an index, ask it, say what it holds
+two_stages  an index of embeddings: an encoder finds, gradients order
+anchors     questions as anchors of a distillation
 """

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from rapidindex.config import ModelConfig, QueryOptions, check_level
+from rapidindex.config import EncoderConfig, ModelConfig, QueryOptions, check_level
+from rapidindex.data.bm25 import BM25
 from rapidindex.data.examples import Example
 from rapidindex.data.templates import Encoding, Template
 from rapidindex.errors import ConfigMismatch, DamagedIndex, StoreError, UsageError
@@ -19,7 +20,7 @@ from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.model.model import LoadedModel, adopt, load
 from rapidindex.query.encode import EncodedQuery, encode_query, generate_answer, selected_text, stack_rows
-from rapidindex.query.evaluation import BM25, Evaluation, average_precision, precision_at
+from rapidindex.query.evaluation import Evaluation, average_precision, precision_at
 from rapidindex.query.events import Answered, Event, Posed, Ranked, Scored
 from rapidindex.query.influence import RESCORED, Candidate, Influence, rescore
 from rapidindex.query.questions import Query, as_query, is_conversation
@@ -33,7 +34,7 @@ from rapidindex.store import Rows, Store
 Stored = Callable[[int], tuple[Example, Encoding]]
 """Reads the example of a number from the store, and encodes it."""
 
-_model_work = threading.RLock()
+model_work = threading.RLock()
 """Gradients are taken with hooks on the model, and its tokenizer keeps state: one thread at a time. The lock is that of
 the process, because two indexes may share a model."""
 
@@ -63,18 +64,25 @@ class Index:
         *,
         model: Any = None,
         adapter: str | Path | None = None,
+        encoder: str | Path | None = None,
         tokenizer: Any = None,
         device: str = "auto",
     ) -> "Index":
         """Open the index at `path`.
 
         `model` and `adapter` are where the index's model lies now, if it was moved; or `model` is the loaded model
-        itself, a `PreTrainedModel` or `PeftModel`, with its `tokenizer`. Raises NotAnIndex, NewerFormat or
+        itself, a `PreTrainedModel` or `PeftModel`, with its `tokenizer`. `encoder` is where the encoder of an index of
+        embeddings lies now. Raises NotAnIndex, NewerFormat or
         DamagedIndex, and ConfigMismatch where a loaded model is not the index's; a model on disk is loaded, and
         checked, by the first query.
         """
         store = Store.open(path)
         recipe = Recipe.from_manifest(store.config)
+        if recipe.encoder is not None:
+            from rapidindex.query.two_stages import EncoderIndex
+
+            place = str(encoder or recipe.encoder.path)
+            cls = partial(EncoderIndex, encoder=EncoderConfig(place, device))
         if model is None or isinstance(model, str | Path):
             places = {"model": model and str(model), "adapter": adapter and str(adapter)}
             return cls(store, recipe.model_config(**places, device=device))
@@ -130,12 +138,12 @@ class Index:
             yield Posed(number, encoded[-1])
         if not encoded:
             return
-        with _model_work:
+        with model_work:
             search = self._search(level, encoded, options)
         found, rows = search(), self.rows_of(level)
         stored = cache(lambda number: self.template.encode_stored(rows.record(number)))  # once, for all queries
         for number, query in enumerate(encoded):
-            with _model_work:  # tokenizers are not safe among threads
+            with model_work:  # tokenizers are not safe among threads
                 candidates = self._candidates(rows, found, number, stored)
             ranked = self._ranked(level, encoded, found, number, candidates[: options.k])
             yield ranked
@@ -150,7 +158,7 @@ class Index:
                 f"{self.store.path} holds the {level} rows of 0 of {self.store.planned(level):,} examples.",
                 hint="Give its rapidindex build command again.",
             )
-        with _model_work:
+        with model_work:
             return [
                 query if isinstance(query, EncodedQuery) else self._encode(as_query(query), level, options)
                 for query in queries
@@ -158,7 +166,7 @@ class Index:
 
     def answer(self, prompt: Any, *, max_new_tokens: int = QueryOptions.max_new_tokens) -> str:
         """Return the model's greedy answer to a prompt or conversation."""
-        with _model_work:
+        with model_work:
             return generate_answer(as_query(prompt), self.loaded, self.template, max_new_tokens).text
 
     def evaluate(
@@ -222,6 +230,14 @@ class Index:
         date = encoding.date or self.store.manifest["created"][:10]
         return Template(encoding.template, self.loaded.tokenizer, encoding.max_length, date=date)
 
+    def load(self, options: QueryOptions) -> None:
+        """Load what queries need, so that a model that cannot be loaded is no fault of a query."""
+        self.template  # noqa: B018
+
+    def forget_rows(self) -> None:
+        """Read the rows anew when they are next used: others were stored."""
+        self._rows.clear()
+
     def rows_of(self, level: str) -> Rows:
         """Return the stored rows of a level. StoreError where the index does not hold it."""
         check_level(level)
@@ -251,8 +267,13 @@ class Index:
     def _gradients(self) -> PerExampleGradients:
         return PerExampleGradients(self.loaded.model)
 
+    @property
+    def _search_device(self) -> str:
+        return str(self.loaded.device)
+
     @cached_property
-    def _influence(self) -> Influence:
+    def influence(self) -> Influence:
+        """Computes uncompressed influences."""
         return Influence(self.compressor_of(self.store.levels[0]))
 
     def _level(self, options: QueryOptions) -> str:
@@ -294,15 +315,15 @@ class Index:
         rescoring = None
         if heatmaps:
             norms, found, candidates = self.rows_of(result.level).norms, candidates, []
-            for one in self._influence.heatmaps(found, query, norms, _model_work):
+            for one in self.influence.heatmaps(found, query, norms, model_work):
                 candidates.append(one)
                 yield Scored(number, one.match, len(candidates), total)
         if options.rescore:
             candidates, rescoring = rescore(candidates, options.k, largest=result.direction == "proponents")
         if options.answer_scores:
             for at, one in enumerate(candidates):
-                with _model_work:
-                    candidates[at] = self._influence.with_answer_scores(one, query)
+                with model_work:
+                    candidates[at] = self.influence.with_answer_scores(one, query)
                 yield Scored(number, candidates[at].match, heatmaps + at + 1, total)
         seconds = replace(result.seconds, heatmaps=time.perf_counter() - started)
         matches = [candidate.match for candidate in candidates]
@@ -311,11 +332,11 @@ class Index:
     def _search(self, level: str, queries: Sequence[EncodedQuery], options: QueryOptions) -> Callable[[], SearchResult]:
         """Return the search of the queries, which several threads may run at the same time."""
         rows, vectors = self.rows_of(level), stack_rows(queries)
-        k = min(options.k * (RESCORED if options.rescore else 1), max(1, len(rows)))
+        k = min(options.candidates(RESCORED * options.k) if options.rescore else options.k, max(1, len(rows)))
         largest = not options.opponents
         index = None if options.exact else self._vector_index(level)
         if index is None:
-            return partial(exact_search, rows, vectors, k, largest=largest, device=str(self.loaded.device))
+            return partial(exact_search, rows, vectors, k, largest=largest, device=self._search_device)
         return partial(index.search, vectors, k, largest=largest)
 
     def _vector_index(self, level: str) -> VectorIndex | None:
@@ -363,7 +384,10 @@ class Index:
         K = self.rows_of(level).K
         unfinished = () if self.store.complete(level) else (self._examples(level), self.store.planned(level))
         model, adapter = recipe.model.path, recipe.adapter.path
-        return IndexInfo(self.store.id, model, adapter, K, recipe.sketch.shuffles, n, *unfinished)
+        encoder = recipe.encoder and recipe.encoder.path
+        return IndexInfo(
+            self.store.id, model, adapter, K, recipe.sketch.shuffles, n, *(unfinished or (None, None)), encoder
+        )
 
     def _examples(self, level: str) -> int:
         """Return how many examples have live rows of a level."""

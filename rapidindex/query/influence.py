@@ -82,12 +82,17 @@ def rescore(candidates: Sequence[Candidate], k: int, *, largest: bool) -> tuple[
     """Return the k candidates of the largest (or smallest) uncompressed influence, and how far the order has moved."""
     influence = np.array([candidate.match.exact_score for candidate in candidates])
     order = np.argsort(-influence if largest else influence, kind="stable")
+    best = [candidates[number] for number in order[:k]]
+    ranked = [replace(one, match=replace(one.match, rank=rank)) for rank, one in enumerate(best, 1)]
+    return ranked, rescoring_of(order)
+
+
+def rescoring_of(order: np.ndarray) -> Rescoring:
+    """Return how far candidates have moved whose new order this is: their former places, best first."""
     n = len(order)
     moves = np.abs(np.argsort(order) - np.arange(n))
     spearman = 1 - 6 * float((moves.astype(float) ** 2).sum()) / (n * (n**2 - 1)) if n > 1 else None
-    best = [candidates[number] for number in order[:k]]
-    ranked = [replace(one, match=replace(one.match, rank=rank)) for rank, one in enumerate(best, 1)]
-    return ranked, Rescoring(n, spearman, int(moves.max(initial=0)))
+    return Rescoring(n, spearman, int(moves.max(initial=0)))
 
 
 def _scored(candidate: Candidate, token_scores: torch.Tensor) -> Candidate:

@@ -16,7 +16,7 @@ The other rooms import from here only.
 
 from rapidindex.store.check import Problem, check
 from rapidindex.store.container import damaged, index_of
-from rapidindex.store.folder import ANN, MOMENT, read_json, write_json
+from rapidindex.store.folder import ANN, GRADIENTS, MOMENT, read_json, write_json
 from rapidindex.store.rows import Rows
 from rapidindex.store.schema import ANY, misfit
 from rapidindex.store.shards import ROW_TYPE, ShardContent, decode_rows, encode_rows, row_bytes
@@ -27,6 +27,7 @@ from rapidindex.store.writing import atomic_file, encode_json, replace_file
 __all__ = [
     "ANN",
     "ANY",
+    "GRADIENTS",
     "MOMENT",
     "ROW_TYPE",
     "Problem",

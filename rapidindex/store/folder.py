@@ -6,6 +6,7 @@
     INDEX/.lock              held by the one process that writes
     INDEX/sentence/shard-00000.h5 …, INDEX/token/shard-00000.h5 …
     INDEX/damaged/           files that `check --repair` moved aside
+    INDEX/gradients/         in an index of embeddings: an index of the true gradients of some of its examples
 
 Files whose names end in `.part` are unfinished. Knows names and bytes, not their meaning.
 """
@@ -31,6 +32,7 @@ from rapidindex.store.writing import replace_file, sync_folder, write_errors
 FORMAT = 2
 """The format that is written. Format 1 is read too: its rows are float16, and its manifest does not say so."""
 MANIFEST, REMOVED, MOMENT, LOCK, DAMAGED = "manifest.json", "removed.json", "second_moment.h5", ".lock", "damaged"
+GRADIENTS = "gradients"
 ANN = "ann"  # INDEX/<level>/ann.*: the vector index, which `search` derives from the shards
 SHARD = re.compile(r"shard-([0-9]{5,18})\.h5")
 _PART = re.compile(r".+\.[0-9a-f]{8}\.part")
@@ -211,7 +213,7 @@ def is_index(path: Path) -> bool:
 
 def refuse_links(path: Path) -> None:
     """Raise StoreError where a folder of the index at `path` is a link, through which other files would be changed."""
-    for name in (*LEVELS, DAMAGED):
+    for name in (*LEVELS, DAMAGED, GRADIENTS):
         if os.path.islink(path / name):
             raise StoreError(
                 f"{path / name} is a link, where an index keeps a folder of its own.",
@@ -280,8 +282,10 @@ def _own_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _is_own(inside: Path, name: str, is_folder: bool) -> bool:
+    if inside.parts[:1] == (GRADIENTS,):
+        return name != GRADIENTS and _is_own(inside.relative_to(GRADIENTS), name, is_folder)
     if is_folder:
-        return not inside.parts and name in (*LEVELS, DAMAGED)
+        return not inside.parts and name in (*LEVELS, DAMAGED, GRADIENTS)
     if _PART.fullmatch(name):
         return True
     if not inside.parts:

@@ -144,7 +144,8 @@ def copy_for_files(manifest: Manifest) -> Manifest:
 
 def lost_moment(manifest: Manifest) -> bool:
     """Return whether there are rows, the index's options want a second moment, and there is none."""
-    wanted = manifest["config"].get("gradient", {}).get("second_moment", "none") != "none"
+    config = manifest["config"]
+    wanted = config.get("gradient", {}).get("second_moment", "none") != "none" and not config.get("encoder")
     stored = any(entry["rows"] for plan in manifest["levels"].values() for entry in plan["shards"].values())
     return wanted and stored and manifest["second_moment"] is None
 

@@ -51,11 +51,30 @@ def _unless(value: Any, default: Any) -> Any:
     return None if value == default else value
 
 
+def distill_tables(summary: Any) -> Tables:
+    """Return tables about a distillation and how well its encoder ranks, from its DistillSummary."""
+    parts = (f"{summary.anchors[name]:,} × {summary.pool[name]:,} {name}" for name in summary.anchors)
+    lines = {
+        "encoder": f"{summary.encoder}, {summary.width} entries a row",
+        "anchors × pool": "; ".join(parts),
+        "best epoch": f"{summary.best_epoch} of {len(summary.epoch_spearman)}",
+        "time": "done before" if summary.already_there else f"{summary.seconds:.0f} s",
+    }
+    if summary.truncated:
+        lines["truncated"] = f"{summary.truncated:,} texts: their response was kept, and their prompt cut"
+    lines["next"] = shlex.join(["rapidindex", "build", "DATA", "--encoder", summary.output, "-o", "INDEX2"])
+    ranks = {
+        name: f"{value:.3f} per anchor, {summary.aggregated[name]:.3f} aggregated"
+        for name, value in summary.per_anchor.items()
+    }
+    return {f"Encoder {summary.output}": lines, "Spearman with the gradients' ranking, held out": ranks}
+
+
 def build_tables(summary: Any) -> Tables:
     """Return one table about a finished build, from its BuildSummary."""
     lines = {
         "examples": f"{summary.examples:,} ({summary.computed:,} computed now, in {summary.seconds:.0f} s)",
-        "gradient": f"{summary.gradient_size:,} entries in {summary.layers} layers",
+        "gradient": f"{summary.gradient_size:,} entries in {summary.layers} layers" if summary.layers else "none",
     }
     if summary.restored:
         lines["restored"] = f"{summary.restored:,} examples that had been removed"
@@ -131,6 +150,8 @@ def _index_lines(info: dict[str, Any]) -> dict[str, str]:
     }
     if info["lost_second_moment"]:
         lines["damaged"] = "the second moment is lost: nothing can be asked before the build command is given again"
+    if config.get("encoder"):
+        lines["encoder"] = f"{config['encoder']['path']}: the rows are its embeddings"
     return lines | ({"removed": f"{info['removed']:,} examples"} if info["removed"] else {})
 
 

@@ -127,7 +127,9 @@ def verdict(result: Result) -> str:
 def rescored(result: Result) -> str:
     """Return a sentence about the order of the matches where their scores do not give it, otherwise an empty text."""
     if result.rescoring is None:
-        return ""
+        return (
+            "The scores are an encoder's estimates; --rescore orders by true gradients." if result.index.encoder else ""
+        )
     correlation = result.rescoring.rank_correlation
     agreement = "" if correlation is None else f" The two orders have a rank correlation of {correlation:.2f};"
     return (

@@ -22,7 +22,7 @@ MODULES = sorted(
     ".".join(path.relative_to(BENCH.parent).with_suffix("").parts).removesuffix(".__init__")
     for path in BENCH.rglob("*.py")
 )
-EXTRA = {"bm25s", "kronfluence", "matplotlib", "pandas", "scipy", "sklearn", "bergson", "dattri_llm"}
+EXTRA = {"bm25s", "wordllama", "kronfluence", "matplotlib", "pandas", "scipy", "sklearn", "bergson", "dattri_llm"}
 """Packages that are imported where the extra `bench`, or a peer, is installed."""
 WORDS = "the old river runs by quiet hills and wide fields where people grow rice near warm towns".split()
 
@@ -201,3 +201,20 @@ def test_peers(peer, work, folder):
     options = ("--data", folder / "alpaca_9k.jsonl", "--peers", name)
     figures = run(work, "bench.caching", *options, results=["caching_lora_float32"])["caching_lora_float32"]
     assert "error" not in figures["peers"][0]
+
+
+@lacks("sentence_transformers", "sklearn", "datasets")
+def test_an_encoder_is_distilled_ranked_and_timed(tmp_path, llama_folders):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, 4)) for _ in range(110)]
+    data = write_lines(tmp_path / "data.jsonl", [{"instruction": f"Say {n}", "output": t} for n, t in enumerate(texts)])
+    build(BuildRequest(str(data), tmp_path / "index", ModelConfig(*map(str, llama_folders)), sketch=SketchConfig(4096)))
+    encoder = tiny.save_encoder(tmp_path / "plain")
+    influcoder = importlib.import_module("bench.influcoder")
+    inputs = ["--index", str(tmp_path / "index"), "--encoder", str(encoder), "--runs", "16:0,16:1", "--epochs", "1"]
+    influcoder.main([*inputs, "--work", str(tmp_path / "work"), "--smoke"])
+    figures = json.loads((tmp_path / "work" / "results" / "influcoder.json").read_text())["figures"]
+    assert [(run["anchors"]["train"], run["seed"]) for run in figures["runs"]] == [(16, 0), (16, 1)]
+    assert set(figures["ranks"]) == {"0", "1"} and figures["ranks"]["0"]["RapidGrads, K = 4,096"]["per_anchor"] > 0.99
+    assert figures["candidates"][0]["distilled"]["200"] == 1.0
+    assert figures["cost"]["embedding_seconds"] > 0

