@@ -148,7 +148,7 @@ def _index_lines(info: dict[str, Any]) -> dict[str, str]:
         "projection": f"{_projection(sketch)}, seed {sketch['seed']}",
         "created": info["created"],
     }
-    if info["lost_second_moment"]:
+    if info.get("lost_second_moment"):
         lines["damaged"] = "the second moment is lost: nothing can be asked before the build command is given again"
     if config.get("encoder"):
         lines["encoder"] = f"{config['encoder']['path']}: the rows are its embeddings"

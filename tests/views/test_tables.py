@@ -159,3 +159,9 @@ def test_a_recall_stands_where_a_search_is_approximate_and_not_where_it_is_exhau
     shown = tables.info_tables({**INFO, "levels": {"sentence": {**LEVEL, "index": index}}})["Level sentence"]
     assert shown["search proponents"].startswith("exhaustive") and "0.1" not in shown["search proponents"]
     assert shown["search opponents"].startswith("approximate, recall@10 0.100, recall@100 0.200")
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_lost_second_moment_is_said(lost):
+    lines = next(iter(tables.info_tables({**INFO, "lost_second_moment": lost}).values()))
+    assert ("second moment is lost" in lines.get("damaged", "")) == lost
