@@ -16,7 +16,7 @@ from rapidindex.results import Trial, TrialGroup, Verification
 from rapidindex.views import heatmap
 from rapidindex.views.sanitize import line
 
-_STRIP = 20
+_STRIP = 17
 _NAMES = {
     "top": "the matches",
     "bm25": "BM25 for the words",
@@ -36,11 +36,11 @@ class Row:
     trials: str
     """How many rows, or draws of rows."""
     alone: str
-    """The median of the rows' own changes, in points; empty where rows were not tried alone."""
+    """The median change that a row alone makes, in nats; empty where rows were not tried alone."""
     together: str
-    """The change that all rows make, in points, or the draws' range."""
-    nats: str
-    """The same of the mean log-probability, in nats."""
+    """The change that all rows make, in nats, or the draws' median and range."""
+    points: str
+    """The same of the probability, in percentage points."""
     places: list[float]
     """Where the trials of all rows lie in the plot, 0 to 1."""
 
@@ -52,9 +52,9 @@ def rows(found: Verification) -> list[Row]:
         Row(
             _NAMES.get(group.name, group.name),
             _counted(group),
-            f"{median(trial.probability for trial in group.alone):+.1f}" if group.alone else "",
-            _spread([trial.probability for trial in group.together], "{:+.1f}"),
-            _spread([trial.log_probability for trial in group.together], "{:+.3f}"),
+            f"{median(trial.log_probability for trial in group.alone):+.2f}" if group.alone else "",
+            _spread([trial.log_probability for trial in group.together], "{:+.2f}"),
+            _spread([trial.probability for trial in group.together], _points(found)),
             [(trial.log_probability - low) / (high - low) for trial in group.together],
         )
         for group in found.groups
@@ -131,7 +131,7 @@ def _table(found: Verification) -> Table:
     low, high = scale(found)
     alone = any(group.alone for group in found.groups)
     table.add_column("rows", no_wrap=True)
-    for name in ("", *(["alone"] if alone else []), "together, points"):
+    for name in ("", *(["alone"] if alone else []), "together, nats"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column(f"{low}{'nats':^{_STRIP - len(low) - len(high)}}{high}", no_wrap=True)
     for row in rows(found):
@@ -182,15 +182,15 @@ def _is_shown(found: Verification, top: Trial, random: Sequence[Trial]) -> bool:
 
 def _beside(found: Verification, random: Sequence[Trial]) -> str:
     """Return what the controls do, in a clause."""
-    points = [trial.probability for trial in random]
-    n = len(random[0].rows)
+    form, points, n = _points(found), [trial.probability for trial in random], len(random[0].rows)
+    between = f"{form} to {form} points".format(min(points), max(points))
     if found.method == "retrain":
         runs = f"{len(random)} trainings without {n} random rows" if len(random) > 1 else f"one without {n} random rows"
-        return f"{runs} change it by {min(points):+.1f} to {max(points):+.1f} points"
-    told = f"{len(random)} random draws of {n} change it by {min(points):+.1f} to {max(points):+.1f} points"
+        return f"{runs} change it by {between}"
+    told = f"{len(random)} random draws of {n} change it by {between}"
     if bm25 := found.group("bm25"):
         told += f", and the {len(bm25.together[0].rows)} that BM25 finds for the words by"
-        told += f" {bm25.together[0].probability:+.1f}"
+        told += f" {form}".format(bm25.together[0].probability)
     return told
 
 
@@ -207,6 +207,12 @@ def _retraining_notes(found: Verification) -> list[str]:
     runs = len(found.group("random").together)
     sentences.append(f"With {runs} control{'s' if runs > 1 else ''} no p-value means anything: look at the sizes.")
     return sentences
+
+
+def _points(found: Verification) -> str:
+    """Return the format of changes in points: a word of low probability moves by hundredths of one."""
+    largest = max(abs(trial.probability) for group in found.groups for trial in group.together)
+    return "{:+.1f}" if largest >= 1 else "{:+.3f}"
 
 
 def _words(found: Verification) -> str:

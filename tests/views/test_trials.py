@@ -79,7 +79,14 @@ def test_the_plot_has_a_dot_for_each_trial_on_one_scale():
     console = Console(width=80, record=True, no_color=True, file=io.StringIO())
     console.print(trials.terminal(found))
     shown = console.export_text()
-    assert shown.count("●") == 5 and "From Japan." in shown
+    assert "●" in shown and "From Japan." in shown and "…" not in shown
+    assert shown.count("●") == 5
+
+
+def test_a_word_of_low_probability_moves_by_hundredths_of_a_point():
+    found = verification(top=0.09, random=(-0.02, 0.01), probability=0.0013)
+    found = replace(found, groups=[group for group in found.groups if group.name != "bm25"])
+    assert "from 0.13 % to 0.22 %; 2 random draws of 2 change it by -0.020 to +0.010 points" in trials.verdict(found)
 
 
 def test_training_text_is_harmless_in_both_views():
