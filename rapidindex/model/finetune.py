@@ -93,9 +93,7 @@ def _finetune(
 ) -> FinetuneSummary:
     several = any(example.has_earlier_replies for example in dataset.examples)
     # Before there was --loss, the last turn alone was in it.
-    record = _OUTPUT.open(
-        output, settings, overwrite, {"loss": "last" if several else encoding.loss, "overlap": None}
-    )
+    record = _OUTPUT.open(output, settings, overwrite, {"loss": "last" if several else encoding.loss, "overlap": None})
     if record and record.get("summary"):
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
         return replace(FinetuneSummary(**record["summary"]), output=str(output), already_there=True)

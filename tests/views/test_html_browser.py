@@ -117,7 +117,10 @@ def test_hovering_over_a_token_says_its_text_share_and_position(visit, file):
     page = visit(file)
     match = shown.result().matches[0]
     page.locator(".heat").first.locator(".c", has_text="Japan").hover()
-    assert page.locator("#tip").text_content() == f"“Japan” {wording.percent(match.token_scores[3], heatmap.total(match))}, token 3"
+    assert (
+        page.locator("#tip").text_content()
+        == f"“Japan” {wording.percent(match.token_scores[3], heatmap.total(match))}, token 3"
+    )
     page.keyboard.press("Escape")
     assert page.locator("#tip").is_hidden()
 
