@@ -65,7 +65,7 @@ def plain_loop(dataset, base, options, without, batches, folder):
     """Train in plain torch on the batches of positions, leaving the losses of `without` out; return losses, weights."""
     loaded = load(ModelConfig(base.model, device="cpu"))
     template = Template("plain", loaded.tokenizer, 64)
-    with training._seeded(options.seed):
+    with training.seeded(options.seed):
         model = training._make_trainable(loaded.model, base, options)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
