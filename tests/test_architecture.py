@@ -19,7 +19,7 @@ TIERS = [
     {"encoder"},
     {"caching", "query"},
     {"evaluate"},
-    {"demo"},
+    {"serve", "demo"},
     {"cli", "__init__"},
     {"__main__"},
 ]

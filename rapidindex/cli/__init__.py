@@ -7,6 +7,7 @@ training     finetune, distill
 building     build
 updating     add, remove
 querying     query
+serving      serve
 verifying    verify
 inspecting   info, check, index
 showing      demo
@@ -17,7 +18,7 @@ order of these imports. Nothing heavy is imported before a command runs, so that
 
 # isort: off
 from rapidindex.cli.app import main
-from rapidindex.cli import querying, verifying, training, building, updating, inspecting, showing  # noqa: F401
+from rapidindex.cli import querying, serving, verifying, training, building, updating, inspecting, showing  # noqa: F401
 
 # isort: on
 __all__ = ["main"]

@@ -89,7 +89,7 @@ def verify(
     from rapidindex.progress import Bars
     from rapidindex.query.index import Index
     from rapidindex.query.questions import as_query
-    from rapidindex.views import trials
+    from rapidindex.views import trials, wording
 
     options = VerifyOptions(
         top=top,
@@ -111,6 +111,8 @@ def verify(
         say("Loading the model …")
     with Bars(quiet=quiet) as bars:
         found = run(index, question, options, announce=_nothing if yes else _ask, progress=bars)
+    if missing := wording.unfinished(found):
+        say(f"{missing} Give its rapidindex build command again to search them all.")
     if as_json:
         echo_json(found.to_json(indent=2))
     else:

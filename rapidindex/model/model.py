@@ -6,14 +6,20 @@ nothing of examples or gradients. `files.py` finds the files, and `loading.py` r
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from rapidindex.config import ModelConfig
 from rapidindex.data.templates import continuation
@@ -183,9 +189,17 @@ class Generated:
 
 
 def generate(
-    loaded: LoadedModel, prompt_text: str, *, add_special_tokens: bool = True, max_new_tokens: int = 64
+    loaded: LoadedModel,
+    prompt_text: str,
+    *,
+    add_special_tokens: bool = True,
+    max_new_tokens: int = 64,
+    seed: int | None = None,
+    each: Callable[[str], bool] | None = None,
 ) -> Generated:
-    """Return the model's greedy answer to `prompt_text`, to which no template is applied.
+    """Return the model's answer to `prompt_text`, to which no template is applied: greedy, or drawn by `seed`.
+
+    `each` is called with the answer so far after each token, and ends it by returning True.
 
     The model's state does not change, and nothing but the tokens that end an answer is taken from its
     generation_config. Raises UsageError for an empty prompt, and ModelError for one that fills the model's context.
@@ -200,17 +214,35 @@ def generate(
             f"The prompt has {len(prompt_ids)} tokens; the model takes {context}.", hint="Shorten the prompt."
         )
     ends, prompt = _end_tokens(loaded), torch.tensor([prompt_ids], device=loaded.device)
-    greedy = GenerationConfig(
+    options = GenerationConfig(
         max_new_tokens=min(max_new_tokens, context - len(prompt_ids)),
-        do_sample=False,
+        do_sample=seed is not None,
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
         use_cache=True,
     )
-    with quiet_libraries(), torch.no_grad(), _generating(loaded.model, greedy):
-        output = loaded.model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+    criteria = StoppingCriteriaList([_Each(loaded, prompt_ids, each)] if each else [])
+    devices = [loaded.device] if loaded.device.type == "cuda" else []
+    with quiet_libraries(), torch.no_grad(), _generating(loaded.model, options), torch.random.fork_rng(devices):
+        torch.manual_seed(seed or 0)
+        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+        output = loaded.model.generate(**inputs, stopping_criteria=criteria)
     ids = list(itertools.takewhile(lambda id: id not in ends, output[0, len(prompt_ids) :].tolist()))
     return Generated(prompt_ids, ids, continuation(loaded.tokenizer, prompt_ids, ids)[0])
+
+
+class _Each(StoppingCriteria):
+    """Calls a function with the text of an answer after each of its tokens; the answer ends where it returns True."""
+
+    def __init__(self, loaded: LoadedModel, prompt_ids: list[int], each: Callable[[str], bool]) -> None:
+        self.loaded, self.prompt_ids, self.each = loaded, prompt_ids, each
+        self.ends = _end_tokens(loaded)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        given = input_ids[0, len(self.prompt_ids) :].tolist()
+        ids = list(itertools.takewhile(lambda id: id not in self.ends, given))
+        stop = self.each(continuation(self.loaded.tokenizer, self.prompt_ids, ids)[0])
+        return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
 
 
 def _open_ended(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:

@@ -6,6 +6,7 @@ whole answer, Eq. 7 for some of it).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,10 +87,12 @@ def _example(query: Query) -> Example:
     return Example("", query.text, query.answer or "", {}, 0, query.turns, tools=query.tools)
 
 
-def generate_answer(query: Query, loaded: LoadedModel, template: Template, max_new_tokens: int) -> Generated:
-    """Return the model's greedy answer."""
+def generate_answer(
+    query: Query, loaded: LoadedModel, template: Template, max_new_tokens: int, **drawing: Any
+) -> Generated:
+    """Return the model's answer: greedy, or as `drawing` (`seed` and `each` of `generate`) says."""
     prompt, special = template.render_prompt(query.turns, query.tools), template.add_special_tokens
-    return generate(loaded, prompt, add_special_tokens=special, max_new_tokens=max_new_tokens)
+    return generate(loaded, prompt, add_special_tokens=special, max_new_tokens=max_new_tokens, **drawing)
 
 
 def selected_text(info: QueryInfo) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rapidindex.results import Match, QueryInfo, Result
+from rapidindex.results import Match, QueryInfo, Result, Verification
 
 
 def word(text: str) -> str:
@@ -39,7 +39,7 @@ def unit_name(result: Result) -> str:
     return "tokens" if result.level == "token" else "examples"
 
 
-def unfinished(result: Result) -> str:
+def unfinished(result: Result | Verification) -> str:
     """Return a sentence where the index lacks examples that its build was to store, otherwise an empty text."""
     index = result.index
     if index.planned is None:

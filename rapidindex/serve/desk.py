@@ -1,0 +1,298 @@
+"""What the page asks, answered from one index. Every method yields or returns plain data for JSON.
+
+Work with the model is queued by the index; between two pieces of an answer nothing is held, so that an answer which
+nobody reads on is cancelled there. No path of this machine is in anything that is returned.
+"""
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rapidindex.config import QueryOptions, VerifyOptions
+from rapidindex.data.examples import Example
+from rapidindex.errors import QueryError, UsageError
+from rapidindex.evaluate.verify import verify
+from rapidindex.query.encode import EncodedQuery, generate_answer
+from rapidindex.query.events import Answered, Ranked, Scored
+from rapidindex.query.index import Index, model_work
+from rapidindex.query.questions import Query, as_query
+from rapidindex.results import Match, Result, Token
+from rapidindex.store import Store
+from rapidindex.views import heatmap, trials, wording
+from rapidindex.views.sanitize import paragraph
+
+Piece = dict[str, Any]
+
+KEPT = 24
+"""Questions whose gradients and results are kept: the report, the other direction and a repetition take no model."""
+MOST_MATCHES = 50
+LONGEST = 20_000
+"""Characters of a prompt or an answer."""
+MOST_TOKENS = 256
+"""Tokens of an answer that the model gives."""
+
+
+class Desk:
+    """Answers a page's questions to the index at `path`, which `reload` opens again."""
+
+    def __init__(self, open_index: Callable[[], Index]) -> None:
+        self._open = open_index
+        self.index = open_index()
+        self.loaded, self.failed = threading.Event(), ""
+        self._encoded: OrderedDict[str, EncodedQuery] = OrderedDict()
+        self._results: OrderedDict[str, Result] = OrderedDict()
+
+    def load(self) -> None:
+        """Load the model; where that fails, `state` says why."""
+        try:
+            with model_work:
+                self.index.template  # noqa: B018 - loads the model
+                for level in self.index.store.levels:
+                    self.index.compressor_of(level)
+            self.loaded.set()
+        except Exception as error:
+            self.failed = self.public(str(error) or type(error).__name__)
+
+    def state(self) -> Piece:
+        """Return what the index holds, whether its model is loaded, and whether it has changed on disk."""
+        index, recipe = self.index, self.index.recipe
+        return {
+            "id": index.store.id,
+            "folder": Path(index.store.path).name,
+            "model": _last(recipe.model.path),
+            "adapter": _last(recipe.adapter.path),
+            "examples": len(index),
+            "levels": list(index.store.levels),
+            "loaded": self.loaded.is_set(),
+            "failed": self.failed,
+            "changed": self._changed(),
+        }
+
+    def reload(self) -> Piece:
+        """Open the index again, with the model that is loaded, and return the state."""
+        before, fresh = self.index, self._open()
+        if "loaded" in vars(before):
+            fresh = Index(fresh.store, before._model, before.loaded)
+        self.index = fresh
+        self._encoded.clear()
+        self._results.clear()
+        return self.state()
+
+    def words(self, asked: Piece) -> Piece:
+        """Return an answer cut into its tokens, as the page shows and selects them."""
+        query = self._query(asked)
+        with model_work:
+            example = Example("", query.text, query.answer or "", {}, 0, query.turns, tools=query.tools)
+            encoding = self.index.template.encode(example, end=False)
+        if encoding.truncated:
+            raise QueryError("Prompt and answer are longer than the index's --max-length.", hint="Shorten them.")
+        return {"kind": "words", "words": _pieces(query.answer or "", encoding.tokens)}
+
+    def answer(self, asked: Piece) -> Iterator[Piece]:
+        """Yield the model's own answer as it grows, and then its words; greedy, or drawn by the seed `seed`."""
+        query, grown, stop = self._query(asked | {"answer": None}), queue.Queue(), threading.Event()
+        seed = asked.get("seed")
+        if not (seed is None or type(seed) is int and 0 <= seed < 2**63):
+            raise UsageError("A seed is a whole number from 0.")
+
+        def grow(text: str) -> bool:
+            grown.put(text)
+            return stop.is_set()
+
+        def work() -> None:
+            try:
+                with model_work:
+                    loaded, template = self.index.loaded, self.index.template
+                    done = generate_answer(query, loaded, template, MOST_TOKENS, seed=seed, each=grow)
+                grown.put((done.text,))
+            except Exception as error:
+                grown.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            while isinstance(piece := grown.get(), str):
+                yield {"kind": "text", "text": paragraph(piece)}
+        finally:
+            stop.set()
+        if isinstance(piece, Exception):
+            raise piece
+        text = piece[0]
+        yield {"kind": "answered", "text": text}
+        if text.strip():
+            yield self.words(asked | {"answer": text})
+
+    def ask(self, asked: Piece) -> Iterator[Piece]:
+        """Yield the ranking of both directions, each match's heat-map, and its influence on the answer's words.
+
+        Heat-maps are those of the direction `direction`. The other is asked for with the same question.
+        """
+        options = self._options(asked)
+        key, encoded = self._pose(asked, options)
+        yield {"kind": "posed", "selection": encoded.info.selection, "key": key}
+        results = {}
+        for opponents in (False, True):
+            one = replace(options, opponents=opponents, heatmaps=False)
+            events = self.index.ask([encoded], one)
+            results[opponents] = next(event.result for event in events if isinstance(event, Ranked))
+            yield self._ranking(results[opponents])
+        name = "opponents" if options.opponents else "proponents"
+        if (done := self._results.get(f"{key} {name}")) is None:
+            for event in self.index.ask([encoded], replace(options, answer_scores=True)):
+                if isinstance(event, Scored):
+                    yield _scored(event, name)
+                elif isinstance(event, Answered):
+                    done = event.result
+            _keep(self._results, f"{key} {name}", done)
+        else:
+            for match in done.matches:
+                yield _scored(Scored(0, match, match.rank, len(done.matches)), name)
+        yield {"kind": "done", "direction": name}
+
+    def result(self, key: str, direction: str) -> Result:
+        """Return a finished result. QueryError where there is none."""
+        result = self._results.get(f"{key} {direction}")
+        if result is None:
+            raise QueryError("This result is no longer kept.", hint="Ask again.")
+        info = replace(result.index, model=_last(result.index.model), adapter=_last(result.index.adapter))
+        return replace(result, index=info, matches=list(map(_public_match, result.matches)))
+
+    def report(self, asked: Piece) -> str:
+        """Return the report of a finished result as one HTML file."""
+        key = str(asked.get("key"))
+        found = [name for name in ("proponents", "opponents") if f"{key} {name}" in self._results]
+        results = [self.result(key, name) for name in found or ["proponents"]]
+        return results[0].to_html(opponents=results[1] if len(results) > 1 else None)
+
+    def verify(self, asked: Piece) -> Piece:
+        """Return in words what a step on the matches does to the words of a question, beside other rows."""
+        encoded = self._encoded.get(str(asked.get("key")))
+        if encoded is None:
+            raise QueryError("This question is no longer kept.", hint="Ask again.")
+        options = VerifyOptions(top=max(1, min(5, len(self.index) // 2)), draws=10)  # half: somebody waits
+        return {"verdict": paragraph(trials.verdict(verify(self.index, encoded, options)))}
+
+    def public(self, text: str) -> str:
+        """Return a message in which the places of index, model and adapter are their last names."""
+        recipe = self.index.recipe
+        places = [str(self.index.store.path), recipe.model.path, recipe.adapter.path, str(Path.home())]
+        for place in sorted(filter(None, places), key=len, reverse=True):
+            text = text.replace(place, _last(place))
+        return text
+
+    def _pose(self, asked: Piece, options: QueryOptions) -> tuple[str, EncodedQuery]:
+        query = self._query(asked)
+        key = f"{abs(hash((query.text, query.turns, query.answer, query.span, options.k, options.level))):x}"
+        if key not in self._encoded:
+            (encoded,) = self.index.encode([query], options)
+            _keep(self._encoded, key, encoded)
+        return key, self._encoded[key]
+
+    def _query(self, asked: Piece) -> Query:
+        fields = {name: asked.get(name) or None for name in ("prompt", "answer", "span", "system")}
+        for name, value in fields.items():
+            if value is not None and (not isinstance(value, str) or len(value) > LONGEST):
+                raise UsageError(f"The {name} is a text of at most {LONGEST:,} characters.")
+        if not (fields["prompt"] or "").strip():
+            raise QueryError("The prompt is empty.", hint="Type what the model was asked.")
+        system = fields.pop("system")
+        return as_query(fields.pop("prompt"), system=system, **fields)
+
+    def _options(self, asked: Piece) -> QueryOptions:
+        k, direction = asked.get("k", 10), asked.get("direction", "proponents")
+        if type(k) is not int or not 1 <= k <= MOST_MATCHES:
+            raise UsageError(f"The number of matches is from 1 to {MOST_MATCHES}.")
+        if direction not in ("proponents", "opponents"):
+            raise UsageError("The direction is proponents or opponents.")
+        return QueryOptions(k=k, opponents=direction == "opponents", level=asked.get("level"))
+
+    def _ranking(self, result: Result) -> Piece:
+        return {
+            "kind": "ranked",
+            "direction": result.direction,
+            "n": result.index.n,
+            "unit": wording.unit_name(result),
+            "search": wording.search(result),
+            "seconds": asdict(result.seconds),
+            "standing": wording.standing(result),
+            "folded": wording.folded(result)[2],
+            "unfinished": wording.unfinished(result),
+            "matches": [_match(result, match) for match in result.matches],
+        }
+
+    def _changed(self) -> bool:
+        store = self.index.store
+        try:
+            there = Store.open(store.path)
+        except Exception:
+            return True
+        return (there.id, there.manifest["revision"], there.removed) != (
+            store.id,
+            store.manifest["revision"],
+            store.removed,
+        )
+
+
+def _match(result: Result, match: Match) -> Piece:
+    return {
+        "rank": match.rank,
+        "id": match.id,
+        "score": wording.signed(match.score),
+        "percentile": match.percentile,
+        "distance": wording.distance(result, match),
+        "beyond": result.stands_out(match) is not False,
+        "place": paragraph(wording.place(_public_match(match))),
+        "prompt": paragraph(match.prompt),
+        "response": paragraph(match.response[: heatmap.LONGEST]),
+        "hidden": max(0, len(match.response) - heatmap.LONGEST),
+        "token": paragraph(wording.matched_token(match)),
+        "meta": {paragraph(str(name)): paragraph(wording.meta_text(value)) for name, value in match.meta.items()},
+    }
+
+
+def _scored(event: Scored, direction: str) -> Piece:
+    match = event.match
+    piece = {"kind": "scored", "direction": direction, "id": match.id, "rank": match.rank}
+    piece |= {"done": event.done, "total": event.total}
+    if match.exact_score is not None:
+        piece["influence"] = wording.signed(match.exact_score)
+        shown = heatmap.beginning(match.response, match.tokens, match.token_scores)
+        piece["heat"] = _pieces(*shown, heatmap.total(match))
+    if match.answer_scores:
+        piece["answer"] = match.answer_scores
+    return piece
+
+
+def _pieces(text: str, tokens: list[Token], scores: list[float] | None = None, total: float = 0.0) -> list[list[Any]]:
+    """Return a text's words and the rest of it: [text before, text, text after, positions, share, its percent], [rest].
+
+    Without `scores`, share and percent are left out. White space alone and tokens without characters are no words.
+    """
+    pieces, rest = heatmap.segments(text, tokens, [0.0] * len(tokens) if scores is None else scores)
+    shown, space = [], ""
+    for piece in pieces:
+        if piece.special or not piece.text:
+            space += piece.before + piece.after
+            continue
+        texts = map(paragraph, (space + piece.before, piece.text, piece.after))
+        share = [] if scores is None else [piece.score, wording.percent(piece.score, total)]
+        shown.append([*texts, [token.position for token in piece.shares], *share])
+        space = ""
+    return [*shown, [paragraph(space + rest)]]
+
+
+def _public_match(match: Match) -> Match:
+    return replace(match, source=_last(match.source) or None)
+
+
+def _keep(kept: OrderedDict, key: str, value: Any) -> None:
+    kept[key] = value
+    while len(kept) > KEPT:
+        kept.popitem(last=False)
+
+
+def _last(path: str | None) -> str:
+    return Path(path).name if path else ""
