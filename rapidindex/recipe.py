@@ -106,6 +106,10 @@ class Recipe:
             config["encoder"] = _place(self.encoder)
         return config
 
+    def day(self, created: str) -> str:
+        """Return the day that a chat template which reads the clock is told; by default that of the build."""
+        return self.encoding.date or created[:10]
+
     @property
     def name(self) -> str:
         """The name of the recipe of gradient and sketch, or `custom`."""

@@ -284,7 +284,7 @@ class TrialGroup:
 
     name: str
     """`top` (the matches), `random` (of like length), `bm25` (found by the words), `least` (scores nearest to 0), or
-    `opponents`; `unlearned` is a step up the loss of the matches, `none` a training from which nothing was taken."""
+    `opponents`; `unlearned` is a step up the loss of the matches."""
     alone: list[Trial]
     """A trial for each row; of `random`, for the first row of each draw. Empty where rows were not tried alone."""
     together: list[Trial]

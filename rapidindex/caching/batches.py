@@ -4,15 +4,16 @@ Models are causal: the gradient of a token's own loss is that of the example cut
 the loss. So tokens are cached as examples are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from rapidindex.config import BuildConfig
 from rapidindex.data.examples import Example
-from rapidindex.data.templates import Encoding
+from rapidindex.data.templates import Encoding, Template
 from rapidindex.errors import ResourceError
 from rapidindex.gradients.losses import Batch
 
@@ -101,6 +102,12 @@ def as_batch(items: Sequence[Item], device: torch.device | str) -> Batch:
     """Pad items to a batch whose losses are the mean over an example's response tokens, or one token's own."""
     ids = [item.encoding.input_ids[: item.tokens] for item in items]
     return Batch.of(ids, [_weights(item) for item in items], device)
+
+
+def batches_of(examples: Iterable[Example], template: Template, device: torch.device | str) -> list[Batch]:
+    """Return a few examples as padded batches, of as many tokens as those of a build by default."""
+    items = [Item(example, template.encode(example)) for example in examples]
+    return [as_batch(batch, device) for batch in plan_batches(items, BuildConfig.batch_tokens)]
 
 
 def _weights(item: Item) -> np.ndarray:

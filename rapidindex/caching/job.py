@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from rapidindex.gradients.losses import Layer
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.sketch import Sketch
+from rapidindex.model.files import absolute_place
 from rapidindex.model.model import LoadedModel, adopt, load
 from rapidindex.progress import Progress, silent
 from rapidindex.recipe import Recipe, Source
@@ -201,9 +201,7 @@ def prepare(request: BuildRequest, progress: Progress = silent, *, added: bool =
     if not isinstance(model, EncoderHandle):
         if not added:
             check_template(encoding.template)
-        template = Template(
-            encoding.template, loaded.tokenizer, encoding.max_length, date=encoding.date, overlap=encoding.overlap
-        )
+        template = Template.of(encoding, loaded.tokenizer)
     items, skipped = _encode(dataset, template, dataset.path if added else "")
     for item in () if template is loaded else items:
         loaded.limits.check(item.encoding.input_ids, f"line {item.example.line} of {dataset.path}")
@@ -221,14 +219,14 @@ def _open(request: BuildRequest) -> ModelHandle:
 
 def _recipe(request: BuildRequest, loaded: Any, template: Any, dataset: Dataset) -> Recipe:
     if isinstance(loaded, Encoder):
-        source = Source(_place(loaded.path), loaded.fingerprint)
+        source = Source(absolute_place(loaded.path), loaded.fingerprint)
         data = Source(dataset.path, dataset.fingerprint)
         return replace(loaded.recipe, encoder=source, data=data, added=(), token=None, tokens_of=None)
     config, fingerprints = loaded.config, loaded.fingerprints
     with_tokens = "token" in request.levels
     return Recipe(
-        model=Source(_place(config.model), fingerprints["model"]),
-        adapter=Source(_place(config.adapter), fingerprints["adapter"]),
+        model=Source(absolute_place(config.model), fingerprints["model"]),
+        adapter=Source(absolute_place(config.adapter), fingerprints["adapter"]),
         tokenizer=fingerprints["tokenizer"],
         quantize=config.quantize,
         dtype=config.dtype,
@@ -240,11 +238,6 @@ def _recipe(request: BuildRequest, loaded: Any, template: Any, dataset: Dataset)
         token=request.token if with_tokens else None,
         tokens_of=("all" if request.token_examples is None else "listed") if with_tokens else None,
     )
-
-
-def _place(path: str | None) -> str | None:
-    """Return an existing path as an absolute one, which is found from anywhere; a hub name as it is."""
-    return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
 
 
 def _encode(dataset: Dataset, template: Any, source: str) -> tuple[list[Item], list[dict[str, Any]]]:
@@ -286,12 +279,8 @@ def same_day(request: BuildRequest, store: Store | None) -> BuildRequest:
     """Return the request with the day on which `store` was built, for a chat template that reads the clock."""
     if store is None or request.encoding.date:
         return request
-    return replace(
-        request,
-        encoding=replace(
-            request.encoding, date=Recipe.from_manifest(store.config).encoding.date or store.manifest["created"][:10]
-        ),
-    )
+    day = Recipe.from_manifest(store.config).day(store.manifest["created"])
+    return replace(request, encoding=replace(request.encoding, date=day))
 
 
 def check_recipe(job: Job, store: Store) -> None:
@@ -311,8 +300,7 @@ def check_tokens(job: Job, store: Store) -> None:
     """
     if job.embeds:
         return
-    encoding = job.recipe.encoding
-    template = Template(encoding.template, job.loaded.tokenizer, encoding.max_length, date=encoding.date)
+    template = Template.of(job.recipe.encoding, job.loaded.tokenizer)
     for level in store.levels[:1]:
         rows = store.rows(level)
         for number in range(0, len(rows.ids), len(rows.ids) // _CHECKED + 1):

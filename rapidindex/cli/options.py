@@ -34,6 +34,9 @@ def values(*known: str) -> dict[str, Callable[[str], list[str]]]:
     return {"autocompletion": lambda incomplete: [value for value in known if value.startswith(incomplete)]}
 
 
+Answer = Annotated[str | None, in_question(help="What it said; without it the model answers now.")]
+System = Annotated[str | None, in_question(help="The system turn before the prompt.")]
+AnswerLength = Annotated[int, in_question("--max-new-tokens", help="Length of an answer that the model gives.")]
 IndexPath = Annotated[
     Path, typer.Argument(parser=in_home, metavar="INDEX", help="The index folder.", show_default=False)
 ]

@@ -27,14 +27,14 @@ from rapidindex.errors import ModelError, QueryError, UsageError
 def query(
     path: opt.IndexPath,
     prompt: Annotated[str | None, typer.Argument(help="What the model was asked; - reads it from stdin.")] = None,
-    answer: Annotated[str | None, opt.in_question(help="What it said; without it the model answers now.")] = None,
+    answer: opt.Answer = None,
     token: Annotated[
         str | None, opt.in_question(help="Ask about WORD of the answer, every time it occurs, or the n-th: WORD#n.")
     ] = None,
     span: Annotated[
         str | None, opt.in_question(help="Ask about the answer's tokens FIRST:LAST, counted from 0.")
     ] = None,
-    system: Annotated[str | None, opt.in_question(help="The system turn before the prompt.")] = None,
+    system: opt.System = None,
     k: Annotated[int, opt.in_search("-k", help="How many examples.")] = QueryOptions.k,
     opponents: Annotated[
         bool, opt.in_search("--opponents", help="The examples that speak against the answer instead.")
@@ -83,9 +83,7 @@ def query(
     adapter: opt.MovedAdapter = None,
     encoder: opt.MovedEncoder = None,
     device: opt.Device = ModelConfig.device,
-    max_new_tokens: Annotated[
-        int, opt.in_question(help="Length of an answer that the model gives.")
-    ] = QueryOptions.max_new_tokens,
+    max_new_tokens: opt.AnswerLength = QueryOptions.max_new_tokens,
     as_json: opt.Json = False,
     as_jsonl: Annotated[bool, opt.in_output("--jsonl", help="Print JSON, one result a line.")] = False,
     quiet: opt.Quiet = False,

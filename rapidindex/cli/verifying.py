@@ -26,12 +26,12 @@ in_retraining = partial(typer.Option, rich_help_panel="Retraining", show_default
 def verify(
     path: opt.IndexPath,
     prompt: Annotated[str, typer.Argument(help="What the model was asked; - reads it from stdin.")],
-    answer: Annotated[str | None, opt.in_question(help="What it said; without it the model answers now.")] = None,
+    answer: opt.Answer = None,
     token: Annotated[
         str | None, opt.in_question(help="Words of the answer, every time they occur, or the n-th: WORD#n.")
     ] = None,
     span: Annotated[str | None, opt.in_question(help="The answer's tokens FIRST:LAST, counted from 0.")] = None,
-    system: Annotated[str | None, opt.in_question(help="The system turn before the prompt.")] = None,
+    system: opt.System = None,
     method: Annotated[
         str,
         in_test(
@@ -73,9 +73,7 @@ def verify(
     model: opt.MovedModel = None,
     adapter: opt.MovedAdapter = None,
     device: opt.Device = ModelConfig.device,
-    max_new_tokens: Annotated[
-        int, opt.in_question(help="Length of an answer that the model gives.")
-    ] = VerifyOptions.max_new_tokens,
+    max_new_tokens: opt.AnswerLength = VerifyOptions.max_new_tokens,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rapidindex.config import fingerprint
+from rapidindex.config import EncodingConfig, fingerprint
 from rapidindex.data.examples import BETWEEN, Example, display_text
 from rapidindex.data.layouts import CALLS, REASONING, WEIGHT, Messages, Turn, more
 from rapidindex.data.tokens import is_spaceless
@@ -104,6 +104,13 @@ class Template:
         """The day that the template writes, as 2024-05-19; None where it reads no clock."""
         added = tokenizer.added_tokens_decoder.items()
         self._special_ids = {*tokenizer.all_special_ids, *(id for id, token in added if token.special)}
+
+    @classmethod
+    def of(cls, encoding: EncodingConfig, tokenizer: Any, *, date: str | None = None) -> "Template":
+        """Return the template of these options; `date` takes the place of theirs. Raises as Template does."""
+        return cls(
+            encoding.template, tokenizer, encoding.max_length, date=date or encoding.date, overlap=encoding.overlap
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -19,9 +19,9 @@ from typing import Any
 from rapidindex.config import DistillConfig, EncoderConfig, fingerprint
 from rapidindex.encoder.blocks import Agreement, Part, Text, agreement, bm25_scores, read_parts
 from rapidindex.encoder.embed import PREFIX, RECORD, Encoder, copy_recipe
-from rapidindex.errors import ResourceError, UsageError
+from rapidindex.errors import UsageError
 from rapidindex.model.files import CHECKPOINTS
-from rapidindex.model.outputs import Output
+from rapidindex.model.outputs import Output, check_room
 from rapidindex.progress import Progress, silent
 from rapidindex.store import GRADIENTS, Store
 
@@ -130,7 +130,7 @@ def _train(
     from rapidindex.model.loading import quiet_libraries
 
     with quiet_libraries():
-        from rapidindex.encoder.training import Measure, train, truncated
+        from rapidindex.encoder.training import Measure, train
 
         held_out = parts["held out"]
         measure = Measure(encoder, held_out)
@@ -143,7 +143,7 @@ def _train(
         encoder.model.prompts = {"query": PREFIX, "document": ""}
         encoder.model.save_pretrained(str(output), create_model_card=False)
     texts = {text.number: text for part in parts.values() for text in part.pool}
-    cut = truncated([encoder.encode_text(text.prompt, text.response) for text in texts.values()])
+    cut = sum(encoder.encode_text(text.prompt, text.response).truncated for text in texts.values())
     by_name = {field: _of(figures, field) for field in ("per_anchor", "aggregated")}
     return {"truncated": cut, **by_name, **trained}
 
@@ -155,12 +155,7 @@ def _of(figures: dict[str, Agreement], field: str) -> dict[str, float]:
 def _check_disk(output: Path, encoder: Encoder) -> None:
     """Raise ResourceError unless two checkpoints (weights and Adam's two moments) and the model fit into `output`."""
     size = sum(value.numel() * value.element_size() for value in encoder.model.parameters())
-    needed, free = 7 * size, shutil.disk_usage(output).free
-    if free < needed:
-        raise ResourceError(
-            f"Distilling needs {needed / 2**30:.1f} GiB in {output}, and {free / 2**30:.1f} GiB are free.",
-            hint="Free some space, or choose another --output.",
-        )
+    check_room(output, 7 * size, "Distilling")
 
 
 def _card(summary: DistillSummary, store: Store, options: DistillConfig) -> str:

@@ -5,7 +5,6 @@ and the second moment by which true gradients are compared with the encoder's an
 """
 
 import contextlib
-import hashlib
 import importlib.util
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -22,6 +21,7 @@ from rapidindex.data.templates import Encoding
 from rapidindex.errors import ModelError, NotAnIndex, UsageError
 from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.rapidgrad import RapidGrads
+from rapidindex.model.files import content_digest
 from rapidindex.model.loading import quiet_libraries
 from rapidindex.model.model import resolve_device
 from rapidindex.recipe import Recipe
@@ -90,7 +90,7 @@ class Encoder:
         ]
         names = [file.relative_to(folder) for file in files]
         chosen = [name for name in names if name.parts[0] not in (*_NOT_WEIGHTS, RECORD)]
-        return fingerprint({str(name): _digest(folder / name) for name in chosen})
+        return fingerprint({str(name): content_digest(folder / name) for name in chosen})
 
     def encode(self, example: Example) -> Encoding:
         """Return the token ids of an example's text, as `Template.encode` does: see `encode_text`."""
@@ -217,8 +217,3 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         batch.append(number)
     if batch:
         yield batch
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

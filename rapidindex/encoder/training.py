@@ -44,6 +44,12 @@ def block_loss(
     return loss
 
 
+def _tokenized(encoder: Encoder, part: Part) -> tuple[list[Encoding], list[Encoding]]:
+    """Return the token ids of a part's anchors and pool, as they will be when they are embedded."""
+    anchors = [encoder.encode_text(one.prompt, one.response, anchor=True) for one in part.anchors]
+    return anchors, [encoder.encode_text(one.prompt, one.response) for one in part.pool]
+
+
 class _Loss(nn.Module):
     """`block_loss` in the form that sentence-transformers' trainer takes."""
 
@@ -57,13 +63,12 @@ class _Loss(nn.Module):
 
 
 class _Collator:
-    """Makes a batch of a block's numbers: the texts are tokenized once, as they will be when they are embedded."""
+    """Makes a batch of a block's numbers: the texts are tokenized once."""
 
     valid_label_columns: Sequence[str] = ()
 
     def __init__(self, encoder: Encoder, part: Part) -> None:
-        self.anchors = [encoder.encode_text(one.prompt, one.response, anchor=True) for one in part.anchors]
-        self.pool = [encoder.encode_text(one.prompt, one.response) for one in part.pool]
+        self.anchors, self.pool = _tokenized(encoder, part)
         self.targets = torch.from_numpy(part.targets)
 
     def __call__(self, blocks: list[dict[str, list[int]]]) -> dict[str, Any]:
@@ -82,8 +87,7 @@ class Measure(SentenceEvaluator):
     def __init__(self, encoder: Encoder, part: Part) -> None:
         super().__init__()
         self.encoder, self.part = encoder, part
-        self.anchors = [encoder.encode_text(one.prompt, one.response, anchor=True) for one in part.anchors]
-        self.pool = [encoder.encode_text(one.prompt, one.response) for one in part.pool]
+        self.anchors, self.pool = _tokenized(encoder, part)
 
     def __call__(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Return `spearman`, the mean over the anchors, and `aggregated`."""
@@ -193,8 +197,3 @@ def _arguments(
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments
-
-
-def truncated(encodings: Sequence[Encoding]) -> int:
-    """Return how many texts are longer than the encoder reads."""
-    return sum(encoding.truncated for encoding in encodings)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from rapidindex.caching.batches import Item, as_batch, plan_batches
-from rapidindex.config import BuildConfig, EncodingConfig, FinetuneConfig, ModelConfig, VerifyOptions, fingerprint
+from rapidindex.caching.batches import batches_of
+from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig, VerifyOptions, fingerprint
 from rapidindex.data.examples import Dataset, read_examples
 from rapidindex.errors import DataError, UsageError
 from rapidindex.gradients.losses import Batch, example_losses
@@ -62,7 +62,7 @@ class Training:
         if record is None:
             return cls._like(index, options, folder, runs)
         settings, sources = record["settings"], record.get("sources", {})
-        encoding = EncodingConfig(**_those_of(EncodingConfig, settings), date=sources.get("date") or _date(index))
+        encoding = EncodingConfig(**_those_of(EncodingConfig, settings), date=sources.get("date") or _day(index))
         training = FinetuneConfig(**_those_of(FinetuneConfig, settings))
         place = options.base or sources.get("model") or (index.recipe.model.path if training.method != "full" else None)
         base = replace(_base(index, place), dtype=settings["dtype"], quantize=settings["quantize"])
@@ -82,7 +82,7 @@ class Training:
                 f"{folder} was not made by `rapidindex finetune`, and so it is not on record how it was trained.",
                 hint="Say it with --epochs, --peak and --batch-size: the result is then that of a training like it.",
             )
-        encoding = replace(index.recipe.encoding, date=_date(index))
+        encoding = replace(index.recipe.encoding, date=_day(index))
         method, adapter = "full", {}
         if (folder / "adapter_config.json").is_file():
             method = "qlora" if index.recipe.quantize else "lora"
@@ -117,15 +117,15 @@ class Training:
 
     def seconds(self, index: Index) -> float:
         """Estimate how long one run takes here, from forward and backward passes over a few of its examples."""
-        encode = index.template.encode
-        items = [Item(example, encode(example)) for example in self.dataset.examples[:: self._stride]]
+        timed = self.dataset.examples[:: self._stride]
+        batches = batches_of(timed, index.template, index.loaded.device)
         with model_work:
             model, started = index.loaded.model, time.perf_counter()
-            for batch in plan_batches(items, BuildConfig.batch_tokens):
-                loss = example_losses(model, as_batch(batch, index.loaded.device)).sum()
+            for batch in batches:
+                loss = example_losses(model, batch).sum()
                 torch.autograd.grad(loss, list(index.loaded.trainable.values()), allow_unused=True)
         passes = len(self.dataset.examples) * self.options.epochs
-        return (time.perf_counter() - started) / len(items) * passes
+        return (time.perf_counter() - started) / len(timed) * passes
 
     @property
     def _stride(self) -> int:
@@ -173,8 +173,8 @@ def _those_of(kind: type, settings: dict[str, Any]) -> dict[str, Any]:
     return {field.name: settings[field.name] for field in fields(kind) if field.name in settings}
 
 
-def _date(index: Index) -> str:
-    return index.recipe.encoding.date or index.store.manifest["created"][:10]
+def _day(index: Index) -> str:
+    return index.recipe.day(index.store.manifest["created"])
 
 
 def _base(index: Index, place: str | None) -> ModelConfig:

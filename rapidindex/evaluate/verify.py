@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from rapidindex.caching.batches import Item, as_batch, plan_batches
-from rapidindex.config import BuildConfig, QueryOptions, VerifyOptions
+from rapidindex.caching.batches import batches_of
+from rapidindex.config import QueryOptions, VerifyOptions
 from rapidindex.errors import DataError, UsageError
 from rapidindex.evaluate.controls import Pool
 from rapidindex.evaluate.retrain import Announce, Training, read
 from rapidindex.evaluate.steps import Effect, Gradient, OptimizerOf, Steps, adamw, sgd
-from rapidindex.gradients.losses import Batch, layers_of
+from rapidindex.gradients.losses import layers_of
 from rapidindex.gradients.second_moment import read_second_moment
 from rapidindex.model.model import LoadedModel
 from rapidindex.progress import Progress, silent
@@ -188,14 +188,8 @@ class TailPatch:
         return _trial([self.pool.examples[place].id for place in places], effect)
 
     def _gradient(self, places: Sequence[int]) -> Gradient:
-        return self.steps.gradient(self._batches(places))
-
-    def _batches(self, places: Sequence[int]) -> list[Batch]:
-        """Return the examples as they were indexed."""
-        encode = self.index.template.encode
-        items = [Item(example, encode(example)) for example in map(self.pool.examples.__getitem__, places)]
-        batches = plan_batches(items, BuildConfig.batch_tokens)
-        return [as_batch(batch, self.index.loaded.device) for batch in batches]
+        examples = map(self.pool.examples.__getitem__, places)
+        return self.steps.gradient(batches_of(examples, self.index.template, self.index.loaded.device))
 
     def _default_rate(self, places: Sequence[int]) -> float:
         with model_work:

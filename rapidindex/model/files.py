@@ -264,8 +264,19 @@ def adapter_fingerprint(folder: Path) -> str:
     """Return 16 hexadecimal digits over an adapter's settings and every byte of its weights."""
     weights = next(folder / name for name in _ADAPTER_WEIGHTS if (folder / name).is_file())
     settings = _content(read_json(folder / "adapter_config.json"))
-    with weights.open("rb") as stream:
-        return fingerprint({"config": settings, "weights": hashlib.file_digest(stream, "sha256").hexdigest()})
+    return fingerprint({"config": settings, "weights": content_digest(weights)})
+
+
+def content_digest(file: Path) -> str:
+    """Return the SHA-256 of a whole file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def absolute_place(place: str | None) -> str | None:
+    """Return an existing path as an absolute one, which is found from anywhere; a hub name as it is."""
+    path = Path(place).expanduser() if place else None
+    return str(path.absolute()) if path and path.exists() else place
 
 
 def _content(value: Any) -> Any:

@@ -8,7 +8,6 @@ early/                     the model after the first tenth of the steps
 *                          the adapter or model, with its tokenizer
 """
 
-import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
@@ -19,7 +18,7 @@ from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig, finge
 from rapidindex.data.examples import Dataset
 from rapidindex.data.templates import check_template
 from rapidindex.errors import UsageError
-from rapidindex.model.files import CHECKPOINTS, FINETUNE_RECORD, find_model, model_fingerprint
+from rapidindex.model.files import CHECKPOINTS, FINETUNE_RECORD, absolute_place, find_model, model_fingerprint
 from rapidindex.model.outputs import Output
 from rapidindex.progress import Progress, silent
 
@@ -157,8 +156,8 @@ def _settings(
 def _sources(dataset: Dataset, encoding: EncodingConfig, model_config: ModelConfig) -> dict[str, Any]:
     """Return what is needed beside the settings to train again: where data and model lay, and the day."""
     return {
-        "data": os.path.abspath(dataset.path) if os.path.exists(dataset.path) else dataset.path,
+        "data": absolute_place(dataset.path),
         "examples": len(dataset.examples),
-        "model": os.path.abspath(model_config.model) if os.path.exists(model_config.model) else model_config.model,
+        "model": absolute_place(model_config.model),
         "date": encoding.date or date.today().isoformat(),
     }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rapidindex.errors import ConfigMismatch, ModelError, UsageError
+from rapidindex.errors import ConfigMismatch, ModelError, ResourceError, UsageError
 from rapidindex.model.files import read_json
 
 
@@ -94,6 +94,16 @@ class Output:
         for path in output.iterdir():
             if path.name != self.record:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def check_room(output: Path, needed: int, work: str) -> None:
+    """Raise ResourceError unless `output` has room for the bytes that the work, `Training`, needs there."""
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise ResourceError(
+            f"{work} needs {needed / 2**30:.1f} GiB in {output}, and {free / 2**30:.1f} GiB are free.",
+            hint="Free some space, or choose another --output.",
+        )
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ from rapidindex.model import loading
 from rapidindex.model.checks import Limits, check_causal, check_vocabulary
 from rapidindex.model.files import CHECKPOINTS, find_model
 from rapidindex.model.model import resolve_device
+from rapidindex.model.outputs import check_room
 from rapidindex.progress import Progress
 
 Row = dict[str, Tensor]
@@ -56,7 +57,7 @@ def train(
         base = loading.load_base(files, model_config, device, None)
         check_vocabulary(base, tokenizer)
         check_causal(base, tokenizer)
-    template = Template(encoding.template, tokenizer, encoding.max_length, date=encoding.date, overlap=encoding.overlap)
+    template = Template.of(encoding, tokenizer)
     rows, refused = _encode(dataset, template, Limits.of(base, tokenizer))
     with loading.quiet_libraries(), seeded(options.seed):
         model = _make_trainable(base, model_config, options)
@@ -309,12 +310,7 @@ def last_checkpoint(folder: Path) -> str | None:
 def _check_disk(output: Path, model: nn.Module, options: FinetuneConfig) -> None:
     """Raise ResourceError unless two checkpoints (weights and Adam's two moments) and the result fit into `output`."""
     size = sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
-    needed, free = size * (7 + 2 * options.save_optimizer + bool(options.early)), shutil.disk_usage(output).free
-    if free < needed:
-        raise ResourceError(
-            f"Training needs {needed / 2**30:.1f} GiB in {output}, and {free / 2**30:.1f} GiB are free.",
-            hint="Free some space, or choose another --output.",
-        )
+    check_room(output, size * (7 + 2 * options.save_optimizer + bool(options.early)), "Training")
 
 
 @contextmanager

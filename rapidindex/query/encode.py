@@ -80,10 +80,11 @@ def _answer(query: Query, loaded: LoadedModel, template: Template, max_new_token
         return template.encode_generated(generated.prompt_ids, generated.ids)
     if not query.answer.strip():
         raise QueryError("The answer is empty.", hint="Give its text with --answer, or leave --answer out.")
-    return query.answer, template.encode(_example(query), end=False)
+    return query.answer, template.encode(example_of(query), end=False)
 
 
-def _example(query: Query) -> Example:
+def example_of(query: Query) -> Example:
+    """Return a query and its answer as the example whose gradient is compared with those of training examples."""
     return Example("", query.text, query.answer or "", {}, 0, query.turns, tools=query.tools)
 
 

@@ -19,6 +19,7 @@ from rapidindex.gradients.blocks import blocks_of
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.model.model import LoadedModel, adopt, load
+from rapidindex.progress import Progress, silent
 from rapidindex.query.encode import EncodedQuery, encode_query, generate_answer, selected_text, stack_rows
 from rapidindex.query.evaluation import Evaluation, average_precision, precision_at
 from rapidindex.query.events import Answered, Event, Posed, Ranked, Scored
@@ -31,8 +32,8 @@ from rapidindex.search.metadata import IndexMetadata
 from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Rows, Store
 
-Stored = Callable[[int], tuple[Example, Encoding]]
-"""Reads the example of a number from the store, and encodes it."""
+Stored = Callable[[int], tuple[dict[str, Any], Encoding]]
+"""Reads the record of the example of a number from the store, and encodes the example."""
 
 model_work = threading.RLock()
 """Gradients are taken with hooks on the model, and its tokenizer keeps state: one thread at a time. The lock is that of
@@ -49,6 +50,8 @@ class Index:
         if not store.levels:
             raise DamagedIndex(f"{store.path} holds no level of rows.", hint="Type its rapidindex build command.")
         self.store = store
+        self.progress: Progress = silent
+        """Hears of the gradients of stored examples that a query computes, where an index of embeddings lacks them."""
         self.recipe = Recipe.from_manifest(store.config)
         self._model = model
         if loaded is not None:
@@ -141,7 +144,7 @@ class Index:
         with model_work:
             search = self._search(level, encoded, options)
         found, rows = search(), self.rows_of(level)
-        stored = cache(lambda number: self.template.encode_stored(rows.record(number)))  # once, for all queries
+        stored = cache(lambda number: self._stored(rows.record(number)))  # once, for all queries
         for number, query in enumerate(encoded):
             with model_work:  # tokenizers are not safe among threads
                 candidates = self._candidates(rows, found, number, stored)
@@ -226,17 +229,12 @@ class Index:
     @cached_property
     def template(self) -> Template:
         """The template that prompts were written with when the index was built."""
-        encoding = self.recipe.encoding
-        date = encoding.date or self.store.manifest["created"][:10]
-        return Template(encoding.template, self.loaded.tokenizer, encoding.max_length, date=date)
+        day = self.recipe.day(self.store.manifest["created"])
+        return Template.of(self.recipe.encoding, self.loaded.tokenizer, date=day)
 
     def load(self, options: QueryOptions) -> None:
         """Load what queries need, so that a model that cannot be loaded is no fault of a query."""
         self.template  # noqa: B018
-
-    def forget_rows(self) -> None:
-        """Read the rows anew when they are next used: others were stored."""
-        self._rows.clear()
 
     def rows_of(self, level: str) -> Rows:
         """Return the stored rows of a level. StoreError where the index does not hold it."""
@@ -353,31 +351,27 @@ class Index:
             if row >= 0
         ]
 
+    def _stored(self, record: dict[str, Any]) -> tuple[dict[str, Any], Encoding]:
+        return record, self.template.encode_stored(record)[1]
+
     def _candidate(self, rows: Rows, rank: int, row: int, score: float, percentile: float, stored: Stored) -> Candidate:
-        example, encoding = stored(int(rows.example[row]))
-        record = rows.record(int(rows.example[row]))
+        record, encoding = stored(int(rows.example[row]))
         position = int(rows.position[row])
-        match = Match(
-            rank=rank,
-            score=score,
-            exact_score=None,
-            percentile=percentile,
-            id=example.id,
-            prompt=example.prompt,
-            response=example.response,
-            meta=example.meta,
-            tokens=encoding.tokens,
-            position=None if position < 0 else position,
-            source=record.get("source") or self.recipe.data.path,
-            line=example.line,
-        )
+        match = self._match(record, rank, score, percentile)
+        match = replace(match, tokens=encoding.tokens, position=None if position < 0 else position)
         return Candidate(row, encoding, match)
+
+    def _match(self, record: dict[str, Any], rank: int, score: float, percentile: float) -> Match:
+        """Return the match of a stored record, without tokens."""
+        example = Example.from_record(record)
+        columns = (example.id, example.prompt, example.response, example.meta)
+        source = record.get("source") or self.recipe.data.path
+        return Match(rank, score, None, percentile, *columns, source=source, line=example.line)
 
     def _all_examples(self, level: str) -> list[Match]:
         """Return the live examples of a level as matches without scores."""
         rows = self.rows_of(level)
-        examples = (Example.from_record(rows.record(int(number))) for number in rows.live_examples)
-        return [Match(0, 0.0, None, 0.0, one.id, one.prompt, one.response, one.meta) for one in examples]
+        return [self._match(rows.record(int(number)), 0, 0.0, 0.0) for number in rows.live_examples]
 
     def _index_info(self, level: str, n: int) -> IndexInfo:
         recipe = self.recipe

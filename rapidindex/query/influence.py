@@ -40,7 +40,7 @@ class Influence:
     def __init__(self, compressor: Compressor) -> None:
         self.compressor = compressor
         self.scorer = TokenScores(compressor.gradients.model)
-        self.device = next(compressor.gradients.model.parameters()).device
+        self.device = compressor.device
 
     def heatmaps(
         self, candidates: Sequence[Candidate], query: EncodedQuery, norms: Norms, lock: AbstractContextManager

@@ -22,7 +22,6 @@ from rapidindex.data.examples import Example
 from rapidindex.encoder.embed import Encoder
 from rapidindex.errors import ConfigMismatch, QueryError
 from rapidindex.model.model import LoadedModel
-from rapidindex.progress import Progress, silent
 from rapidindex.query.encode import EncodedQuery
 from rapidindex.query.events import Answered, Event, Ranked
 from rapidindex.query.index import Index, Stored, model_work
@@ -52,8 +51,6 @@ class EncoderIndex(Index):
     ) -> None:
         super().__init__(store, model, loaded)
         self._encoder_config = encoder
-        self.progress: Progress = silent
-        """Hears of the gradients that the second stage computes."""
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -146,13 +143,14 @@ class EncoderIndex(Index):
                 for item in items
                 if item.encoding.response_mask.any()
             ]
-            self._compute(items, rows)
-        self.gradients.forget_rows()
-        return self.gradients.rows_of("sentence")
+            if items:
+                self._compute(items, rows)
+                rows = store.rows("sentence")
+        return rows
 
     def _compute(self, items: list[Item], rows: Rows) -> None:
         store, work = self.gradients.store, BuildConfig()
-        units, done, total = plan_units(items, work.batch_tokens), 0, 0
+        units, done = plan_units(items, work.batch_tokens), 0
         total = sum(padded_tokens(batch) for unit in units for batch in unit)
 
         def report(batch: list[Item]) -> None:
@@ -161,7 +159,7 @@ class EncoderIndex(Index):
             self.progress("gradients of candidates", done, total)
 
         numbers = itertools.count(rows.next_number())
-        writer = ShardWriter(rows, work, numbers, lambda name: store.record_shard("sentence", name), len(items) or 1)
+        writer = ShardWriter(rows, work, numbers, lambda name: store.record_shard("sentence", name), len(items))
         cache(units, self.gradients.compressor_of("sentence"), writer, report)
 
     def _example(self, id: str) -> Example:
@@ -174,11 +172,8 @@ class EncoderIndex(Index):
 
     def _candidate(self, rows: Rows, rank: int, row: int, score: float, percentile: float, stored: Stored) -> Candidate:
         """Return a candidate of the first stage, which knows no tokens."""
-        record = rows.record(int(rows.example[row]))
-        example = Example.from_record(record)
-        columns = (example.id, example.prompt, example.response, example.meta)
-        place = {"source": record.get("source") or self.recipe.data.path, "line": example.line}
-        return Candidate(row, None, Match(rank, score, None, percentile, *columns, **place))  # type: ignore[arg-type]
+        match = self._match(rows.record(int(rows.example[row])), rank, score, percentile)
+        return Candidate(row, None, match)  # type: ignore[arg-type]
 
     def _true_candidate(self, match: Match, row: int) -> Candidate:
         encoding = self.gradients.template.encode(self._example(match.id))

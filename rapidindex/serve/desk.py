@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rapidindex.config import QueryOptions, VerifyOptions
-from rapidindex.data.examples import Example
 from rapidindex.errors import QueryError, UsageError
 from rapidindex.evaluate.verify import verify
-from rapidindex.query.encode import EncodedQuery, generate_answer
+from rapidindex.query.encode import EncodedQuery, example_of, generate_answer
 from rapidindex.query.events import Answered, Ranked, Scored
 from rapidindex.query.index import Index, model_work
 from rapidindex.query.questions import Query, as_query
@@ -50,7 +49,7 @@ class Desk:
         """Load the model; where that fails, `state` says why."""
         try:
             with model_work:
-                self.index.template  # noqa: B018 - loads the model
+                self.index.load(QueryOptions())
                 for level in self.index.store.levels:
                     self.index.compressor_of(level)
             self.loaded.set()
@@ -86,8 +85,7 @@ class Desk:
         """Return an answer cut into its tokens, as the page shows and selects them."""
         query = self._query(asked)
         with model_work:
-            example = Example("", query.text, query.answer or "", {}, 0, query.turns, tools=query.tools)
-            encoding = self.index.template.encode(example, end=False)
+            encoding = self.index.template.encode(example_of(query), end=False)
         if encoding.truncated:
             raise QueryError("Prompt and answer are longer than the index's --max-length.", hint="Shorten them.")
         return {"kind": "words", "words": _pieces(query.answer or "", encoding.tokens)}

@@ -24,7 +24,6 @@ _NAMES = {
     "opponents": "opponents",
     "random": "random, like length",
     "unlearned": "matches, unlearned",
-    "none": "nothing taken out",
 }
 
 
@@ -160,8 +159,6 @@ def _scale(found: Verification) -> tuple[float, float]:
 
 
 def _counted(group: TrialGroup) -> str:
-    if group.name == "none":
-        return ""
     n = len(group.together[0].rows)
     return f"{n}" if len(group.together) == 1 else f"{len(group.together)} × {n}"
 
