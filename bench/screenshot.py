@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-from PIL import Image
 from playwright.sync_api import sync_playwright
 
 PORT = "8973"
@@ -31,7 +30,6 @@ def photograph(url: str, prompt: str, answer: str, word: str, file: str) -> None
         page.get_by_text("Type or paste the answer").click()
         page.locator(".match").first.hover()
         page.screenshot(path=file)
-        Image.open(file).convert("RGB").quantize(128).save(file, optimize=True)  # a third of the size
         browser.close()
 
 
