@@ -17,10 +17,12 @@ _HOME = {
     "finetune": "model.finetune",
     "distill": "query.anchors",
     "check": "search.check",
+    "specialize": "query.specialize",
     "verify": "evaluate.verify",
     "Index": "query.index",
     "Query": "query.questions",
     "QueryOptions": "config",
+    "SpecializeOptions": "config",
     "Result": "results",
     "Match": "results",
     "Verification": "results",
@@ -46,6 +48,7 @@ __all__ = [
     "QueryOptions",
     "RapidIndexError",
     "Result",
+    "SpecializeOptions",
     "Verification",
     "VerifyOptions",
     "add",
@@ -54,6 +57,7 @@ __all__ = [
     "distill",
     "finetune",
     "remove",
+    "specialize",
     "verify",
 ]
 

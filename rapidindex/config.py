@@ -455,6 +455,35 @@ class FinetuneConfig:
         return replace(self, learning_rate=rate, alpha=self.alpha or 2 * self.rank, early=early)
 
 
+@dataclass(frozen=True)
+class SpecializeOptions:
+    """How an index is specialized for a task: R = λ R_eval + (1 - λ) R_train (arXiv 2410.17413, section 3)."""
+
+    weight: float | None = None
+    """λ; None: the spectra of λ R_eval and (1 - λ) R_train cross at `component`."""
+    component: int | None = None
+    """Counted from 1; None for 1,000 of 65,536 entries, the paper's share, or half of what the task's queries span."""
+    damping: float = 1.0
+    """Added to the eigenvalues of a block of R, in units of their mean. With .1 the planted rows of 320 are lost."""
+    block: int | None = None
+    """Entries of a block of R at most, a power of two. The blocks of two-sided rows are not joined. None: 4,096, or the
+    largest of which there are five times as many rows: of fewer rows R is mostly noise."""
+    level: str | None = None
+    """`sentence` or `token`; None for the index's first level."""
+
+    def __post_init__(self) -> None:
+        check_level(self.level)
+        if self.weight is not None and not 0 <= self.weight <= 1:
+            raise UsageError(f"--weight must lie between 0 and 1, not at {self.weight}.")
+        if self.weight is not None and self.component is not None:
+            raise UsageError("--component chooses --weight: give one of them.")
+        _at_least("--component", self.component, 1)
+        if not 0 < self.damping < float("inf"):
+            raise UsageError(f"--damping must be more than 0, not {self.damping}.")
+        if self.block is not None:
+            _power_of_two("--block", self.block)
+
+
 VERIFICATIONS = ("tail-patch", "retrain")
 OPTIMIZERS = ("sgd", "adamw")
 

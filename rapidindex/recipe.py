@@ -29,6 +29,24 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Task:
+    """What an index was specialized for, and from which index: see `gradients/curvature.py`."""
+
+    index: Source
+    """The index whose rows were multiplied by R^-1/2; its fingerprint is over its manifest and its removed ids."""
+    queries: Source
+    """The file of the task's queries."""
+    block: int
+    """Entries of a block of R."""
+    damping: float
+    """What was added to the eigenvalues of a block, in units of their mean."""
+    component: int | None
+    """The component at which the spectra cross; None where the weight was given."""
+    weight: float | None
+    """λ, the weight of R_eval; None where it was not known yet."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that changes a row of an index."""
 
@@ -50,6 +68,8 @@ class Recipe:
     """Which tokens have rows; None for an index without token rows."""
     tokens_of: str | None = None
     """`all` examples have token rows, or those `listed` by the user."""
+    task: Task | None = None
+    """The task that the index was specialized for; None for one that was built."""
     encoder: Source | None = None
     """The encoder whose embeddings the rows are; the rest is the recipe of the gradients that it ranks."""
 
@@ -77,6 +97,7 @@ class Recipe:
                 added=tuple(_typed(Source, **source) for source in config.get("added", ())),
                 token=_typed(TokenConfig, **config["token"]) if config.get("token") else None,
                 tokens_of=config.get("tokens_of"),
+                task=_task(config["task"]) if config.get("task") else None,
                 encoder=_typed(Source, **config["encoder"]) if config.get("encoder") else None,
             )
         except (KeyError, TypeError, ValueError, UsageError) as error:
@@ -104,6 +125,11 @@ class Recipe:
             config |= {"token": asdict(self.token), "tokens_of": self.tokens_of}
         if self.encoder is not None:
             config["encoder"] = _place(self.encoder)
+        if self.task is not None:
+            config["task"] = asdict(self.task) | {
+                "index": _place(self.task.index),
+                "queries": _place(self.task.queries),
+            }
         return config
 
     def day(self, created: str) -> str:
@@ -126,6 +152,11 @@ class Recipe:
         differences = self.differences(request)
         if not differences:
             return
+        if self.task and not request.task:
+            raise ConfigMismatch(
+                f"{index} is no build: rapidindex specialize made it from {self.task.index.path}.",
+                hint="Add rows to it with rapidindex add, or give another -o.",
+            )
         listed = "; ".join(f"{name}: {built!r} there, {wanted!r} asked for" for name, built, wanted in differences)
         if [name for name, *_ in differences] == ["data.fingerprint"]:
             listed = (
@@ -150,6 +181,11 @@ def _typed(kind: type, **fields: Any) -> Any:
         if name in fields and not isinstance(fields[name], kinds):
             raise TypeError(f"{name} is {fields[name]!r}")
     return kind(**fields)
+
+
+def _task(config: Mapping[str, Any]) -> Task:
+    sources = {name: _typed(Source, **config[name]) for name in ("index", "queries")}
+    return _typed(Task, **{**config, **sources})
 
 
 def _place(source: Source) -> dict[str, Any]:

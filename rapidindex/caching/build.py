@@ -120,7 +120,7 @@ def cache_level(store: Store, job: Job, plan: LevelPlan, progress: Progress) -> 
         progress(STAGES[plan.level], done, total)
 
     progress(STAGES[plan.level], 0, total)
-    moment = {"v": store.second_moment(), "vectors": store.eigenvectors()}
+    moment = {"v": store.second_moment(), "vectors": store.eigenvectors(), "roots": store.roots()}
     compressor = job.model.compressor(job.recipe, **moment, K=plan.K)
     numbers = itertools.count(rows.next_number())
     writer = ShardWriter(

@@ -28,6 +28,8 @@ def moment_sample(job: Job) -> list[Item]:
 
 def refuse_without_second_moment(store: Store, recipe: Recipe) -> None:
     """Raise StoreError where the recipe wants a second moment that `store` lacks: other data would give another one."""
+    if recipe.task is not None:
+        store.refuse_lost_moment()
     if recipe.encoder is None and recipe.gradient.second_moment != "none" and store.second_moment() is None:
         raise StoreError(
             f"{store.path} lacks its second moment, and one from other data would not fit its rows.",

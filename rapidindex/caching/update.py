@@ -79,7 +79,7 @@ def add(
         )
         job = prepare(same_day(request, store), progress, added=True)
         hint = "Say with -m and -a (or --encoder) where the model and the adapter of the index lie now."
-        recipe.check(replace(job.recipe, data=recipe.data, token=recipe.token), Path(path), hint=hint)
+        recipe.check(replace(job.recipe, data=recipe.data, token=recipe.token, task=recipe.task), Path(path), hint=hint)
         check_tokens(job, store)
         plans = plan_levels(job, store)
         check_resources(resources_of(job, plans, store), free_resources(job), request.output)

@@ -320,7 +320,7 @@ def _compute(spec: WorkerSpec, pipe: connection.Connection, units: queue.SimpleQ
     rows = store.rows(spec.level)
     shared = {name: array.tensor for name, array in spec.shared.items()}
     recipe = Recipe.from_manifest(store.config)
-    compressor = model.compressor(recipe, vectors=store.eigenvectors(), K=rows.K, **shared)
+    compressor = model.compressor(recipe, vectors=store.eigenvectors(), roots=store.roots(), K=rows.K, **shared)
     numbers = itertools.count(spec.first_shard + spec.number, spec.workers)
     writer = ShardWriter(rows, spec.work, numbers, lambda name: _send(pipe, "shard", name))
     _send(pipe, "ready", None)

@@ -5,6 +5,7 @@ options      options that several commands share, and the groups in which help s
 printing     what is written to stdout and stderr
 training     finetune, distill
 building     build
+specializing specialize
 updating     add, remove
 querying     query
 serving      serve
@@ -18,7 +19,7 @@ order of these imports. Nothing heavy is imported before a command runs, so that
 
 # isort: off
 from rapidindex.cli.app import main
-from rapidindex.cli import querying, serving, verifying, training, building, updating, inspecting, showing  # noqa: F401
+from rapidindex.cli import querying, serving, verifying, training, building, specializing, updating, inspecting, showing  # noqa: F401
 
 # isort: on
 __all__ = ["main"]

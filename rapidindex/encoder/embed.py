@@ -175,9 +175,8 @@ def copy_recipe(source: Store, path: Path) -> Store:
             path, config=source.config, layers=source.layers, versions=source.manifest["versions"], planned=levels
         )
     copy = Store.open(path)
-    moment = source.second_moment()
-    if moment is not None and copy.second_moment() is None:
-        copy.write_second_moment(np.array(moment), source.eigenvectors())
+    if copy.manifest["second_moment"] is None:
+        copy.copy_moment(source)
     return copy
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rapidindex.config import SketchConfig
 from rapidindex.errors import StoreError
+from rapidindex.gradients.curvature import Curvature
 from rapidindex.gradients.factors import Factors
 from rapidindex.gradients.losses import Batch, Layer
 from rapidindex.gradients.per_example import PerExampleGradients
@@ -54,6 +55,7 @@ class Compressor:
     """Turns batches of one model into RapidGrads.
 
     `normalize` is `unit` (the whole gradient to length 1), `layer` (every layer to length 1, section 3.2) or `none`.
+    With a `curvature` rows are multiplied by its root and brought to length 1, and norms by the length before that.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class Compressor:
         *,
         normalize: str,
         preconditioner: Preconditioner | None = None,
+        curvature: Curvature | None = None,
     ) -> None:
+        self.curvature = curvature
         self.gradients = gradients
         self.sketch = sketch
         self.normalize = normalize
@@ -79,16 +83,18 @@ class Compressor:
         *,
         v: np.ndarray | None = None,
         vectors: np.ndarray | None = None,
+        roots: np.ndarray | None = None,
         K: int | None = None,
         slots: Tensor | None = None,
         factors: Tensor | None = None,
     ) -> "Compressor":
         """Return the compressor of an index's recipe, on the device of the gradients' model.
 
-        `v` and `vectors` (float32) are the stored second moment and its eigenvectors; `K` is the length of a row, by
-        default that of an example's. `slots` (int32 [|v|]) and `factors` (float32, as long as v) are the sketch's map
-        and the correction where they were computed before. StoreError where the recipe wants a second moment and
-        there is none, DamagedIndex where it, or the eigenvectors, belong to other layers.
+        `v` and `vectors` (float32) are the stored second moment and its eigenvectors, `roots` the stored root of a
+        curvature (float32 [K, block]); `K` is the length of a row, by default that of an example's. `slots`
+        (int32 [|v|]) and `factors` (float32, as long as v) are the sketch's map and the correction where they were
+        computed before. StoreError where the recipe wants a second moment and there is none, DamagedIndex where it, or
+        the eigenvectors, belong to other layers.
         """
         layers, device = gradients.layers, next(gradients.model.parameters()).device
         kind = preconditioner_of(recipe)
@@ -106,6 +112,7 @@ class Compressor:
             projection_of(replace(recipe.sketch, K=K or recipe.sketch.K), layers, slots),
             normalize=recipe.gradient.normalize,
             preconditioner=kind(layers, factors, vectors_on_device),
+            curvature=None if roots is None else Curvature.of(roots, device),
         )
 
     @property
@@ -132,12 +139,16 @@ class Compressor:
         rows = self.sketch.finish(sums)
         if self.normalize == "unit":
             rows /= _or_one(norms.norm(dim=1)).unsqueeze(1)
+        if self.curvature is not None:
+            rows, lengths = self.curvature(rows)
+            norms *= lengths.unsqueeze(1)
         return RapidGrads(rows, norms, losses)
 
     def direction(self, batch: Batch) -> Float[Tensor, " size"]:
         """Return the direction u of a query (a batch of one): ⟨u, ∇L(s)⟩ is its influence on s, but for the norms of s.
 
-        u is the corrected and normalised gradient, corrected once more for the other side; uncompressed, float32.
+        u is the corrected and normalised gradient, corrected once more for the other side; uncompressed, float32,
+        except that a curvature is that of rows.
         """
         layers = self.gradients.layers
         flat = torch.zeros(layers[-1].start + layers[-1].size, device=batch.input_ids.device)
@@ -154,9 +165,23 @@ class Compressor:
             flat /= _or_one(norms.norm())
         if self.normalize == "layer":
             flat = self.divided(flat, norms)
+        if self.curvature is not None:
+            flat = self._through_curvature(flat, self.curvature)
         for number, layer in enumerate(layers):
             self.preconditioner.apply(number, flat[None, layer.start : layer.start + layer.size])
         return flat
+
+    def _through_curvature(self, flat: Float[Tensor, " size"], curvature: Curvature) -> Float[Tensor, " size"]:
+        """Return Pᵀ R^-1/2 r, where P is the projection and r = R^-1/2 P flat, at length 1, is the row.
+
+        R is known of rows alone: the influence along it is that of the compressed gradients.
+        """
+        layers, sums = self.gradients.layers, self.sketch.empty(1, flat.device)
+        for layer in layers:
+            self.sketch.add(sums, layer.start, flat[None, layer.start : layer.start + layer.size])
+        row, _ = curvature(self.sketch.finish(sums))
+        (row,) = curvature.times(row)
+        return torch.cat([self.sketch.transposed(row, layer.start, layer.size) for layer in layers])
 
     def divided(self, flat: Float[Tensor, " size"], norms: Float[Tensor, " layers"]) -> Float[Tensor, " size"]:
         """Copy a flattened gradient with each layer's part divided by its norm; a zero norm divides by 1."""

@@ -71,24 +71,31 @@ class Sketch:
 
     def add(self, sums: Float[Tensor, "examples slots"], start: int, values: Float[Tensor, "examples n"]) -> None:
         """Add the gradient entries `start` to `start + n` of each example to `sums`, and keep their part of the map."""
-        key = (start, values.shape[1], values.device)
-        if key not in self._slots_of:
-            stop = start + values.shape[1]
-            known = self.slots(start, stop, values.device) if self._whole is None else self._whole[start:stop]
-            self._slots_of[key] = known.to(values.device)
-        # Kept as int32 to save memory; as int64 index_add_ is ten times faster (torch 2.13, two CPU threads).
-        sums.index_add_(1, self._slots_of[key].long(), values.to(sums.dtype))
+        sums.index_add_(1, self._map(start, values.shape[1], values.device), values.to(sums.dtype))
 
     def finish(self, sums: Float[Tensor, "examples slots"]) -> Float[Tensor, "examples K"]:
         """Return the RapidGrads: the sums of sign +1 less those of sign -1."""
         K = self.config.K
         return sums[:, :K] - sums[:, K:]
 
+    def transposed(self, row: Float[Tensor, " K"], start: int, n: int) -> Float[Tensor, " n"]:
+        """Return the entries `start` to `start + n` of the gradient u for which ⟨u, g⟩ = ⟨row, RapidGrad of g⟩."""
+        return torch.cat([row, -row])[self._map(start, n, row.device)]
+
     def compress(self, gradients: Float[Tensor, "examples size"]) -> Float[Tensor, "examples K"]:
         """Return the RapidGrads of whole gradients."""
         sums = self.empty(len(gradients), gradients.device)
         self.add(sums, 0, gradients)
         return self.finish(sums)
+
+    def _map(self, start: int, n: int, device: torch.device) -> Tensor:
+        """Return the slots of n positions as int64, which are kept for the next time."""
+        key = (start, n, device)
+        if key not in self._slots_of:
+            known = self.slots(start, start + n, device) if self._whole is None else self._whole[start : start + n]
+            self._slots_of[key] = known.to(device)
+        # Kept as int32 to save memory; as int64 index_add_ is ten times faster (torch 2.13, two CPU threads).
+        return self._slots_of[key].long()
 
     def _slots(self, start: int, stop: int, device: torch.device | str) -> Tensor:
         tables, negative = self._on(torch.device(device))

@@ -60,6 +60,14 @@ class TwoSided:
         """Return the rows."""
         return sums
 
+    def transposed(self, row: Float[Tensor, " K"], start: int, n: int) -> Float[Tensor, " n"]:
+        """Return the entries `start` to `start + n`, a layer, of the gradient u for which ⟨u, g⟩ = ⟨row, row of g⟩."""
+        number = self._number[start]
+        first = self.blocks.of[number] * self._entries
+        own = row[first : first + self._entries].view(self.m, self.n) * (self.m * self.n) ** -0.5
+        out, into = (self.signs(number, side).to(row.device).float() for side in (0, 1))
+        return (out @ own @ into.T).flatten()
+
     def compress(self, gradients: Float[Tensor, "examples size"]) -> Float[Tensor, "examples K"]:
         """Return the rows of whole gradients."""
         sums = self.empty(len(gradients), gradients.device)

@@ -8,4 +8,5 @@ events      the steps of an answer, which every view shares
 index       open an index, ask it, say what it holds
 two_stages  an index of embeddings: an encoder finds, gradients order
 anchors     questions as anchors of a distillation
+specialize  an index whose rows and queries a task's curvature has changed
 """

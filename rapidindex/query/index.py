@@ -257,7 +257,8 @@ class Index:
         K = self.rows_of(level).K
         if K not in self._compressors:
             self.store.refuse_lost_moment()
-            moment = {"v": self.store.second_moment(), "vectors": self.store.eigenvectors()}
+            store = self.store
+            moment = {"v": store.second_moment(), "vectors": store.eigenvectors(), "roots": store.roots()}
             self._compressors[K] = Compressor.of(self.recipe, self._gradients, **moment, K=K)
         return self._compressors[K]
 

@@ -1,7 +1,7 @@
 """The index folder: the names of its files, JSON files with a checksum, and the lock of the one writer.
 
     INDEX/manifest.json      what the index is, and its finished shards; can be rebuilt from them
-    INDEX/second_moment.h5   sealed: the float32 array `v`, or `means`, and `eigenvectors` where there are any
+    INDEX/second_moment.h5   sealed: the float32 arrays `v` or `means`, `eigenvectors`, and `roots`, where there are any
     INDEX/removed.json       the ids of removed examples
     INDEX/.lock              held by the one process that writes
     INDEX/sentence/shard-00000.h5 …, INDEX/token/shard-00000.h5 …

@@ -45,6 +45,8 @@ _FORM = {
     "levels": {re.compile("|".join(LEVELS)): _LEVEL},
 }
 """What every manifest has, that of format 1 too, and each copy of it in a sealed file. `config` is `recipe.py`'s."""
+MOMENT_ARRAYS = {"v": 1, "means": 1, "eigenvectors": 1, "roots": 2}
+"""The arrays that the second moment's file may hold, float32, each with the number of its axes."""
 
 
 def new(
@@ -143,9 +145,10 @@ def copy_for_files(manifest: Manifest) -> Manifest:
 
 
 def lost_moment(manifest: Manifest) -> bool:
-    """Return whether there are rows, the index's options want a second moment, and there is none."""
+    """Return whether there are rows, the index's options want a second moment or roots, and there are none."""
     config = manifest["config"]
-    wanted = config.get("gradient", {}).get("second_moment", "none") != "none" and not config.get("encoder")
+    corrected = config.get("gradient", {}).get("second_moment", "none") != "none" or config.get("task")
+    wanted = bool(corrected) and not config.get("encoder")
     stored = any(entry["rows"] for plan in manifest["levels"].values() for entry in plan["shards"].values())
     return wanted and stored and manifest["second_moment"] is None
 
@@ -172,16 +175,20 @@ def read_moment(path: Path, manifest: Manifest) -> Layout:
     length = sum(layer["size"] for layer in manifest["layers"])
     if layout.attributes.get("index") != manifest["id"]:
         raise damaged(layout.path, f"it belongs to another index ({layout.attributes.get('index')})")
-    whole = layout.extents.get("v")
-    if whole is None and "means" not in layout.extents or whole and (whole.shape, whole.dtype) != ((length,), "<f4"):
+    whole, roots = layout.extents.get("v"), layout.extents.get("roots")
+    nothing = whole is None and roots is None and "means" not in layout.extents
+    if nothing or whole and (whole.shape, whole.dtype) != ((length,), "<f4"):
         raise damaged(layout.path, f"it does not hold {length} numbers")
-    for name in layout.extents.keys() & {"means", "eigenvectors"}:
-        if (len(layout.extents[name].shape), layout.extents[name].dtype) != (1, "<f4"):
+    for name in layout.extents.keys() & MOMENT_ARRAYS.keys():
+        if (len(layout.extents[name].shape), layout.extents[name].dtype) != (MOMENT_ARRAYS[name], "<f4"):
             raise damaged(layout.path, f"its {name} are of another type")
+    rows = {plan["K"] for plan in manifest["levels"].values()}
+    if roots and ({roots.shape[0]} != rows or not 0 < roots.shape[1] <= roots.shape[0]):
+        raise damaged(layout.path, "its roots do not fit the rows")
     return layout
 
 
 def moment_entry(layout: Layout) -> dict[str, Any]:
     """Return the manifest's entry for the second moment."""
-    numbers = layout.extents.get("v") or layout.extents["means"]
+    numbers = next(layout.extents[name] for name in ("v", "means", "roots") if name in layout.extents)
     return {"sha256": layout.sha256, "bytes": layout.size, "length": numbers.shape[0]}

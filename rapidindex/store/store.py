@@ -143,6 +143,10 @@ class Store:
         """Return the eigenvectors of v's basis, float32 [n], a view of their file; None where the index has none."""
         return self._map_moment().get("eigenvectors")
 
+    def roots(self) -> np.ndarray | None:
+        """Return R^-1/2 of a specialized index, float32 [K, block], a view of its file; None for others."""
+        return self._map_moment().get("roots")
+
     @property
     def lost_second_moment(self) -> bool:
         """Whether the rows were made with a second moment that the index has no more."""
@@ -153,7 +157,7 @@ class Store:
         if self.lost_second_moment:
             raise StoreError(
                 f"{self.path / folder.MOMENT} is missing, and the rows were made with it.",
-                hint="Give the index's rapidindex build command again: it makes the same one from the same data.",
+                hint="Give the command that made the index again: it makes the same one from the same data.",
             )
 
     def _map_moment(self) -> dict[str, np.ndarray]:
@@ -255,13 +259,27 @@ class Store:
         length = sum(layer["size"] for layer in self.layers)
         if (v.ndim != 1 if means else v.shape != (length,)) or v.dtype != np.float32 or not np.isfinite(v).all():
             raise ValueError(f"a second moment must be finite float32 ({length},), not {v.dtype} {v.shape}")
-        columns = {"means" if means else "v": writing.column(v, "<f4")}
+        columns = {"means" if means else "v": v}
         if eigenvectors is not None:
-            columns["eigenvectors"] = writing.column(eigenvectors, "<f4")
+            columns["eigenvectors"] = eigenvectors
+        self._write_moment(columns)
+
+    def copy_moment(self, source: "Store", *, roots: np.ndarray | None = None) -> None:
+        """Write the second moment of `source`, if it has one, and `roots`, as `roots` returns them, if they are given.
+
+        Raises StoreError where the index has a second moment.
+        """
+        columns = {name: values for name, values in source._map_moment().items() if name in manifest.MOMENT_ARRAYS}
+        columns |= {} if roots is None else {"roots": roots}
+        if columns:
+            self._write_moment(columns)
+
+    def _write_moment(self, columns: dict[str, np.ndarray]) -> None:
+        numbers = {name: writing.column(values, "<f4") for name, values in columns.items()}
         with self.lock():
-            columns = {"index": writing.json_column(manifest.copy_for_files(self.manifest)), **columns}
+            index = writing.json_column(manifest.copy_for_files(self.manifest))
             attributes = {"format": "rapidindex.second-moment/1", "index": self.id}
-            writing.write(self.path / folder.MOMENT, columns, attributes)
+            writing.write(self.path / folder.MOMENT, {"index": index, **numbers}, attributes)
             self._list_moment()
 
     @contextlib.contextmanager

@@ -70,6 +70,25 @@ def distill_tables(summary: Any) -> Tables:
     return {f"Encoder {summary.output}": lines, "Spearman with the gradients' ranking, held out": ranks}
 
 
+def specialize_tables(summary: Any) -> Tables:
+    """Return one table about a specialized index, from its SpecializeSummary."""
+    by = f"where the spectra cross, at component {summary.component:,}" if summary.component else "as given"
+    lines = {
+        "rows": f"{summary.rows:,} of {summary.examples:,} examples of {summary.source}",
+        "λ": f"{summary.weight:.4f}, {by}, for {summary.queries:,} queries",
+        "blocks": f"{summary.K // summary.block:,} of {summary.block:,} entries, damping {summary.damping:g}",
+        "time": "done before" if summary.already_there else f"{summary.seconds:.0f} s",
+    }
+    if summary.rows < summary.fewest_rows:
+        fits = 2 ** max(4, (summary.rows * summary.block // summary.fewest_rows).bit_length() - 1)
+        lines["warning"] = (
+            f"blocks of {summary.block:,} want {summary.fewest_rows:,} rows: with fewer R is mostly noise, and its "
+            f"root may hurt; {f'try --block {fits}' if fits < summary.block else 'add rows'}"
+        )
+    lines["next"] = f'rapidindex query {summary.index} "PROMPT" --token WORD'
+    return {f"Index {summary.index}": lines}
+
+
 def build_tables(summary: Any) -> Tables:
     """Return one table about a finished build, from its BuildSummary."""
     lines = {
@@ -150,9 +169,16 @@ def _index_lines(info: dict[str, Any]) -> dict[str, str]:
     }
     if info.get("lost_second_moment"):
         lines["damaged"] = "the second moment is lost: nothing can be asked before the build command is given again"
+    if task := config.get("task"):
+        lines["task"] = f"{task['queries']['path']}: λ {_number(task['weight'])}, damping {task['damping']:g}"
+        lines["made from"] = f"{task['index']['path']}, in blocks of {task['block']:,} entries"
     if config.get("encoder"):
         lines["encoder"] = f"{config['encoder']['path']}: the rows are its embeddings"
     return lines | ({"removed": f"{info['removed']:,} examples"} if info["removed"] else {})
+
+
+def _number(value: float | None) -> str:
+    return "not known yet: give the specialize command again" if value is None else f"{value:.4f}"
 
 
 def _projection(sketch: dict[str, Any]) -> str:

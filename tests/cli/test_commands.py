@@ -353,3 +353,18 @@ def test_an_interrupted_build_says_how_to_go_on_and_does(data, tmp_path, llama_f
     done = rapidindex(*command[3:], "--json")
     summary = json.loads(done.stdout)
     assert summary["examples"] == len(rows)
+
+
+def test_an_index_is_specialized_and_says_for_what_and_whether_its_rows_suffice(typed, index, tmp_path):
+    task, target = tmp_path / "task.jsonl", tmp_path / "index2"
+    task.write_text("\n".join(json.dumps({"prompt": PROMPT, "answer": f"{word} is nice"}) for word in WORDS[:4]))
+    code, out, said = typed("specialize", index, "--queries", task, "-o", target)
+    assert code == 0 and "roots: 100 %" in said
+    assert "where the spectra cross, at component" in out and "64 of 16 entries" in out
+    assert "blocks of 16 want 80 rows" in " ".join(out.split())
+    out = " ".join(typed("info", target)[1].split())
+    assert "λ 0." in out and "made from" in out
+    assert typed("query", target, PROMPT, "--answer", ANSWER, "-k", 2, "-q")[0] == 0
+    assert typed("specialize", index, "--queries", task, "-o", target, "--weight", "0.5")[0] == 1
+    code, _, said = typed("specialize", index, "--queries", task, "-o", target, "--weight", "0.5", "--component", "3")
+    assert code == 2 and "give one of them" in said
