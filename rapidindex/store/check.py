@@ -19,7 +19,7 @@ from rapidindex.store.manifest import Manifest
 from rapidindex.store.shards import Shard
 
 _BUILD = "type `rapidindex build` with the same options"
-_MAKES_MOMENT = "give the command that made the index again, which makes the same one"
+_MAKES_MOMENT = "give its `rapidindex build` or `rapidindex specialize` command again, which makes the same one"
 _LISTED = "it is listed now"
 
 
