@@ -157,7 +157,7 @@ class Store:
         if self.lost_second_moment:
             raise StoreError(
                 f"{self.path / folder.MOMENT} is missing, and the rows were made with it.",
-                hint="Give its rapidindex build (or specialize) command again: it makes the same one from the same data.",
+                hint="Give its rapidindex build (or specialize) command again: the same data gives the same one.",
             )
 
     def _map_moment(self) -> dict[str, np.ndarray]:
