@@ -1,9 +1,9 @@
 """All tables and plots of bench/results, from the JSON there alone.
 
-    python -m bench.render [evidence] [retrieval] [caching] [lds] [--results FOLDER]
+    python -m bench.render [evidence] [retrieval] [caching] [lds] [facts] [--results FOLDER]
 
-`evidence`, `retrieval` and `lds` write Markdown (and SVG) beside their JSON, `caching` prints the tables of caching
-and of token rows. Plots need matplotlib. The same JSON gives the same files, byte for byte.
+`evidence`, `retrieval`, `lds` and `facts` write Markdown (and SVG) beside their JSON, `caching` prints the tables of
+caching and of token rows. Plots need matplotlib. The same JSON gives the same files, byte for byte.
 """
 
 import argparse
@@ -26,7 +26,7 @@ WAYS = ("proponents", "opponents")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="evidence, retrieval, caching or lds; all by default")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="evidence, retrieval, caching, lds or facts")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON is, and where the files go")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
@@ -861,7 +861,91 @@ def _ends(interval: list[float] | None) -> str:
     return f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "—"
 
 
-PARTS = {"evidence": render_evidence, "retrieval": render_retrieval, "caching": render_caching, "lds": render_lds}
+# --- fact tracing ---
+
+TRACED = {
+    "perfect": "(the right rows first)",
+    "random": "random",
+    "bm25": "BM25",
+    "embedding": "embeddings",
+    "repsim/half": "RepSim, half the depth",
+    "repsim/last": "RepSim, last layer",
+    "rept/three quarters": "RepT, three quarters of the depth",
+    "rept/last": "RepT, last layer",
+    "trak": "TRAK-like, two-sided rows of 1,024",
+    "full/none/none": "gradient dot product, uncompressed",
+    "R=none/none/none": "gradient dot product, two-sided",
+    "R=none/none/unit": "+ unit",
+    "R=none/estimate/unit": "+ second moment (64 examples)",
+    "R=none/adam/unit": "the same with AdamW's own",
+    "R=train/none/unit": "+ R of the rows, without second moment",
+    "R=train/estimate/unit": "+ R of the rows",
+    "R=train/estimate/unit/0.1": "the same, damping .1",
+    "R=mixed/none/unit": "+ mixed R, without second moment",
+    "R=mixed/estimate/unit": "+ mixed R (TrackStar)",
+    "R=mixed/estimate/unit/0.1": "the same, damping .1",
+    "R=mixed/adam/unit": "the same with AdamW's own second moment",
+    "full/none/layer": "layer-wise (RapidIn's recipe), uncompressed",
+    "K=65536/shuffles=20/none/layer/int8": "the same, RapidGrad",
+    "full/estimate/unit": "`estimate`, `unit`, uncompressed",
+    "K=65536/shuffles=20/estimate/unit/int8": "**the same, RapidGrad (the default)**",
+    "full/kronecker/unit": "`kronecker`, `unit`, uncompressed",
+    "K=65536/shuffles=20/kronecker/unit/int8": "the same, RapidGrad",
+    "limit": "empirical Fisher's inverse, uncompressed",
+    "full/ekfac/none": "influence function, EK-FAC, uncompressed",
+    "full/ekfac/unit": "the same / length of the gradient",
+    "full/ekfac-root/unit": "EK-FAC's root on either side, `unit`",
+}
+"""The methods of facts.md in its order: TrackStar's ablations one after the other."""
+
+
+def render_facts(folder: Path) -> None:
+    """Write facts.md from facts.json."""
+    write(folder / "facts.md", facts_page(read(folder, "facts")["facts"]["figures"]))
+
+
+def facts_page(figures: Figures) -> str:
+    """Return the table of fact tracing, and what it was measured on."""
+    found = {row["method"]: row for row in figures["methods"]}
+    names = [name for name in TRACED if name in found] + [name for name in found if name not in TRACED]
+    metrics = [name for name in figures["methods"][0] if name not in ("method", "bytes", "less_default")]
+    head = [
+        "method",
+        *(name.replace("_", " ").replace("mrr", "MRR").replace("recall", "recall@10") for name in metrics),
+    ]
+    body = [[_traced(name), *(_cell(found[name][m]) for m in metrics), f"{found[name]['bytes']:,}"] for name in names]
+    right, rights = figures["right"], figures["tail_patch_of_right_rows"]
+    parts = [
+        f"# Fact tracing: {figures['queries']} queries, {figures['rows']} rows\n",
+        f"{figures['facts']} facts; right answers to the third paraphrase: base {right['base']:.0%}, fine-tuned"
+        f" {right['tuned']:.0%}. Tail-patch in percentage points, at the run's last learning rate"
+        f" ({figures['last_rate']:g}) times .3, 1 and 3; of the right rows themselves"
+        f" {', '.join(f'{value:.2f}' for value in rights.values())}. 95 % intervals over the queries.\n",
+        markdown([*head, "bytes a row"], body) + "\n",
+        markdown(["stage", "seconds"], [[name, f"{spent:.0f}"] for name, spent in figures["seconds"].items()]) + "\n",
+    ]
+    return "\n".join(parts)
+
+
+def _traced(name: str) -> str:
+    if name in TRACED:
+        return TRACED[name]
+    return f"`{name}`" if name.startswith("R=") else title(name)
+
+
+def _cell(value: dict[str, Any]) -> str:
+    if value["mean"] is None:
+        return "—"
+    return f"{value['mean']:.3f} ({value['interval'][0]:.3f} to {value['interval'][1]:.3f})"
+
+
+PARTS = {
+    "evidence": render_evidence,
+    "retrieval": render_retrieval,
+    "caching": render_caching,
+    "lds": render_lds,
+    "facts": render_facts,
+}
 
 if __name__ == "__main__":
     main()

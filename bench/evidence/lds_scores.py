@@ -90,8 +90,8 @@ def two_sided_scores(bank: Bank) -> Scores:
     }
     for name, corrected in corrections.items():
         projections = {K: TwoSided(bank.rows.layers, SketchConfig(K, seed=bank.seed)) for K in bank.sizes.Ks}
-        asked, _ = _projected(bank.posed, projections, corrected)
-        kept, lengths = _projected(bank.rows, projections, corrected)
+        asked, _ = projected(bank.posed, projections, corrected)
+        kept, lengths = projected(bank.rows, projections, corrected)
         for K in projections:
             found = asked[K] @ kept[K].T
             scores[f"two-sided={K}/{name}/none"] = found.numpy()
@@ -100,7 +100,7 @@ def two_sided_scores(bank: Bank) -> Scores:
     return scores
 
 
-def _projected(
+def projected(
     side: Replay, projections: dict[int, TwoSided], corrected: Callable[[Layer, torch.Tensor], torch.Tensor]
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """Return the projected gradients [n, K] by K, and the lengths [n] of the corrected gradients."""

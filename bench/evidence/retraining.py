@@ -127,6 +127,11 @@ class Retrainer:
         self.base.layers = self.blocks
         self.model.save_pretrained(folder)
 
+    def restore(self, folder: Path) -> None:
+        """Read an adapter that `save` wrote."""
+        self.base.layers = self.blocks
+        peft.set_peft_model_state_dict(self.model, peft.load_peft_weights(str(folder), device="cpu"))
+
     def retrain(
         self,
         rows: Sequence[Row],
@@ -143,7 +148,7 @@ class Retrainer:
         self.base.layers = self.blocks[self.first :]  # the parameters are named by what is in place
         restart(self.model, seed)
         parameters = list(trainable(self.model).values())
-        optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+        self.optimizer = optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
         batches = self.schedule.batches(len(rows), seed)
         for step, chosen in enumerate(batches):
             for parameter in parameters:
