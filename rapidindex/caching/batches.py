@@ -101,7 +101,8 @@ def does_not_fit(items: Sequence[Item], device: torch.device) -> ResourceError:
 def as_batch(items: Sequence[Item], device: torch.device | str) -> Batch:
     """Pad items to a batch whose losses are the mean over an example's response tokens, or one token's own."""
     ids = [item.encoding.input_ids[: item.tokens] for item in items]
-    return Batch.of(ids, [_weights(item) for item in items], device)
+    names = [f"the example in line {item.example.line}" for item in items]
+    return Batch.of(ids, [_weights(item) for item in items], device, names)
 
 
 def batches_of(examples: Iterable[Example], template: Template, device: torch.device | str) -> list[Batch]:

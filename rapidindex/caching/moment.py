@@ -46,6 +46,11 @@ def ensure_second_moment(job: Job, store: Store, progress: Progress) -> None:
     source = job.request.gradient.second_moment
     if source == "none" or store.second_moment() is not None:
         return
+    if source == "kronecker" and store.lost_second_moment and "moment_means" not in store.manifest:
+        raise StoreError(
+            f"{store.path} lacks its second moment, whose tokens an earlier version drew in another way.",
+            hint="Put second_moment.h5 back, or give the build command with --overwrite.",
+        )
     vectors, kind = None, preconditioner_of(job.recipe)
     if source in ESTIMATES:
         moment, vectors = _estimate(job, progress)

@@ -32,6 +32,10 @@ class Factors:
         """Return those of one example."""
         return Factors(self.shape, [(left[row : row + 1], right[row : row + 1]) for left, right in self.pairs])
 
+    def isfinite(self) -> Tensor:
+        """Return whether each number of the factors is finite, one after another."""
+        return torch.cat([side.isfinite().flatten() for pair in self.pairs for side in pair])
+
     @property
     def smaller(self) -> bool:
         """Whether the factors take less work than the gradients: T (rows + columns) < rows · columns."""

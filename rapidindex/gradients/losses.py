@@ -36,10 +36,16 @@ class Batch:
     """Weight of each token's cross-entropy in its example's loss; 0 for the prompt and the padding."""
     labels: Int64[Tensor, "examples T"] | None = None
     """The tokens whose cross-entropy counts, where they are not those of `input_ids`."""
+    names: tuple[str, ...] = ()
+    """What errors call the examples."""
 
     @classmethod
     def of(
-        cls, ids: Sequence[np.ndarray], weights: Sequence[np.ndarray], device: torch.device | str = "cpu"
+        cls,
+        ids: Sequence[np.ndarray],
+        weights: Sequence[np.ndarray],
+        device: torch.device | str = "cpu",
+        names: Sequence[str] = (),
     ) -> "Batch":
         """Pad the token ids (int [T_b]) and loss weights (float [T_b]) of several examples."""
         length = max(map(len, ids))
@@ -50,7 +56,7 @@ class Batch:
             input_ids[row, : len(tokens)] = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
             attention[row, : len(tokens)] = 1
             padded[row, : len(tokens)] = torch.from_numpy(np.asarray(weight, dtype=np.float32))
-        return cls(input_ids.to(device), attention.to(device), padded.to(device))
+        return cls(input_ids.to(device), attention.to(device), padded.to(device), names=tuple(names))
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -59,7 +65,8 @@ class Batch:
         """Return one example alone, without its padding."""
         length = int(self.attention[row].sum())
         parts = (self.input_ids, self.attention, self.weights, self.labels)
-        return Batch(*(None if part is None else part[row : row + 1, :length] for part in parts))
+        parts = (None if part is None else part[row : row + 1, :length] for part in parts)
+        return Batch(*parts, names=self.names[row : row + 1])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -111,21 +118,30 @@ def token_losses(model: nn.Module, batch: Batch, positions: Tensor | None) -> tu
 
 
 @torch.no_grad()
-def with_drawn_labels(model: nn.Module, batch: Batch, seed: int) -> Batch:
-    """Replace the tokens of the loss by tokens drawn from the model's own predictions, by `seed`.
+def with_drawn_labels(model: nn.Module, batch: Batch, seed: int, first: int = 0) -> Batch:
+    """Replace the tokens of the loss by tokens drawn from the model's own predictions.
 
-    The mean product of such gradients is the Fisher matrix. Each weight becomes its square root: drawn tokens are
-    independent, so that each then counts in a product as it does in the loss.
+    Example b draws by `seed` and its number, `first` + b, whatever else is in the batch. The mean product of such
+    gradients is the Fisher matrix. Each weight becomes its square root: drawn tokens are independent, so that each then
+    counts in a product as it does in the loss.
     """
     positions = positions_used(batch.weights)
     with only_logits_at(model, positions) as narrowed:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention, use_cache=False).logits
     if not narrowed:
         logits = logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
-    chances = logits.float().softmax(-1).flatten(0, 1).cpu().nan_to_num_(1.0)  # its gradient will not be finite
-    drawn = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(seed)).view_as(positions)
-    labels = batch.input_ids.scatter(1, positions + 1, drawn.to(positions.device))
+    drawn = torch.stack([_draw(scores, (seed, first + row)) for row, scores in enumerate(logits.cpu())])
+    drawn = torch.where(positions == 0, drawn[:, :1].to(positions.device), drawn.to(positions.device))  # fillers, too
+    labels = torch.where(batch.weights != 0, batch.input_ids.scatter(1, positions + 1, drawn), batch.input_ids)
     return replace(batch, weights=batch.weights.sqrt(), labels=labels)
+
+
+def _draw(logits: Float[Tensor, "G vocabulary"], seed: tuple[int, int]) -> Int64[Tensor, " G"]:
+    """Draw a token from each row's distribution: the first rows draw the same whatever follows them."""
+    chances = logits.float().softmax(-1).nan_to_num_(1.0)  # its gradient will not be finite
+    sums = chances.double().cumsum(-1)
+    points = torch.from_numpy(np.random.default_rng(seed).random((len(sums), 1))) * sums[:, -1:]
+    return torch.searchsorted(sums, points, right=True).squeeze(1).clamp_max(logits.shape[-1] - 1)
 
 
 def weighted_token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

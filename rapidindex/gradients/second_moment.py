@@ -118,12 +118,13 @@ class Eigenbasis(Diagonal):
     def estimate(
         cls, gradients: PerExampleGradients, sample: Sequence[Batch], seed: int, track: Track
     ) -> tuple[Float[Tensor, " size"], Float[Tensor, " entries"]]:
-        """Return v and the eigenvectors from the loss of tokens that the model draws, by `seed`.
+        """Return v and the eigenvectors from the loss of tokens that the model draws by `seed`, however it is batched.
 
         With the data's own tokens the correction would take out of the gradients what the sample itself taught.
         """
-        numbered = enumerate(track(sample, "draw tokens"))
-        batches = [with_drawn_labels(gradients.model, batch, 2**20 * seed + number) for number, batch in numbered]
+        batches: list[Batch] = []
+        for batch in track(sample, "draw tokens"):
+            batches.append(with_drawn_labels(gradients.model, batch, seed, first=sum(map(len, batches))))
         vectors = estimate_eigenbases(gradients, track(batches, "eigenvectors"))
         bases = Eigenbases(gradients.layers, vectors.to(batches[0].input_ids.device))
         return estimate_second_moment(gradients, track(batches, "second moment"), bases), vectors
@@ -256,23 +257,48 @@ def mean_over_sample(
 ) -> Float[Tensor, " entries"]:
     """Return the mean over the examples of what `measure` sums over a batch, `sizes` numbers for each layer.
 
-    `measure` is given a layer's number and gradients. A batch with a gradient that is not finite is left out.
-    ModelError where no batch is left.
+    `measure` is given a layer's number and gradients. An example whose gradient is not finite is left out: it has no
+    row either. ModelError where none is left, and where a finite gradient's measure is too large for float32.
     """
+
+    def summed(batch: Batch) -> tuple[Tensor, bool]:
+        sums, finite = torch.zeros(sum(sizes)), True
+        places = sums.split(list(sizes))
+
+        def add(number: int, values: Tensor | Factors) -> None:
+            nonlocal finite
+            finite = finite and bool(values.isfinite().all())
+            places[number].copy_(measure(number, values))
+
+        gradients(batch, add, **options)
+        return sums, finite
+
     total, count = torch.zeros(sum(sizes)), 0
     for batch in batches:
-        sums = torch.zeros_like(total)
-        places = sums.split(list(sizes))
-        gradients(batch, lambda number, values, places=places: places[number].copy_(measure(number, values)), **options)
-        if sums.isfinite().all():
-            total += sums
-            count += len(batch)
+        sums, finite = summed(batch)
+        parts = [batch] if sums.isfinite().all() else [batch.example(row) for row in range(len(batch))]
+        for part in parts:
+            if len(parts) > 1:
+                sums, finite = summed(part)
+            if sums.isfinite().all():
+                total += sums
+                count += len(part)
+            elif finite:
+                raise _too_large(part)
     if count == 0:
         raise ModelError(
             "No example of the sample has a finite gradient, so the second moment cannot be estimated.",
             hint="Check the model, or build with --second-moment none.",
         )
     return total.div_(count)
+
+
+def _too_large(batch: Batch) -> ModelError:
+    name = batch.names[0] if batch.names else "an example of the sample"
+    return ModelError(
+        f"The square of the gradient of {name} is too large for float32.",
+        hint="Check the model and that example, or build with --second-moment none.",
+    )
 
 
 def read_second_moment(

@@ -215,7 +215,10 @@ class _Audit:
         if file in self._broken:
             return self._broken[file]
         try:
-            return manifest.moment_entry(manifest.read_moment(self.path, content))
+            layout = manifest.read_moment(self.path, content)
+            if not manifest.are_of_rows(content, container.map_arrays(layout)):
+                return f"is damaged: {manifest.OTHER_MOMENT}"
+            return manifest.moment_entry(layout)
         except DamagedIndex as error:
             return _fault(error, file)
 

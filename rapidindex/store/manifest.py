@@ -1,12 +1,14 @@
 """The manifest of an index: its content, and what it says about the sealed files.
 
     {"format": 2, "id", "created", "revision", "versions", "config", "layers": [{"name", "size"}],
-     "skipped": [{"line", "reason"}], "second_moment": {"sha256", "bytes", "length"} | null, "levels": {"sentence":
-     {"K", "planned", "rows": "int8", "shards": {"shard-00000.h5": {"sha256", "bytes", "rows", "examples",
-     "rejected"}}}}, "sha256"}
+     "skipped": [{"line", "reason"}], "second_moment": {"sha256", "bytes", "length"} | null, "moment_means": {…},
+     "levels": {"sentence": {"K", "planned", "rows": "int8", "shards": {"shard-00000.h5": {"sha256", "bytes", "rows",
+     "examples", "rejected"}}}}, "sha256"}
 
 Every sealed file keeps a copy of the manifest without the list of files; the copy of the highest `revision` is the
-newest. `removed.json` is {"format", "removed": [ids], "sha256"}.
+newest. `moment_means` are the means of eight slices of each array of the second moment that the rows were made with:
+one that is made again differs by rounding, so that no hash can tell it. `removed.json` is {"format", "removed": [ids],
+"sha256"}.
 """
 
 import json
@@ -18,6 +20,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+import numpy as np
+
 from rapidindex.config import LEVELS
 from rapidindex.errors import DamagedIndex, NotAnIndex
 from rapidindex.store import container, folder
@@ -26,6 +30,9 @@ from rapidindex.store.schema import ANY, misfit
 from rapidindex.store.shards import OLD_ROW_TYPE, ROW_TYPE, ROW_TYPES
 
 Manifest = dict[str, Any]
+_ROUNDING = 0.05
+"""How far a slice's mean may be from the one noted. SmolLM2 with LoRA: other batches .0005 (in bfloat16), another dtype
+.026, other examples of the same data .22."""
 _SHARD = {"sha256": str, "bytes": int, "rows": int, "examples": int, "rejected": int}
 _LEVEL = {
     "K": range(1, 2**24 + 1),
@@ -42,11 +49,15 @@ _FORM = {
     "layers": [{"name": str, "size": int}],
     "skipped": [{"line": (int, None), "reason": str}],
     "second_moment": (None, {"sha256": str, "bytes": int, "length": int}),
+    "moment_means?": {re.compile("v|means|roots"): [float]},
     "levels": {re.compile("|".join(LEVELS)): _LEVEL},
 }
 """What every manifest has, that of format 1 too, and each copy of it in a sealed file. `config` is `recipe.py`'s."""
 MOMENT_ARRAYS = {"v": 1, "means": 1, "eigenvectors": 1, "roots": 2}
 """The arrays that the second moment's file may hold, float32, each with the number of its axes."""
+
+
+OTHER_MOMENT = "it is not the second moment that the rows were made with"
 
 
 def new(
@@ -149,8 +160,12 @@ def lost_moment(manifest: Manifest) -> bool:
     config = manifest["config"]
     corrected = config.get("gradient", {}).get("second_moment", "none") != "none" or config.get("task")
     wanted = bool(corrected) and not config.get("encoder")
-    stored = any(entry["rows"] for plan in manifest["levels"].values() for entry in plan["shards"].values())
-    return wanted and stored and manifest["second_moment"] is None
+    return wanted and has_rows(manifest) and manifest["second_moment"] is None
+
+
+def has_rows(manifest: Manifest) -> bool:
+    """Return whether a finished shard holds a row."""
+    return any(entry["rows"] for plan in manifest["levels"].values() for entry in plan["shards"].values())
 
 
 def check_sizes(path: Path, manifest: Manifest) -> None:
@@ -192,3 +207,26 @@ def moment_entry(layout: Layout) -> dict[str, Any]:
     """Return the manifest's entry for the second moment."""
     numbers = next(layout.extents[name] for name in ("v", "means", "roots") if name in layout.extents)
     return {"sha256": layout.sha256, "bytes": layout.size, "length": numbers.shape[0]}
+
+
+def moment_means(arrays: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Return the means of eight slices of each array of a second moment's file; eigenvectors have signs by chance."""
+    return {name: _slice_means(arrays[name]) for name in ("v", "means", "roots") if name in arrays}
+
+
+def _slice_means(array: np.ndarray) -> list[float]:
+    return [float(np.abs(part).mean(dtype=np.float64)) for part in np.array_split(array, 8) if len(part)]
+
+
+def are_of_rows(manifest: Manifest, arrays: dict[str, np.ndarray]) -> bool:
+    """Return whether the rows were made with this second moment. Where an earlier version did not note it: True."""
+    known = manifest.get("moment_means")
+    if known is None or not has_rows(manifest):
+        return True
+    means = moment_means(arrays)
+    return means.keys() == known.keys() and all(_alike(means[name], known[name]) for name in known)
+
+
+def _alike(means: list[float], known: list[float]) -> bool:
+    least = 1e-6 * max(known, default=0.0)
+    return len(means) == len(known) and np.allclose(means, known, rtol=_ROUNDING, atol=least)

@@ -34,6 +34,7 @@ class Store:
         self._shards: dict[tuple[str, str], Shard] = {}
         self._owners: dict[str, dict[str, str]] = {}
         self._rows: dict[str, tuple[Any, Rows]] = {}
+        self._judged: str | None = None  # the checksum of the second moment that was found to be that of the rows
         self.refresh()
 
     @classmethod
@@ -134,7 +135,7 @@ class Store:
     def second_moment(self) -> np.ndarray | None:
         """Return v, float32 [sum of the layers' sizes], or its row and column means, float32 [n], a view of their file.
 
-        None where the index has none.
+        None where the index has none. Raises DamagedIndex where its file is not the one that the rows were made with.
         """
         stored = self._map_moment()
         return stored.get("v", stored.get("means"))
@@ -166,7 +167,12 @@ class Store:
         layout = manifest.read_moment(self.path, self.manifest)
         if manifest.moment_entry(layout) != self.manifest["second_moment"]:
             raise container.damaged(layout.path, "it is not the one that the manifest lists")
-        return container.map_arrays(layout)
+        arrays = container.map_arrays(layout)
+        if self._judged != layout.sha256:
+            if not manifest.are_of_rows(self.manifest, arrays):
+                raise container.damaged(layout.path, manifest.OTHER_MOMENT)
+            self._judged = layout.sha256
+        return arrays
 
     # Changing it
 
@@ -253,8 +259,8 @@ class Store:
         """Write the second moment v, float32 [sum of the layers' sizes], which an index has once and for all.
 
         `eigenvectors`, float32 [n], are given where v is in their basis. Where `v` holds only row and column `means`,
-        it may have any length. Raises StoreError where the index has a second
-        moment, and ValueError where v does not fit the layers or is not finite.
+        it may have any length. Raises StoreError where the index has a second moment, or rows that were made with
+        another one, and ValueError where v does not fit the layers or is not finite.
         """
         length = sum(layer["size"] for layer in self.layers)
         if (v.ndim != 1 if means else v.shape != (length,)) or v.dtype != np.float32 or not np.isfinite(v).all():
@@ -277,6 +283,7 @@ class Store:
     def _write_moment(self, columns: dict[str, np.ndarray]) -> None:
         numbers = {name: writing.column(values, "<f4") for name, values in columns.items()}
         with self.lock():
+            self._refuse_other_moment(columns)
             index = writing.json_column(manifest.copy_for_files(self.manifest))
             attributes = {"format": "rapidindex.second-moment/1", "index": self.id}
             writing.write(self.path / folder.MOMENT, {"index": index, **numbers}, attributes)
@@ -315,8 +322,21 @@ class Store:
         self._owner(level).update(dict.fromkeys(shard.ids, shard.name))
 
     def _list_moment(self) -> None:
-        with self._changing() as content:
-            content["second_moment"] = manifest.moment_entry(manifest.read_moment(self.path, content))
+        with self._changing(revised=True) as content:
+            layout = manifest.read_moment(self.path, content)
+            arrays = container.map_arrays(layout)
+            self._refuse_other_moment(arrays)
+            content["second_moment"] = manifest.moment_entry(layout)
+            if "moment_means" not in content or not manifest.has_rows(content):
+                content["moment_means"] = manifest.moment_means(arrays)
+
+    def _refuse_other_moment(self, arrays: dict[str, np.ndarray]) -> None:
+        if not manifest.are_of_rows(self.manifest, arrays):
+            raise StoreError(
+                f"The second moment that was made now is not the one that the rows of {self.path} were made with.",
+                hint=f"Put the first one back as {self.path / folder.MOMENT} (its training checkpoint, or the model, "
+                "was changed), or type the build command with --overwrite.",
+            )
 
     def _set_removed(self, removed: frozenset[str]) -> int:
         changed = len(removed ^ self.removed)

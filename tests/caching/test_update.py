@@ -5,11 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from rapidindex.caching.build import build
 from rapidindex.caching.update import add, remove
 from rapidindex.config import BuildRequest, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.errors import ConfigMismatch, StoreError, UsageError
+from rapidindex.gradients.losses import trainable
+from rapidindex.model.model import load
 from rapidindex.query.index import Index
 from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Store, check
@@ -79,7 +82,7 @@ def test_the_second_moment_stays_that_of_the_first_data(files, tmp_path, llama_f
     assert not np.allclose(before, Store.open(tmp_path / "both").second_moment())
 
 
-@pytest.mark.parametrize("second_moment", ["estimate", "kronecker"])
+@pytest.mark.parametrize("second_moment", ["estimate", "factored", "kronecker"])
 @pytest.mark.parametrize("damage", ["lost", "flipped"])
 def test_a_second_moment_that_is_lost_is_made_again_from_the_data_of_the_build(
     files, tmp_path, llama_folders, second_moment, damage
@@ -103,6 +106,37 @@ def test_a_second_moment_that_is_lost_is_made_again_from_the_data_of_the_build(
     assert found == pytest.approx(scores, rel=1e-4)
     add(path, files["b"])
     assert rows.keys() < all_rows(path).keys()
+
+
+def save_optimizer(folders, path, scale):
+    """Save the state of an AdamW that has seen gradients of this size, as a training checkpoint has it."""
+    loaded = load(ModelConfig(*map(str, folders)))
+    optimizer = torch.optim.AdamW(trainable(loaded.model).values(), lr=0.0)
+    for number, parameter in enumerate(trainable(loaded.model).values()):
+        parameter.grad = torch.full_like(parameter, scale * (number + 1))
+    optimizer.step()
+    torch.save(optimizer.state_dict(), path / "optimizer.pt")
+
+
+@pytest.mark.parametrize("projection", ["rapidgrad", "two-sided"])
+def test_a_training_checkpoint_that_has_changed_gives_no_other_second_moment(
+    files, tmp_path, llama_folders, projection
+):
+    checkpoint, path = tmp_path / "checkpoint", tmp_path / "index"
+    checkpoint.mkdir()
+    save_optimizer(llama_folders, checkpoint, 0.1)
+    asked = request(files["a"], path, llama_folders, str(checkpoint))
+    asked = replace(asked, sketch=SketchConfig(K=1024, projection=projection))
+    build(asked)
+    (path / "second_moment.h5").unlink()
+    check(path, repair=True)
+    save_optimizer(llama_folders, checkpoint, 0.2)
+    with pytest.raises(StoreError, match="not the one that the rows of"):
+        build(asked)
+    assert not (path / "second_moment.h5").exists() and "is missing" in check(path)[0].what
+    save_optimizer(llama_folders, checkpoint, 0.1)
+    assert build(asked).computed == 0 and check(path) == []
+    assert Index.open(path).query("Tell me about tea", answer="tea is nice", k=3).matches
 
 
 def test_adding_twice_adds_nothing_and_lists_each_source_once(files, tmp_path, llama_folders):

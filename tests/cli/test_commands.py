@@ -226,11 +226,6 @@ ERRORS = {
     "a list of ids that is no text": (["remove", "INDEX", "--ids", "BINARY"], 2, "UsageError"),
     "a seed below zero": (["build", "DATA", "-m", "x", "-o", "y", "--seed", "-1"], 2, "UsageError"),
     "a seed of 128 bits": (["build", "DATA", "-m", "x", "-o", "y", "--seed", str(2**128)], 2, "UsageError"),
-    "a seed that draws no tokens": (
-        ["build", "DATA", "-m", "x", "-o", "y", "--seed", str(2**44), "--second-moment", "kronecker"],
-        2,
-        "UsageError",
-    ),
     "a seed of fine-tuning": (["finetune", "DATA", "-m", "x", "-o", "y", "--seed", str(2**32)], 2, "UsageError"),
     "shards of no work": (["build", "DATA", "-m", "x", "-o", "y", "--shard-seconds", "nan"], 2, "UsageError"),
     "a span of many digits": (["query", "INDEX", PROMPT, "--answer", ANSWER, "--span", "9" * 5000], 2, "UsageError"),

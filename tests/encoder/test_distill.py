@@ -9,13 +9,14 @@ import pytest
 import scipy.stats
 import torch
 
-from rapidindex.config import DistillConfig, EncoderConfig
+from rapidindex.caching.build import build
+from rapidindex.config import BuildRequest, DistillConfig, EncoderConfig, ModelConfig, SketchConfig
 from rapidindex.encoder.blocks import read_parts
 from rapidindex.encoder.distill import distill
-from rapidindex.encoder.embed import PREFIX, Encoder
+from rapidindex.encoder.embed import PREFIX, Encoder, copy_recipe
 from rapidindex.encoder.training import Measure, block_loss
 from rapidindex.errors import ConfigMismatch, ModelError, UsageError
-from rapidindex.store import Store
+from rapidindex.store import Store, check
 from tests.encoder.conftest import OPTIONS
 
 
@@ -106,6 +107,15 @@ def test_what_cannot_be_distilled_is_refused(embedded, gradient_index, tmp_path,
         distill(gradient_index, tmp_path / "c", encoder=config)
     with pytest.raises(UsageError, match="--alpha must lie between 0 and 1"):
         DistillConfig(alpha=2)
+
+
+def test_an_encoder_keeps_the_row_and_column_means_of_its_index(many, tmp_path, llama_folders):
+    model, sketch = ModelConfig(*map(str, llama_folders), device="cpu"), SketchConfig(1024)
+    build(BuildRequest(str(many), tmp_path / "index", model, recipe="trackstar", sketch=sketch, limit=8))
+    source = Store.open(tmp_path / "index")
+    for _ in range(2):
+        copy = copy_recipe(source, tmp_path / "copy")
+        assert np.array_equal(copy.second_moment(), source.second_moment()) and check(tmp_path / "copy") == []
 
 
 def test_questions_of_a_file_are_anchors(gradient_index, plain_encoder, tmp_path):

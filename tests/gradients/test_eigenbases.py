@@ -158,3 +158,12 @@ def test_eigenvectors_of_other_layers_are_damage(data, tmp_path, llama_folders):
     index.store.eigenvectors = lambda: np.zeros(7, np.float32)
     with pytest.raises(DamagedIndex, match="eigenvectors of this model's layers"):
         index.query("Tell me about tea", answer="tea is nice", k=1)
+
+
+def test_an_index_is_the_same_however_its_sample_is_batched(tmp_path, data, llama_folders):
+    moments = []
+    for tokens in (16, 4096):
+        asked = request(data, tmp_path / str(tokens), llama_folders, gradient=KRONECKER, work=BuildConfig(tokens))
+        build(asked)
+        moments.append(Store.open(asked.output).second_moment())
+    np.testing.assert_allclose(moments[0], moments[1], rtol=1e-3, atol=1e-5 * moments[0].max())

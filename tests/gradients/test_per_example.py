@@ -216,6 +216,16 @@ def test_drawn_labels_are_the_models_own_and_the_loss_is_of_them(way):
         torch.testing.assert_close(example_losses(model, found.example(row))[0], truth, rtol=1e-4, atol=1e-5)
 
 
+def test_an_example_draws_the_same_labels_whatever_is_batched_with_it():
+    model = make("llama", "full")
+    ids, weights = examples()
+    weights = [np.array([0, *[1] * (len(each) - 1)]) for each in ids[:-1]] + list(weights[-1:])  # token 1 counts, too
+    together = with_drawn_labels(model, Batch.of(ids, weights), seed=5)
+    for row in range(len(ids)):
+        alone = with_drawn_labels(model, Batch.of([ids[row]], [weights[row]]), seed=5, first=row)
+        assert torch.equal(alone.labels, together.example(row).labels)
+
+
 def test_labels_are_drawn_as_often_as_the_model_says():
     model = make("llama", "full")
     with torch.no_grad():  # a model that is sure of a few tokens

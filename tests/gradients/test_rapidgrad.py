@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -6,7 +7,14 @@ from rapidindex.errors import ModelError
 from rapidindex.gradients.losses import Batch, trainable
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
-from rapidindex.gradients.second_moment import Diagonal, correction, estimate_second_moment, read_second_moment
+from rapidindex.gradients.second_moment import (
+    Diagonal,
+    Eigenbasis,
+    RowColumn,
+    correction,
+    estimate_second_moment,
+    read_second_moment,
+)
 from rapidindex.gradients.sketch import Sketch
 from tests import tiny
 from tests.oracles import autograd, examples, make, oracle
@@ -64,6 +72,37 @@ def trained(model, optimizer, steps=3):
         logits = model(input_ids=torch.as_tensor(ids[0]).long()[None]).logits
         logits.square().mean().backward()
         optimizer.step()
+
+
+def scaled_batches(scale):
+    """Two examples and then two, the third of which has its loss multiplied by `scale`."""
+    ids, weights = examples()
+    weights = [*weights[:2], weights[2] * np.float32(scale), weights[3]]
+    names = [f"example {number}" for number in range(4)]
+    return [Batch.of(ids[at], weights[at], names=names[at]) for at in (slice(0, 2), slice(2, 4))]
+
+
+@pytest.mark.parametrize("kind", [Diagonal, RowColumn, Eigenbasis])
+def test_an_example_of_the_sample_without_a_finite_gradient_is_left_out_alone(kind):
+    gradients = PerExampleGradients(make("llama", "full"))
+
+    def moment(batches):
+        return kind.estimate(gradients, batches, 0, lambda batches, stage: batches)[0]
+
+    found = moment(scaled_batches(np.nan))
+    if kind is not Eigenbasis:  # whose draws follow the example's place in the sample
+        first, second = scaled_batches(1)
+        torch.testing.assert_close(found, moment([first, second.example(1)]))
+    assert found.isfinite().all() and found.any()
+    with pytest.raises(ModelError, match="No example of the sample"):
+        moment([batch.example(0) for batch in scaled_batches(np.nan)[1:]])
+
+
+@pytest.mark.parametrize("kind", [Diagonal, RowColumn])
+def test_a_square_that_float32_does_not_hold_is_said_with_the_examples_name(kind):
+    gradients = PerExampleGradients(make("llama", "full"))
+    with pytest.raises(ModelError, match="square of the gradient of example 2 is too large"):
+        kind.estimate(gradients, scaled_batches(1e25), 0, lambda batches, stage: batches)
 
 
 def test_adams_second_moment_is_read_with_its_bias_corrected(tmp_path):

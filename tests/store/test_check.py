@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rapidindex.errors import DamagedIndex, IndexBusy, NotAnIndex, StoreError
-from rapidindex.store import Store, check
+from rapidindex.store import Store, check, container, folder, manifest
 from tests.store.content import CONFIG, content, create, make, reseal, row_of, write
 
 SHARD = "sentence/shard-00001.h5"
@@ -249,6 +249,53 @@ def test_a_lost_second_moment_is_remembered_until_it_is_made_again(index, path):
     store.refuse_lost_moment()
 
 
+def lose_moment(index, path):
+    """Flip a byte of the second moment and repair: it is moved aside."""
+    index.update_config({"gradient": {"second_moment": "estimate"}})
+    flip(path / "second_moment.h5")
+    check(path, repair=True)
+    return Store.open(path)
+
+
+def test_rows_know_the_second_moment_that_they_were_made_with(index, path):
+    store, moment = lose_moment(index, path), np.arange(8, dtype=np.float32)
+    for other in (moment[::-1].copy(), moment * np.float32(1.1), np.zeros(8, np.float32)):
+        with pytest.raises(StoreError, match="not the one that the rows of") as caught:
+            store.write_second_moment(other)
+        assert "--overwrite" in caught.value.hint and not (path / "second_moment.h5").exists()
+    store.write_second_moment(moment * np.float32(1.001))  # made again, it differs by rounding
+    assert check(path) == [] and Store.open(path).second_moment()[7] == pytest.approx(7.007)
+
+
+@pytest.mark.parametrize("way", ["listed", "unlisted", "the manifest is lost"])
+def test_an_exchanged_second_moment_is_found(path, way):
+    make(path, "abc", "def")
+    reseal(path / "second_moment.h5", v=np.ones(8, np.float32))
+    content = folder.read_json(path / "manifest.json")
+    entry = manifest.moment_entry(container.read_layout(path / "second_moment.h5"))
+    content["second_moment"] = entry if way == "listed" else None
+    folder.write_json(path / "manifest.json", content)
+    if way == "the manifest is lost":
+        (path / "manifest.json").unlink()
+    else:
+        store = Store.open(path)
+        with pytest.raises(DamagedIndex, match="not the second moment that") if way == "listed" else store.lock():
+            assert store.second_moment() is None  # it is not adopted
+    problems = check(path, repair=True)
+    assert "not the second moment that the rows were made with" in [p.what for p in problems if "moment" in p.where][0]
+    assert Store.open(path).second_moment() is None and (path / "damaged/second_moment.h5").exists()
+
+
+def test_an_index_of_an_earlier_version_takes_the_second_moment_that_is_made_again(index, path):
+    store = lose_moment(index, path)
+    content = folder.read_json(path / "manifest.json")
+    del content["moment_means"]
+    folder.write_json(path / "manifest.json", content)
+    store = Store.open(path)
+    store.write_second_moment(np.ones(8, np.float32))
+    assert check(path) == [] and Store.open(path).manifest["moment_means"] == {"v": [1] * 8}
+
+
 @pytest.mark.parametrize("wanted", ["none", "estimate"])
 def test_a_second_moment_that_is_not_there_yet_is_not_lost(path, wanted):
     store = create(path, sentence=0)
@@ -308,7 +355,7 @@ def test_no_damage_to_the_hdf5_part_stops_or_crashes_a_reader(index, path):
     code = f"""
 import numpy as np, pathlib
 from rapidindex.errors import StoreError
-from rapidindex.store import Store, check
+from rapidindex.store import Store, check, container, folder, manifest
 path = pathlib.Path({str(path)!r})
 file = path / {SHARD!r}
 good = file.read_bytes()
