@@ -289,10 +289,17 @@ class BuildConfig:
     """A shard holds about this much work at most: what a killed build can lose."""
     shard_bytes: int = 128 * 2**20
     """A shard's rows take at most this many bytes."""
+    part: tuple[int, int] | None = None
+    """(I, N): this is job I, from 1, of N that build one index side by side; None for a build by itself."""
 
     def __post_init__(self) -> None:
         _at_least("--batch-tokens", self.batch_tokens, 16)
         _at_least("--workers", self.workers, 1)
+        if self.part and not 1 <= self.part[0] <= self.part[1]:
+            raise UsageError(
+                f"--shard {self.part[0]}/{self.part[1]} is no part of a whole.",
+                hint="Give 1/3, 2/3 and 3/3 to three jobs.",
+            )
         if not 0 < self.shard_seconds < float("inf"):
             raise UsageError(
                 f"--shard-seconds must be more than 0, not {self.shard_seconds}.", hint="Leave it out for 120."

@@ -4,6 +4,7 @@ job           the data and model of a build, read and checked, and the work that
 batches       examples, or single tokens, in batches of like length
 moment        the second moment, from a sample of the examples
 shard_writer  one process's work: compute, collect, write
+units         the units that are left, and what a worker does with one
 workers       several processes
 build         the whole stage
 update        add data to an index, remove examples from it

@@ -6,11 +6,12 @@ one process, `workers.py` that of several, `estimate.py` predicts what a build t
 
 import itertools
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,14 +30,21 @@ from rapidindex.caching.job import (
 )
 from rapidindex.caching.moment import ensure_second_moment
 from rapidindex.caching.shard_writer import STAGES, ShardWriter, cache
-from rapidindex.caching.workers import Shared, cache_with_workers
+from rapidindex.caching.units import Units, worker_specs
+from rapidindex.caching.workers import Shared, WorkerPool, compute_with
 from rapidindex.config import BuildRequest
 from rapidindex.encoder.embed import copy_recipe
+from rapidindex.errors import IndexBusy, StoreError, UsageError
 from rapidindex.gradients.second_moment import preconditioner_of
 from rapidindex.progress import Progress, silent
 from rapidindex.recipe import Recipe
 from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import GRADIENTS, Rows, Store
+
+_PATIENCE = 4 * 3600.0
+"""Seconds that a job of several waits for another one to make what they share."""
+_PAUSE = 0.5
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class BuildSummary:
     seconds: float
     restored: int = 0
     """Examples that had been removed, and are back."""
+    at_work: str = ""
+    """The jobs of this build that have not ended: the last one lists what all have written."""
 
 
 def build(request: BuildRequest, *, overwrite: bool = False, progress: Progress = silent) -> BuildSummary:
@@ -73,6 +83,8 @@ def build(request: BuildRequest, *, overwrite: bool = False, progress: Progress 
     Raises DataError, ModelError, StoreError or ResourceError before the work starts where it could not end well.
     """
     started = time.perf_counter()
+    if request.work.part:
+        return _build_part(request, request.work.part, overwrite, progress)
     store = None if overwrite else read_existing(request)
     with store.lock() if store else nullcontext():  # damaged, busy or read-only is said before the model is loaded
         job = prepare(same_day(request, store), progress)
@@ -93,16 +105,104 @@ def cache_levels(
     `started` is the run's start on the clock of `time.perf_counter`; `restored` counts examples put back before.
     """
     with store.lock():
-        if job.embeds:
-            copy_recipe(job.loaded.gradients, store.path / GRADIENTS)
-        else:
-            ensure_second_moment(job, store, progress)
-        _extend_levels(store, job, plans)
+        _make_ready(store, job, plans, progress)
         before = {plan.level: store.rows(plan.level).done_ids for plan in plans}
         batched = [cache_level(store, job, plan, progress) for plan in plans if plan.examples]
         for level in store.levels:
             VectorIndex.update(store.rows(level), progress=progress)
         return _summary(store, job, before, all(batched) if batched else job.gradients.batched, started, restored)
+
+
+def _build_part(request: BuildRequest, part: tuple[int, int], overwrite: bool, progress: Progress) -> BuildSummary:
+    """Do the share of job I of N, `part`, beside the others; the job that ends last lists all shards."""
+    started = time.perf_counter()
+    if overwrite:
+        raise UsageError(
+            "--overwrite would delete what the other jobs write.", hint=f"Delete {request.output} before the first job."
+        )
+    store = read_existing(request)
+    if store:
+        store.refuse_job(part[0] - 1, part[1])
+    job = prepare(same_day(request, store), progress)
+    store = _waiting(lambda: _open_ready(job, progress), progress)
+    with _waiting(lambda: _joined(store, part), progress):
+        mine = replace(job, items=[item for item in job.items if int(item.example.id[:8], 16) % part[1] == part[0] - 1])
+        plans = plan_levels(mine, store)
+        check_resources(resources_of(mine, plans, store), free_resources(mine), request.output)
+        batched = [cache_level(store, mine, plan, progress) for plan in plans if plan.examples]
+    before = {plan.level: store.rows(plan.level).done_ids for plan in plans}
+    try:
+        with store.lock():
+            if all(map(store.complete, store.levels)):
+                for level in store.levels:
+                    VectorIndex.update(store.rows(level), progress=progress)
+            at_work = ""
+    except IndexBusy as error:
+        at_work = error.message
+    summary = _summary(store, job, before, all(batched) if batched else job.gradients.batched, started, 0)
+    computed = len({item.example.id for plan in plans for item in plan.examples})
+    return replace(summary, computed=computed, at_work=at_work)
+
+
+def _open_ready(job: Job, progress: Progress) -> Store:
+    """Open the index, with all that its jobs have in common: one of them makes it. IndexBusy while another one does."""
+    store = read_existing(job.request)
+    plans = plan_levels(job, store)
+    if store is None:
+        check_resources(resources_of(job, plans, store), free_resources(job), job.request.output)
+        try:
+            store = _create(job, plans, overwrite=False)
+        except StoreError:
+            if not Store.exists(job.request.output):
+                raise
+            store = Store.open(job.request.output)  # another job was faster
+    check_recipe(job, store)
+    check_tokens(job, store)
+    has_levels = all(plan.level in store.levels and plan.planned <= store.planned(plan.level) for plan in plans)
+    if has_levels and not _lacks_common(job, store):
+        with suppress(IndexBusy), store.lock():  # lists what jobs have left that were killed, unless others are at work
+            return store
+        return store
+    with store.lock():
+        _make_ready(store, job, plans, progress)
+    return store
+
+
+def _lacks_common(job: Job, store: Store) -> bool:
+    """Return whether the second moment is missing; of embeddings, the recipe and second moment of their encoder."""
+    if not job.embeds:
+        return job.request.gradient.second_moment != "none" and store.second_moment() is None
+    wanted, path = job.loaded.gradients.second_moment(), store.path / GRADIENTS
+    return not Store.exists(path) or (wanted is not None and Store.open(path).second_moment() is None)
+
+
+def _joined(store: Store, part: tuple[int, int]) -> ExitStack:
+    """Be job I of N of `store` until the returned context ends. Raise as `Store.join`."""
+    with ExitStack() as stack:
+        stack.enter_context(store.join(part[0] - 1, part[1]))
+        return stack.pop_all()
+
+
+def _waiting(attempt: Callable[[], T], progress: Progress) -> T:
+    """Return what `attempt` returns, once no other process holds the lock. IndexBusy where that takes too long."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return attempt()
+        except IndexBusy:
+            if time.monotonic() > deadline:
+                raise
+            progress("wait for another job", 0, 1)
+            time.sleep(_PAUSE)
+
+
+def _make_ready(store: Store, job: Job, plans: list[LevelPlan], progress: Progress) -> None:
+    """Give the locked `store` what all rows have in common: the second moment, and the levels of `plans`."""
+    if job.embeds:
+        copy_recipe(job.loaded.gradients, store.path / GRADIENTS)
+    else:
+        ensure_second_moment(job, store, progress)
+    _extend_levels(store, job, plans)
 
 
 def cache_level(store: Store, job: Job, plan: LevelPlan, progress: Progress) -> bool:
@@ -122,7 +222,8 @@ def cache_level(store: Store, job: Job, plan: LevelPlan, progress: Progress) -> 
     progress(STAGES[plan.level], 0, total)
     moment = {"v": store.second_moment(), "vectors": store.eigenvectors(), "roots": store.roots()}
     compressor = job.model.compressor(job.recipe, **moment, K=plan.K)
-    numbers = itertools.count(rows.next_number())
+    part, parts = store.part
+    numbers = itertools.count(rows.next_number(part, parts), parts)
     writer = ShardWriter(
         rows, job.request.work, numbers, lambda name: store.record_shard(plan.level, name), capacity=plan.rows
     )
@@ -141,7 +242,8 @@ def _cache_with_workers(store: Store, job: Job, plan: LevelPlan, progress: Progr
         if v is not None:
             shared["factors"] = Shared.copy(preconditioner_of(job.recipe).factors_of(torch.tensor(v), job.layers))
         progress("map", 1, 1)
-        return cache_with_workers(plan, store, job.model.config, job.request.work, shared, progress)
+        specs = worker_specs(plan, store, job.model.config, job.request.work)
+        return compute_with(WorkerPool(Units(plan, store, progress), specs, shared))
     finally:
         for tensor in shared.values():
             tensor.close()

@@ -314,7 +314,7 @@ def plan_levels(job: Job, store: Store | None) -> list[LevelPlan]:
 
 def _plan_level(job: Job, level: str, store: Store | None) -> LevelPlan:
     rows = store.rows(level) if store is not None and level in store.levels else None
-    done = rows.done_ids if rows is not None else frozenset()
+    done = store.done_ids(level) if store is not None and rows is not None else frozenset()
     removed = store.removed if store is not None else frozenset()
     examples = [item for item in job.examples_of(level) if item.example.id not in done | removed]
     items = examples

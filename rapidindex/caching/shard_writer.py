@@ -31,22 +31,29 @@ def cache(
     A batch that does not fit into memory is halved, and so are later ones of its size: rows do not depend on batches.
     However the work ends, the finished units are written. ResourceError where a single example does not fit.
     """
-    compute = _BatchCompressor(compressor)
+    compute = BatchCompressor(compressor)
     try:
         for unit in units:
-            rapidgrads = []
-            for batch in unit:
-                rapidgrads.append(compute(batch))
-                if batch is unit[-1]:
-                    writer.add([item for batch in unit for item in batch], concatenate(rapidgrads))
-                    if writer.full:
-                        writer.write()
-                report(batch)
+            cache_unit(unit, compute, writer, report)
     finally:
         writer.write()
 
 
-class _BatchCompressor:
+def cache_unit(
+    unit: Unit, compute: "BatchCompressor", writer: "ShardWriter", report: Callable[[list[Item]], None]
+) -> None:
+    """Compute the rows of one unit, hand them to `writer`, which writes full shards, and `report` each batch."""
+    rapidgrads = []
+    for batch in unit:
+        rapidgrads.append(compute(batch))
+        if batch is unit[-1]:
+            writer.add([item for batch in unit for item in batch], concatenate(rapidgrads))
+            if writer.full:
+                writer.write()
+        report(batch)
+
+
+class BatchCompressor:
     """Compresses batches, in parts where a whole one does not fit into memory."""
 
     def __init__(self, compressor: Compressor) -> None:
@@ -55,6 +62,7 @@ class _BatchCompressor:
         self.most_tokens = 2**63
 
     def __call__(self, items: list[Item]) -> RapidGrads:
+        """Return the RapidGrads of a batch of `items`. ResourceError where one of them does not fit by itself."""
         if len(items) == 1 or padded_tokens(items) <= self.most_tokens:
             rapidgrads = self._try(items)
             if rapidgrads is not None:
@@ -81,7 +89,7 @@ class ShardWriter:
     """Collects rows, and writes them to shards.
 
     `numbers` yields the numbers of the shards, `finished` is called with the name of each shard that was written, and
-    `capacity` is the number of rows to come, if it is known.
+    `capacity` is the number of rows to come, if it is known. One thread may write while another computes what it adds.
     """
 
     def __init__(
@@ -94,6 +102,7 @@ class ShardWriter:
     ) -> None:
         self.store_rows, self.work, self.numbers, self.finished = rows, work, numbers, finished
         most = work.shard_bytes // rows.row_bytes + 1
+        self._lock = threading.RLock()
         self._rows = np.empty((min(most, capacity or most), rows.K), np.float32)  # memory is taken as it is filled
         self._begin()
 
@@ -118,17 +127,16 @@ class ShardWriter:
         for mine in examples.values():
             (good if finite[mine].all() else bad).append(mine)
         kept = [number for mine in good for number in mine]
-        first = len(self._examples)
-        places = [
-            (first + nth, items[number].position, items[number].token)
-            for nth, mine in enumerate(good)
-            for number in mine
-        ]
-        with uninterrupted():  # an interrupt leaves no half unit
+        with uninterrupted(), self._lock:  # an interrupt leaves no half unit
             self._next_rows(len(kept))[:] = rows[kept]
             self._taken += len(kept)
             self._norms.append(norms[kept])
-            self._places += places
+            first = len(self._examples)
+            self._places += [
+                (first + nth, items[number].position, items[number].token)
+                for nth, mine in enumerate(good)
+                for number in mine
+            ]
             self._examples += [items[mine[0]].to_record(float(losses[mine].mean())) for mine in good]
             for number in (mine[int(np.argmin(finite[mine]))] for mine in bad):
                 self._rejected.append(_rejection(items[number], float(losses[number])))
@@ -148,10 +156,10 @@ class ShardWriter:
 
     def write(self) -> None:
         """Write the collected rows, if there are any. Interrupts wait until they are written."""
-        if not (self._examples or self._rejected):
-            return
-        places = np.array(self._places, np.int32).reshape(-1, 3)
-        with uninterrupted():
+        with uninterrupted(), self._lock:
+            if not (self._examples or self._rejected):
+                return
+            places = np.array(self._places, np.int32).reshape(-1, 3)
             try:
                 content = ShardContent(
                     rows=self._rows[: self._taken],

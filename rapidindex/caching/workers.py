@@ -8,7 +8,6 @@ A worker shares one pipe with its parent, and no lock with other workers: a kill
 parent.
 """
 
-import itertools
 import mmap
 import multiprocessing
 import os
@@ -18,24 +17,17 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from multiprocessing import connection, reduction, resource_tracker
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rapidindex.caching.batches import Unit, padded_tokens
-from rapidindex.caching.job import LevelPlan, open_model
-from rapidindex.caching.shard_writer import STAGES, ShardWriter, cache, uninterrupted
-from rapidindex.config import BuildConfig, EncoderConfig, ModelConfig
+from rapidindex.caching.shard_writer import uninterrupted
+from rapidindex.caching.units import Units, Worker, WorkerSpec
 from rapidindex.errors import RapidIndexError, ResourceError
-from rapidindex.progress import Progress
-from rapidindex.recipe import Recipe
-from rapidindex.store import Store
 
 _SECONDS_TO_STOP = 2.0
 """Seconds for interrupted workers to write what they finished; a build must end within 3 s."""
@@ -84,42 +76,15 @@ def _attach(descriptor: Any, length: int, dtype: torch.dtype) -> Shared:
     return Shared(descriptor.detach(), length, dtype)
 
 
-@dataclass(frozen=True)
-class WorkerSpec:
-    """What a worker process starts with."""
+def compute_with(pool: "WorkerPool") -> bool:
+    """Compute a plan by a pool of workers, local or on a cluster; the locked store lists their shards.
 
-    number: int
-    workers: int
-    index: str
-    level: str
-    model: ModelConfig | EncoderConfig
-    work: BuildConfig
-    threads: int
-    first_shard: int
-    """It numbers its shards from `first_shard + number` on, in steps of `workers`: no two ever clash."""
-    shared: dict[str, Shared]
-    """`slots`, the map of a sketch, int32 [|v|], and `factors`, the correction's, float32, where there are such."""
-
-
-def cache_with_workers(
-    plan: LevelPlan, store: Store, model: ModelConfig, work: BuildConfig, shared: dict[str, Shared], progress: Progress
-) -> bool:
-    """Compute `plan` in one process for each of its devices; the locked `store` lists their shards.
-
-    `shared` is that of `WorkerSpec`. Return whether all workers computed
-    in batches. However the work ends, no process is left, and finished units are kept. ResourceError, naming the
-    signal, where a worker was killed; a worker's own error where it failed.
+    Return whether all workers computed in batches. However the work ends, no worker is left, and finished units are
+    kept. ResourceError where a worker was killed, and is not replaced; a worker's own error where it failed.
     """
-    first_shard, count, path = store.rows(plan.level).next_number(), len(plan.devices), str(store.path)
-    threads = max(1, torch.get_num_threads() // count)
-    specs = [
-        WorkerSpec(n, count, path, plan.level, replace(model, device=device), work, threads, first_shard, shared)
-        for n, device in enumerate(plan.devices)
-    ]
-    pool = WorkerPool(plan, store, progress)
     try:
         with uninterrupted():
-            pool.start(specs)
+            pool.start()
         pool.serve()
     except KeyboardInterrupt:
         pool.stop(_SECONDS_TO_STOP)
@@ -129,17 +94,17 @@ def cache_with_workers(
         raise
     finally:
         pool.kill()
-    return pool.batched
+    return pool.units.batched
 
 
 class _Worker:
     """The parent's side of a worker."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, shared: dict[str, Shared]) -> None:
         context = multiprocessing.get_context("spawn")
         self.number, self.ready = spec.number, False
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(spec, theirs), daemon=True)
+        self.process = context.Process(target=_work, args=(spec, shared, theirs), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -158,25 +123,25 @@ class _Worker:
 
 
 class WorkerPool:
-    """The workers of a build, and the units that are left."""
+    """A process for each of `specs`, which compute `units`.
 
-    def __init__(self, plan: LevelPlan, store: Store, progress: Progress) -> None:
-        self.units = deque(plan.units)
-        self.store, self.level, self.progress = store, plan.level, progress
-        self.done, self.total = 0, plan.tokens
-        self.batched = True
+    `shared` is that of `units.Worker`, in memory that the processes map.
+    """
+
+    def __init__(self, units: Units, specs: Sequence[WorkerSpec], shared: dict[str, Shared]) -> None:
+        self.units, self.specs, self.shared = units, specs, shared
         self.workers: dict[connection.Connection, _Worker] = {}
 
-    def start(self, specs: Sequence[WorkerSpec]) -> None:
-        """Start a process for each of `specs`."""
+    def start(self) -> None:
+        """Start the processes."""
         with _signals_blocked_in_children():
-            for spec in specs:
-                worker = _Worker(spec)
+            for spec in self.specs:
+                worker = _Worker(spec, self.shared)
                 self.workers[worker.pipe] = worker
 
     def serve(self) -> None:
         """Hand out units and list shards until every worker has ended."""
-        self.progress(STAGES[self.level], 0, self.total)
+        self.units.begin()
         working = dict(self.workers)
         while working:
             for pipe in connection.wait(list(working)):
@@ -193,9 +158,9 @@ class WorkerPool:
         except (EOFError, OSError):
             raise worker.death() from None
         if kind == "end":
-            self.batched = self.batched and value
+            self.units.batched &= value
         elif kind == "shard":
-            self.store.record_shard(self.level, value)
+            self.units.record(value)
         elif kind == "error":
             raise value
         elif kind == "failed":
@@ -205,8 +170,7 @@ class WorkerPool:
             for _ in range(_AHEAD):
                 self._give(worker)
         elif kind == "cached":
-            self.done += value
-            self.progress(STAGES[self.level], self.done, self.total)
+            self.units.cached(value)
         elif kind == "next":
             self._give(worker)
         return kind != "end"
@@ -214,7 +178,7 @@ class WorkerPool:
     def _give(self, worker: _Worker) -> None:
         """Send the next unit, or None where there is no more."""
         with suppress(OSError):  # a dead worker is found when its pipe is read
-            worker.pipe.send(_without_texts(self.units.popleft()) if self.units else None)
+            worker.pipe.send(self.units.take())
 
     def stop(self, seconds: float) -> None:
         """Let the workers write what they finished, and list it. The next build lists shards that come too late."""
@@ -227,7 +191,7 @@ class WorkerPool:
                 try:
                     kind, value = pipe.recv()
                     if kind == "shard":
-                        self.store.record_shard(self.level, value)
+                        self.units.record(value)
                 except (EOFError, OSError):
                     talking.remove(pipe)
                 except RapidIndexError:
@@ -240,13 +204,6 @@ class WorkerPool:
             worker.process.join()
             worker.process.close()
             pipe.close()
-
-
-def _without_texts(unit: Unit) -> Unit:
-    """Drop the responses' tokens as text, which no gradient needs."""
-    kept = {id(item.encoding): item.encoding for batch in unit for item in batch}
-    slim = {key: replace(encoding, tokens=[]) for key, encoding in kept.items()}
-    return [[replace(item, encoding=slim[id(item.encoding)]) for item in batch] for batch in unit]
 
 
 @contextmanager
@@ -270,14 +227,13 @@ class _Stopped(BaseException):
     """The parent has asked the worker to end."""
 
 
-def _work(spec: WorkerSpec, pipe: connection.Connection) -> None:
+def _work(spec: WorkerSpec, shared: dict[str, Shared], pipe: connection.Connection) -> None:
     """Run a worker from its start to its end."""
     units: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, units), daemon=True).start()
     try:
         _accept_termination()
-        batched = _compute(spec, pipe, units)
-        _send(pipe, "end", batched)
+        _send(pipe, "end", _compute(spec, shared, pipe, units))
     except _Stopped:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTERM)  # whoever did not ask for it learns how the worker ended
@@ -314,22 +270,16 @@ def _accept_termination() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
 
 
-def _compute(spec: WorkerSpec, pipe: connection.Connection, units: queue.SimpleQueue) -> bool:
-    torch.set_num_threads(spec.threads)
-    store, model = Store.open(spec.index), open_model(spec.model)
-    rows = store.rows(spec.level)
-    shared = {name: array.tensor for name, array in spec.shared.items()}
-    recipe = Recipe.from_manifest(store.config)
-    compressor = model.compressor(recipe, vectors=store.eigenvectors(), roots=store.roots(), K=rows.K, **shared)
-    numbers = itertools.count(spec.first_shard + spec.number, spec.workers)
-    writer = ShardWriter(rows, spec.work, numbers, lambda name: _send(pipe, "shard", name))
+def _compute(
+    spec: WorkerSpec, shared: dict[str, Shared], pipe: connection.Connection, units: queue.SimpleQueue
+) -> bool:
+    arrays = {name: array.tensor for name, array in shared.items()}
+    worker = Worker(spec, arrays, lambda name: _send(pipe, "shard", name))
     _send(pipe, "ready", None)
-    cache(_received(units, pipe), compressor, writer, lambda batch: _send(pipe, "cached", padded_tokens(batch)))
-    return model.gradients.batched
-
-
-def _received(units: queue.SimpleQueue, pipe: connection.Connection) -> Iterator[Unit]:
-    """Yield the units as they come, and ask for another after each."""
-    while (unit := units.get()) is not None:
-        yield unit
-        _send(pipe, "next", None)
+    try:
+        while (unit := units.get()) is not None:
+            worker.cache(unit, lambda tokens: _send(pipe, "cached", tokens))
+            _send(pipe, "next", None)
+    finally:
+        worker.write()
+    return worker.batched

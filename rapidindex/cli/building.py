@@ -117,6 +117,7 @@ def build(
     batch_tokens: opt.BatchTokens = BuildConfig.batch_tokens,
     workers: opt.Workers = BuildConfig.workers,
     shard_seconds: opt.ShardSeconds = BuildConfig.shard_seconds,
+    shard: opt.Shard = None,
     limit: opt.Limit = None,
     dry_run: Annotated[
         bool, opt.in_output("--dry-run", help="Say what it will take, in time, disk and memory; write nothing.")
@@ -145,7 +146,7 @@ def build(
         encoding=encoding_of(adapter or model, template=template, max_length=max_length, loss=loss, overlap=overlap),
         gradient=GradientConfig(normalize, second_moment, moment_examples, seed),
         sketch=SketchConfig(K, shuffles, seed, projection),
-        work=BuildConfig(batch_tokens, workers, shard_seconds),
+        work=BuildConfig(batch_tokens, workers, shard_seconds, part=_part(shard)),
         limit=limit,
         levels=levels,
         token=token,
@@ -159,6 +160,15 @@ def build(
 
             summary = estimate(request, overwrite=overwrite, progress=bars)
     print_plain(summary, as_json, estimate_tables(summary) if dry_run else build_tables(summary))
+
+
+def _part(shard: str | None) -> tuple[int, int] | None:
+    if shard is None:
+        return None
+    part, _, parts = shard.partition("/")
+    if not (part.isdecimal() and parts.isdecimal()):
+        raise UsageError(f"--shard {shard} is no part of a whole.", hint="Give 1/3, 2/3 and 3/3 to three jobs.")
+    return int(part), int(parts)
 
 
 def encoding_of(model: str, **asked: str | int | None) -> EncodingConfig:

@@ -125,6 +125,12 @@ TrainedLoss = Annotated[
 
 BatchTokens = Annotated[int, in_work(help="Tokens of a padded batch, at most.")]
 Workers = Annotated[int, in_work(help="Processes, each with a model of its own; spread over the GPUs.")]
+Shard = Annotated[
+    str | None,
+    in_work(
+        "--shard", metavar="I/N", help="Be job I of N on machines that share the index's folder.", show_default=False
+    ),
+]
 ShardSeconds = Annotated[
     float, in_work(help="Work in a shard, in seconds at most: what a build that is killed can lose.")
 ]

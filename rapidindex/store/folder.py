@@ -3,7 +3,8 @@
     INDEX/manifest.json      what the index is, and its finished shards; can be rebuilt from them
     INDEX/second_moment.h5   sealed: the float32 arrays `v` or `means`, `eigenvectors`, and `roots`, where there are any
     INDEX/removed.json       the ids of removed examples
-    INDEX/.lock              held by the one process that writes
+    INDEX/.lock              held by the one process that writes, or shared by the jobs of one build
+    INDEX/.job-2-of-3        held by a job of a build while it writes shards of its own
     INDEX/sentence/shard-00000.h5 …, INDEX/token/shard-00000.h5 …
     INDEX/damaged/           files that `check --repair` moved aside
     INDEX/gradients/         in an index of embeddings: an index of the true gradients of some of its examples
@@ -37,6 +38,7 @@ ANN = "ann"  # INDEX/<level>/ann.*: the vector index, which `search` derives fro
 SHARD = re.compile(r"shard-([0-9]{5,18})\.h5")
 _PART = re.compile(r".+\.[0-9a-f]{8}\.part")
 _ASIDE = re.compile(r"((sentence|token)-shard-[0-9]{5,18}\.h5|manifest\.json|removed\.json|second_moment\.h5)(\.\d+)?")
+_JOB = re.compile(r"\.job-([0-9]+)-of-([0-9]+)")
 _LOCK_SECONDS = 0.3  # `check` holds the lock for a moment; a writer holds it for hours
 
 
@@ -132,10 +134,57 @@ def render_json(content: dict[str, Any], version: int = FORMAT) -> bytes:
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Be the only writer of the index at `path`. Raise IndexBusy, naming the other process, where there is one."""
+    with _holding(path / LOCK, fcntl.LOCK_EX, path):
+        for name in _entries(path):
+            if _JOB.fullmatch(name):  # of a job that has ended: those at work share the lock
+                (path / name).unlink(missing_ok=True)
+        yield
+
+
+@contextlib.contextmanager
+def job(path: Path, part: int, parts: int) -> Iterator[None]:
+    """Be job `part` (from 0) of `parts` of a build: they share the lock of the index. Raise as `Store.join`."""
+    with _holding(path / LOCK, fcntl.LOCK_SH, path):
+        with _holding(path / f".job-{part + 1}-of-{parts}", fcntl.LOCK_EX, path, _same_job(path, part, parts)):
+            refuse_job(path, None, parts)
+            yield
+
+
+def refuse_job(path: Path, part: int | None, parts: int) -> None:
+    """Raise StoreError where job `part` of `parts`, or jobs of another number, write to the index at `path`."""
+    working = jobs(path)
+    if part is not None and (part + 1, parts) in working:
+        raise _same_job(path, part, parts)
+    others = {of for _, of in working} - {parts}
+    if others:
+        raise StoreError(
+            f"{path} is being built by jobs of {others.pop()}, not of {parts}.",
+            hint="Give all jobs the same --shard I/N.",
+        )
+
+
+def _same_job(path: Path, part: int, parts: int) -> StoreError:
+    return StoreError(
+        f"Job {part + 1} of {parts} of {path} is at work already.",
+        hint=f"Give each job a number of its own, 1/{parts} to {parts}/{parts}.",
+    )
+
+
+def jobs(path: Path) -> list[tuple[int, int]]:
+    """Return (I, N) of each job I of N that is writing to the index at `path`."""
+    found = [(int(match[1]), int(match[2])) for match in map(_JOB.fullmatch, _entries(path)) if match]
+    return sorted(job for job in found if _is_held(path / f".job-{job[0]}-of-{job[1]}"))
+
+
+@contextlib.contextmanager
+def _holding(file: Path, how: int, path: Path, busy: StoreError | None = None) -> Iterator[None]:
+    """Hold a lock on `file`. Raise IndexBusy, or `busy` where it is given, where others do."""
     deadline = time.monotonic() + _LOCK_SECONDS
-    while (descriptor := _try_lock(path / LOCK)) is None:
+    while (descriptor := _try_lock(file, how)) is None:
         if time.monotonic() > deadline:
-            raise IndexBusy(f"{path} is being written to by {_holder(path)}.", hint="Wait until it has finished.")
+            raise busy or IndexBusy(
+                f"{path} is being written to by {_holder(path)}.", hint="Wait until it has finished."
+            )
         time.sleep(0.02)
     try:
         yield
@@ -146,23 +195,28 @@ def exclusive(path: Path) -> Iterator[None]:
 
 def writer(path: Path) -> str | None:
     """Describe the process that is writing to the index at `path`; None where there is none."""
-    with contextlib.suppress(StoreError), open_file(path / LOCK) as file:
+    return _holder(path) if _is_held(path / LOCK) or jobs(path) else None
+
+
+def _is_held(file: Path) -> bool:
+    """Return whether a process holds `file` for itself."""
+    with contextlib.suppress(StoreError), open_file(file) as opened:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return _holder(path)
+            return True
         except OSError:
-            return None
-    return None
+            return False
+    return False
 
 
-def _try_lock(lock: Path) -> int | None:
+def _try_lock(lock: Path, how: int) -> int | None:
     if os.path.lexists(lock) and not stat.S_ISREG(os.lstat(lock).st_mode):
         raise StoreError(f"{lock} is not an ordinary file.", hint="Delete it, then type the same command again.")
     with write_errors(lock, 64):
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
         # The file may have been deleted meanwhile, together with its index.
         if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
             with contextlib.suppress(OSError):  # the text is only for messages, and the disk may be full
@@ -173,12 +227,17 @@ def _try_lock(lock: Path) -> int | None:
         pass
     except OSError as error:
         os.close(descriptor)
-        raise StoreError(f"{lock.parent} cannot be locked: {error.strerror}.", hint="Use a local disk.") from error
+        raise StoreError(
+            f"{lock.parent} cannot be locked, so that two writers could spoil it: {error.strerror}.",
+            hint="Build on a disk that has locks, such as a local one, and copy the index: queries need no lock.",
+        ) from error
     os.close(descriptor)
     return None
 
 
 def _holder(path: Path) -> str:
+    if working := jobs(path):
+        return f"{', '.join(f'job {part}' for part, _ in working)} of {working[0][1]}"
     with contextlib.suppress(OSError, UnicodeDecodeError, StoreError), open_file(path / LOCK) as file:
         return file.read(256).decode().strip().removeprefix("rapidindex ") or "another process"
     return "another process"
@@ -289,7 +348,7 @@ def _is_own(inside: Path, name: str, is_folder: bool) -> bool:
     if _PART.fullmatch(name):
         return True
     if not inside.parts:
-        return name in (MANIFEST, REMOVED, MOMENT, LOCK)
+        return name in (MANIFEST, REMOVED, MOMENT, LOCK) or bool(_JOB.fullmatch(name))
     if inside.parts == (DAMAGED,):
         return bool(_ASIDE.fullmatch(name))
     return bool(SHARD.fullmatch(name)) or name.startswith(ANN + ".")

@@ -138,10 +138,14 @@ class Rows:
         """Return the number of the row's example. Raise IndexError where `row` is not 0 to n - 1."""
         return int(self.example[self._checked([row])[0]])
 
-    def next_number(self) -> int:
-        """Return a number greater than those of all shards in the folder, listed in the manifest or not."""
+    def next_number(self, writer: int = 0, writers: int = 1) -> int:
+        """Return a number greater than those of all shards in the folder, listed in the manifest or not.
+
+        Writers at work together never clash: one's first number, and the others in steps of `writers`, are its own.
+        """
         names = (*folder.shard_names(self.path), *(file.name for file in self._files))
-        return max((folder.shard_number(name) for name in names), default=-1) + 1
+        first = max((folder.shard_number(name) for name in names), default=-1) + 1
+        return first + (writer - first) % writers
 
     def write_shard(self, number: int, content: ShardContent) -> str:
         """Write a finished shard and return its name, for `Store.record_shard`. These rows do not change.

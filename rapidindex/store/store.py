@@ -31,6 +31,8 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._locks = 0
+        self.part = (0, 1)
+        """Which of how many jobs this is while it holds `join`."""
         self._shards: dict[tuple[str, str], Shard] = {}
         self._owners: dict[str, dict[str, str]] = {}
         self._rows: dict[str, tuple[Any, Rows]] = {}
@@ -193,6 +195,25 @@ class Store:
             finally:
                 self._locks -= 1
 
+    @contextlib.contextmanager
+    def join(self, part: int, parts: int) -> Iterator[Self]:
+        """Be job `part` (from 0) of `parts` that write shards at the same time, and list none of them.
+
+        Whoever takes the lock when the last job has ended lists them. Raises IndexBusy where the lock is taken, and
+        StoreError as `refuse_job` does.
+        """
+        with folder.job(self.path, part, parts):
+            self.refresh()
+            self.part = (part, parts)
+            try:
+                yield self
+            finally:
+                self.part = (0, 1)
+
+    def refuse_job(self, part: int, parts: int) -> None:
+        """Raise StoreError where job `part` (from 0) of `parts`, or jobs of another number, are at work here."""
+        folder.refuse_job(self.path, part, parts)
+
     def refresh(self) -> None:
         """Read the manifest and the list of removed ids again. Raise as `open` does."""
         content = manifest.load(self.path)
@@ -209,12 +230,20 @@ class Store:
     def record_shard(self, level: str, name: str) -> None:
         """List a shard that `Rows.write_shard` finished in this process or in a worker.
 
-        Raises DamagedIndex where it is no shard of this index, and StoreError where it holds an example that is stored
-        already.
+        One of several jobs leaves that to the last one. Raises DamagedIndex where it is no shard of this index, and
+        StoreError where it holds an example that is stored already.
         """
+        if self.part != (0, 1):
+            return
         with self.lock():
             if name not in self._plan(level)["shards"]:
                 self._list(level, name)
+
+    def done_ids(self, level: str) -> frozenset[str]:
+        """Return the ids of all stored and rejected examples, those of shards that are not listed yet included."""
+        shards = [self._verified(level, name) for name in self._unlisted(level)]
+        found = [{*shard.ids, *(record["id"] for record in shard.rejected)} for shard in shards if shard]
+        return self.rows(level).done_ids.union(*found)
 
     def set_planned(self, level: str, n: int, *, K: int | None = None) -> None:
         """Plan for n examples in all. With K, add the level where it is new.
@@ -302,16 +331,29 @@ class Store:
     def _recover(self) -> None:
         """Delete what a killed build left unfinished, and list what it finished."""
         folder.delete_parts(self.path)
-        for level in self.levels:
-            unlisted = set(folder.shard_names(self.path / level)) - set(self._plan(level)["shards"])
-            for name in sorted(unlisted, key=folder.shard_number):
-                with contextlib.suppress(StoreError):  # `check` says what is wrong with it
-                    container.verify(self.path / level / name)
-                    self._list(level, name)
+        self.list_finished()
         if self.manifest["second_moment"] is None and (self.path / folder.MOMENT).exists():
             with contextlib.suppress(StoreError):
                 container.verify(self.path / folder.MOMENT)
                 self._list_moment()
+
+    def list_finished(self) -> None:
+        """Verify and list the finished shards that the manifest of this locked index does not list."""
+        for level in self.levels:
+            for name in self._unlisted(level):
+                with contextlib.suppress(StoreError):  # an example that is stored already: `check` says so
+                    if self._verified(level, name):
+                        self._list(level, name)
+
+    def _unlisted(self, level: str) -> list[str]:
+        listed = self._plan(level)["shards"]
+        return [name for name in folder.shard_names(self.path / level) if name not in listed]
+
+    def _verified(self, level: str, name: str) -> Shard | None:
+        with contextlib.suppress(StoreError):  # `check` says what is wrong with it
+            container.verify(self.path / level / name)
+            return self._read(level, name)
+        return None
 
     def _list(self, level: str, name: str) -> None:
         shard = self._read(level, name)

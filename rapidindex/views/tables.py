@@ -95,6 +95,8 @@ def build_tables(summary: Any) -> Tables:
         "examples": f"{summary.examples:,} ({summary.computed:,} computed now, in {summary.seconds:.0f} s)",
         "gradient": f"{summary.gradient_size:,} entries in {summary.layers} layers" if summary.layers else "none",
     }
+    if summary.at_work:
+        lines["others"] = f"{summary.at_work} The last one to end lists what all have written."
     if summary.restored:
         lines["restored"] = f"{summary.restored:,} examples that had been removed"
     if summary.rejected or summary.skipped:
