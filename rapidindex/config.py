@@ -317,7 +317,8 @@ class BuildRequest:
     model: Any
     """A ModelConfig, the path of a model, a loaded `PreTrainedModel` or `PeftModel`, or an EncoderConfig: its rows are
     embeddings, and the options of gradients are those of the index that the encoder was distilled from."""
-    encoding: EncodingConfig = field(default_factory=EncodingConfig)
+    encoding: EncodingConfig | None = None
+    """None: as `finetune` recorded it with the model or the adapter, or else the defaults."""
     gradient: GradientConfig = field(default_factory=GradientConfig)
     """What is None here and in `sketch` is set by `recipe`."""
     sketch: SketchConfig = field(default_factory=SketchConfig)

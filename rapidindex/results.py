@@ -22,6 +22,14 @@ _DERIVED = ("uncompressed_score", "stands_out")
 """Written with each match for those who read JSON. `exact_score` and `search: exact` stay until the next schema."""
 
 
+SPACELESS = (
+    r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    r"\U00020000-\U0003ffff"
+)
+"""Letters of scripts that put no spaces between words, in a set of a regular expression: Thai, Lao, Tibetan, Burmese,
+Khmer, Chinese and Japanese."""
+
+
 @dataclass(frozen=True)
 class Token:
     """One token of a response, shown as the text it stands for."""

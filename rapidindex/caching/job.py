@@ -25,7 +25,7 @@ from rapidindex.gradients.losses import Layer
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.sketch import Sketch
-from rapidindex.model.files import absolute_place
+from rapidindex.model.files import absolute_place, encoding_of
 from rapidindex.model.model import LoadedModel, adopt, load
 from rapidindex.progress import Progress, silent
 from rapidindex.recipe import Recipe, Source
@@ -192,6 +192,7 @@ def prepare(request: BuildRequest, progress: Progress = silent, *, added: bool =
     UsageError or ResourceError where the data, the model or the options cannot be used.
     """
     progress("read", 0, 2)
+    request = _as_trained(request)
     dataset = read_examples(request.data, limit=request.limit, loss=request.encoding.loss)
     model = _open(request)
     progress("read", 1, 2)
@@ -209,6 +210,15 @@ def prepare(request: BuildRequest, progress: Progress = silent, *, added: bool =
     _check_listed(request.token_examples, items, dataset.path)
     recipe = _recipe(request, loaded, template, dataset)
     return Job(request, recipe, dataset, model, loaded.device, model.gradients.layers, items, skipped)
+
+
+def _as_trained(request: BuildRequest) -> BuildRequest:
+    """Return the request with the encoding that `finetune` recorded with its model on disk, where it gives none."""
+    if request.encoding is not None:
+        return request
+    model = request.model
+    place = (model.adapter or model.model) if isinstance(model, ModelConfig) else None
+    return replace(request, encoding=encoding_of(place))
 
 
 def _open(request: BuildRequest) -> ModelHandle:
@@ -277,6 +287,7 @@ def read_existing(request: BuildRequest) -> Store | None:
 
 def same_day(request: BuildRequest, store: Store | None) -> BuildRequest:
     """Return the request with the day on which `store` was built, for a chat template that reads the clock."""
+    request = _as_trained(request)
     if store is None or request.encoding.date:
         return request
     day = Recipe.from_manifest(store.config).day(store.manifest["created"])

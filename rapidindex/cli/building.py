@@ -172,13 +172,10 @@ def _part(shard: str | None) -> tuple[int, int] | None:
 
 
 def encoding_of(model: str, **asked: str | int | None) -> EncodingConfig:
-    """Return how examples are encoded: as asked for, or else as `finetune` did for this model or adapter."""
-    from rapidindex.model.files import trained_encoding
+    """Return how examples are encoded, and say where what was asked for is not what `finetune` did."""
+    from rapidindex.model import files
 
-    trained = trained_encoding(model)
-    given = {name: value for name, value in asked.items() if value is not None}
-    for name, value in given.items():
-        if value != trained.get(name, value):
-            flag = f"--{name.replace('_', '-')}"
-            say(f"{model} was trained with {flag} {trained[name]!r}, not {value!r}.")
-    return EncodingConfig(**{**trained, **given})
+    for name, trained in files.trained_encoding(model).items():
+        if asked.get(name) not in (None, trained):
+            say(f"{model} was trained with --{name.replace('_', '-')} {trained!r}, not {asked[name]!r}.")
+    return files.encoding_of(model, **asked)

@@ -89,7 +89,6 @@ def query(
     quiet: opt.Quiet = False,
 ) -> None:
     """Find the training examples that most influenced an answer, or a word of it."""
-    from rapidindex.data.tokens import parse_span
     from rapidindex.progress import Bars
     from rapidindex.query.index import Index
     from rapidindex.query.questions import as_query, read_queries
@@ -109,8 +108,6 @@ def query(
         _check_output(html, "--html", _is_report)
     if ids_out is not None:
         _check_output(ids_out, "--ids-out", _is_list_of_ids)
-    if span is not None:
-        parse_span(span)
     options = QueryOptions(
         k=k,
         opponents=opponents,

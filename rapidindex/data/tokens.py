@@ -10,15 +10,11 @@ from typing import NamedTuple
 
 from rapidindex.config import TokenConfig
 from rapidindex.errors import QueryError, TokenNotFound, UsageError
-from rapidindex.results import Token
+from rapidindex.results import SPACELESS, Token
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
-_SPACELESS = re.compile(
-    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
-    "\U00020000-\U0003ffff]"
-)
-"""Letters of scripts that put no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese and Japanese."""
+_SPACELESS = re.compile(f"[{SPACELESS}]")
 
 _STOP_WORDS = frozenset(
     """

@@ -161,10 +161,11 @@ def agreement(scores: np.ndarray, part: Part) -> Agreement:
 
     known = ~np.isnan(part.targets)
     each = [
-        _correlation(rankdata(mine[here]), rankdata(target[here]))
+        correlation(rankdata(mine[here]), rankdata(target[here])) or 0.0
         for mine, target, here in zip(scores, part.targets, known, strict=True)
     ]
-    return Agreement(float(np.mean(each)), _correlation(rankdata(scores[known]), rankdata(part.targets[known])))
+    overall = correlation(rankdata(scores[known]), rankdata(part.targets[known])) or 0.0
+    return Agreement(float(np.mean(each)), overall)
 
 
 def bm25_scores(part: Part) -> np.ndarray:
@@ -173,7 +174,6 @@ def bm25_scores(part: Part) -> np.ndarray:
     return np.array([bm25.scores(f"{anchor.prompt}\n{anchor.response}") for anchor in part.anchors])
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    length = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / length if length else 0.0
+def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Return Pearson's correlation of two arrays of n numbers; None where one of them is constant."""
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else None

@@ -17,6 +17,7 @@ import numpy as np
 
 from rapidindex.caching.batches import batches_of
 from rapidindex.config import QueryOptions, VerifyOptions
+from rapidindex.encoder.blocks import correlation
 from rapidindex.errors import DataError, UsageError
 from rapidindex.evaluate.controls import Pool
 from rapidindex.evaluate.retrain import Announce, Training, read
@@ -226,6 +227,4 @@ def _calibration(trials: list[Trial]) -> dict[str, float | None]:
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> float | None:
     """Return Pearson's correlation; None for fewer than three values, or where one side is constant."""
-    if len(one) < 3 or not one.std() or not other.std():
-        return None
-    return float(np.corrcoef(one, other)[0, 1])
+    return correlation(one, other) if len(one) >= 3 else None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rapidindex.config import fingerprint
+from rapidindex.config import EncodingConfig, fingerprint
 from rapidindex.errors import ModelError
 
 _MIB = 2**20
@@ -237,6 +237,12 @@ def trained_encoding(folder: str | None) -> dict[str, Any]:
             known = {"loss": "last", **settings} if isinstance(settings, dict) else {}  # as it was without --loss
             return {name: known[name] for name in ("template", "max_length", "loss", "overlap") if name in known}
     return {}
+
+
+def encoding_of(folder: str | None, **asked: Any) -> EncodingConfig:
+    """Return how examples are encoded: as `asked`, where that is not None, or else as `trained_encoding` has it."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    return EncodingConfig(**{**trained_encoding(folder), **given})
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rapidindex.data.examples import Messages, display_text
 from rapidindex.data.layouts import CALLS, Unusable, tools_of, turns_of
+from rapidindex.data.tokens import parse_span
 from rapidindex.errors import DataError, QueryError, RapidIndexError, UsageError
 
 _KEYS = ("prompt", "messages", "system", "answer", "token", "span", "tools")
@@ -48,6 +49,10 @@ class Query:
             except UnicodeEncodeError as error:
                 message = f"The {name} of the query holds bytes that are not UTF-8, or half of a character."
                 raise UsageError(message, hint="Give text in UTF-8.") from error
+        if self.token is not None and self.span is not None:
+            raise UsageError("--token and --span cannot be used together.", hint="Give one of them.")
+        if self.span is not None:
+            parse_span(self.span)
 
     def _texts(self) -> Iterator[tuple[str, Any]]:
         yield "prompt", self.prompt

@@ -10,14 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rapidindex.errors import DataError
-from rapidindex.results import Match, QueryInfo, Result, Token
+from rapidindex.results import SPACELESS, Match, QueryInfo, Result, Token
 
 STEPS = 20
 """Steps from no colour to full colour."""
 FLOOR = 0.1
 """Shares below this part of full colour are not coloured: they are noise, and would draw the eye like signal."""
-_SPACELESS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff"
-_WITHIN_WORDS = re.compile(rf"[^\W_{_SPACELESS}]")
+_WITHIN_WORDS = re.compile(rf"[^\W_{SPACELESS}]")
 """A letter or digit of a script that writes spaces between its words."""
 LONGEST = 10_000
 """Characters of a text that a heat-map shows. Forty responses of 100,000 would take minutes, and 50 MB of HTML."""

@@ -156,6 +156,19 @@ def test_rows_that_the_chat_template_refuses_are_listed_and_end_neither_build_no
         build(asked(rows[3:], tmp_path / "none", (base, adapter)))
 
 
+def test_nothing_joins_examples_that_would_become_other_tokens_now(tmp_path, folders):
+    clocked, path = with_template(folders, tmp_path / "base", CLOCK), tmp_path / "index"
+    build(asked(ROWS[:2], path, clocked, date="2024-05-19"))
+    store = Store.open(path)
+    store.update_config({"encoding": {**store.config["encoding"], "date": "2024-05-20"}})  # another text
+    with pytest.raises(ConfigMismatch, match="becomes other tokens now"):
+        add(path, ROWS)
+    with pytest.raises(ConfigMismatch, match="becomes other tokens now"):
+        build(asked(ROWS[:2], path, clocked))
+    store.refresh()
+    assert len(store.rows("sentence")) == 2 and not store.config.get("added")
+
+
 def test_the_day_of_a_build_is_kept_for_resume_add_and_query(tmp_path, folders):
     clocked = with_template(folders, tmp_path / "base", CLOCK)
     path = tmp_path / "index"

@@ -50,6 +50,13 @@ def test_what_cannot_be_done_is_one_sentence(typed, index, tmp_path, options, co
     assert not (tmp_path / "RUNS").exists()
 
 
+@pytest.mark.parametrize("options", [("--span", "x"), ("--span", "1:2:3"), ("--span", "1", "--token", "Japan")])
+def test_a_span_that_means_nothing_is_refused_before_the_model_is_loaded(typed, index, options):
+    for command in ("verify", "query"):
+        ended, out, said = typed(command, index, PROMPT, "--answer", ANSWER, *options)
+        assert (ended, out) == (2, "") and "--span" in said and "Loading" not in said
+
+
 def test_a_retraining_that_is_agreed_to_is_shown_with_its_answers(typed, index, tmp_path):
     asked = ("verify", index, *ASKED, "--method", "retrain", "--repeats", 1, "--epochs", 1, "--runs", tmp_path, "-y")
     code, out, said = typed(*asked, "-q")

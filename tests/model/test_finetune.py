@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from rapidindex.caching.job import prepare
 from rapidindex.cli.building import encoding_of
-from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig
+from rapidindex.config import BuildRequest, EncodingConfig, FinetuneConfig, ModelConfig
 from rapidindex.data.examples import Dataset, read_examples
 from rapidindex.data.templates import Template
 from rapidindex.errors import ConfigMismatch, DataError, ModelError, UsageError
@@ -486,6 +487,10 @@ def test_build_takes_template_and_length_from_the_record_of_finetune(tmp_path, l
         assert capsys.readouterr().err == ""
         assert encoding_of(str(folder), template="plain", max_length=None) == EncodingConfig("plain", 64)
         assert "was trained with --template 'Q: {prompt}" in capsys.readouterr().err
+    model = ModelConfig(config.model, str(tmp_path / "my adapter"), device="cpu")
+    assert prepare(BuildRequest(str(data), "unused", model)).request.encoding == encoding
+    asked = EncodingConfig("plain", 32)
+    assert prepare(BuildRequest(str(data), "unused", model, asked)).request.encoding == asked
     assert encoding_of(str(llama_folders[0])) == EncodingConfig()
     table = next(iter(finetune_tables(summary, 0, "my data.jsonl", config, encoding, 7).values()))
     assert shlex.split(table["next"]) == [

@@ -22,7 +22,7 @@ CONVERSATION = (("system", "Be brief."), ("user", "Where is tea from?"))
             [*TURNS, {"role": "assistant", "content": "Japan"}],
             Query(messages=CONVERSATION, answer="Japan", token="Japan"),
         ),
-        (Query("Where?", span="1"), Query("Where?", token="Japan", span="1")),
+        (Query("Where?", "There."), Query("Where?", "There.", "Japan")),
     ],
     ids=["text", "dict", "messages", "dict of messages", "conversation with its answer", "Query"],
 )
@@ -41,6 +41,13 @@ def test_a_system_turn_stands_before_the_prompt_or_the_conversation():
     assert as_query(TURNS[1:], system="Be brief.").turns == CONVERSATION
     with pytest.raises(QueryError, match="has a system turn"):
         as_query(TURNS, system="Be long.")
+
+
+@pytest.mark.parametrize("asked", [{"span": "1:2:3"}, {"span": "x"}, {"span": "1", "token": "Japan"}])
+def test_a_query_with_a_span_that_means_nothing_is_none(asked):
+    for value in ("Where?", {"prompt": "Where?"}, Query("Where?"), TURNS):
+        with pytest.raises(UsageError, match="--span"):
+            as_query(value, **asked)
 
 
 @pytest.mark.parametrize("value", [3, None, []])
