@@ -375,6 +375,9 @@ class QueryOptions:
     200, and the language model is loaded for them."""
     level: str | None = None
     """`sentence` for whole examples, `token` for single response tokens; None for the index's first level."""
+    checkpoint: str | None = None
+    """Of an index of several: a checkpoint's name; `sum`: the influences at all of them, weighed by their learning
+    rates (TracIn); `best`: the one whose matches stand out most. None: the first, compared with the others."""
     max_new_tokens: int = 64
     """Tokens of an answer that the model gives, at most."""
 

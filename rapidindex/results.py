@@ -164,6 +164,18 @@ class Rescoring:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """How far the matches at another checkpoint are those of a result."""
+
+    checkpoint: str
+    """The other checkpoint's name."""
+    common: int
+    """Examples among the best ten at both."""
+    ids: list[str]
+    """The best ten at the other, best first; fewer where the index holds fewer."""
+
+
+@dataclass(frozen=True)
 class Result:
     """The training examples that most influence a query's answer, best first."""
 
@@ -183,6 +195,10 @@ class Result:
     matches: list[Match]
     rescoring: Rescoring | None = None
     """Given where `exact_score` orders the matches; None where `score` does."""
+    checkpoint: str | None = None
+    """Of an index of several: the checkpoint that was asked, or `sum`; None for other indexes."""
+    agreements: list[Agreement] = field(default_factory=list)
+    """How far the other checkpoints agree; empty where one was named."""
 
     def __repr__(self) -> str:
         """Return one line: the answer, the number and direction of the matches, and the first score."""
@@ -242,6 +258,7 @@ class Result:
         value["matches"] = [Match(**_with_tokens(match)) for match in matches]
         value["summary"] = ScoreSummary(**value["summary"]) if value["summary"] else None
         value["rescoring"] = Rescoring(**value["rescoring"]) if value.get("rescoring") else None
+        value["agreements"] = [Agreement(**one) for one in value.get("agreements", [])]
         return cls(**value)
 
     def to_html(self, *, opponents: "Result | None" = None, command: str = "") -> str:

@@ -7,6 +7,7 @@ shard_writer  one process's work: compute, collect, write
 units         the units that are left, and what a worker does with one
 workers       several processes
 build         the whole stage
+checkpoints   the index of several checkpoints: a build for each
 update        add data to an index, remove examples from it
 estimate      what a build takes in time, disk and memory
 """

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from rapidindex.cli import options as opt
 from rapidindex.cli.app import command
-from rapidindex.cli.printing import print_plain, say
+from rapidindex.cli.printing import print_members, say
 from rapidindex.config import (
     RECIPES,
     BuildConfig,
@@ -32,8 +32,14 @@ def build(
     data: opt.DataPath,
     output: Annotated[Path, opt.in_output("--output", "-o", **opt.PATH, help="The index folder.", show_default=False)],
     model: Annotated[
-        str | None,
-        opt.in_model("--model", "-m", **opt.PLACE, help="Model folder, hub name or GGUF file.", show_default=False),
+        list[str] | None,
+        opt.in_model(
+            "--model",
+            "-m",
+            **opt.PLACE,
+            help="Model folder, hub name or GGUF file; repeated: several checkpoints, the finished one first.",
+            show_default=False,
+        ),
     ] = None,
     encoder: Annotated[
         str | None,
@@ -41,7 +47,16 @@ def build(
             **opt.PLACE, help="In the place of a model: rows are embeddings by what distill wrote.", show_default=False
         ),
     ] = None,
-    adapter: opt.Adapter = None,
+    adapter: Annotated[
+        list[str] | None,
+        opt.in_model(
+            "--adapter",
+            "-a",
+            **opt.PLACE,
+            help="PEFT adapter folder; repeated: several checkpoints; none: all parameters.",
+            show_default=False,
+        ),
+    ] = None,
     recipe: Annotated[
         str,
         opt.in_gradient(
@@ -131,7 +146,8 @@ def build(
     from rapidindex.data.examples import listed_ids
     from rapidindex.progress import Bars
 
-    if (model is None) == (encoder is None):
+    models = checkpoints_of(model, adapter, quantize, dtype, device)
+    if (not models) == (encoder is None):
         raise UsageError("Give either -m MODEL or --encoder ENCODER.", hint="rapidindex build DATA -m MODEL -o INDEX")
     levels, token = levels_of(level), TokenConfig(token_K, tokens)
     if "token" not in levels and (token != TokenConfig() or token_examples):
@@ -142,8 +158,10 @@ def build(
         data=str(data),
         output=str(output),
         recipe=recipe,
-        model=EncoderConfig(encoder, device) if encoder else ModelConfig(model, adapter, quantize, dtype, device),
-        encoding=encoding_of(adapter or model, template=template, max_length=max_length, loss=loss, overlap=overlap),
+        model=EncoderConfig(encoder, device) if encoder else models[0],
+        encoding=encoding_of(
+            ((adapter or model or [""])[0]), template=template, max_length=max_length, loss=loss, overlap=overlap
+        ),
         gradient=GradientConfig(normalize, second_moment, moment_examples, seed),
         sketch=SketchConfig(K, shuffles, seed, projection),
         work=BuildConfig(batch_tokens, workers, shard_seconds, part=_part(shard)),
@@ -152,14 +170,27 @@ def build(
         token=token,
         token_examples=None if token_examples is None else frozenset(listed_ids(token_examples, "--token-examples")),
     )
+    if dry_run:
+        from rapidindex.caching.estimate import estimate as run
+    tables = estimate_tables if dry_run else build_tables
     with Bars(quiet=quiet) as bars:
-        if not dry_run:
-            summary = run(request, overwrite=overwrite, progress=bars)
+        if len(models) < 2:
+            each = {"": run(request, overwrite=overwrite, progress=bars)}
         else:
-            from rapidindex.caching.estimate import estimate
+            from rapidindex.caching.checkpoints import build_checkpoints
 
-            summary = estimate(request, overwrite=overwrite, progress=bars)
-    print_plain(summary, as_json, estimate_tables(summary) if dry_run else build_tables(summary))
+            each = build_checkpoints(request, models, overwrite=overwrite, progress=bars, run=run)
+    print_members(each, as_json, tables)
+
+
+def checkpoints_of(
+    models: list[str] | None, adapters: list[str] | None, quantize: str | None, dtype: str, device: str
+) -> list[ModelConfig]:
+    """Return the checkpoints that are typed: the adapters of one model, or models."""
+    if len(models or ()) > 1 and adapters:
+        raise UsageError("Several models and an adapter: which belong together?", hint="Give one -m and several -a.")
+    pairs = [(model, adapter) for model in models or () for adapter in adapters or [None]]
+    return [ModelConfig(model, adapter, quantize, dtype, device) for model, adapter in pairs]
 
 
 def _part(shard: str | None) -> tuple[int, int] | None:

@@ -1,6 +1,7 @@
 """The commands that describe, check and rebuild what an index holds."""
 
 import json
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ from rapidindex.cli import options as opt
 from rapidindex.cli.app import command
 from rapidindex.cli.printing import echo, echo_json, print_plain
 from rapidindex.config import DIM, TARGET_RECALL, check_level
-from rapidindex.views.tables import info_tables
+from rapidindex.views.tables import checkpoints_tables, info_tables
 
 
 @command(
@@ -21,7 +22,12 @@ def info(path: opt.IndexPath, as_json: opt.Json = False) -> None:
     from rapidindex.query.index import Index
 
     found = Index.open(path).info()
-    print_plain(found, as_json, info_tables(found))
+    if "checkpoints" not in found:
+        print_plain(found, as_json, info_tables(found))
+        return
+    print_plain(found, as_json, checkpoints_tables(found))
+    for one in () if as_json else found["checkpoints"].values():
+        print_plain(one, False, info_tables(one))
 
 
 @command(
@@ -37,8 +43,13 @@ def check(
 ) -> None:
     """Read every byte of an index and say what is damaged, and how to mend it."""
     from rapidindex.search.check import check as run
+    from rapidindex.store import indexes_at
 
-    problems = run(path, repair=repair)
+    problems = [
+        replace(problem, where=(one / problem.where).relative_to(path).as_posix())
+        for one in indexes_at(path)
+        for problem in run(one, repair=repair)
+    ]
     if as_json:
         echo_json(json.dumps([vars(problem) for problem in problems], default=str, indent=2))
     elif not problems:
@@ -79,13 +90,15 @@ def index(
     """Rebuild the search index from the stored RapidGrads."""
     from rapidindex.progress import Bars
     from rapidindex.search.vector_index import VectorIndex
-    from rapidindex.store import Store
+    from rapidindex.store import Store, indexes_at
 
     check_level(level)
-    store = Store.open(path)
-    described = {}
-    with store.lock(), Bars(quiet=quiet) as bars:
-        options = {"factory": factory, "dim": dim, "target_recall": target_recall, "gpu": gpu, "progress": bars}
-        for name in [level] if level else store.levels:
-            described[name] = VectorIndex.build(store.rows(name), **options).describe()
-    print_plain(described, as_json, {f"Search index of {name}s": card for name, card in described.items()})
+    described, tables = {}, {}
+    for one in indexes_at(path):
+        store, at = Store.open(one), "" if one == path else f" at {one.name}"
+        with store.lock(), Bars(quiet=quiet) as bars:
+            options = {"factory": factory, "dim": dim, "target_recall": target_recall, "gpu": gpu, "progress": bars}
+            for name in [level] if level else store.levels:
+                card = VectorIndex.build(store.rows(name), **options).describe()
+                described[f"{name}{at}"] = tables[f"Search index of {name}s{at}"] = card
+    print_plain(described, as_json, tables)

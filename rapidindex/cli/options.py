@@ -58,10 +58,6 @@ MovedModel = Annotated[
     str | None,
     in_model("--model", "-m", **PLACE, help="Where the model lies now, if not where it was.", show_default=False),
 ]
-Adapter = Annotated[
-    str | None,
-    in_model("--adapter", "-a", **PLACE, help="PEFT adapter folder; none: all parameters.", show_default=False),
-]
 MovedAdapter = Annotated[
     str | None, in_model("--adapter", "-a", **PLACE, help="Where the adapter lies now.", show_default=False)
 ]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -50,6 +51,16 @@ def print_plain(value: Any, as_json: bool, tables: dict[str, dict[str, Any]]) ->
         show(*(terminal.fields(title, values) for title, values in tables.items()))
         for command in (values["next"] for values in tables.values() if "next" in values):
             echo(f" next: {command}")  # on one line, whatever the terminal's width, so that it can be copied
+
+
+def print_members(values: dict[str, Any], as_json: bool, tables: Callable[[Any], dict[str, dict[str, Any]]]) -> None:
+    """Print plain data of an index, or of each checkpoint's: as an object by their names, or one after the other."""
+    plain = {name: value if isinstance(value, dict) else vars(value) for name, value in values.items()}
+    if as_json and len(values) > 1:
+        print_plain(plain, True, {})
+        return
+    for value in values.values():
+        print_plain(value, as_json, tables(value))
 
 
 def show(*parts: Any) -> None:

@@ -54,6 +54,15 @@ def query(
             show_default="sentence",
         ),
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        opt.in_search(
+            **opt.values("sum", "best"),
+            help="Of an index of several: a checkpoint's name; sum, weighed by learning rates; best: where matches "
+            "stand out most.",
+            show_default="the first, compared with the others",
+        ),
+    ] = None,
     rescore: Annotated[
         int | None,
         opt.in_search(
@@ -116,6 +125,7 @@ def query(
         answer_scores=answer_scores or html is not None,
         rescore=False if rescore is None else rescore or True,
         level=level,
+        checkpoint=checkpoint,
         max_new_tokens=max_new_tokens,
     )
     index = Index.open(path, model=model, adapter=adapter, encoder=encoder, device=device)
@@ -133,6 +143,9 @@ def query(
     first = next(iter(results.values()), None)
     if first and (missing := wording.unfinished(first)):
         say(f"{missing} Give its rapidindex build command again to search them all.")
+    for line in dict.fromkeys(wording.checkpoints(result) for result in results.values()) if as_text else ():
+        if line:
+            say(line)
     if as_jsonl or (as_json and queries is not None):
         lines = [results[at].to_json() if at in results else error_json(failed[at]) for at in asked]
         echo_json("\n".join(lines) if as_jsonl else "[" + ",\n".join(lines) + "]")

@@ -1,11 +1,12 @@
 """The commands that add to an index and take out of it."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from rapidindex.cli import options as opt
 from rapidindex.cli.app import command
-from rapidindex.cli.printing import print_plain
+from rapidindex.cli.printing import print_members
 from rapidindex.config import BuildConfig, ModelConfig
+from rapidindex.errors import UsageError
 from rapidindex.views.tables import build_tables
 
 
@@ -35,12 +36,16 @@ def add(
     """
     from rapidindex.caching.update import add as run
     from rapidindex.progress import Bars
+    from rapidindex.store import indexes_at
 
     work = BuildConfig(batch_tokens, workers, shard_seconds)
     moved = {"model": model, "adapter": adapter, "encoder": encoder, "device": device}
+    indexes = indexes_at(path)
+    if len(indexes) > 1 and adapter:
+        raise UsageError(f"{path} has several adapters.", hint=f"Add to each: rapidindex add {indexes[0]} … -a ADAPTER")
     with Bars(quiet=quiet) as bars:
-        summary = run(path, str(data), **moved, work=work, limit=limit, progress=bars)
-    print_plain(summary, as_json, build_tables(summary))
+        each = {one.name: run(one, str(data), **moved, work=work, limit=limit, progress=bars) for one in indexes}
+    print_members(each, as_json, build_tables)
 
 
 @command(
@@ -63,8 +68,13 @@ def remove(
     """Take examples out of an index: no search finds them any more. Adding their data again brings them back."""
     from rapidindex.caching.update import remove as run
     from rapidindex.progress import Bars
+    from rapidindex.store import indexes_at
 
     with Bars(quiet=quiet) as bars:
-        removal = run(path, ids=ids or (), where=where or (), progress=bars)
+        each = {one.name: run(one, ids=ids or (), where=where or (), progress=bars) for one in indexes_at(path)}
+    print_members(each, as_json, _removal_tables)
+
+
+def _removal_tables(removal: Any) -> dict[str, dict[str, str]]:
     lines = {"removed": f"{removal.removed:,} examples", "examples": f"{removal.examples:,} are left"}
-    print_plain(removal, as_json, {f"Index {removal.index}": lines})
+    return {f"Index {removal.index}": lines}

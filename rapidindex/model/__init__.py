@@ -8,5 +8,6 @@ fingerprints   fingerprints of a model and tokenizer in memory
 model          load a model, or adopt one from memory; greedy generation
 outputs        the folder that a training writes to: its record, its lock
 finetune       options, resuming
+schedule       the weights of a training's checkpoints, by its learning rates
 training       the training itself, with transformers' Trainer
 """

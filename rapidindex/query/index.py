@@ -30,7 +30,7 @@ from rapidindex.results import IndexInfo, Match, Result, Seconds
 from rapidindex.search.exact import SearchResult, exact_search
 from rapidindex.search.metadata import IndexMetadata
 from rapidindex.search.vector_index import VectorIndex
-from rapidindex.store import Rows, Store
+from rapidindex.store import Rows, Store, checkpoints_at
 
 Stored = Callable[[int], tuple[dict[str, Any], Encoding]]
 """Reads the record of the example of a number from the store, and encodes the example."""
@@ -79,6 +79,10 @@ class Index:
         DamagedIndex, and ConfigMismatch where a loaded model is not the index's; a model on disk is loaded, and
         checked, by the first query.
         """
+        if (several := checkpoints_at(path)) is not None:
+            from rapidindex.query.checkpoints import CheckpointsIndex
+
+            return CheckpointsIndex(several, model=model, adapter=adapter, tokenizer=tokenizer, device=device)
         store = Store.open(path)
         recipe = Recipe.from_manifest(store.config)
         if recipe.encoder is not None:
@@ -155,6 +159,8 @@ class Index:
     def encode(self, queries: Iterable[Any], options: QueryOptions | None = None) -> list[EncodedQuery]:
         """Answer queries and compute their gradients, once for several searches. Raises as `query` does."""
         options = options or QueryOptions()
+        if options.checkpoint is not None:
+            raise UsageError(f"{self.store.path} holds one checkpoint.", hint="Leave --checkpoint out.")
         level = self._level(options)
         if not len(self.rows_of(level)) and self.store.planned(level):  # refused before the model is loaded
             raise StoreError(
@@ -313,8 +319,8 @@ class Index:
         total = heatmaps + options.answer_scores * min(options.k, len(candidates))
         rescoring = None
         if heatmaps:
-            norms, found, candidates = self.rows_of(result.level).norms, candidates, []
-            for one in self.influence.heatmaps(found, query, norms, model_work):
+            found, candidates = candidates, []
+            for one in self._heatmaps(found, query, result.level):
                 candidates.append(one)
                 yield Scored(number, one.match, len(candidates), total)
         if options.rescore:
@@ -322,11 +328,17 @@ class Index:
         if options.answer_scores:
             for at, one in enumerate(candidates):
                 with model_work:
-                    candidates[at] = self.influence.with_answer_scores(one, query)
+                    candidates[at] = self._with_answer_scores(one, query)
                 yield Scored(number, candidates[at].match, heatmaps + at + 1, total)
         seconds = replace(result.seconds, heatmaps=time.perf_counter() - started)
         matches = [candidate.match for candidate in candidates]
         yield Answered(number, replace(result, seconds=seconds, matches=matches, rescoring=rescoring))
+
+    def _heatmaps(self, candidates: list[Candidate], query: EncodedQuery, level: str) -> Iterator[Candidate]:
+        return self.influence.heatmaps(candidates, query, self.rows_of(level).norms, model_work)
+
+    def _with_answer_scores(self, candidate: Candidate, query: EncodedQuery) -> Candidate:
+        return self.influence.with_answer_scores(candidate, query)
 
     def _search(self, level: str, queries: Sequence[EncodedQuery], options: QueryOptions) -> Callable[[], SearchResult]:
         """Return the search of the queries, which several threads may run at the same time."""

@@ -7,7 +7,7 @@ inner thread: a product as narrow as one query gains nothing from more. Knows ve
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,9 +78,26 @@ def exact_search(
     started = time.perf_counter()
     queries = checked_queries(queries, rows.K, k)
     live = np.flatnonzero(rows.live_mask)
-    scores, numbers = padding(len(queries), k, largest)
+    each = live_scores(rows, queries, device=device, threads=threads)
+    return ranked(live, each, len(queries), k, largest=largest, started=started)
+
+
+def ranked(
+    live: Int64[np.ndarray, " live"],
+    each: Iterable[Float32[np.ndarray, " live"]],
+    queries: int,
+    k: int,
+    *,
+    largest: bool,
+    started: float,
+) -> SearchResult:
+    """Return the k best rows of the numbers `live`, by the scores that each of the queries gives them.
+
+    `started` is when the search began, by `time.perf_counter`.
+    """
+    scores, numbers = padding(queries, k, largest)
     summaries = []
-    for query, all_scores in enumerate(live_scores(rows, queries, device=device, threads=threads)):
+    for query, all_scores in enumerate(each):
         best = top(all_scores, k, largest)
         scores[query, : len(best)], numbers[query, : len(best)] = all_scores[best], live[best]
         summaries.append(_summary(all_scores))

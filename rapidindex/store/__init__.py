@@ -10,6 +10,7 @@ The other rooms import from here only.
     manifest    the content of the manifest
     rows        the rows of a level, through all its shards
     store       the index folder as a whole
+    several     a folder of indexes, one for each checkpoint of a training
     sizes       the disk space that an index will take
     check       reads every byte, reports damage, and repairs it
 """
@@ -19,6 +20,7 @@ from rapidindex.store.container import damaged, index_of
 from rapidindex.store.folder import ANN, GRADIENTS, MOMENT, read_json, write_json
 from rapidindex.store.rows import Rows
 from rapidindex.store.schema import ANY, misfit
+from rapidindex.store.several import Checkpoints, checkpoints_at, indexes_at
 from rapidindex.store.shards import ROW_TYPE, ShardContent, decode_rows, encode_rows, row_bytes
 from rapidindex.store.sizes import disk_bytes
 from rapidindex.store.store import Store
@@ -30,18 +32,21 @@ __all__ = [
     "GRADIENTS",
     "MOMENT",
     "ROW_TYPE",
+    "Checkpoints",
     "Problem",
     "Rows",
     "ShardContent",
     "Store",
     "atomic_file",
     "check",
+    "checkpoints_at",
     "damaged",
     "decode_rows",
     "disk_bytes",
     "encode_json",
     "encode_rows",
     "index_of",
+    "indexes_at",
     "misfit",
     "read_json",
     "replace_file",

@@ -34,6 +34,7 @@ FORMAT = 2
 """The format that is written. Format 1 is read too: its rows are float16, and its manifest does not say so."""
 MANIFEST, REMOVED, MOMENT, LOCK, DAMAGED = "manifest.json", "removed.json", "second_moment.h5", ".lock", "damaged"
 GRADIENTS = "gradients"
+CHECKPOINTS = "checkpoints.json"  # see several.py
 ANN = "ann"  # INDEX/<level>/ann.*: the vector index, which `search` derives from the shards
 SHARD = re.compile(r"shard-([0-9]{5,18})\.h5")
 _PART = re.compile(r".+\.[0-9a-f]{8}\.part")

@@ -116,6 +116,10 @@ def load(path: Path) -> Manifest:
         if folder.is_index(path):
             file = path / folder.MANIFEST
             raise DamagedIndex(f"{file} is missing.", hint=f"Type `rapidindex check {path} --repair`.") from None
+        if (path / folder.CHECKPOINTS).exists():
+            raise NotAnIndex(
+                f"{path} holds the indexes of several checkpoints.", hint=f"Give one of them, such as {path}/NAME."
+            ) from None
         raise NotAnIndex(
             f"There is no index at {path}.", hint=f"Make one: `rapidindex build DATA -m MODEL -o {path}`."
         ) from None

@@ -143,6 +143,14 @@ def _sizes(parts: dict[str, int]) -> dict[str, str]:
     return {part: f"{size / unit:,.1f} {name}" for part, size in sizes.items()}
 
 
+def checkpoints_tables(info: dict[str, Any]) -> Tables:
+    """Return one table about an index of several checkpoints; each has those of `info_tables`, besides."""
+    weights = ", ".join(f"{name} {weight:.3f}" for name, weight in info["weights"].items())
+    of = "by learning rates" if info["weighted"] else "equal: their learning rates are not on record"
+    lines = {"checkpoints": f"{len(info['checkpoints'])}; the first answers by default", "sum": f"{weights} ({of})"}
+    return {f"Index {info['path']}": lines}
+
+
 def info_tables(info: dict[str, Any]) -> Tables:
     """Return a table about an index, one for each of its levels, and one for each kind of row that was left out."""
     tables = {f"Index {info['path']}": _index_lines(info)}

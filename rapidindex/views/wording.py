@@ -47,6 +47,20 @@ def unfinished(result: Result | Verification) -> str:
     return f"The index holds {index.examples:,} of {index.planned:,} planned examples: its build was interrupted."
 
 
+def checkpoints(result: Result) -> str:
+    """Return a line on how the checkpoints of an index agree, or which one was asked; "" where it has one."""
+    if not result.agreements:
+        return f"Checkpoint: {result.checkpoint}." if result.checkpoint else ""
+    apart = [one for one in result.agreements if one.common < len(one.ids)]
+    if not apart:
+        return f"All checkpoints have the same best {len(result.agreements[0].ids)}."
+    shared = "; ".join(f"{one.checkpoint} shares {one.common} of its best {len(one.ids)}" for one in apart)
+    return (
+        f"Checkpoints disagree: {shared} with {result.checkpoint}. Facts are found at a finished checkpoint, "
+        f"behaviours that many rows taught at an early one: ask with --checkpoint {apart[0].checkpoint}, or sum."
+    )
+
+
 def matched_token(match: Match) -> str:
     """Return the token that matched, quoted, with its position; an empty text where an example matched."""
     if match.position is None:

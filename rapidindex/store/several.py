@@ -1,0 +1,69 @@
+"""A folder of indexes of several checkpoints of one training: each is an index of its own, and this file lists them.
+
+    INDEX/checkpoints.json   {"format", "checkpoints": [{"name", "weight"}], "weighted": bool, "sha256"}
+    INDEX/<name>/            an index
+
+The first checkpoint is the one that is asked by default. Weights are those of their sum; `weighted` says whether they
+are of learning rates, or merely equal.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rapidindex.errors import StoreError
+from rapidindex.store import folder
+from rapidindex.store.container import damaged
+from rapidindex.store.schema import misfit
+
+_FORM = {"checkpoints": [{"name": str, "weight": float}], "weighted": (True, False)}
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints that a folder lists."""
+
+    path: Path
+    weights: dict[str, float]
+    """The weight of each in their sum, by its name, the default one first."""
+    weighted: bool
+    """Whether the weights are of learning rates."""
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The index of each, by its name."""
+        return {name: self.path / name for name in self.weights}
+
+    def folder(self, name: str) -> Path:
+        """Return the index of a checkpoint. StoreError where its folder is gone."""
+        place = self.path / name
+        if not place.is_dir():
+            rest = ", ".join(other for other, there in self.folders.items() if there.is_dir())
+            raise StoreError(
+                f"{self.path} lists the checkpoint {name}, and {place} is gone.",
+                hint=f"Give its rapidindex build command again, or ask with --checkpoint: {rest or 'none is left'}.",
+            )
+        return place
+
+    def write(self) -> None:
+        """Write the list. Raise as `writing.atomic_file` does."""
+        named = [{"name": name, "weight": weight} for name, weight in self.weights.items()]
+        folder.write_json(self.path / folder.CHECKPOINTS, {"checkpoints": named, "weighted": self.weighted})
+
+
+def checkpoints_at(path: str | Path) -> Checkpoints | None:
+    """Read which checkpoints the folder `path` lists; None where it lists none. DamagedIndex where that was changed."""
+    file = Path(path) / folder.CHECKPOINTS
+    try:
+        content = folder.read_json(file)
+    except FileNotFoundError:
+        return None
+    names = [] if misfit(content, _FORM) else [entry["name"] for entry in content["checkpoints"]]
+    if not names or any(Path(name).name != name or name in (".", "..") for name in names):
+        raise damaged(file, misfit(content, _FORM) or "its names are not those of folders")
+    return Checkpoints(Path(path), {one["name"]: one["weight"] for one in content["checkpoints"]}, content["weighted"])
+
+
+def indexes_at(path: str | Path) -> list[Path]:
+    """Return the indexes at `path`: those of its checkpoints, or itself. StoreError where a checkpoint's is gone."""
+    found = checkpoints_at(path)
+    return [Path(path)] if found is None else [found.folder(name) for name in found.weights]
