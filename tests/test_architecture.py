@@ -28,8 +28,9 @@ BESIDE = {("recipe", "config"), ("gradients", "data"), ("query", "caching")}
 LAZY = {
     ("rapidindex.results", "rapidindex.views.html"),
     ("rapidindex.query.index", "rapidindex.query.two_stages"),
+    ("rapidindex.query.index", "rapidindex.query.checkpoints"),
 }
-"""The imports upward: a result shows itself, and an index of embeddings is opened as any other."""
+"""The imports upward: a result shows itself, and other kinds of index are opened as any."""
 LIGHT = (
     "config",
     "results",

@@ -1,10 +1,9 @@
 """Builds the index of several checkpoints of one training: one index for each, in a folder that lists them."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
@@ -20,18 +19,25 @@ RESERVED = ("sum", "best")
 
 
 def build_checkpoints(
-    request: BuildRequest,
-    models: Sequence[ModelConfig],
-    *,
-    overwrite: bool = False,
-    progress: Progress = silent,
-    run: Callable[..., Any] = build,
+    request: BuildRequest, models: Sequence[ModelConfig], *, overwrite: bool = False, progress: Progress = silent
 ) -> dict[str, BuildSummary]:
     """Build the index of each checkpoint beneath `request.output`, and return the summaries by the checkpoints' names.
 
-    The first of `models` answers by default. Each index goes on where it stopped. Raises UsageError for the same
-    checkpoint twice, or checkpoints of different bases or shapes, before anything is computed; ConfigMismatch where the
-    folder lists others; and as `build` does.
+    The first of `models` answers by default. Each index goes on where it stopped. Raises as `plan_checkpoints` does
+    before anything is computed, and as `build` does.
+    """
+    several, requests = plan_checkpoints(request, models, overwrite=overwrite)
+    several.create()
+    return {name: build(own, overwrite=overwrite, progress=progress) for name, own in requests.items()}
+
+
+def plan_checkpoints(
+    request: BuildRequest, models: Sequence[ModelConfig], *, overwrite: bool = False
+) -> tuple[Checkpoints, dict[str, BuildRequest]]:
+    """Return the list of the checkpoints and the build of each, by its name. Writes nothing, and loads no model.
+
+    Raises UsageError for the same checkpoint twice, or checkpoints of different bases or shapes, ConfigMismatch where
+    the folder lists others, and StoreError where it holds other files.
     """
     output = Path(request.output)
     named = name_checkpoints(models)
@@ -44,17 +50,11 @@ def build_checkpoints(
             f"{output} has the checkpoints {', '.join(there.weights)}, and {', '.join(sorted(lacking))} is not given.",
             hint="Give them all, another -o, or --overwrite to build them anew.",
         )
-    weights, weighted = weights_of([config.adapter or config.model for config in models])
-    several = Checkpoints(output, dict(zip(named, weights, strict=True)), weighted)
-    if not there and output.is_dir() and any(output.iterdir()):
+    if not there and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise StoreError(f"{output} holds other files.", hint="Choose a new folder for the index.")
-    output.mkdir(parents=True, exist_ok=True)
-    several.write()
-    summaries = {}
-    for name, config in named.items():
-        own = replace(request, model=config, output=str(output / name))
-        summaries[name] = run(own, overwrite=overwrite, progress=progress)
-    return summaries
+    weights, weighted = weights_of([config.adapter or config.model for config in models])
+    requests = {name: replace(request, model=config, output=str(output / name)) for name, config in named.items()}
+    return Checkpoints(output, dict(zip(named, weights, strict=True)), weighted), requests
 
 
 def name_checkpoints(models: Sequence[ModelConfig]) -> dict[str, ModelConfig]:

@@ -170,17 +170,18 @@ def build(
         token=token,
         token_examples=None if token_examples is None else frozenset(listed_ids(token_examples, "--token-examples")),
     )
+    requests, several = {"": request}, None
+    if len(models) > 1:
+        from rapidindex.caching.checkpoints import plan_checkpoints
+
+        several, requests = plan_checkpoints(request, models, overwrite=overwrite)
     if dry_run:
         from rapidindex.caching.estimate import estimate as run
-    tables = estimate_tables if dry_run else build_tables
+    elif several:
+        several.create()
     with Bars(quiet=quiet) as bars:
-        if len(models) < 2:
-            each = {"": run(request, overwrite=overwrite, progress=bars)}
-        else:
-            from rapidindex.caching.checkpoints import build_checkpoints
-
-            each = build_checkpoints(request, models, overwrite=overwrite, progress=bars, run=run)
-    print_members(each, as_json, tables)
+        each = {name: run(own, overwrite=overwrite, progress=bars) for name, own in requests.items()}
+    print_members(each, as_json, estimate_tables if dry_run else build_tables)
 
 
 def checkpoints_of(

@@ -14,6 +14,7 @@ from rapidindex.errors import StoreError
 from rapidindex.store import folder
 from rapidindex.store.container import damaged
 from rapidindex.store.schema import misfit
+from rapidindex.store.writing import write_errors
 
 _FORM = {"checkpoints": [{"name": str, "weight": float}], "weighted": (True, False)}
 
@@ -44,8 +45,10 @@ class Checkpoints:
             )
         return place
 
-    def write(self) -> None:
-        """Write the list. Raise as `writing.atomic_file` does."""
+    def create(self) -> None:
+        """Write the list, and the folder where there is none. Raise as `writing.atomic_file` does."""
+        with write_errors(self.path, 0):
+            self.path.mkdir(parents=True, exist_ok=True)
         named = [{"name": name, "weight": weight} for name, weight in self.weights.items()]
         folder.write_json(self.path / folder.CHECKPOINTS, {"checkpoints": named, "weighted": self.weighted})
 

@@ -234,6 +234,7 @@ def test_the_command_line_builds_asks_adds_removes_and_checks_them_all(
     more.write_text("\n".join(lines[8:]))
     made = ("build", tmp_path / "a.jsonl", "-m", base, "-a", adapters[0], "-a", adapters[1], "-o", path)
     assert typed(*made, "-m", base)[0] == 2
+    assert json.loads(typed(*made, "--dry-run", "--json")[1]).keys() == {"tuned", "early"} and not path.exists()
     code, out, said = typed(*made, "-K", 1024, "--second-moment", "none", "--json")
     assert code == 0, said
     assert {name: one["examples"] for name, one in json.loads(out).items()} == {"tuned": 8, "early": 8}
