@@ -283,18 +283,23 @@ class BuildConfig:
 
     batch_tokens: int = 1024
     """Tokens in a padded batch, at most."""
-    workers: int = 1
-    """Processes."""
+    workers: int | None = None
+    """Processes, by default one; actors on a Ray cluster, by default one for each GPU, or for each node."""
     shard_seconds: float = 120.0
     """A shard holds about this much work at most: what a killed build can lose."""
     shard_bytes: int = 128 * 2**20
     """A shard's rows take at most this many bytes."""
     part: tuple[int, int] | None = None
     """(I, N): this is job I, from 1, of N that build one index side by side; None for a build by itself."""
+    ray: str | None = None
+    """Compute on the Ray cluster at HOST:PORT; `auto` for this machine's, `local` to start one."""
 
     def __post_init__(self) -> None:
         _at_least("--batch-tokens", self.batch_tokens, 16)
-        _at_least("--workers", self.workers, 1)
+        if self.part and self.ray:
+            raise UsageError("--shard and --ray both spread the work.", hint="Give one of them.")
+        if self.workers is not None:
+            _at_least("--workers", self.workers, 1)
         if self.part and not 1 <= self.part[0] <= self.part[1]:
             raise UsageError(
                 f"--shard {self.part[0]}/{self.part[1]} is no part of a whole.",
@@ -345,9 +350,9 @@ class BuildRequest:
             object.__setattr__(self, "model", ModelConfig(str(self.model)))
         if isinstance(self.model, EncoderConfig) and "token" in self.levels:
             raise UsageError("An encoder embeds whole examples, not tokens.", hint="Leave --level out.")
-        if not isinstance(self.model, ModelConfig | EncoderConfig) and self.work.workers > 1:
+        if not isinstance(self.model, ModelConfig | EncoderConfig) and ((self.work.workers or 1) > 1 or self.work.ray):
             raise UsageError(
-                "--workers needs a model on disk: each process loads its own.",
+                "Workers need a model on disk: each loads its own.",
                 hint="Save the model, and give its path.",
             )
 

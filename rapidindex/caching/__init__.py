@@ -6,6 +6,7 @@ moment        the second moment, from a sample of the examples
 shard_writer  one process's work: compute, collect, write
 units         the units that are left, and what a worker does with one
 workers       several processes
+actors        the actors of a Ray cluster
 build         the whole stage
 checkpoints   the index of several checkpoints: a build for each
 update        add data to an index, remove examples from it

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from rapidindex.caching.actors import RayPool, on_cluster
 from rapidindex.caching.batches import Item, padded_tokens
 from rapidindex.caching.estimate import check_resources, free_resources, resources_of
 from rapidindex.caching.job import (
@@ -85,6 +86,11 @@ def build(request: BuildRequest, *, overwrite: bool = False, progress: Progress 
     started = time.perf_counter()
     if request.work.part:
         return _build_part(request, request.work.part, overwrite, progress)
+    with on_cluster(request) as request:
+        return _build(request, started, overwrite, progress)
+
+
+def _build(request: BuildRequest, started: float, overwrite: bool, progress: Progress) -> BuildSummary:
     store = None if overwrite else read_existing(request)
     with store.lock() if store else nullcontext():  # damaged, busy or read-only is said before the model is loaded
         job = prepare(same_day(request, store), progress)
@@ -210,6 +216,8 @@ def cache_level(store: Store, job: Job, plan: LevelPlan, progress: Progress) -> 
 
     Return whether gradients were computed in batches. Several processes release the job's model.
     """
+    if job.request.work.ray:
+        return _cache_on_cluster(store, job, plan, progress)
     if len(plan.devices) > 1:
         return _cache_with_workers(store, job, plan, progress)
     rows, total, done = store.rows(plan.level), plan.tokens, 0
@@ -231,16 +239,31 @@ def cache_level(store: Store, job: Job, plan: LevelPlan, progress: Progress) -> 
     return job.gradients.batched
 
 
+def _cache_on_cluster(store: Store, job: Job, plan: LevelPlan, progress: Progress) -> bool:
+    progress("map", 0, 1)
+    shared = {name: tensor.numpy() for name, tensor in _shared_by_workers(store, job, plan).items()}
+    job.model.release()
+    progress("map", 1, 1)
+    specs = worker_specs(plan, store, job.model.config, job.request.work)
+    return compute_with(RayPool(Units(plan, store, progress), specs, shared))
+
+
+def _shared_by_workers(store: Store, job: Job, plan: LevelPlan) -> dict[str, torch.Tensor]:
+    """Return the map of the sketch and the factors of the correction, where there are such, as `units.Worker` does."""
+    slots, v = map_of_slots(job, plan.K), store.second_moment()
+    shared = {} if slots is None else {"slots": slots}
+    if v is not None:
+        shared["factors"] = preconditioner_of(job.recipe).factors_of(torch.tensor(v), job.layers)
+    return shared
+
+
 def _cache_with_workers(store: Store, job: Job, plan: LevelPlan, progress: Progress) -> bool:
     progress("map", 0, 1)
     job.model.release()
     shared: dict[str, Shared] = {}
     try:
-        slots, v = map_of_slots(job, plan.K), store.second_moment()
-        if slots is not None:
-            shared["slots"] = Shared.copy(slots)
-        if v is not None:
-            shared["factors"] = Shared.copy(preconditioner_of(job.recipe).factors_of(torch.tensor(v), job.layers))
+        for name, tensor in _shared_by_workers(store, job, plan).items():
+            shared[name] = Shared.copy(tensor)
         progress("map", 1, 1)
         specs = worker_specs(plan, store, job.model.config, job.request.work)
         return compute_with(WorkerPool(Units(plan, store, progress), specs, shared))

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import torch
 
+from rapidindex.caching.actors import on_cluster
 from rapidindex.caching.batches import Item, as_batch, padded_tokens, plan_batches
 from rapidindex.caching.job import (
     Job,
@@ -94,6 +95,11 @@ class Estimate:
 
 def estimate(request: BuildRequest, *, overwrite: bool = False, progress: Progress = silent) -> Estimate:
     """Read data and model, time a few batches, and predict the build of `request`. Raises as `build` does."""
+    with on_cluster(request) as request:
+        return _estimate(request, overwrite, progress)
+
+
+def _estimate(request: BuildRequest, overwrite: bool, progress: Progress) -> Estimate:
     started = time.perf_counter()
     store = None if overwrite else read_existing(request)
     job = prepare(same_day(request, store), progress)
@@ -182,12 +188,13 @@ def _combine(parts: Sequence[ResourceEstimate]) -> ResourceEstimate:
 
 
 def _least(job: Job, plan: LevelPlan, store: Store | None) -> ResourceEstimate:
-    workers, on_gpu = len(plan.devices), job.device.type == "cuda"
+    devices, on_gpu = _devices_here(job, plan), job.device.type == "cuda"
+    workers = len(devices)
     memory = {"rows buffer": workers * _buffer_bytes(job, plan)}
     arrays = _array_bytes(job)
     if workers > 1:
         memory["processes"] = workers * PROCESS_BYTES
-    copies = workers if not on_gpu else max(map(plan.devices.count, plan.devices))
+    copies = workers if not on_gpu else max(map(devices.count, devices))
     if workers > 1:  # the parent's own model is given back
         arrays["model"] = model_bytes(job.loaded.model) * (copies - 1)
     if on_gpu:
@@ -195,13 +202,19 @@ def _least(job: Job, plan: LevelPlan, store: Store | None) -> ResourceEstimate:
     return ResourceEstimate(_disk_bytes(job, plan, store), memory | arrays, {})
 
 
+def _devices_here(job: Job, plan: LevelPlan) -> list[str]:
+    """Return the devices of the processes whose memory is that of this machine: on a cluster, of one of them."""
+    return plan.devices[:1] if job.request.work.ray else plan.devices
+
+
 def _measured(job: Job, timing: "_Timing") -> ResourceEstimate:
     """Return the memory of all processes, from the measured peak of one."""
-    plan, workers = timing.plan, len(timing.plan.devices)
+    plan, devices = timing.plan, _devices_here(job, timing.plan)
+    workers = len(devices)
     memory = {"longest batch, model and libraries": timing.peak, "rows buffer": workers * _buffer_bytes(job, plan)}
     device = {}
     if job.device.type == "cuda":
-        device = {"longest batch and model": timing.device_peak * max(map(plan.devices.count, plan.devices))}
+        device = {"longest batch and model": timing.device_peak * max(map(devices.count, devices))}
     if workers > 1:
         memory["other workers"] = (workers - 1) * max(0, timing.peak - sum(_array_bytes(job).values()))
     return ResourceEstimate({}, memory, device)

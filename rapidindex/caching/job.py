@@ -340,7 +340,9 @@ def _plan_level(job: Job, level: str, store: Store | None) -> LevelPlan:
         planned=len(done) + len(examples),
         examples=examples,
         units=units,
-        devices=worker_devices(job.device, job.model.config, min(job.request.work.workers, len(units))),
+        devices=worker_devices(job.device, job.model.config, min(job.request.work.workers or 1, len(units)))
+        if job.request.work.ray is None
+        else [job.model.config.device] * min(job.request.work.workers or 1, len(units)),
     )
 
 

@@ -3,7 +3,7 @@
     Units   what is left, handed out longest first; the shards that come back are listed
     Worker  one process's or actor's model, and the shards that it writes
 
-Knows neither processes nor Ray: `workers.py` and `cluster.py` bring the two together.
+Knows neither processes nor Ray: `workers.py` and `actors.py` bring the two together.
 """
 
 import itertools
@@ -33,6 +33,7 @@ class Units:
         self.left = deque(plan.units)
         self.store, self.level, self._progress = store, plan.level, progress
         self._done, self._total = 0, plan.tokens
+        self._note = ""
         self.batched = True
 
     def begin(self) -> None:
@@ -46,14 +47,15 @@ class Units:
     def cached(self, tokens: int) -> None:
         """Report that so many more tokens, padding included, are computed."""
         self._done += tokens
-        self._progress(STAGES[self.level], self._done, self._total)
+        self._progress(STAGES[self.level], self._done, self._total, self._note)
 
     def record(self, shard: str) -> None:
         """List a shard that a worker has finished."""
         self.store.record_shard(self.level, shard)
 
-    def lost(self, held: list[Unit]) -> None:
-        """Put back those of `held`, the units of a worker that died, whose rows it had not written."""
+    def lost(self, held: list[Unit], note: str) -> None:
+        """Put back those of `held`, the units of a worker that died, whose rows it had not written; `note` says so."""
+        self._note = note
         self.store.list_finished()
         done = self.store.done_ids(self.level)
         again = [unit for unit in held if any(item.example.id not in done for batch in unit for item in batch)]

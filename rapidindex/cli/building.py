@@ -133,6 +133,7 @@ def build(
     workers: opt.Workers = BuildConfig.workers,
     shard_seconds: opt.ShardSeconds = BuildConfig.shard_seconds,
     shard: opt.Shard = None,
+    ray: opt.Ray = None,
     limit: opt.Limit = None,
     dry_run: Annotated[
         bool, opt.in_output("--dry-run", help="Say what it will take, in time, disk and memory; write nothing.")
@@ -164,7 +165,7 @@ def build(
         ),
         gradient=GradientConfig(normalize, second_moment, moment_examples, seed),
         sketch=SketchConfig(K, shuffles, seed, projection),
-        work=BuildConfig(batch_tokens, workers, shard_seconds, part=_part(shard)),
+        work=BuildConfig(batch_tokens, workers, shard_seconds, part=_part(shard), ray=ray),
         limit=limit,
         levels=levels,
         token=token,

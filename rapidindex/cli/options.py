@@ -120,7 +120,31 @@ TrainedLoss = Annotated[
 ]
 
 BatchTokens = Annotated[int, in_work(help="Tokens of a padded batch, at most.")]
-Workers = Annotated[int, in_work(help="Processes, each with a model of its own; spread over the GPUs.")]
+Workers = Annotated[
+    int | None,
+    in_work(
+        help="Processes, each with a model of its own; spread over the GPUs. With --ray, actors.",
+        show_default="1; with --ray one a GPU, or a node",
+    ),
+]
+Ray = Annotated[
+    str | None,
+    in_work(
+        "--ray",
+        metavar="ADDRESS",
+        help="Compute on this Ray cluster: HOST:PORT, auto for the one this machine has joined, or local to start one.",
+        show_default=False,
+    ),
+]
+SearchRay = Annotated[
+    str | None,
+    in_search(
+        "--ray",
+        metavar="ADDRESS",
+        help="Let the nodes of this Ray cluster scan a part of the shards each; addresses as in build.",
+        show_default=False,
+    ),
+]
 Shard = Annotated[
     str | None,
     in_work(

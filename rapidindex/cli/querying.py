@@ -92,6 +92,7 @@ def query(
     adapter: opt.MovedAdapter = None,
     encoder: opt.MovedEncoder = None,
     device: opt.Device = ModelConfig.device,
+    ray: opt.SearchRay = None,
     max_new_tokens: opt.AnswerLength = QueryOptions.max_new_tokens,
     as_json: opt.Json = False,
     as_jsonl: Annotated[bool, opt.in_output("--jsonl", help="Print JSON, one result a line.")] = False,
@@ -129,7 +130,7 @@ def query(
         max_new_tokens=max_new_tokens,
     )
     index = Index.open(path, model=model, adapter=adapter, encoder=encoder, device=device)
-    index.progress = Bars(quiet=quiet)
+    index.progress, index.ray = Bars(quiet=quiet), ray
     if queries is not None:
         asked = read_queries(queries)
     else:

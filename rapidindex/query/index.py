@@ -29,6 +29,7 @@ from rapidindex.recipe import Recipe
 from rapidindex.results import IndexInfo, Match, Result, Seconds
 from rapidindex.search.exact import SearchResult, exact_search
 from rapidindex.search.metadata import IndexMetadata
+from rapidindex.search.spread import SpreadSearch
 from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Rows, Store, checkpoints_at
 
@@ -52,6 +53,8 @@ class Index:
         self.store = store
         self.progress: Progress = silent
         """Hears of the gradients of stored examples that a query computes, where an index of embeddings lacks them."""
+        self.ray: str | None = None
+        """The Ray cluster whose nodes search together, an address as in `BuildConfig.ray`."""
         self.recipe = Recipe.from_manifest(store.config)
         self._model = model
         if loaded is not None:
@@ -59,6 +62,7 @@ class Index:
         self._rows: dict[str, Rows] = {}
         self._compressors: dict[int, Compressor] = {}
         self._vector_indexes: dict[str, VectorIndex | None] = {}
+        self._spread: dict[str, SpreadSearch] = {}
 
     @classmethod
     def open(
@@ -345,6 +349,10 @@ class Index:
         rows, vectors = self.rows_of(level), stack_rows(queries)
         k = min(options.candidates(RESCORED * options.k) if options.rescore else options.k, max(1, len(rows)))
         largest = not options.opponents
+        if self.ray is not None:
+            if level not in self._spread:
+                self._spread[level] = SpreadSearch(str(self.store.path.absolute()), rows, self.ray)
+            return partial(self._spread[level].search, vectors, k, largest=largest)
         index = None if options.exact else self._vector_index(level)
         if index is None:
             return partial(exact_search, rows, vectors, k, largest=largest, device=self._search_device)

@@ -35,6 +35,7 @@ class Rows:
     position  int32 [n], the response token of each row; -1 in sentence rows
     token     int32 [n], the id of that token; -1 in sentence rows
     live_mask bool [n], False in the rows of removed examples
+    removed   the ids of removed examples
     rejected  {"id", "line", "reason"} of each example whose gradient was not finite
     done_ids  ids of all stored and rejected examples, which a resumed build skips
     """
@@ -51,7 +52,7 @@ class Rows:
         removed: frozenset[str],
     ) -> None:
         self.path, self.level, self.K, self.row_type, self.layers = path, path.name, K, row_type, layers
-        self._index, self._files = index, files
+        self._index, self._files, self.removed = index, files, removed
         self._arrays = lru_cache(maxsize=_MAPS)(lambda file: container.map_arrays(files[file].layout))
         self._first_row = np.cumsum([0, *(file.rows for file in files)])
         self._first_example = np.cumsum([0, *(len(file.ids) for file in files)])
@@ -111,6 +112,11 @@ class Rows:
             arrays = self._arrays(file)
             for i, row in zip(which, inside, strict=True):
                 yield int(i), arrays["rows"][row], arrays["scale"][row]
+
+    def part(self, first: int, last: int, removed: frozenset[str]) -> "Rows":
+        """Return the rows of shards `first` to `last` - 1 alone, numbered from 0, with other `removed` examples."""
+        form = {"index": self._index, "K": self.K, "row_type": self.row_type, "layers": self.layers}
+        return Rows(self.path, **form, files=self._files[first:last], removed=removed)
 
     def norms(self, row_numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return each layer's norm for these r row numbers, float32 [r, L].

@@ -1,0 +1,167 @@
+"""A Ray cluster of two nodes on this machine builds and finds what one process does, whatever dies."""
+
+import json
+import os
+import signal
+import socket
+import time
+import warnings
+
+import numpy as np
+import psutil
+import pytest
+
+from bench.crash import largest_difference, rows_of, shards, write_data
+from rapidindex.errors import StoreError
+from rapidindex.search.exact import exact_search
+from rapidindex.store import Store, check
+from tests.search.stores import gradients, make_store, remove
+from tests.zygote import Zygote
+
+ray = pytest.importorskip("ray")
+EXAMPLES = 120
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of one CPU."""
+    from rapidindex.cluster import import_ray
+
+    import_ray()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from ray.cluster_utils import Cluster
+
+        options = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **options})
+        cluster.second = cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        yield cluster
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "data.jsonl", EXAMPLES)
+
+
+@pytest.fixture
+def command(data, llama_folders):
+    base, adapter = llama_folders
+    return ["build", data, "-m", base, "-a", adapter, "-K", 256, "--batch-tokens", 512, "--shard-seconds", 0.05, "-o"]
+
+
+def actors():
+    """The processes of the actors."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any("_Actor" in part for part in process.info["cmdline"] or []):
+            found.append(process.pid)
+    return found
+
+
+def wait_for(condition, running):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline and running.pid, running.err
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_cluster_gives_the_rows_of_one_process_and_a_killed_actor_and_driver_lose_nothing(
+    zygote, command, tmp_path, cluster
+):
+    plain, index = tmp_path / "plain", tmp_path / "index"
+    assert zygote.run(*command, plain).code == 0
+    command = [*command, index, "--ray", cluster.address]
+    driver = zygote.start(*command)
+    wait_for(lambda: shards(index), driver)
+    driver.signal(signal.SIGKILL)
+    driver.wait()
+    kept = shards(index)
+    again = zygote.start(*command, "--json")
+    wait_for(lambda: set(shards(index)) - set(kept), again)
+    os.kill(actors()[0], signal.SIGKILL)
+    assert again.wait().code == 0, again.err
+    assert json.loads(again.out)["examples"] == EXAMPLES
+    assert kept.items() <= shards(index).items()
+    assert Store.open(index).complete("sentence") and len(rows_of(index)) == EXAMPLES
+    assert largest_difference(index, plain) < 1e-2  # a number on the edge of a step may fall either way
+    assert check(index) == []
+
+
+@pytest.mark.slow
+def test_a_node_that_is_gone_costs_its_units_under_way_and_the_others_do_them(zygote, command, tmp_path, cluster):
+    plain, index = tmp_path / "plain", tmp_path / "index"
+    assert zygote.run(*command, plain).code == 0
+    running = zygote.start(*command, index, "--ray", cluster.address, "--workers", 2)
+    wait_for(lambda: shards(index) and len(actors()) == 2, running)
+    cluster.remove_node(cluster.second, allow_graceful=False)
+    assert running.wait().code == 0, running.err
+    assert Store.open(index).complete("sentence") and len(rows_of(index)) == EXAMPLES
+    assert largest_difference(index, plain) < 1e-2
+    refused = zygote.run(*command, index, "--ray", cluster.address, "--workers", 9)
+    assert refused.code == 1 and "CPUs, too few for 9 actors" in " ".join(refused.err.split()), refused.err
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_in_time_and_keeps_what_was_finished(zygote, command, tmp_path, cluster):
+    index = tmp_path / "index"
+    command[command.index("--shard-seconds") + 1] = 0.5
+    running = zygote.start(*command, index, "--ray", cluster.address)
+    wait_for(lambda: shards(index), running)
+    began, seen = time.monotonic(), shards(index)
+    running.signal(signal.SIGINT)
+    assert running.wait().code == 130, running.err
+    assert time.monotonic() - began < 15 and "Type the same command again" in running.err  # Ray itself takes seconds
+    assert "Traceback" not in running.err
+    wait_for(lambda: not actors(), running)
+    assert seen.items() <= shards(index).items()
+    assert zygote.run(*command, index).code == 0
+    assert len(rows_of(index)) == EXAMPLES
+
+
+def test_a_spread_search_is_the_local_one_whoever_dies_and_refuses_other_rows(cluster, tmp_path):
+    from rapidindex.search.spread import SpreadSearch
+
+    rows = gradients(90, 64)
+    rows[60] = rows[7]  # of equal scores the lower row comes first, in whichever part it lies
+    store = make_store(tmp_path / "index", rows, per_shard=20)
+    remove(store, np.array([3, 41]))
+    queries = np.concatenate([rows[[7, 30]], gradients(1, 64, seed=5)])
+    stored = store.rows("sentence")
+    try:
+        spread = SpreadSearch(str(store.path), stored, cluster.address)
+        assert len(spread._bounds) == 2
+        for k, largest in ((10, True), (10, False), (200, True)):
+            ours, theirs = spread.search(queries, k, largest=largest), exact_search(stored, queries, k, largest=largest)
+            assert (ours.rows == theirs.rows).all() and ours.n == theirs.n == 88
+            np.testing.assert_allclose(ours.scores, theirs.scores, rtol=1e-6)
+        ray.kill(spread._actors[1])
+        assert (spread.search(queries, 10).rows == exact_search(stored, queries, 10).rows).all()
+        other = make_store(tmp_path / "other", gradients(90, 64, seed=3), per_shard=20)
+        with pytest.raises(StoreError, match="sees other rows at"):
+            SpreadSearch(str(other.path), stored, cluster.address).search(queries, 3)
+    finally:
+        ray.shutdown()
+
+
+def test_what_is_wrong_with_a_cluster_is_one_sentence(zygote, command, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"127.0.0.1:{free.getsockname()[1]}"
+    began = time.monotonic()
+    for address, text, code in (
+        (nobody, f"There is no Ray cluster at {nobody}", 1),
+        ("somewhere", "--ray somewhere is no address", 2),
+    ):
+        refused = zygote.run(*command, tmp_path / "index", "--ray", address)
+        said = " ".join(refused.err.split())
+        assert refused.code == code and text in said and "Traceback" not in said, refused.err
+    assert time.monotonic() - began < 30
