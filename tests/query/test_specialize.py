@@ -10,7 +10,7 @@ import torch
 
 from rapidindex import Index, QueryOptions, add, check, remove
 from rapidindex.caching.build import build
-from rapidindex.config import SketchConfig, SpecializeOptions, TokenConfig
+from rapidindex.config import BuildConfig, SketchConfig, SpecializeOptions, TokenConfig
 from rapidindex.errors import ConfigMismatch, DamagedIndex, DataError, ResourceError, StoreError, UsageError
 from rapidindex.gradients import curvature
 from rapidindex.query import specialize as module
@@ -147,7 +147,7 @@ def test_what_is_added_is_multiplied_by_the_same_root_and_what_is_removed_is_gon
     sketch = SketchConfig(K=K, projection="two-sided")
     build(request(tmp_path / "a.jsonl", source, llama_folders, gradient=RECIPES["plain TracIn"], sketch=sketch))
     specialize(source, queries, target)
-    assert add(target, str(data)).computed == 4
+    assert add(target, str(data), work=BuildConfig(batch_tokens=64, workers=2)).computed == 4
     whole = all_rows(index_of())
     root = curvature.Curvature.of(Store.open(target).roots())
     for id, row in all_rows(target).items():

@@ -21,6 +21,7 @@ BUILT = {
     "batched": True,
     "tokens": None,
     "without_tokens": [],
+    "at_work": "",
 }
 TUNED = {
     "refused": [],
