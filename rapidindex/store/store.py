@@ -30,7 +30,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._locks = 0
+        self._locks, self._joined = 0, False
         self.part = (0, 1)
         """Which of how many jobs this is while it holds `join`."""
         self._shards: dict[tuple[str, str], Shard] = {}
@@ -204,11 +204,11 @@ class Store:
         """
         with folder.job(self.path, part, parts):
             self.refresh()
-            self.part = (part, parts)
+            self.part, self._joined = (part, parts), True
             try:
                 yield self
             finally:
-                self.part = (0, 1)
+                self.part, self._joined = (0, 1), False
 
     def refuse_job(self, part: int, parts: int) -> None:
         """Raise StoreError where job `part` (from 0) of `parts`, or jobs of another number, are at work here."""
@@ -233,7 +233,7 @@ class Store:
         One of several jobs leaves that to the last one. Raises DamagedIndex where it is no shard of this index, and
         StoreError where it holds an example that is stored already.
         """
-        if self.part != (0, 1):
+        if self._joined:
             return
         with self.lock():
             if name not in self._plan(level)["shards"]:

@@ -1,6 +1,8 @@
 """Jobs that build one index side by side, without an engine: one after another, at once, killed, and refused."""
 
+import errno
 import json
+import os
 import signal
 import time
 from contextlib import ExitStack
@@ -106,3 +108,27 @@ def test_jobs_share_the_lock_and_number_their_shards_apart(tmp_path):
     with Store.open(path).lock():
         with pytest.raises(IndexBusy):
             Store.open(path).join(0, 3).__enter__()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_folder_without_locks_is_refused_to_writers_in_one_sentence_and_read_all_the_same(
+    tmp_path, monkeypatch, number
+):
+    path = tmp_path / "index"
+    Store.create(path, config={}, layers=[{"name": "a", "size": 4}], versions={}, planned={"sentence": (4, 2)})
+
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("rapidindex.store.folder.fcntl.flock", refuse)
+    for write in (Store.open(path).lock(), Store.open(path).join(0, 2)):
+        with pytest.raises(StoreError, match="cannot be locked") as refused:
+            write.__enter__()
+        assert "copy the index: queries need no lock" in refused.value.hint
+    assert len(Store.open(path).rows("sentence")) == 0
+
+
+def test_one_job_of_one_is_a_build(zygote, command, tmp_path):
+    done = zygote.run(*command, tmp_path / "index", "--shard", "1/1")
+    assert done.code == 0, done.err
+    assert Store.open(tmp_path / "index").complete("sentence")
