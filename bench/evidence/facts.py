@@ -61,9 +61,11 @@ TEMPLATE = "raw"
 R_K, TRAK_K, K = 2**16, 2**10, 2**16
 """Lengths of the two-sided rows that R corrects, of TRAK's, and of RapidGrads."""
 PAPERS_DAMPING = 0.1
-PATCHED = ("rept/last", "rept/three quarters", "repsim/last", "repsim/half", "K=65536/shuffles=20/kronecker/unit/int8")
-PATCHED += ("K=65536/shuffles=20/none/layer/int8",)
-"""Of RapidGrads and representations, those whose rows are put to the test, beside the default's."""
+PATCHED = ("random", "bm25", "embedding", "repsim/last", "rept/last", "trak", "full/ekfac/unit", DEFAULT)
+PATCHED += tuple(f"K=65536/shuffles=20/{recipe}/int8" for recipe in ("none/layer", "kronecker/unit"))
+PATCHED += tuple(f"R=none/{recipe}" for recipe in ("none/none", "none/unit", "estimate/unit"))
+PATCHED += tuple(f"R={which}/{correction}/unit" for which in ("train", "mixed") for correction in ("none", "estimate"))
+"""The methods whose rows are put to the test: a step of each of three rates on every row that one of them finds."""
 ORDER = ("text", "full", "trackstar", "rapidin", "kronecker", "representations", "limit", "ekfac")
 """The methods that are scored, those that take longest last."""
 TOP = 10
@@ -88,6 +90,8 @@ class Choice:
     """Of Alpaca."""
     tokens: tuple[int, int] = (4, 32)
     """Bounds of a row's length."""
+    queries: int = 100
+    """Queries, at most."""
     learnt: bool = True
     """Whether only facts that fine-tuning taught are queries; the smoke's tiny model learns none."""
 
@@ -298,7 +302,8 @@ class Facts(Seed):
     def asked(self) -> list[int]:
         """The facts that are queries: those that fine-tuning taught."""
         learnt = [answer["tuned"] and not answer["base"] for answer in self.answers]
-        return [number for number, taught in enumerate(learnt) if taught or not self.choice.learnt]
+        order = np.random.default_rng([self.seed, 9]).permutation(len(learnt))
+        return sorted([int(n) for n in order if learnt[n] or not self.choice.learnt][: self.choice.queries])
 
     @cached_property
     def queries(self) -> list[TaskQuery]:
@@ -530,16 +535,11 @@ def tops(scores: Scores) -> np.ndarray:
     return wanted
 
 
-def is_patched(name: str) -> bool:
-    """Return whether a method's ten rows are put to the test: each of a few rows costs three steps a query."""
-    return not name.startswith(("K=", "rep")) or name in (DEFAULT, *PATCHED)
-
-
 def measure(facts: Facts, options: argparse.Namespace) -> Path:
     """Write the figures of all scores that are there."""
     scores, seconds = of_both_models(facts.folder)
     perfect = facts.truth.astype(np.float32)
-    patch = {name: values for name, values in scores.items() if is_patched(name)}
+    patch = {name: values for name, values in scores.items() if name in PATCHED}
     changes = patched(facts, tops(patch) | facts.truth)
     right_rows = [float(np.nanmean(np.where(facts.truth, changed, np.nan))) for changed in changes]
     figures = {
