@@ -922,6 +922,11 @@ def facts_page(figures: Figures) -> str:
         f" ({figures['last_rate']:g}) times .3, 1 and 3; of the right rows themselves"
         f" {', '.join(f'{value:.2f}' for value in rights.values())}. 95 % intervals over the queries.\n",
         markdown([*head, "bytes a row"], body) + "\n",
+        markdown(
+            ["what is made of a row", "CPU seconds a row"],
+            [[name, f"{spent:.4f}"] for name, spent in figures["cpu_seconds_a_row"].items()],
+        )
+        + "\n",
         markdown(["stage", "seconds"], [[name, f"{spent:.0f}"] for name, spent in figures["seconds"].items()]) + "\n",
     ]
     return "\n".join(parts)

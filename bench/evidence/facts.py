@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.common import parser, results_folder, save
+from bench.common import parser, results_folder, save, write_text
 from bench.evidence import metrics
-from bench.evidence.cached import Replay
+from bench.evidence.cached import Replay, compressor_of, example_batches
+from bench.evidence.curvature import of_sample
 from bench.evidence.lds import load_tokenizer
 from bench.evidence.lds_scores import DEFAULT, projected
 from bench.evidence.measured import of_both_models
+from bench.evidence.representations import representations
 from bench.evidence.retraining import Retrainer, Schedule
 from bench.evidence.run import STAGES, Seed, Sizes, encode_query
 from bench.evidence.sketched import Scores
@@ -52,9 +54,11 @@ from rapidindex.gradients.curvature import (
     weight_at,
 )
 from rapidindex.gradients.losses import Batch, Layer, trainable
+from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.second_moment import correction
+from rapidindex.gradients.sketch import Sketch
 from rapidindex.gradients.two_sided import TwoSided
-from rapidindex.progress import Bars
+from rapidindex.progress import Bars, silent
 from rapidindex.query.specialize import PAPERS_COMPONENT, PAPERS_K
 
 TEMPLATE = "raw"
@@ -71,6 +75,8 @@ ORDER = ("text", "full", "trackstar", "rapidin", "kronecker", "representations",
 TOP = 10
 RATES = (0.3, 1.0, 3.0)
 """Learning rates of the tail-patch, of the run's last one."""
+COSTED = 48
+"""Rows that a row's cost is measured on."""
 DRAWS = 1000
 """Of the bootstrap over the queries."""
 
@@ -467,6 +473,56 @@ def last_rate(training: Schedule, rows: int, seed: int) -> float:
     return training.rate(steps - 1, steps)
 
 
+# --- what a row costs ---
+
+
+def costs(facts: Facts) -> dict[str, float]:
+    """Return CPU seconds a row, over a few rows, by what is made of them; what is in the folder is not measured again.
+
+    A build with two-sided rows never makes whole gradients; here as there.
+    """
+    file = facts.folder / "costs.json"
+    if not file.exists():
+        some = facts.job.items[:COSTED]
+        batches = [batch for _, batch in example_batches(some)]
+        found = {name: _cpu_seconds(work) / len(some) for name, work in _works(facts, batches).items()}
+        found["kronecker"] += found["rapidgrad"]
+        found["R"] += found["two-sided"]
+        write_text(file, json.dumps(found))
+    return json.loads(file.read_text())
+
+
+def _works(facts: Facts, batches: list[Batch]) -> dict[str, Callable[[], Any]]:
+    gradients, model, size = facts.job.gradients, facts.job.loaded.model, facts.rows.rows.shape[1]
+    count = sum(len(batch) for batch in batches)
+    singles = [batch.example(row) for batch in batches for row in range(len(batch))]
+    config = SketchConfig(K, facts.sizes.shuffles[0], facts.seed)
+    sketched = compressor_of(gradients, Sketch(size, config), "unit", facts.factors)
+    projected_rows = Compressor(gradients, TwoSided(facts.rows.layers, config), normalize="unit")
+    bases, kept = of_sample(facts.drawn_sample), torch.from_numpy(np.array(facts.rows.rows[:count]))
+    curved, rows = Curvature(torch.randn(K // 128, 128, 128)), torch.randn(count, K)
+
+    def corrected() -> None:
+        for layer in facts.rows.layers:
+            bases[layer.name].solved(kept[:, layer.start : layer.start + layer.size], 0.5)
+
+    return {
+        "hidden states": lambda: representations(model, singles, silent),
+        "gradient": lambda: [gradients(batch, lambda *_: None) for batch in batches],
+        "rapidgrad": lambda: [sketched(batch) for batch in batches],
+        "two-sided": lambda: [projected_rows(batch) for batch in batches],
+        "kronecker": corrected,
+        "R": lambda: curved(rows),
+    }
+
+
+def _cpu_seconds(work: Callable[[], Any]) -> float:
+    work()  # what is made once is not counted
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
 # --- the figures ---
 
 
@@ -554,6 +610,7 @@ def measure(facts: Facts, options: argparse.Namespace) -> Path:
         "last_rate": last_rate(facts.training, len(facts.examples), facts.seed),
         "tail_patch_of_right_rows": dict(zip(map(str, RATES), right_rows, strict=True)),
         "seconds": seconds,
+        "cpu_seconds_a_row": costs(facts),
         "notes": json.loads((facts.folder / "notes.json").read_text()),
         "methods": table(scores | {"perfect": perfect}, facts.truth, changes, facts.rows.rows.shape[1]),
     }
