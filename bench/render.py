@@ -914,13 +914,14 @@ def facts_page(figures: Figures) -> str:
         *(name.replace("_", " ").replace("mrr", "MRR").replace("recall", "recall@10") for name in metrics),
     ]
     body = [[_traced(name), *(_cell(found[name][m]) for m in metrics), f"{found[name]['bytes']:,}"] for name in names]
-    right, rights = figures["right"], figures["tail_patch_of_right_rows"]
+    right = figures["right"]
+    rights = ["—" if value is None else f"{value:.2f}" for value in figures["tail_patch_of_right_rows"].values()]
     parts = [
         f"# Fact tracing: {figures['queries']} queries, {figures['rows']} rows\n",
         f"{figures['facts']} facts; right answers to the third paraphrase: base {right['base']:.0%}, fine-tuned"
         f" {right['tuned']:.0%}. Tail-patch in percentage points, at the run's last learning rate"
         f" ({figures['last_rate']:g}) times .3, 1 and 3; of the right rows themselves"
-        f" {', '.join(f'{value:.2f}' for value in rights.values())}. 95 % intervals over the queries.\n",
+        f" {', '.join(rights)}. 95 % intervals over the queries.\n",
         markdown([*head, "bytes a row"], body) + "\n",
         markdown(
             ["what is made of a row", "CPU seconds a row"],

@@ -75,6 +75,8 @@ ORDER = ("text", "full", "trackstar", "rapidin", "kronecker", "representations",
 TOP = 10
 RATES = (0.3, 1.0, 3.0)
 """Learning rates of the tail-patch, of the run's last one."""
+RATES_ORDER = (1, 2, 0)
+"""The order in which they are measured."""
 COSTED = 48
 """Rows that a row's cost is measured on."""
 DRAWS = 1000
@@ -410,28 +412,28 @@ def trak(queries: Tensor, rows: Tensor) -> np.ndarray:
 # --- what the rows do ---
 
 
-def patched(facts: Facts, wanted: np.ndarray) -> np.ndarray:
-    """Return the change of each query's probability after one step on a row, in percentage points.
+def patched(facts: Facts, wanted: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the change of each query's probability after one step on a row, in percentage points; after every rate.
 
-    float32 [rates, queries, rows], NaN where `wanted`, bool [queries, rows], is not set. A step is AdamW's with the
-    run's second moment and without momentum, from the finished model, on the row's gradient alone. What is in the
-    folder is not measured again.
+    float32 [rates, queries, rows], NaN where `wanted`, bool [queries, rows], is not set, or not yet. A step is AdamW's
+    with the run's second moment and without momentum, from the finished model, on the row's gradient alone. What is in
+    the folder is not measured again.
     """
     file = facts.folder / "patched.npy"
     if not file.exists():
         np.save(file, np.full((len(RATES), *wanted.shape), np.nan, np.float32))
     found = np.lib.format.open_memmap(file, "r+")
-    missing = wanted & np.isnan(found).any(0)
-    rows = np.flatnonzero(missing.any(0))
-    if not len(rows):
-        return found
-    patcher = Patcher(facts)
-    for count, row in enumerate(rows, 1):
-        here = np.flatnonzero(missing[:, row])
-        found[:, here, row] = patcher(row, here)
-        facts.bars("tail-patch", count, len(rows))
-    found.flush()
-    return found
+    patcher = None
+    yield found
+    for number in RATES_ORDER:
+        missing = wanted & np.isnan(found[number])
+        rows = np.flatnonzero(missing.any(0))
+        for count, row in enumerate(rows, 1):
+            patcher, here = patcher or Patcher(facts), np.flatnonzero(missing[:, row])
+            found[number, here, row] = patcher(row, here, RATES[number])
+            facts.bars(f"tail-patch at {RATES[number]:g} of the last rate", count, len(rows))
+        found.flush()
+        yield found
 
 
 class Patcher:
@@ -448,20 +450,18 @@ class Patcher:
         self.rate = last_rate(facts.training, len(facts.examples), facts.seed)
         self.before = self._probabilities(np.arange(len(self.queries)))
 
-    def __call__(self, row: int, here: np.ndarray) -> np.ndarray:
-        """Return the changes of the queries `here`, float64 [rates, queries], in percentage points."""
+    def __call__(self, row: int, here: np.ndarray, factor: float) -> np.ndarray:
+        """Return the changes of the queries `here`, float64 [queries], in points, at `factor` times the rate."""
         gradient = torch.from_numpy(np.array(self.gradients[row])).split([p.numel() for p in self.parameters])
-        changes = []
-        for factor in RATES:
-            optimizer = self.optimizer_of(self.parameters, factor * self.rate)
-            for parameter, part in zip(self.parameters, gradient, strict=True):
-                parameter.grad = part.view_as(parameter)
-            optimizer.step()
-            changes.append(100 * (self._probabilities(here) - self.before[here]))
-            with torch.no_grad():
-                for parameter, start in zip(self.parameters, self.start, strict=True):
-                    parameter.copy_(start)
-        return np.stack(changes)
+        optimizer = self.optimizer_of(self.parameters, factor * self.rate)
+        for parameter, part in zip(self.parameters, gradient, strict=True):
+            parameter.grad = part.view_as(parameter)
+        optimizer.step()
+        change = 100 * (self._probabilities(here) - self.before[here])
+        with torch.no_grad():
+            for parameter, start in zip(self.parameters, self.start, strict=True):
+                parameter.copy_(start)
+        return change
 
     def _probabilities(self, here: np.ndarray) -> np.ndarray:
         return np.exp(-self.lengths[here] * self.retrainer.evaluate([self.queries[number] for number in here]))
@@ -592,13 +592,19 @@ def tops(scores: Scores) -> np.ndarray:
 
 
 def measure(facts: Facts, options: argparse.Namespace) -> Path:
-    """Write the figures of all scores that are there."""
+    """Write the figures of all scores that are there, and again after every rate of the tail-patch."""
     scores, seconds = of_both_models(facts.folder)
-    perfect = facts.truth.astype(np.float32)
     patch = {name: values for name, values in scores.items() if name in PATCHED}
-    changes = patched(facts, tops(patch) | facts.truth)
-    right_rows = [float(np.nanmean(np.where(facts.truth, changed, np.nan))) for changed in changes]
-    figures = {
+    scores["perfect"] = facts.truth.astype(np.float32)
+    for changes in patched(facts, tops(patch) | facts.truth):
+        path = save("facts", _figures(facts, scores, seconds, changes), options)
+    return path
+
+
+def _figures(facts: Facts, scores: Scores, seconds: dict[str, float], changes: np.ndarray) -> dict[str, Any]:
+    of_right_rows = [float(changed[facts.truth].mean()) for changed in changes]
+    of_right_rows = [None if np.isnan(mean) else mean for mean in of_right_rows]
+    return {
         "choice": asdict(facts.choice) | {"tokens": list(facts.choice.tokens)},
         "training": asdict(facts.training),
         "seed": facts.seed,
@@ -608,13 +614,12 @@ def measure(facts: Facts, options: argparse.Namespace) -> Path:
         "right": {name: float(np.mean([a[name] for a in facts.answers])) for name in ("base", "tuned")},
         "relations": dict(Counter(facts.facts[number]["relation"] for number in facts.asked)),
         "last_rate": last_rate(facts.training, len(facts.examples), facts.seed),
-        "tail_patch_of_right_rows": dict(zip(map(str, RATES), right_rows, strict=True)),
+        "tail_patch_of_right_rows": dict(zip(map(str, RATES), of_right_rows, strict=True)),
         "seconds": seconds,
         "cpu_seconds_a_row": costs(facts),
         "notes": json.loads((facts.folder / "notes.json").read_text()),
-        "methods": table(scores | {"perfect": perfect}, facts.truth, changes, facts.rows.rows.shape[1]),
+        "methods": table(scores, facts.truth, changes, facts.rows.rows.shape[1]),
     }
-    return save("facts", figures, options)
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ def test_a_step_moves_the_answer_as_torchs_own_adamw_does(tmp_path):
     )
     start = [parameter.detach().clone() for parameter in parameters]
     patcher = Patcher(facts)
-    found = patcher(4, np.array([1]))
+    found = np.stack([patcher(4, np.array([1]), factor) for factor in RATES])
     assert all(map(torch.equal, parameters, start))
     before = float(np.exp(-3 * retrainer.evaluate(rows[1:2])[0]))
     for factor, change in zip(RATES, found[:, 0], strict=True):
