@@ -907,7 +907,8 @@ def render_facts(folder: Path) -> None:
 def facts_page(figures: Figures) -> str:
     """Return the table of fact tracing, and what it was measured on."""
     found = {row["method"]: row for row in figures["methods"]}
-    names = [name for name in TRACED if name in found] + [name for name in found if name not in TRACED]
+    others = [name for name in found if name not in TRACED and not name.startswith("K=")]
+    names = [name for name in TRACED if name in found] + others
     metrics = [name for name in figures["methods"][0] if name not in ("method", "bytes", "less_default")]
     head = [
         "method",
