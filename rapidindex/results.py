@@ -5,9 +5,12 @@ Tokens are identified by position, never by their text: `token_scores[i]` belong
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+import reprlib
+import sys
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from rapidindex.errors import DataError, UsageError
 
@@ -17,9 +20,6 @@ if TYPE_CHECKING:
 SCHEMA = "rapidindex.result/1"
 
 HISTOGRAM_BINS = 50
-
-_DERIVED = ("uncompressed_score", "stands_out")
-"""Written with each match for those who read JSON. `exact_score` and `search: exact` stay until the next schema."""
 
 
 SPACELESS = (
@@ -229,7 +229,10 @@ class Result:
         return pandas.DataFrame(rows, columns=[*columns, *keys.values()])
 
     def to_json(self, *, indent: int | None = None) -> str:
-        """Return the result as JSON text, without NaN or infinity."""
+        """Return the result as JSON text, without NaN or infinity.
+
+        `exhaustive`, `uncompressed_score` and `stands_out` are there for those who read it.
+        """
         value = {"schema": SCHEMA, **asdict(self), "exhaustive": self.search == "exact"}
         for match, written in zip(self.matches, value["matches"], strict=True):
             written |= {"uncompressed_score": match.exact_score, "stands_out": self.stands_out(match)}
@@ -250,16 +253,15 @@ class Result:
     @classmethod
     def from_json(cls, text: str) -> "Result":
         """Return the result that `to_json` wrote. Raises DataError for any other text or schema."""
-        value = _parsed(text, SCHEMA, "result", "rapidindex query --json")
-        value["index"], value["seconds"] = IndexInfo(**value["index"]), Seconds(**value["seconds"])
-        value["query"] = QueryInfo(**_with_tokens(value["query"]))
-        value.pop("exhaustive", None)
-        matches = [{name: it for name, it in match.items() if name not in _DERIVED} for match in value["matches"]]
-        value["matches"] = [Match(**_with_tokens(match)) for match in matches]
-        value["summary"] = ScoreSummary(**value["summary"]) if value["summary"] else None
-        value["rescoring"] = Rescoring(**value["rescoring"]) if value.get("rescoring") else None
-        value["agreements"] = [Agreement(**one) for one in value.get("agreements", [])]
-        return cls(**value)
+        result = _parsed(cls, text, SCHEMA, "result", "rapidindex query --json")
+        texts = [(result.query.answer, result.query.tokens), *((each.response, each.tokens) for each in result.matches)]
+        outside = any(not 0 <= token.start <= token.end <= len(text) for text, tokens in texts for token in tokens)
+        unknown = any(not 0 <= at < len(result.query.tokens) for at in result.query.selection)
+        negative = result.summary is not None and min(result.summary.histogram, default=0) < 0
+        if outside or unknown or negative:
+            fault = "counts fewer than no scores" if negative else "names tokens outside its texts"
+            raise DataError(f"This result {fault}.", hint="Give the output as it was written.")
+        return result
 
     def to_html(self, *, opponents: "Result | None" = None, command: str = "") -> str:
         """Return one self-contained HTML page.
@@ -276,10 +278,6 @@ class Result:
         from rapidindex.views import html
 
         return html.fragment(self)
-
-
-def _with_tokens(value: dict[str, Any]) -> dict[str, Any]:
-    return {**value, "tokens": [Token(**token) for token in value["tokens"]]}
 
 
 VERIFICATION = "rapidindex.verification/1"
@@ -357,22 +355,52 @@ class Verification:
     @classmethod
     def from_json(cls, text: str) -> "Verification":
         """Return the verification that `to_json` wrote. Raises DataError for any other text or schema."""
-        value = _parsed(text, VERIFICATION, "verification", "rapidindex verify --json")
-        value["index"], value["query"] = IndexInfo(**value["index"]), QueryInfo(**_with_tokens(value["query"]))
-        value["groups"] = [
-            TrialGroup(group["name"], *([Trial(**trial) for trial in group[kind]] for kind in ("alone", "together")))
-            for group in value["groups"]
-        ]
-        return cls(**value)
+        return _parsed(cls, text, VERIFICATION, "verification", "rapidindex verify --json")
 
 
-def _parsed(text: str, schema: str, what: str, command: str) -> dict[str, Any]:
-    """Return the fields in a JSON text. Raise DataError for any other text or schema."""
+def _parsed(kind: type, text: str, schema: str, what: str, command: str) -> Any:
+    """Return the object of a dataclass in a JSON text. Raise DataError for any other text or schema."""
+    hint = f"Give the output of `{command}`."
     try:
         value = json.loads(text)
         found = value.pop("schema")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"This is not a rapidindex {what}.", hint=f"Give the output of `{command}`.") from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DataError(f"This is not a rapidindex {what}.", hint=hint) from error
     if found != schema:
         raise DataError(f"The {what} has the schema {found!r}, not {schema!r}.", hint="Upgrade rapidindex.")
-    return value
+    try:
+        return _typed(value, kind, what)
+    except _Misfit as error:
+        raise DataError(f"This is not a rapidindex {what}: {error}.", hint=hint) from error
+
+
+class _Misfit(ValueError):
+    """A value of JSON that is not of the type that its field has."""
+
+
+def _typed(value: Any, kind: Any, place: str) -> Any:
+    """Return a value of JSON as `kind`, the type of a field; what a dataclass has no field for is left out."""
+    parts = get_args(kind)
+    if kind is Any or (value is None and NoneType in parts):
+        return value
+    if isinstance(kind, UnionType):
+        return _typed(value, parts[0], place)
+    if is_dataclass(kind) and isinstance(value, dict):
+        wanted = fields(kind)
+        if missing := [each.name for each in wanted if each.name not in value and _is_required(each)]:
+            raise _Misfit(f"{place} lacks {missing[0]}")
+        given = (each for each in wanted if each.name in value)
+        return kind(**{each.name: _typed(value[each.name], each.type, f"{place}.{each.name}") for each in given})
+    if get_origin(kind) is list and isinstance(value, list):
+        return [_typed(each, parts[0], f"{place}[{number}]") for number, each in enumerate(value)]
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return value
+    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+        return value
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    raise _Misfit(f"{place} is {reprlib.repr(value)}")
+
+
+def _is_required(each: Field) -> bool:
+    return each.default is MISSING and each.default_factory is MISSING

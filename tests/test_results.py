@@ -1,6 +1,8 @@
 """Results show themselves in a line, as a frame and as JSON."""
 
+import functools
 import json
+import random
 import sys
 from dataclasses import replace
 
@@ -83,6 +85,52 @@ def test_json_without_a_rescoring_is_read():
 def test_other_json_is_refused(text):
     with pytest.raises(DataError, match="not a rapidindex result|has the schema 'rapidindex.result/9'"):
         Result.from_json(text)
+
+
+def places(value, before=()):
+    """The path of each value in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*before, key)
+        yield from places(inner, (*before, key))
+
+
+def spoiled(text, rng):
+    """A JSON text in which one value is another one, or gone."""
+    value = json.loads(text)
+    *path, last = rng.choice(list(places(value)))
+    holder = functools.reduce(lambda inner, key: inner[key], path, value)
+    if rng.random() < 0.25:
+        del holder[last]
+    else:
+        holder[last] = rng.choice([None, 1, -1, "x", [], {}, 1e308, float("inf"), True, [1], {"a": 1}, 2**70])
+    return json.dumps(value)
+
+
+def test_a_result_that_was_changed_is_refused_or_can_be_shown():
+    rng, refused = random.Random(0), 0
+    text = shown.result(matches=shown.result().matches[:2]).to_json()
+    for _ in range(120):
+        changed = spoiled(text, rng)
+        try:
+            Result.from_json(changed).to_html()
+        except DataError:
+            refused += 1
+    assert 40 < refused < 115
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"matches": [3]}, r"result\.matches\[0\] is 3"),
+        ({"recall": "x"}, r"result\.recall is 'x'"),
+        ({"seconds": {"gradient": 1.0}}, r"result\.seconds lacks search"),
+        ({"seconds": None}, r"result\.seconds is None"),
+    ],
+)
+def test_a_field_of_another_type_is_named(change, message):
+    with pytest.raises(DataError, match=message):
+        Result.from_json(json.dumps(json.loads(shown.result().to_json()) | change))
 
 
 @pytest.mark.parametrize(("score", "place"), [(-2.0, 0.0), (-1.0, 0.0), (0.0, 0.25), (3.0, 1.0), (9.0, 1.0)])

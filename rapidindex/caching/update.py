@@ -153,7 +153,7 @@ def _matching(store: Store, where: Sequence[str]) -> set[str]:
         if name not in columns:
             known = ", ".join(sorted(columns)) or "none"
             raise StoreError(f"No example has a column {name!r}.", hint=f"Columns: {known}.")
-    values = "; ".join(f"{name}: {', '.join(sorted(columns[name])[:5])}" for name, _ in wanted)
+    values = "; ".join(f"{name}: {', '.join(sorted(columns[name])[:5])}" for name in dict(wanted))
     raise StoreError(f"No example has {' and '.join(where)}.", hint=f"Values there, among others: {values}.")
 
 

@@ -4,6 +4,7 @@ Knows text, not tokenizers or models.
 """
 
 import re
+import reprlib
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from rapidindex.results import SPACELESS, Token
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
+_SHOWN = 200
+"""Characters of a text, and tokens of an answer, that an error shows."""
 _SPACELESS = re.compile(f"[{SPACELESS}]")
 
 _STOP_WORDS = frozenset(
@@ -106,7 +109,7 @@ def _occurrences(tokens: Sequence[Token], answer: str, text: str) -> tuple[list[
         times = "once" if len(found) == 1 else f"{len(found)} times"
         often = f"only {times}{' as a whole word' if whole and parts else ''}" if found else "not"
         raise TokenNotFound(
-            f"{word!r} is {often} in the answer {answer!r}.",
+            f"{_short(word)!r} is {often} in the answer {_short(answer)!r}.",
             hint=f"Its tokens are  {_numbered(tokens)}  (choose with --token WORD or --span FIRST:LAST).",
         )
     return chosen, not whole
@@ -164,7 +167,7 @@ def parse_span(span: str) -> tuple[int, int]:
     """Return the first and last position that `FIRST:LAST`, or one position, names. UsageError for any other text."""
     match = re.fullmatch(r"([0-9]{1,18})(?::([0-9]{1,18}))?", span.strip())
     if not match:
-        raise UsageError(f"--span {span!r} is not FIRST:LAST.", hint="For example --span 3:5, or --span 4.")
+        raise UsageError(f"--span {reprlib.repr(span)} is not FIRST:LAST.", hint="For example --span 3:5, or --span 4.")
     return int(match[1]), int(match[2] or match[1])
 
 
@@ -179,4 +182,9 @@ def _span_positions(tokens: Sequence[Token], span: str) -> list[int]:
 
 
 def _numbered(tokens: Sequence[Token]) -> str:
-    return "  ".join(f"{position}:{token.text.strip() or repr(token.text)}" for position, token in enumerate(tokens))
+    named = (f"{position}:{token.text.strip() or repr(token.text)}" for position, token in enumerate(tokens[:_SHOWN]))
+    return "  ".join(named) + ("  …" if len(tokens) > _SHOWN else "")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

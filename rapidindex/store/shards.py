@@ -265,6 +265,7 @@ def _digest(arrays: Iterable[np.ndarray]) -> str:
 def _scales(rows: np.ndarray, row_type: str) -> np.ndarray:
     """Return the scale of each row, float32 [n]. Raise ValueError where a row is not finite.
 
+    One scale a row: the largest entry of a real row was at most .116 of its length (docs/format.md).
     Its quotient brings the largest entry to 127 or, as a power of two, to just under 2^10 in float16. A power of two is
     not less than 2^-126, so that it is a normal number; smaller rows still have float16's subnormals.
     """

@@ -139,6 +139,14 @@ def test_a_miss_lists_the_tokens_with_their_positions():
         select_tokens(tokens(), ANSWER, token="Japan#3")
 
 
+def test_a_miss_in_a_long_answer_shows_its_beginning():
+    answer = "tea " * 5000
+    many = [Token("tea ", at, at + 4) for at in range(0, len(answer), 4)]
+    with pytest.raises(TokenNotFound) as caught:
+        select_tokens(many, answer, token="rice" * 5000)
+    assert len(str(caught.value)) < 3000 and "199:tea  …" in caught.value.hint
+
+
 @pytest.mark.parametrize("span", ["5:3", "3:11", "11"])
 def test_a_span_outside_the_answer_is_refused(span):
     with pytest.raises(TokenNotFound, match="0 to 10"):
