@@ -34,12 +34,13 @@ TRACKSTAR = 87e12 / 365e6
 def main() -> None:
     add = (options := parser(__doc__)).add_argument
     add("--examples", type=int, default=2000)
+    add("--counts", type=int, nargs="+", default=[1, 2, 4], help="jobs, and actors")
     add("--rows", type=int, default=4000, help="rows of each kind that are searched")
     options = options.parse_args()
     if options.smoke:
         options.examples, options.rows = 30, 40
     options.work.mkdir(parents=True)  # the builds must not find an earlier one
-    counts = (1,) if options.smoke else (1, 2, 4)
+    counts = (1,) if options.smoke else tuple(options.counts)
     figures = {"builds": builds(options.work, options.examples, counts, ray=not options.smoke)}
     figures["seconds a row and query, one thread"] = searches(options.work, options.rows)
     save("scale", figures, options)
