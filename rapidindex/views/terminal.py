@@ -40,15 +40,19 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 def result(result: Result, theme: heatmap.Theme = heatmap.LIGHT) -> RenderableType:
     """Return a query's answer with the selected tokens marked, the finding, the matches, and where these lie among all.
 
+    Matches within chance are named in one line, or are the table's rows where no other is.
     `theme` has the colours of the heat-maps: those for the terminal's own background.
     """
     parts: list[RenderableType] = [_question(result.query), Text()]
     if finding := wording.standing(result):
         parts += [Text(finding, style="bold"), Text()]
-    if any(match.token_scores for match in result.matches):
+    out, rest, heading = wording.folded(result)
+    if any(match.token_scores for match in out):
         parts += [Text(line(result.direction), style="bold"), cards(result, theme), Text()]
     else:
         parts.append(_table(result))
+    if out and rest:
+        parts += [_folded(rest, heading), Text()]
     if result.summary and sum(result.summary.histogram):
         parts.append(_Histogram(result.summary, result.matches))
     if order := wording.rescored(result):
@@ -92,14 +96,17 @@ def _table(result: Result) -> Table:
         table.add_column(Text(line(name)), width=_column_width(result.matches, name), no_wrap=True)
     table.add_column("prompt → response", ratio=1, overflow="fold")
     out, rest, heading = wording.folded(result)
-    for match in out:
-        table.add_row(*_row(result, match, names), _example(match))
-    if rest:
-        table.add_section()
+    if rest and not out:
         table.add_row(*[""] * (4 + len(names)), Text(f"{heading}:", "dim italic"))
-    for match in rest:
-        table.add_row(*_row(result, match, names), _example(match), style="dim")
+    for match in out or rest:
+        table.add_row(*_row(result, match, names), _example(match), style="" if out else "dim")
     return table
+
+
+def _folded(matches: Sequence[Match], heading: str) -> Text:
+    """Return a line with rank, score and row of each match, or its id where the row is not known."""
+    named = (f"{m.rank}. {m.score:+.4f} {line(wording.place(m)) or f'id {m.id}'}" for m in matches)
+    return Text(f"{heading}: {'; '.join(named)}", "dim")
 
 
 def _row(result: Result, match: Match, names: list[str]) -> list[Text]:
@@ -181,16 +188,13 @@ def _bar(count: int, tallest: int) -> str:
 
 
 def cards(result: Result, theme: heatmap.Theme = heatmap.LIGHT) -> RenderableType:
-    """Return a legend, and the matches with their heat-maps as cards on one scale of colour.
+    """Return a legend, and the matches that stand out with their heat-maps as cards on one scale of colour.
 
-    Of the matches at or below chance there are the head and the beginning of the prompt.
+    Where it is not known what chance gives, all matches have cards.
     """
     scales = heatmap.response_scale(result), heatmap.answer_scale(result)
-    out, rest, heading = wording.folded(result)
-    shown: list[RenderableType] = [_card(result, match, *scales, theme) for match in out]
-    if rest:
-        shown += [Text(f"\n{heading}:", "dim italic"), *(_folded_card(result, match) for match in rest)]
-    return Group(*([_Legend(theme)] if out else []), *shown)
+    out, _, _ = wording.folded(result)
+    return Group(*([_Legend(theme)] if out else []), *(_card(result, match, *scales, theme) for match in out))
 
 
 def _card(result: Result, match: Match, full: float, answer_full: float, theme: heatmap.Theme) -> RenderableType:
@@ -203,13 +207,6 @@ def _card(result: Result, match: Match, full: float, answer_full: float, theme: 
         whole = heatmap.answer_total(match, query)
         heatmaps.append(_Heatmap("Answer", query.answer, query.tokens, match.answer_scores, answer_full, whole, theme))
     return Group(Text(), _card_head(result, match), Padding(Group(prompt, *heatmaps), (0, 0, 0, 3)))
-
-
-def _folded_card(result: Result, match: Match) -> RenderableType:
-    head = _card_head(result, match)
-    head.append(f"\n   {_shorten(match.prompt, 70)} → {_shorten(match.response, 70)}")
-    head.stylize("dim")
-    return head
 
 
 def _card_head(result: Result, match: Match) -> Text:

@@ -19,7 +19,8 @@ from tests.tiny import WORDS
 def test_query_prints_a_table_on_stdout_and_nothing_else_there(index):
     done = rapidindex("query", index, PROMPT, "--answer", ANSWER, "--token", "Japan", "-k", 3)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Tell me about") >= 4
+    assert done.stdout.count("Tell me about") == 3  # the question, and in the table and on a card what stands out
+    assert done.stdout.count("2 more, no further out than chance") == 1
     assert "number" in done.stdout and "exhaustive search over 10 examples" in done.stdout
     assert "Loading" in done.stderr and "Loading" not in done.stdout
 

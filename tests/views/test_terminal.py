@@ -64,14 +64,26 @@ def test_the_finding_comes_first_and_what_lies_within_chance_is_folded():
             < re.search("^proponents", text, re.M).start()
             < text.index("Yoga comes")
         )
-        assert text.index("Yoga comes") < text.index("1 more, no further out than chance") < text.index("Pi is 3.")
-        for match in matches:
-            assert f"data/train.jsonl:{match.line}  id {match.id}" in text
+        folded = "1 more, no further out than chance: 2. +0.1000 data/train.jsonl:8\n"
+        assert text.index("Yoga comes") < text.index(folded) and "Pi is 3." not in text
+        assert f"data/train.jsonl:7  id {matches[0].id}" in text
     assert text.count("Strongest") == 0 and printed(result, colour=False).count("Strongest") == 1
-    nothing = printed(shown.result(matches=matches[1:]), colour=False)
-    assert nothing.index("Nothing stands out") < nothing.index("1 within chance")
+    for form in (result, without_scores(result)):
+        nothing = printed(replace(form, matches=form.matches[1:]), colour=False)
+        assert nothing.index("Nothing stands out") < nothing.index("1 within chance") < nothing.index("Pi is 3.")
+        assert f"data/train.jsonl:8  id {matches[1].id}" in nothing and "more" not in nothing
     unknown = printed(replace(result, summary=None), colour=False)
     assert "chance" not in unknown and unknown.count("Strongest") == 2
+
+
+def test_cards_are_of_the_matches_that_stand_out_alone():
+    matches = [shown.match(1, "Yoga comes from Japan.", score=0.4), shown.match(2, "Pi is 3.", score=0.1)]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(terminal.cards(shown.result(matches=matches[1:])))
+    assert console.file.getvalue() == ""
+    console.print(terminal.cards(shown.result(matches=matches)))
+    text = console.file.getvalue()
+    assert "Yoga comes" in text and "Pi is 3." not in text and "2." not in text
 
 
 def test_the_name_of_a_column_is_not_broken():
