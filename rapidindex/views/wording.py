@@ -1,8 +1,11 @@
 """Numbers and findings in words, the same in every view."""
 
+import re
 from typing import Any
 
 from rapidindex.results import Match, QueryInfo, Result, Verification
+
+_INDENTED = re.compile(r"^(?:\t| {2,})\s*(?![-*•+\s]|\d+[.)])", re.MULTILINE)
 
 
 def word(text: str) -> str:
@@ -23,6 +26,11 @@ def percent(share: float, total: float) -> str:
 def meta_text(value: Any) -> str:
     """Return a value of an example's metadata as text; empty for None."""
     return "" if value is None else str(value)
+
+
+def is_code(text: str) -> bool:
+    """Return whether a text holds code: a fence, or several indented lines that are no items of a list."""
+    return "```" in text or len(_INDENTED.findall(text)) > 1
 
 
 def selected(query: QueryInfo) -> str:

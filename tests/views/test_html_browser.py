@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,8 @@ def test_the_keyboard_reaches_the_switches_and_every_token(visit, file):
     assert page.locator("#panel2").is_visible() and page.locator("#panel1").is_hidden()
     press("ArrowLeft")
     press("Tab")
+    assert 'href="#match-1"' in focused()
+    press("Tab")
     assert "Response of proponent 1, 25 tokens" in focused()
     for position in range(3):
         press("ArrowRight")
@@ -183,6 +186,8 @@ def test_paper_has_both_directions_in_light_colours_and_no_switches(visit, file)
     assert page.locator("#panel1").is_visible() and page.locator("#panel2").is_visible()
     assert page.locator("button").filter(visible=True).count() == 0
     assert page.locator(".heat").nth(4).evaluate("e => e.scrollHeight <= e.clientHeight + 1")
+    assert page.locator("details table").first.bounding_box()["height"] > 50
+    assert page.locator(".match").first.evaluate("e => getComputedStyle(e).breakInside") == "avoid"
     assert page.pdf().startswith(b"%PDF")
 
 
@@ -194,3 +199,72 @@ def test_two_thousand_tokens_stay_usable(visit, tmp_path):
     page.keyboard.press("End")
     assert "token 1899" in page.locator("#tip").text_content()
     assert page.locator(".heat .c").count() == len(shown.long_match(1900).tokens) - 1  # the last is special
+
+
+def test_the_first_match_begins_on_the_first_screen_of_a_small_phone(visit, file, tmp_path):
+    asked = replace(shown.result().query, prompt="What are the origins of yoga? " * 40)
+    long = tmp_path / "long.html"
+    long.write_text(shown.result(query=asked).to_html(), encoding="utf-8")
+    for path in (file, long):
+        page = visit(path, size={"width": 375, "height": 667})
+        top = page.evaluate("selector => document.querySelector(selector).getBoundingClientRect().top", ".match")
+        about = page.evaluate("document.querySelector('.about').getBoundingClientRect().top")
+        last = page.evaluate("document.querySelector('main').getBoundingClientRect().bottom")
+        assert top < 667
+        assert about >= last
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE, {"width": 1280, "height": 500}], ids=["desktop", "phone", "low"])
+def test_what_is_cut_can_be_scrolled_to_and_says_so(visit, file, size):
+    page = visit(file, size=size)
+    cut = page.evaluate(
+        """[...document.querySelectorAll(".rapidindex *:not(.hidden)")].filter((e) => e.clientHeight
+        && e.scrollHeight > e.clientHeight + 2 && getComputedStyle(e).overflowY !== "visible").map((e) =>
+        [e.className, getComputedStyle(e).overflowY, getComputedStyle(e).backgroundAttachment.includes("local")])"""
+    )
+    assert all(overflow == "auto" and cue for _, overflow, cue in cut)
+    assert any(name == "side" for name, _, _ in cut) == (size["width"] == 1280)
+
+
+def test_a_link_to_a_match_opens_what_hides_it(visit, file):
+    page = visit(file)
+    ids = page.eval_on_selector_all(".match", "all => all.map((match) => match.id)")
+    assert len(set(ids)) == 12 and {"match-3", "opponent-3"} <= set(ids)
+    page.evaluate("location.hash = 'opponent-3'")
+    page.locator("#opponent-3").wait_for(state="visible")
+    assert page.locator("#panel1").is_hidden()
+
+
+def test_code_has_letters_of_one_width_and_keeps_its_space(visit, tmp_path):
+    path = tmp_path / "code.html"
+    texts = "def f(x):\n    y = x\n    return y", "Do this:\n  - one\n  - two"
+    path.write_text(shown.result(matches=[shown.match(i, t) for i, t in enumerate(texts, 1)]).to_html())
+    page = visit(path)
+    fonts, spaces = (
+        page.eval_on_selector_all(".match > .heat", f"all => all.map((heat) => getComputedStyle(heat).{name})")
+        for name in ("fontFamily", "whiteSpace")
+    )
+    assert ["monospace" in font for font in fonts] == [True, False]
+    assert spaces == ["pre-wrap"] * 2
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("body", "own"),
+    [
+        ("data-jp-theme-light=true", heatmap.LIGHT),
+        ("data-jp-theme-light=false", heatmap.DARK),
+        ("class=vscode-light", heatmap.LIGHT),
+        ("class=vscode-dark", heatmap.DARK),
+    ],
+)
+def test_the_notebook_fragment_follows_the_theme_of_its_notebook(visit, tmp_path, theme, body, own):
+    path = tmp_path / "fragment.html"
+    path.write_text(f"<!doctype html><meta charset=utf-8><body {body}>{shown.result()._repr_html_()}", encoding="utf-8")
+    page = visit(path, theme=theme)
+    assert (shades(page, ".fragment"), shades(page, ".ramp .p20")) == (own.background, own.positive)
+    height = page.locator(".fragment").evaluate("e => [e.clientHeight, e.scrollHeight]")
+    assert height[0] < 800 < height[1]
+    assert page.evaluate("document.documentElement.scrollHeight") <= DESKTOP["height"]
+    assert page.locator(".histogram .bar").count() > 10
+    assert page.get_by_text("What it did to the answer").count() == 6

@@ -18,6 +18,9 @@ from rapidindex.views.html import parts
 from rapidindex.views.sanitize import paragraph
 
 _TEMPLATES = ("page.html", "fragment.html", "parts.html", "verification.html")
+_LIGHT_NOTEBOOK = ":root :is([data-jp-theme-light=true],.vscode-light) "
+_DARK_NOTEBOOK = ":root :is([data-jp-theme-light=false],.vscode-dark) "
+"""A notebook's own theme, in JupyterLab and VS Code, goes before the system's."""
 
 
 def page(proponents: Result, opponents: Result | None, command: str) -> str:
@@ -32,7 +35,6 @@ def page(proponents: Result, opponents: Result | None, command: str) -> str:
     return template.render(
         **_common(results),
         command=paragraph(command),
-        histogram=parts.histogram(results),
         script=script,
         script_hash=_hash(script),
         style_hash=_hash(_style()),
@@ -68,7 +70,8 @@ def ramp() -> str:
     return (
         _under("", light)
         + "@media screen and (prefers-color-scheme: dark){" + _under(":root:not([data-theme=light]) ", dark) + "}"
-        + "@media screen{" + _under(":root[data-theme=dark] ", dark) + "}"
+        + "@media screen{" + _under(":root[data-theme=dark] ", dark) + _under(_DARK_NOTEBOOK, dark) + "}"
+        + _under(_LIGHT_NOTEBOOK, light)
     )  # fmt: skip
 
 
@@ -79,6 +82,7 @@ def _common(results: list[Result]) -> dict[str, object]:
         "answer": [(paragraph(text), marked) for text, marked in heatmap.marked_answer(results[0].query)],
         "directions": [parts.direction(result, full, answer_full) for result in results],
         "full": full,
+        "histogram": parts.histogram(results),
         "unit": wording.unit_name(results[0]),
         "steps": heatmap.STEPS,
         "style": _style(),
@@ -95,6 +99,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {name: getattr(wording, name) for name in ("signed", "percent", "search", "selected")}
+    environment.tests["code"] = wording.is_code
     environment.filters["safe_text"] = lambda value: paragraph(str(value))
     return environment
 

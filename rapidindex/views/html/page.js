@@ -72,6 +72,18 @@ if (tabs.length) {
   choose(0);
 }
 
+// A link to a match opens its direction and whatever folds it away.
+function reveal() {
+  const match = location.hash && document.getElementById(location.hash.slice(1));
+  if (!match || !match.matches(".match")) return;
+  if (tabs.length) choose(panels.indexOf(match.closest(".panel")));
+  const closed = match.closest("details");
+  if (closed) closed.open = true;
+  match.scrollIntoView();
+}
+addEventListener("hashchange", reveal);
+reveal();
+
 const button = document.getElementById("theme"), system = matchMedia("(prefers-color-scheme: dark)");
 const dark = () => (document.documentElement.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
 const name = () => { button.textContent = dark() ? "Light theme" : "Dark theme"; };
