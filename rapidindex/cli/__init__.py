@@ -2,6 +2,7 @@
 
 app          the commands' common ground: help in groups, examples, errors as one sentence and an exit code
 options      options that several commands share, and the groups in which help shows them
+background   heat-map colours for the terminal's background
 printing     what is written to stdout and stderr
 training     finetune, distill
 building     build

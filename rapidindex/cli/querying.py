@@ -13,9 +13,12 @@ import typer
 
 from rapidindex.cli import options as opt
 from rapidindex.cli.app import command
+from rapidindex.cli.background import THEMES
+from rapidindex.cli.background import theme as theme_of
 from rapidindex.cli.printing import echo_json, error_json, fail, say, show
 from rapidindex.config import ModelConfig, QueryOptions
 from rapidindex.errors import ModelError, QueryError, UsageError
+from rapidindex.views.heatmap import Theme
 
 
 @command(
@@ -96,6 +99,12 @@ def query(
     max_new_tokens: opt.AnswerLength = QueryOptions.max_new_tokens,
     as_json: opt.Json = False,
     as_jsonl: Annotated[bool, opt.in_output("--jsonl", help="Print JSON, one result a line.")] = False,
+    theme: Annotated[
+        str,
+        opt.in_output(
+            **opt.values(*THEMES), help="Heat-map colours for a light or dark terminal; auto finds out which it is."
+        ),
+    ] = "auto",
     quiet: opt.Quiet = False,
 ) -> None:
     """Find the training examples that most influenced an answer, or a word of it."""
@@ -129,6 +138,8 @@ def query(
         checkpoint=checkpoint,
         max_new_tokens=max_new_tokens,
     )
+    as_text = not (as_json or as_jsonl)
+    colours = theme_of(theme, ask=as_text and heatmaps)
     index = Index.open(path, model=model, adapter=adapter, encoder=encoder, device=device)
     index.progress, index.ray = Bars(quiet=quiet), ray
     if queries is not None:
@@ -139,8 +150,8 @@ def query(
     if not quiet:
         say("Loading the model …")
     encoded, failed = _encode_each(index, asked, options, queries)
-    as_text = not (as_json or as_jsonl)
-    results = dict(zip(encoded, _answer(index, list(encoded.values()), options, as_text, quiet), strict=True))
+    answers = _answer(index, list(encoded.values()), options, colours if as_text else None, quiet)
+    results = dict(zip(encoded, answers, strict=True))
     first = next(iter(results.values()), None)
     if first and (missing := wording.unfinished(first)):
         say(f"{missing} Give its rapidindex build command again to search them all.")
@@ -183,20 +194,20 @@ def _encode_each(index: Any, asked: dict[int, Any], options: QueryOptions, file:
     return encoded, failed
 
 
-def _answer(index: Any, encoded: list[Any], options: QueryOptions, shown: bool, quiet: bool) -> list[Any]:
-    """Return the results; where they are `shown`, each ranking is as soon as it is known, and heat-maps follow."""
+def _answer(index: Any, encoded: list[Any], options: QueryOptions, theme: Theme | None, quiet: bool) -> list[Any]:
+    """Return the results; with a `theme` they are shown: each ranking as soon as it is known, then heat-maps."""
     from rapidindex.query.events import Ranked
     from rapidindex.views import terminal
 
     results, events = [], index.ask(encoded, options)
     for event in events:
         if isinstance(event, Ranked):
-            early = shown and options.heatmaps and not options.rescore
+            early = theme and options.heatmaps and not options.rescore
             if early:
                 show(terminal.result(event.result))
-            results.append(_completed(events, quiet=quiet or not shown))
-            if shown:
-                show(terminal.cards(results[-1]) if early else terminal.result(results[-1]))
+            results.append(_completed(events, quiet=quiet or not theme))
+            if theme:
+                show((terminal.cards if early else terminal.result)(results[-1], theme))
     return results
 
 

@@ -74,6 +74,15 @@ def test_a_malformed_span_is_refused_before_the_model_is_loaded(typed, index):
     assert code == 2 and "Loading" not in said and "--span 3:5" in said
 
 
+def test_the_colours_are_those_of_the_theme(typed, index, monkeypatch):
+    for name, value in {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm", "COLORFGBG": "15;0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    asked = ("query", index, PROMPT, "--answer", ANSWER, "--token", "Japan", "-k", 1, "-q")
+    for more, text in (((), "244;245;247"), (("--theme", "light"), "22;24;29"), (("--rescore",), "244;245;247")):
+        assert f"\x1b[38;2;{text};48;2;" in typed(*asked, *more)[1]
+
+
 def test_rescoring_and_plain_tables_can_be_asked_for(typed, index):
     asked = ("query", index, PROMPT, "--answer", ANSWER, "-k", 2, "--json", "-q")
     value = json.loads(typed(*asked, "--rescore")[1])
@@ -208,6 +217,7 @@ ERRORS = {
     "no model": (["build", "DATA", "-m", "/no/such/model", "-o", "y"], 1, "ModelError"),
     "no queries": (["query", "INDEX", "--queries", "nothing.jsonl"], 1, "DataError"),
     "a report in no folder": (["query", "INDEX", PROMPT, "--html", "/no/such/folder/page.html"], 2, "UsageError"),
+    "an unknown theme": (["query", "INDEX", PROMPT, "--theme", "pink"], 2, "UsageError"),
     "no matches wanted": (["query", "INDEX", PROMPT, "-k", "0"], 2, "UsageError"),
     "tokens chosen but not asked for": (
         ["build", "DATA", "-m", "x", "-o", "y", "--tokens", "content"],
