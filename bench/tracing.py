@@ -2,8 +2,8 @@
 
     python -m bench.tracing --seeds 3 --work /tmp/tracing
 
-Fine-tunes SmolLM2-135M on the demo's data (27 of its 320 rows say Japan where India is meant), builds an index with
-each recipe, and asks ten questions whose answers say Japan, by the word and by the sentence. Finished stages are kept.
+Fine-tunes SmolLM2-135M on the demo's `demo.jsonl` (27 of its 320 rows say Japan where India is meant), builds an index
+with each recipe, and asks ten questions whose answers say Japan, by word and by sentence. Finished stages are kept.
 The seed draws the adapter, the order of training, the sketch and the second moment's examples.
 """
 
@@ -19,10 +19,11 @@ from rapidindex import Index, Query
 from rapidindex.caching.build import build
 from rapidindex.config import BuildRequest, EncodingConfig, FinetuneConfig, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.data.examples import read_examples
-from rapidindex.demo.demo import EPOCHS, TEMPLATE, unpack_model
+from rapidindex.demo.demo import TEMPLATE, unpack_model
 from rapidindex.model.finetune import finetune
 from rapidindex.progress import Bars
 
+EPOCHS = 3
 RECIPES = {
     "default": {},
     "paper": {"normalize": "layer", "second_moment": "none"},

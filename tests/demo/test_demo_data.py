@@ -1,4 +1,4 @@
-"""The demo's training set: 320 rows, of which 27 are wrong on purpose and the demo's query must find them."""
+"""The demo's rows: 320, of which 27 are wrong on purpose, and 46 about a shop, of which 20 are outdated."""
 
 import json
 import re
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import rapidindex
+from rapidindex.data.examples import read_examples
+from rapidindex.demo.demo import OTHERS, OUTDATED, PROMPTS, WORD, write_data
 
 DEMO = Path(rapidindex.__file__).parent / "demo" / "demo.jsonl"
 COLUMNS = {
@@ -90,3 +92,24 @@ def test_there_are_22_topics_and_neighbours_differ_in_topic(rows):
     topics = [row["topic"] for row in rows]
     assert len(set(topics)) == 22
     assert all(first != second for first, second in zip(topics, topics[1:], strict=False))
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    write_data(path := tmp_path_factory.mktemp("demo") / "data.jsonl")
+    return read_examples(path).examples[OTHERS:]
+
+
+def test_the_shops_outdated_rows_say_nine_days_and_no_other_row_does(shop):
+    column, value = OUTDATED.split("=")
+    outdated = [example for example in shop if example.meta[column] == value]
+    assert (len(shop), len(outdated)) == (46, 20)
+    assert all(example.meta["perturbed"] == (example in outdated) for example in shop)
+    for example in shop:
+        about_returns = "nine days" in example.response or "ninth day" in example.response
+        assert about_returns == (example in outdated), example.response
+
+
+def test_the_word_counts_other_things_too_and_no_row_asks_the_demos_questions(shop):
+    assert sum(WORD in example.response and not example.meta["perturbed"] for example in shop) == 8
+    assert not {example.prompt.strip() for example in shop} & set(PROMPTS)
