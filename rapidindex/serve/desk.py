@@ -36,11 +36,16 @@ MOST_TOKENS = 256
 
 
 class Desk:
-    """Answers a page's questions to the index at `path`, which `reload` opens again."""
+    """Answers a page's questions to the index at `path`, which `reload` opens again. UsageError for embeddings."""
 
     def __init__(self, open_index: Callable[[], Index]) -> None:
         self._open = open_index
         self.index = open_index()
+        if self.index.recipe.encoder is not None:
+            raise UsageError(
+                "This is an index of an encoder's embeddings, which know no single words; the page asks about words.",
+                hint="Ask it with rapidindex query, or serve the index of gradients that the encoder learnt from.",
+            )
         self.loaded, self.failed = threading.Event(), ""
         self._encoded: OrderedDict[str, EncodedQuery] = OrderedDict()
         self._results: OrderedDict[str, Result] = OrderedDict()

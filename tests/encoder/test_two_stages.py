@@ -16,6 +16,7 @@ from rapidindex.encoder.embed import Encoder
 from rapidindex.errors import ConfigMismatch, ModelError, QueryError, UsageError
 from rapidindex.results import Result
 from rapidindex.search.check import check
+from rapidindex.serve.desk import Desk
 from rapidindex.store import Store
 from tests.oracles import all_rows
 
@@ -154,3 +155,8 @@ def test_a_response_that_the_tokenizer_drops_is_listed(distilled, tmp_path):
     assert "leaves nothing of its response" in Store.open(tmp_path / "odd").skipped[0]["reason"]
     Store.destroy(tmp_path / "odd")
     assert not (tmp_path / "odd").exists()
+
+
+def test_the_page_refuses_an_index_of_embeddings_before_it_listens(embedded):
+    with pytest.raises(UsageError, match="embeddings.*rapidindex query"):
+        Desk(lambda: Index.open(embedded))
