@@ -352,7 +352,7 @@ class BuildRequest:
             raise UsageError("An encoder embeds whole examples, not tokens.", hint="Leave --level out.")
         if not isinstance(self.model, ModelConfig | EncoderConfig) and ((self.work.workers or 1) > 1 or self.work.ray):
             raise UsageError(
-                "Workers need a model on disk: each loads its own.",
+                "--workers and --ray need a model on disk: each worker loads its own.",
                 hint="Save the model, and give its path.",
             )
 

@@ -151,7 +151,7 @@ def test_a_query_that_cannot_be_answered_names_its_line_and_the_others_are_answe
     asked = [
         {"messages": turns, "answer": ANSWER, "token": None, "id": "a"},
         {"prompt": PROMPT, "answer": ANSWER, "token": "India"},
-        {"prompt": PROMPT, "answer": ANSWER, "span": "x"},
+        {"prompt": PROMPT, "answer": ANSWER, "span": "90:95"},
         {"prompt": PROMPT, "answer": ANSWER, "token": "Japan", "id": "d"},
     ]
     queries.write_text("\n".join(map(json.dumps, asked)))
@@ -160,7 +160,7 @@ def test_a_query_that_cannot_be_answered_names_its_line_and_the_others_are_answe
     assert code == 1 and [line.get("error", {}).get("type") for line in lines] == [
         None,
         "TokenNotFound",
-        "UsageError",
+        "TokenNotFound",
         None,
     ]
     assert "queries.jsonl, line 2" in lines[1]["error"]["message"] and "line 3" in said
@@ -168,6 +168,9 @@ def test_a_query_that_cannot_be_answered_names_its_line_and_the_others_are_answe
     assert lines[0]["query"]["prompt"] == f"system: Be brief.\nuser: {PROMPT}"
     code, out, said = typed("query", index, "--queries", queries, "-k", 2, "-q")
     assert code == 1 and out.count("exhaustive search") == 2 and "line 2" in said
+    queries.write_text(json.dumps(asked[0]) + "\n" + json.dumps({**asked[2], "span": "x"}))
+    code, out, said = typed("query", index, "--queries", queries, "-q")  # refused before the model is loaded
+    assert code == 1 and not out and "line 2" in said
 
 
 def test_a_system_turn_is_part_of_the_question(typed, index):
