@@ -325,7 +325,8 @@ def test_a_faiss_that_was_half_removed_is_one_sentence(typed, index, tmp_path, m
     (tmp_path / "faiss").mkdir()
     (tmp_path / "faiss" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+    monkeypatch.setitem(sys.modules, "faiss", None)  # so that the false one does not outlive the test
+    monkeypatch.delitem(sys.modules, "faiss")
     code, _, said = typed("index", index, "--factory", "Flat", "-q")
     assert code == 1 and "does not load" in said and "pip" in said
 

@@ -435,7 +435,8 @@ def test_a_faiss_that_does_not_load_is_reported(store, tmp_path, monkeypatch):
     (tmp_path / "faiss").mkdir()
     (tmp_path / "faiss" / "__init__.py").write_text("raise RuntimeError('libcudart.so.12: cannot open')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+    monkeypatch.setitem(sys.modules, "faiss", None)  # so that the false one does not outlive the test
+    monkeypatch.delitem(sys.modules, "faiss")
     with pytest.raises(ResourceError, match="does not load .*libcudart"):
         VectorIndex.build(store.rows("sentence"), factory="Flat")
 
