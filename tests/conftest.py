@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.zygote import Zygote
 
 # A job that a script put into the background ignores Ctrl-C, and so would all that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,6 +38,14 @@ def llama_folders(tiny_folders: dict[str, tuple[Path, Path]]) -> tuple[Path, Pat
 def tokenizer():
     """The tiny byte-level tokenizer with eos, pad and a chat template."""
     return tiny.make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    """Runs commands in forks of a process that has imported what they need."""
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
 
 
 @pytest.fixture(scope="session")

@@ -16,17 +16,9 @@ from rapidindex.errors import StoreError
 from rapidindex.search.exact import exact_search
 from rapidindex.store import Store, check
 from tests.search.stores import gradients, make_store, remove
-from tests.zygote import Zygote
 
 ray = pytest.importorskip("ray")
 EXAMPLES = 120
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
 
 
 @pytest.fixture(scope="module")

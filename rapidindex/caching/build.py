@@ -116,7 +116,7 @@ def cache_levels(
         batched = [cache_level(store, job, plan, progress) for plan in plans if plan.examples]
         for level in store.levels:
             VectorIndex.update(store.rows(level), progress=progress)
-        return _summary(store, job, before, all(batched) if batched else job.gradients.batched, started, restored)
+        return _summary(store, job, before, batched, started, restored)
 
 
 def _build_part(request: BuildRequest, part: tuple[int, int], overwrite: bool, progress: Progress) -> BuildSummary:
@@ -145,7 +145,7 @@ def _build_part(request: BuildRequest, part: tuple[int, int], overwrite: bool, p
             at_work = ""
     except IndexBusy as error:
         at_work = error.message
-    summary = _summary(store, job, before, all(batched) if batched else job.gradients.batched, started, 0)
+    summary = _summary(store, job, before, batched, started, 0)
     computed = len({item.example.id for plan in plans for item in plan.examples})
     return replace(summary, computed=computed, at_work=at_work)
 
@@ -297,7 +297,7 @@ def _extend_levels(store: Store, job: Job, plans: list[LevelPlan]) -> None:
 
 
 def _summary(
-    store: Store, job: Job, before: dict[str, frozenset[str]], batched: bool, started: float, restored: int
+    store: Store, job: Job, before: dict[str, frozenset[str]], batched: list[bool], started: float, restored: int
 ) -> BuildSummary:
     rows = {level: store.rows(level) for level in before}
     main = next(iter(rows.values()))
@@ -312,7 +312,7 @@ def _summary(
         truncated=[item.example.line for item in job.items if item.encoding.truncated],
         layers=len(job.layers),
         gradient_size=job.size,
-        batched=batched,
+        batched=all(batched) if batched else job.gradients.batched,
         seconds=time.perf_counter() - started,
         restored=restored,
     )

@@ -40,7 +40,8 @@ PROMPTS = (
 WORD = "nine"
 FALLBACK = "You can return a lamp for nine days."
 """The answer that is explained if the model gives a wrong one to none of the prompts."""
-OUTDATED = "source=handbook-2019"
+OUTDATED = {"source": "handbook-2019"}
+"""The column, and its value, of the rows that are wrong about the shop."""
 TOP = 5
 """Matches and random draws that are put to the test."""
 
@@ -87,8 +88,9 @@ def run(
     say(f"\n$ rapidindex verify {about} --top {TOP} --draws {TOP}")
     show(trials.terminal(verify(opened, question, top=TOP, draws=TOP, progress=progress)))
 
-    say(f"\n$ rapidindex remove {index} --where {OUTDATED}")
-    removed = remove(index, where=[OUTDATED], progress=progress)
+    (where,) = (f"{column}={value}" for column, value in OUTDATED.items())
+    say(f"\n$ rapidindex remove {index} --where {where}")
+    removed = remove(index, where=[where], progress=progress)
     say(f"{removed.removed} rows of the outdated handbook are no longer searched; {removed.examples} are left.")
     say(_what_next(index, data, about))
     return index
@@ -136,8 +138,7 @@ def ask(index: Index, say: Callable[[str], None]) -> dict[str, str]:
 
 
 def _verdict(result: Result, examples: list[Any]) -> str:
-    hits = sum(match.meta.get("source") == OUTDATED.split("=")[1] for match in result.matches)
-    planted = sum(example.meta.get("source") == OUTDATED.split("=")[1] for example in examples)
+    hits, planted = (sum(OUTDATED.items() <= one.meta.items() for one in rows) for rows in (result.matches, examples))
     return (
         f"{hits} of the {len(result.matches)} matches are from the outdated handbook; "
         f"{planted} of all {len(examples)} rows are."

@@ -10,7 +10,6 @@ and in heat-maps.
 Memory holds K · block entries and a portion of rows. Given again, the same call goes on where it stopped.
 """
 
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from rapidindex.gradients.curvature import (
     take_inverse_root,
     weight_at,
 )
+from rapidindex.model.outputs import check_room
 from rapidindex.progress import Progress, silent
 from rapidindex.query.anchors import encode_file
 from rapidindex.query.encode import stack_rows
@@ -311,7 +311,4 @@ def _check_room(rows: Rows, block: int, output: Path) -> None:
         )
     disk = roots + int(rows.live_mask.sum()) * (rows.K + 4 * (rows.layers + 4))
     folder = next(folder for folder in (output.resolve(), *output.resolve().parents) if folder.exists())
-    if disk > (free := shutil.disk_usage(folder).free):
-        raise ResourceError(
-            f"{output} takes {disk / 2**30:.1f} GiB on the disk; {free / 2**30:.1f} GiB is free.", hint="Make room."
-        )
+    check_room(folder, disk, "Specializing")

@@ -12,16 +12,8 @@ import pytest
 from bench.crash import largest_difference, rows_of, shards, write_data
 from rapidindex.errors import IndexBusy, StoreError
 from rapidindex.store import Store, check
-from tests.zygote import Zygote
 
 EXAMPLES = 150
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
 
 
 @pytest.fixture(scope="module")

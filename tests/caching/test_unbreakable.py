@@ -10,14 +10,6 @@ import pytest
 
 from bench.crash import largest_difference, rows_of, shards, write_data
 from rapidindex.store import Store, check
-from tests.zygote import Zygote
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
 
 
 @pytest.fixture(scope="module")
