@@ -17,7 +17,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import exp
 from typing import Any
 
@@ -122,10 +122,14 @@ class Bench:
         for name, optimizer_of in optimizers.items():
             stepper = [self._steps(question, optimizer_of) for question, _ in asked]
             rates[name] = stepper[0].default_rate(self.gradient(place) for place in self.drawn[:: self.options.top])
-            for steps, one in zip(stepper, tried, strict=True):
+            for number, (steps, one) in enumerate(zip(stepper, tried, strict=True), 1):
                 one["probability"] = exp(steps.log_probability)
-                self.step(steps, rates[name], name, one["methods"])
-                self.bars(f"steps of {name}", tried.index(one) + 1, len(tried))
+                kept = self.work / f"steps-{name}-{number}-of-{self.options.top}.json"
+                if not kept.exists():
+                    write_text(kept, json.dumps(self.changes(steps, rates[name], one["methods"])))
+                for method, changes in json.loads(kept.read_text()).items():
+                    one["methods"][method][name] = changes
+                self.bars(f"steps of {name}", number, len(tried))
         return {
             "rows": len(self.pool.examples),
             "losses": self.tuned.epoch_losses,
@@ -172,22 +176,20 @@ class Bench:
             for name, groups in rows.items()
         }
 
-    def step(self, steps: Steps, rate: float, name: str, methods: dict[str, Any]) -> None:
-        """Take the steps of one question, and write them beside the methods' rows under the optimizer's name.
+    def changes(self, steps: Steps, rate: float, methods: dict[str, Any]) -> dict[str, Any]:
+        """Take the steps of one question; return what they change by each method.
 
         `alone` is the mean over a method's rows, `together` one step on their sum; both of each group of rows, as
         (percentage points, nats).
         """
-        kept: dict[int, Effect] = {}
-        for method in methods.values():
-            alone = []
-            for group in method["rows"]:
-                for at in group:
-                    if at not in kept:
-                        kept[at] = steps(self.gradient(at), rate)
-                alone.append(_pair([kept[at] for at in group]))
-            together = [_pair([steps(self._summed(group), rate)]) for group in method["rows"]]
-            method[name] = {"alone": alone, "together": together}
+        effect = cache(lambda at: steps(self.gradient(at), rate))
+        return {
+            name: {
+                "alone": [_pair([effect(at) for at in group]) for group in method["rows"]],
+                "together": [_pair([steps(self._summed(group), rate)]) for group in method["rows"]],
+            }
+            for name, method in methods.items()
+        }
 
     def gradient(self, place: int) -> Gradient:
         """Return the gradient of one row's loss, computed once."""
