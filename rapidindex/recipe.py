@@ -7,9 +7,9 @@ gradient and of the sketch. Two indexes with equal recipes hold equal rows, wher
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
+from rapidindex import typed
 from rapidindex.config import EncodingConfig, GradientConfig, ModelConfig, SketchConfig, TokenConfig, recipe_name
 from rapidindex.errors import ConfigMismatch, DamagedIndex, UsageError
 
@@ -77,32 +77,22 @@ class Recipe:
     def from_manifest(cls, config: Mapping[str, Any]) -> "Recipe":
         """Read the manifest's `config`. DamagedIndex where it lacks a field or holds one of another kind."""
         try:
-            encoding = dict(config["encoding"])
-            template = encoding.pop("fingerprint")
-            unset = [name for part in ("gradient", "sketch") for name, value in config[part].items() if value is None]
-            if unset:
-                raise TypeError(f"{unset[0]} is null")
-            return _typed(
-                cls,
-                model=_typed(Source, **config["model"]),
-                adapter=_typed(Source, **config["adapter"]),
-                tokenizer=config["tokenizer"]["fingerprint"],
-                quantize=config["quantize"],
-                dtype=config["dtype"],
-                encoding=_typed(EncodingConfig, **{"loss": "last", **encoding}),  # without --loss it was the last turn
-                template=template,
-                gradient=_typed(GradientConfig, **config["gradient"]),
-                sketch=_typed(SketchConfig, **{"projection": "rapidgrad", **config["sketch"]}),
-                data=_typed(Source, **config["data"]),
-                added=tuple(_typed(Source, **source) for source in config.get("added", ())),
-                token=_typed(TokenConfig, **config["token"]) if config.get("token") else None,
-                tokens_of=config.get("tokens_of"),
-                task=_task(config["task"]) if config.get("task") else None,
-                encoder=_typed(Source, **config["encoder"]) if config.get("encoder") else None,
-            )
+            changed = {
+                "tokenizer": config["tokenizer"]["fingerprint"],
+                "template": config["encoding"]["fingerprint"],
+                "encoding": {"loss": "last", **config["encoding"]},  # without --loss it was the last turn
+                "sketch": {"projection": "rapidgrad", **config["sketch"]},
+            }
+            recipe = typed.fit({**config, **changed}, cls, "config")
+            known = dict(_fields(recipe.to_manifest()))
+            if unknown := [name for name, _ in _fields(config) if "." in name and name not in known]:
+                raise ValueError(f"{unknown[0]} is unknown")
+            if unset := [name for name in known if known[name] is None and name.startswith(("gradient.", "sketch."))]:
+                raise ValueError(f"{unset[0]} is null")
+            return recipe
         except (KeyError, TypeError, ValueError, UsageError) as error:
             raise DamagedIndex(
-                f"The manifest does not say how the index was built ({type(error).__name__}: {error}).",
+                f"The manifest does not say how the index was built ({error}).",
                 hint="Type `rapidindex check INDEX`.",
             ) from error
 
@@ -172,20 +162,6 @@ class Recipe:
         return ModelConfig(
             model or self.model.path, adapter or self.adapter.path, self.quantize, self.dtype, device, not model
         )
-
-
-def _typed(kind: type, **fields: Any) -> Any:
-    """Return a dataclass of these fields. Raise TypeError where one is of another type than its annotation."""
-    for name, hint in get_type_hints(kind).items():
-        kinds = tuple(get_origin(one) or one for one in (get_args(hint) if get_origin(hint) is UnionType else (hint,)))
-        if name in fields and not isinstance(fields[name], kinds):
-            raise TypeError(f"{name} is {fields[name]!r}")
-    return kind(**fields)
-
-
-def _task(config: Mapping[str, Any]) -> Task:
-    sources = {name: _typed(Source, **config[name]) for name in ("index", "queries")}
-    return _typed(Task, **{**config, **sources})
 
 
 def _place(source: Source) -> dict[str, Any]:

@@ -5,13 +5,11 @@ Tokens are identified by position, never by their text: `token_scores[i]` belong
 """
 
 import json
-import reprlib
-import sys
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
+from rapidindex import typed
 from rapidindex.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -362,45 +360,13 @@ def _parsed(kind: type, text: str, schema: str, what: str, command: str) -> Any:
     """Return the object of a dataclass in a JSON text. Raise DataError for any other text or schema."""
     hint = f"Give the output of `{command}`."
     try:
-        value = json.loads(text)
+        value = typed.loads(text)
         found = value.pop("schema")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"This is not a rapidindex {what}.", hint=hint) from error
     if found != schema:
         raise DataError(f"The {what} has the schema {found!r}, not {schema!r}.", hint="Upgrade rapidindex.")
     try:
-        return _typed(value, kind, what)
-    except _Misfit as error:
+        return typed.fit(value, kind, what)
+    except ValueError as error:
         raise DataError(f"This is not a rapidindex {what}: {error}.", hint=hint) from error
-
-
-class _Misfit(ValueError):
-    """A value of JSON that is not of the type that its field has."""
-
-
-def _typed(value: Any, kind: Any, place: str) -> Any:
-    """Return a value of JSON as `kind`, the type of a field; what a dataclass has no field for is left out."""
-    parts = get_args(kind)
-    if kind is Any or (value is None and NoneType in parts):
-        return value
-    if isinstance(kind, UnionType):
-        return _typed(value, parts[0], place)
-    if is_dataclass(kind) and isinstance(value, dict):
-        wanted = fields(kind)
-        if missing := [each.name for each in wanted if each.name not in value and _is_required(each)]:
-            raise _Misfit(f"{place} lacks {missing[0]}")
-        given = (each for each in wanted if each.name in value)
-        return kind(**{each.name: _typed(value[each.name], each.type, f"{place}.{each.name}") for each in given})
-    if get_origin(kind) is list and isinstance(value, list):
-        return [_typed(each, parts[0], f"{place}[{number}]") for number, each in enumerate(value)]
-    if get_origin(kind) is dict and isinstance(value, dict):
-        return value
-    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
-        return value
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    raise _Misfit(f"{place} is {reprlib.repr(value)}")
-
-
-def _is_required(each: Field) -> bool:
-    return each.default is MISSING and each.default_factory is MISSING

@@ -12,7 +12,7 @@ import rapidindex
 PACKAGE = Path(rapidindex.__file__).parent
 TIERS = [
     {"errors"},
-    {"progress", "cluster"},
+    {"progress", "cluster", "typed"},
     {"config", "recipe", "results"},
     {"data", "gradients", "store", "views"},
     {"model", "search"},

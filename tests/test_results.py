@@ -124,8 +124,10 @@ def test_a_result_that_was_changed_is_refused_or_can_be_shown():
     [
         ({"matches": [3]}, r"result\.matches\[0\] is 3"),
         ({"recall": "x"}, r"result\.recall is 'x'"),
-        ({"seconds": {"gradient": 1.0}}, r"result\.seconds lacks search"),
+        ({"seconds": {"gradient": 1.0}}, r"result\.seconds is .*: Object missing required field search"),
         ({"seconds": None}, r"result\.seconds is None"),
+        ({"matches": [{"meta": {}}]}, r"result\.matches\[0\] is {'meta': {}}"),
+        ({"summary": {"n": 1.5}}, r"result\.summary\.n is 1\.5: Expected int, got float"),
     ],
 )
 def test_a_field_of_another_type_is_named(change, message):

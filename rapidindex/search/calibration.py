@@ -21,12 +21,15 @@ recall for the worse kind. Knows vectors, not text.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float32, Int64
+from msgspec import Meta
 
 from rapidindex.search.exact import live_scores, top
 from rapidindex.store import Rows
+from rapidindex.typed import Count
 
 KINDS = ("left out", "faint")
 FAINTEST = 0.4
@@ -39,6 +42,7 @@ MAX_CANDIDATES = 2**15
 _MIN_CANDIDATES, _ROUNDING = 32, 1e-6
 _TIES = 28  # rows kept beyond the deepest k, because any row that ties with the k-th counts as found
 
+Pair = Annotated[list[float], Meta(min_length=2, max_length=2)]
 Answer = tuple[Float32[np.ndarray, " n"], Int64[np.ndarray, " n"]]
 """Scores and numbers of the best rows for one query, best first."""
 Candidates = tuple[Float32[np.ndarray, "queries count"], Int64[np.ndarray, "queries count"]]
@@ -68,20 +72,20 @@ class Calibration:
     margin: float | None
     """A search reads the rows whose estimates come within this of the k-th best score, in lengths of the query. None
     where a search would read too many rows, or no margin reached the target: searches are exact then."""
-    candidates: int
+    candidates: Count
     """Candidates of a search's first round for k = 10: enough for nine tenths of the held-out queries."""
-    rows_read: list[float]
+    rows_read: Pair
     """The median and the mean of the rows read for a held-out query at k = 10; an exact scan counts as all rows."""
-    lists: int | None
+    lists: Count | None
     """Lists of an IVF index that a search visits; None for other indexes."""
     recall_at_10: float
     """For the worse kind of query, with this margin; without one, with the maximum of candidates."""
     recall_at_100: float
-    by_kind: dict[str, list[float]]
+    by_kind: dict[str, Pair]
     """Recall@10 and recall@100 of each kind."""
-    queries: int
+    queries: Count
     """Held-out queries of both kinds."""
-    rows: int
+    rows: Count
     """Live rows at the time of the measurement."""
 
     def recall(self, k: int) -> float:

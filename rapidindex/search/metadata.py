@@ -1,44 +1,19 @@
 """`ann.json`: how a level's vector index was built, from which shards, and the recall measured. Knows no FAISS."""
 
 import hashlib
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
+
+from rapidindex import typed
 from rapidindex.errors import DamagedIndex
 from rapidindex.search.calibration import Calibration
-from rapidindex.store import ANN, ANY, Rows, index_of, misfit, read_json, write_json
+from rapidindex.store import ANN, Rows, index_of, read_json, write_json
+from rapidindex.typed import Count, RowLength
 
 NAME = f"{ANN}.json"
-_LENGTH = range(1, 2**24 + 1)
-_CALIBRATION = {
-    "margin": (None, float),
-    "candidates": int,
-    "rows_read": [float, float],
-    "lists": (None, int),
-    "recall_at_10": float,
-    "recall_at_100": float,
-    "by_kind": {ANY: [float, float]},
-    "queries": int,
-    "rows": int,
-}
-_FORM = {
-    "asked": (None, str),
-    "factory": str,
-    "dim": _LENGTH,
-    "K": _LENGTH,
-    "shards": [[str, str, int]],
-    "live": int,
-    "target_recall": float,
-    "seed": int,
-    "file": (None, re.compile(rf"{ANN}\.[0-9a-f]{{8}}\.faiss")),
-    "file_bytes": int,
-    "file_sha256": str,
-    "faiss": str,
-    "proponents": (None, _CALIBRATION),
-    "opponents": (None, _CALIBRATION),
-}
 
 
 @dataclass(frozen=True)
@@ -49,19 +24,19 @@ class IndexMetadata:
     """The factory that the user chose; None for a choice by size. Its key in the file is `asked`."""
     factory: str
     """`exact`, or a string for FAISS's `index_factory`."""
-    dim: int
+    dim: RowLength
     """Length of a folded row."""
-    K: int
+    K: RowLength
     """Length of a stored row."""
-    shards: list[tuple[str, str, int]]
+    shards: list[tuple[str, str, Count]]
     """(name, sha256, rows) of each indexed shard, in the order of the rows."""
-    live: int
+    live: Count
     """Live rows when the index was built or last updated; more may have been removed since."""
     target_recall: float
-    seed: int
-    file: str | None = None
+    seed: Count
+    file: Annotated[str, Meta(pattern=rf"^{ANN}\.[0-9a-f]{{8}}\.faiss\Z")] | None = None
     """The name of FAISS's file in the same folder; None where every search is exact."""
-    file_bytes: int = 0
+    file_bytes: Count = 0
     file_sha256: str = ""
     faiss: str = ""
     """The version of FAISS that wrote the file."""
@@ -146,16 +121,12 @@ class IndexMetadata:
             fields = read_json(folder / NAME)
         except FileNotFoundError:
             return None
-        fault = misfit(fields, _FORM, "its content")
         try:
-            if fault or fields["K"] % fields["dim"]:
-                raise ValueError(fault or f"dim {fields['dim']} does not divide K = {fields['K']}")
-            fields["requested_factory"] = fields.pop("asked")
-            fields["shards"] = [tuple(shard) for shard in fields["shards"]]
-            for direction in ("proponents", "opponents"):
-                fields[direction] = fields[direction] and Calibration(**fields[direction])
-            return cls(**fields)
-        except (TypeError, ValueError) as error:
+            metadata = typed.fit({"requested_factory": fields.pop("asked"), **fields}, cls, "its content")
+            if metadata.K % metadata.dim:
+                raise ValueError(f"dim {metadata.dim} does not divide K = {metadata.K}")
+            return metadata
+        except (KeyError, ValueError) as error:
             message = f"{folder / NAME} is damaged, or another version wrote it: its fields do not match ({error})."
             raise DamagedIndex(message, hint=rebuild_hint(folder)) from error
 

@@ -3,7 +3,6 @@
 The other rooms import from here only.
 
     container   the format of a sealed file, and how it is read
-    schema      the form of what is read from JSON
     writing     files that appear whole or not at all; how a sealed file is written
     folder      the names of the files, JSON files with a checksum, the lock
     shards      the content of a shard; how rows are quantized
@@ -19,7 +18,6 @@ from rapidindex.store.check import Problem, check
 from rapidindex.store.container import damaged, index_of
 from rapidindex.store.folder import ANN, GRADIENTS, MOMENT, read_json, write_json
 from rapidindex.store.rows import Rows
-from rapidindex.store.schema import ANY, misfit
 from rapidindex.store.several import Checkpoints, checkpoints_at, indexes_at
 from rapidindex.store.shards import ROW_TYPE, ShardContent, decode_rows, encode_rows, row_bytes
 from rapidindex.store.sizes import disk_bytes
@@ -28,7 +26,6 @@ from rapidindex.store.writing import atomic_file, encode_json, replace_file
 
 __all__ = [
     "ANN",
-    "ANY",
     "GRADIENTS",
     "MOMENT",
     "ROW_TYPE",
@@ -47,7 +44,6 @@ __all__ = [
     "encode_rows",
     "index_of",
     "indexes_at",
-    "misfit",
     "read_json",
     "replace_file",
     "row_bytes",

@@ -18,29 +18,28 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
+from rapidindex import typed
 from rapidindex.errors import DamagedIndex, NewerFormat, StoreError
-from rapidindex.store.schema import ANY, misfit
+from rapidindex.typed import Count
 
 USER_BLOCK = 2048
 _FORMAT = "rapidindex.shard/"
 _VERSION = 1
-_DTYPES = ("<f4", "<f2", "|i1", "<i4", "<i8", "|u1")
-_ARRAY = {"dtype": _DTYPES, "shape": [range(2**48)], "offset": (-1, int)}
-_FORM = {"bytes": int, "sha256": str, "attributes": {ANY: (str, int)}, "arrays": {ANY: _ARRAY}}
 
 
 @dataclass(frozen=True)
 class Extent:
     """The place of an array in its file."""
 
-    dtype: str
+    dtype: Literal["<f4", "<f2", "|i1", "<i4", "<i8", "|u1"]
     """NumPy's name, with the byte order: `<f4`."""
-    shape: tuple[int, ...]
-    offset: int
+    shape: tuple[Annotated[int, Meta(ge=0, lt=2**48)], ...]
+    offset: Annotated[int, Meta(ge=-1, le=2**63 - 1)]
     """Bytes from the start of the file; -1 for an empty array."""
 
     @property
@@ -53,6 +52,15 @@ class Extent:
         step = np.dtype(self.dtype).itemsize
         inside = USER_BLOCK <= self.offset <= size - self.nbytes and self.offset % step == 0
         return len(self.shape) <= 2 and (inside or not self.nbytes)
+
+
+class _Contents(TypedDict):
+    """The line of JSON, without format and seal."""
+
+    bytes: Count
+    sha256: str
+    attributes: dict[str, str | Count]
+    arrays: dict[str, Extent]
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,14 @@ def index_of(path: Path) -> Path:
 def damaged(path: Path, what: str) -> DamagedIndex:
     """Return the error for a file that is not as it was written."""
     return DamagedIndex(f"{path} is damaged: {what}.", hint=f"Type `rapidindex check {index_of(path)}`.")
+
+
+def fitted(path: Path, value: Any, kind: Any, what: str) -> Any:
+    """Return a value of the JSON in `path`, named `what`, as `kind`. Raise DamagedIndex where it is none."""
+    try:
+        return typed.fit(value, kind, what)
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
 
 
 @contextlib.contextmanager
@@ -164,16 +180,15 @@ def _view(whole: np.ndarray, extent: Extent) -> np.ndarray:
 
 def _parse(path: Path, block: bytes) -> Layout:
     try:
-        contents = json.loads(block.rstrip(b"\0"))
+        contents = typed.loads(block.rstrip(b"\0"))
         version = str(contents["format"]).removeprefix(_FORMAT)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise damaged(path, f"its first {USER_BLOCK} bytes are not what was written") from None
-    if not misfit(contents, _FORM):
-        arrays = contents["arrays"].items()
-        extents = {name: Extent(array["dtype"], tuple(array["shape"]), array["offset"]) for name, array in arrays}
-        layout = Layout(path, contents["bytes"], contents["sha256"], contents["attributes"], extents)
+    with contextlib.suppress(ValueError):
+        contents = typed.fit(contents, _Contents, "it")
+        layout = Layout(path, contents["bytes"], contents["sha256"], contents["attributes"], contents["arrays"])
         if layout.block() == block:
-            if not all(extent.lies_in(layout.size) for extent in extents.values()):
+            if not all(extent.lies_in(layout.size) for extent in layout.extents.values()):
                 raise damaged(path, "its arrays lie outside the file")
             return layout
         if layout.block() == block.replace(version.encode(errors="replace"), b"%d" % _VERSION, 1):

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rapidindex import typed
 from rapidindex.config import LEVELS
 from rapidindex.errors import IndexBusy, NewerFormat, NotAnIndex, StoreError
 from rapidindex.store.container import damaged, open_file, read_errors, read_layout
@@ -100,12 +101,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if text is None:
         raise FileNotFoundError(path)
     try:
-        content = json.loads(text)
+        content = typed.loads(text)
         version = content.pop("format")
         del content["sha256"]
         if type(version) is int and 1 <= version <= FORMAT and render_json(content, version) == text:
             return content
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise damaged(path, "it is not the JSON that was written") from None
     # A damaged version number is the only fault of a file whose checksum fits once a known version is put in its place.
     newer, known = type(version) is int and version > FORMAT, range(1, FORMAT + 1)

@@ -13,48 +13,90 @@ one that is made again differs by rounding, so that no hash can tell it. `remove
 
 import json
 import os
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
+from rapidindex import typed
 from rapidindex.config import LEVELS
 from rapidindex.errors import DamagedIndex, NotAnIndex
 from rapidindex.store import container, folder
-from rapidindex.store.container import Layout, damaged
-from rapidindex.store.schema import ANY, misfit
+from rapidindex.store.container import Layout, damaged, fitted
 from rapidindex.store.shards import OLD_ROW_TYPE, ROW_TYPE, ROW_TYPES
+from rapidindex.typed import Count, RowLength
 
-Manifest = dict[str, Any]
 _ROUNDING = 0.05
 """How far a slice's mean may be from the one noted. SmolLM2 with LoRA: other batches .0005 (in bfloat16), another dtype
 .026, other examples of the same data .22."""
-_SHARD = {"sha256": str, "bytes": int, "rows": int, "examples": int, "rejected": int}
-_LEVEL = {
-    "K": range(1, 2**24 + 1),
-    "planned": int,
-    "rows?": tuple(ROW_TYPES),
-    "shards": {folder.SHARD: _SHARD},
-}
-_FORM = {
-    "id": str,
-    "created": str,
-    "revision": int,
-    "versions": {ANY: str},
-    "config": {"gradient?": {"second_moment?": str}},
-    "layers": [{"name": str, "size": int}],
-    "skipped": [{"line": (int, None), "reason": str}],
-    "second_moment": (None, {"sha256": str, "bytes": int, "length": int}),
-    "moment_means?": {re.compile("v|means|roots"): [float]},
-    "levels": {re.compile("|".join(LEVELS)): _LEVEL},
-}
-"""What every manifest has, that of format 1 too, and each copy of it in a sealed file. `config` is `recipe.py`'s."""
 MOMENT_ARRAYS = {"v": 1, "means": 1, "eigenvectors": 1, "roots": 2}
 """The arrays that the second moment's file may hold, float32, each with the number of its axes."""
+
+
+class Shard(TypedDict):
+    """A finished shard."""
+
+    sha256: str
+    bytes: Count
+    rows: Count
+    examples: Count
+    rejected: Count
+
+
+class Level(TypedDict):
+    """A level's rows."""
+
+    K: RowLength
+    planned: Count
+    rows: NotRequired[Literal[*ROW_TYPES]]
+    shards: dict[Annotated[str, Meta(pattern=rf"^{folder.SHARD.pattern}\Z")], Shard]
+
+
+class Layer(TypedDict):
+    """A layer that has a gradient."""
+
+    name: str
+    size: Count
+
+
+class Skipped(TypedDict):
+    """A row of the data that is no example."""
+
+    line: Count | None
+    reason: str
+
+
+class Moment(TypedDict):
+    """The file of the second moment."""
+
+    sha256: str
+    bytes: Count
+    length: Count
+
+
+class Config(TypedDict, total=False):
+    """Of what `recipe.py` reads and writes, the one part that this room reads."""
+
+    gradient: dict[str, Any]
+
+
+class Manifest(TypedDict):
+    """What every manifest has, that of format 1 too, and each copy of it in a sealed file."""
+
+    id: str
+    created: str
+    revision: Count
+    versions: dict[str, str]
+    config: Config
+    layers: list[Layer]
+    skipped: list[Skipped]
+    second_moment: Moment | None
+    moment_means: NotRequired[dict[Literal["v", "means", "roots"], list[float]]]
+    levels: dict[Literal[*LEVELS], Level]
 
 
 OTHER_MOMENT = "it is not the second moment that the rows were made with"
@@ -127,9 +169,8 @@ def load(path: Path) -> Manifest:
 
 def fitting(file: Path, content: Any) -> Manifest:
     """Return a manifest that was read from `file`. Raise DamagedIndex where it has not the form of one."""
-    if fault := misfit(content, _FORM, "the manifest"):
-        raise damaged(file, fault)
-    return content
+    fitted(file, content, Manifest, "the manifest")
+    return content  # with the fields that a newer version may have added
 
 
 def load_removed(path: Path) -> list[str]:
@@ -139,16 +180,14 @@ def load_removed(path: Path) -> list[str]:
         content = folder.read_json(file)
     except FileNotFoundError:
         return []
-    if fault := misfit(content, {"removed": [str]}, "the list of removed examples"):
-        raise damaged(file, fault)
-    return content["removed"]
+    return fitted(file, content.get("removed"), list[str], "the list of removed examples")
 
 
 def read_copy(layout: Layout) -> Manifest:
     """Read a sealed file's copy of the manifest, which lists no files. Raise DamagedIndex where it is none."""
     try:
-        content = json.loads(layout.read("index").tobytes())
-    except (KeyError, ValueError, RecursionError):
+        content = typed.loads(layout.read("index").tobytes())
+    except (KeyError, ValueError):
         raise damaged(layout.path, "its copy of the manifest cannot be read") from None
     return fitting(layout.path, content)
 

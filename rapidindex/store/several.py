@@ -9,14 +9,24 @@ are of learning rates, or merely equal.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypedDict
+
+from msgspec import Meta
 
 from rapidindex.errors import StoreError
 from rapidindex.store import folder
-from rapidindex.store.container import damaged
-from rapidindex.store.schema import misfit
+from rapidindex.store.container import fitted
 from rapidindex.store.writing import write_errors
 
-_FORM = {"checkpoints": [{"name": str, "weight": float}], "weighted": (True, False)}
+
+class _Checkpoint(TypedDict):
+    name: Annotated[str, Meta(pattern=r"^(?!\.\.?\Z)[^/\0]+\Z")]
+    weight: float
+
+
+class _Content(TypedDict):
+    checkpoints: Annotated[list[_Checkpoint], Meta(min_length=1)]
+    weighted: bool
 
 
 @dataclass(frozen=True)
@@ -57,12 +67,9 @@ def checkpoints_at(path: str | Path) -> Checkpoints | None:
     """Read which checkpoints the folder `path` lists; None where it lists none. DamagedIndex where that was changed."""
     file = Path(path) / folder.CHECKPOINTS
     try:
-        content = folder.read_json(file)
+        content = fitted(file, folder.read_json(file), _Content, "its content")
     except FileNotFoundError:
         return None
-    names = [] if misfit(content, _FORM) else [entry["name"] for entry in content["checkpoints"]]
-    if not names or any(Path(name).name != name or name in (".", "..") for name in names):
-        raise damaged(file, misfit(content, _FORM) or "its names are not those of folders")
     return Checkpoints(Path(path), {one["name"]: one["weight"] for one in content["checkpoints"]}, content["weighted"])
 
 

@@ -20,13 +20,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from rapidindex.store.container import Layout, damaged, map_arrays, read_layout
-from rapidindex.store.schema import misfit
+from rapidindex.store.container import Layout, damaged, fitted, map_arrays, read_layout
 from rapidindex.store.writing import Column, column, encode_json, json_column, write
+from rapidindex.typed import Count
 
 _PEAK = 10  # a row's largest entry becomes 2^9 to 2^10 in float16, whose normal numbers reach 2^-24 of that
 _LARGEST = 1023.5  # the largest float16 below 2^10
@@ -39,13 +39,20 @@ ROW_TYPE, OLD_ROW_TYPE = "int8", "float16"
 _VERSIONS = {"int8": 2, "float16": 1}
 _STEPS = 127
 _HASHED = ("scale", "norms", "example", "position", "token", "examples_offsets", "ids")
-_REJECTED = [{"id": str, "line": (int, None), "reason": str}]
 _DTYPES = {
     **dict.fromkeys(("scale", "norms"), "<f4"),
     **dict.fromkeys(("example", "position", "token"), "<i4"),
     **dict.fromkeys(("examples", "ids", "rejected", "index"), "|u1"),
     "examples_offsets": "<i8",
 }
+
+
+class Rejected(TypedDict):
+    """An example whose gradient was not finite."""
+
+    id: str
+    line: Count | None
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -192,8 +199,8 @@ def read_shard(path: Path, *, index: str, level: str, K: int, layers: int, row_t
         ids, rejected = (json.loads(layout.read(name).tobytes()) for name in ("ids", "rejected"))
     except (ValueError, RecursionError):
         raise damaged(path, "its list of examples cannot be read") from None
-    if fault := misfit(ids, [str], "ids") or misfit(rejected, _REJECTED, "rejected"):
-        raise damaged(path, fault)
+    fitted(path, ids, list[str], "ids")
+    fitted(path, rejected, list[Rejected], "rejected")
     if len(set(ids)) != len(ids):
         raise damaged(path, "two of its examples have the same id")
     if len(ids) != layout.extents["examples_offsets"].shape[0] - 1:
@@ -249,7 +256,7 @@ def read_record(arrays: dict[str, np.ndarray], number: int, id: str) -> dict[str
         record = json.loads(arrays["examples"][first:end].tobytes())
     except (ValueError, RecursionError):
         raise ValueError("its examples cannot be read") from None
-    if misfit(record, {"id": id}):
+    if not isinstance(record, dict) or record.get("id") != id:
         raise ValueError("its examples and their ids differ")
     return record
 
