@@ -103,7 +103,7 @@ def report(index: Index, name: str, options: argparse.Namespace, bars: Bars) -> 
     """Write the report on a prompt; return its figures, without its text."""
     prompt, topic = PROMPTS[name]
     bars.say(prompt)
-    how = {"k": options.k, "max_new_tokens": 48, "answer_scores": True}
+    how = {"k": options.k, "max_new_tokens": 48, "answer_scores": True, "all": True}
     result = index.query(prompt, **how)
     opponents = index.query(prompt, answer=result.query.answer, opponents=True, **how)
     command = f"rapidindex query index {json.dumps(prompt)} --html reports/{name}.html"

@@ -375,6 +375,8 @@ class QueryOptions:
     """Compute each response token's share of a match's influence, and the uncompressed influence."""
     answer_scores: bool = False
     """Compute each match's influence on every token of the answer (Eq. 7)."""
+    all: bool = False
+    """Compute heat-maps and answer scores for matches within chance, too, which the views fold."""
     rescore: bool | int = False
     """Order candidates by their uncompressed influence: so many, or with True four times `k`; in an index of embeddings
     200, and the language model is loaded for them."""

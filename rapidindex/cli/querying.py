@@ -49,6 +49,7 @@ def query(
     answer_scores: Annotated[
         bool, opt.in_output("--answer-scores", help="Each match's influence on every token of the answer, too.")
     ] = False,
+    every: Annotated[bool, opt.in_output("--all", help="Matches within chance have cards and heat-maps, too.")] = False,
     level: Annotated[
         str | None,
         opt.in_search(
@@ -133,6 +134,7 @@ def query(
         exact=exact,
         heatmaps=heatmaps,
         answer_scores=answer_scores or html is not None,
+        all=every,
         rescore=False if rescore is None else rescore or True,
         level=level,
         checkpoint=checkpoint,
@@ -204,10 +206,10 @@ def _answer(index: Any, encoded: list[Any], options: QueryOptions, theme: Theme 
         if isinstance(event, Ranked):
             early = theme and options.heatmaps and not options.rescore
             if early:
-                show(terminal.result(event.result))
+                show(terminal.result(event.result, every=options.all))
             results.append(_completed(events, quiet=quiet or not theme))
             if theme:
-                show((terminal.cards if early else terminal.result)(results[-1], theme))
+                show((terminal.cards if early else terminal.result)(results[-1], theme, every=options.all))
     return results
 
 

@@ -5,7 +5,7 @@ whole answer, Eq. 7 for some of it).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,11 @@ class EncodedQuery:
     """One row: the RapidGrad of the loss of the selected tokens."""
     seconds: float = 0.0
     """Seconds that the answer and the gradient took."""
+    known: dict[tuple[str, str, int | None], torch.Tensor] = field(
+        default_factory=dict, kw_only=True, repr=False, compare=False
+    )
+    """Token scores that were computed before, so that the same question takes none twice: by what they are (`heat-map`
+    or `answer`), and by the match's example and position."""
 
 
 def encode_query(

@@ -1,5 +1,6 @@
 """An index on disk and its model: open it, ask it, and say what it holds."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -317,23 +318,26 @@ class Index:
     def _complete(
         self, ranked: Ranked, candidates: list[Candidate], query: EncodedQuery, options: QueryOptions
     ) -> Iterator[Event]:
-        """Yield the question's heat-maps, one after the other, and its result. The model is free between them."""
+        """Yield the question's heat-maps, one after the other, and its result. The model is free between them.
+
+        Matches within chance get them where `all` is set, or `rescore`, which needs all influences.
+        """
         started, result, number = time.perf_counter(), ranked.result, ranked.number
-        heatmaps = len(candidates) if options.heatmaps or options.rescore else 0
-        total = heatmaps + options.answer_scores * min(options.k, len(candidates))
-        rescoring = None
-        if heatmaps:
-            found, candidates = candidates, []
-            for one in self._heatmaps(found, query, result.level):
-                candidates.append(one)
-                yield Scored(number, one.match, len(candidates), total)
+        every = options.all or options.rescore
+        shown = [at for at, one in enumerate(candidates) if every or result.stands_out(one.match) is not False]
+        heatmaps = shown if options.heatmaps or options.rescore else []
+        answers = [at for at in shown if at < options.k] if options.answer_scores else []
+        done, total, rescoring = itertools.count(1), len(heatmaps) + len(answers), None
+        drawn = self._heatmaps([candidates[at] for at in heatmaps], query, result.level)
+        for at, one in zip(heatmaps, drawn, strict=True):
+            candidates[at] = one
+            yield Scored(number, one.match, next(done), total)
         if options.rescore:
             candidates, rescoring = rescore(candidates, options.k, largest=result.direction == "proponents")
-        if options.answer_scores:
-            for at, one in enumerate(candidates):
-                with model_work:
-                    candidates[at] = self._with_answer_scores(one, query)
-                yield Scored(number, candidates[at].match, heatmaps + at + 1, total)
+        for at in answers:
+            with model_work:
+                candidates[at] = self._with_answer_scores(candidates[at], query)
+            yield Scored(number, candidates[at].match, next(done), total)
         seconds = replace(result.seconds, heatmaps=time.perf_counter() - started)
         matches = [candidate.match for candidate in candidates]
         yield Answered(number, replace(result, seconds=seconds, matches=matches, rescoring=rescoring))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -50,32 +51,35 @@ class Influence:
         An example's influence is the mean of the shares. A token's is its own share, and the shares of the other tokens
         are in the same unit: that of the norms of this token. `lock` is held while the model works.
         """
-        with lock:
-            direction = self.compressor.direction(selected_batch(query.encoding, query.info.selection, self.device))
+        known, selection = query.known, query.info.selection
+        direction = cache(lambda: self.compressor.direction(selected_batch(query.encoding, selection, self.device)))
         for group in _groups(candidates, HEATMAP_TOKENS if self.device.type == "cuda" else 0):
-            with lock:
-                scored = self._with_heatmaps(group, direction, norms)
-            yield from scored
+            if new := [candidate for candidate in group if _key("heat-map", candidate) not in known]:
+                with lock:
+                    scores = self._shares(new, direction(), norms)
+                known.update(zip((_key("heat-map", candidate) for candidate in new), scores, strict=True))
+            yield from (_scored(candidate, known[_key("heat-map", candidate)]) for candidate in group)
 
-    def _with_heatmaps(self, group: Sequence[Candidate], direction: torch.Tensor, norms: Norms) -> list[Candidate]:
+    def _shares(self, group: Sequence[Candidate], direction: torch.Tensor, norms: Norms) -> list[torch.Tensor]:
         masks = [candidate.encoding.response_mask.astype(np.float32) for candidate in group]
         batch = Batch.of([candidate.encoding.input_ids for candidate in group], masks, self.device)
         lengths = torch.from_numpy(norms([candidate.row for candidate in group])).to(self.device)
-        token_scores = shares(self.scorer, self.compressor, direction, batch, lengths)
-        return [_scored(*pair) for pair in zip(group, token_scores, strict=True)]
+        return shares(self.scorer, self.compressor, direction, batch, lengths)
 
     def with_answer_scores(self, candidate: Candidate, query: EncodedQuery) -> Candidate:
         """Add the influence on each token of the answer (Eq. 7 for every j) to the candidate's match.
 
         Influence is symmetric: this is the heat-map of the query along the direction of the training example.
         """
-        position = candidate.match.position
-        selection = range(len(candidate.match.tokens)) if position is None else [position]
-        direction = self.compressor.direction(selected_batch(candidate.encoding, selection, self.device))
-        mask = query.encoding.response_mask.astype(np.float32)
-        whole = Batch.of([query.encoding.input_ids], [mask], self.device)
-        scores = shares(self.scorer, self.compressor, direction, whole, query.rapidgrads.norms)[0]
-        return replace(candidate, match=replace(candidate.match, answer_scores=scores.tolist()))
+        key = _key("answer", candidate)
+        if key not in query.known:
+            position = candidate.match.position
+            selection = range(len(candidate.match.tokens)) if position is None else [position]
+            direction = self.compressor.direction(selected_batch(candidate.encoding, selection, self.device))
+            mask = query.encoding.response_mask.astype(np.float32)
+            whole = Batch.of([query.encoding.input_ids], [mask], self.device)
+            query.known[key] = shares(self.scorer, self.compressor, direction, whole, query.rapidgrads.norms)[0]
+        return replace(candidate, match=replace(candidate.match, answer_scores=query.known[key].tolist()))
 
 
 def rescore(candidates: Sequence[Candidate], k: int, *, largest: bool) -> tuple[list[Candidate], Rescoring]:
@@ -93,6 +97,10 @@ def rescoring_of(order: np.ndarray) -> Rescoring:
     moves = np.abs(np.argsort(order) - np.arange(n))
     spearman = 1 - 6 * float((moves.astype(float) ** 2).sum()) / (n * (n**2 - 1)) if n > 1 else None
     return Rescoring(n, spearman, int(moves.max(initial=0)))
+
+
+def _key(what: str, candidate: Candidate) -> tuple[str, str, int | None]:
+    return what, candidate.match.id, candidate.match.position
 
 
 def _scored(candidate: Candidate, token_scores: torch.Tensor) -> Candidate:

@@ -131,7 +131,8 @@ class Desk:
     def ask(self, asked: Piece) -> Iterator[Piece]:
         """Yield the ranking of both directions, each match's heat-map, and its influence on the answer's words.
 
-        Heat-maps are those of the direction `direction`. The other is asked for with the same question.
+        Heat-maps are those of the direction `direction`. The other is asked for with the same question, and so are
+        those of the matches within chance, with `all`; what was computed before is not computed again.
         """
         options = self._options(asked)
         key, encoded = self._pose(asked, options)
@@ -143,16 +144,11 @@ class Desk:
             results[opponents] = next(event.result for event in events if isinstance(event, Ranked))
             yield self._ranking(results[opponents])
         name = "opponents" if options.opponents else "proponents"
-        if (done := self._results.get(f"{key} {name}")) is None:
-            for event in self.index.ask([encoded], replace(options, answer_scores=True)):
-                if isinstance(event, Scored):
-                    yield _scored(event, name)
-                elif isinstance(event, Answered):
-                    done = event.result
-            _keep(self._results, f"{key} {name}", done)
-        else:
-            for match in done.matches:
-                yield _scored(Scored(0, match, match.rank, len(done.matches)), name)
+        for event in self.index.ask([encoded], replace(options, answer_scores=True)):
+            if isinstance(event, Scored):
+                yield _scored(event, name)
+            elif isinstance(event, Answered):
+                _keep(self._results, f"{key} {name}", event.result)
         yield {"kind": "done", "direction": name}
 
     def result(self, key: str, direction: str) -> Result:
@@ -210,7 +206,8 @@ class Desk:
             raise UsageError(f"The number of matches is from 1 to {MOST_MATCHES}.")
         if direction not in ("proponents", "opponents"):
             raise UsageError("The direction is proponents or opponents.")
-        return QueryOptions(k=k, opponents=direction == "opponents", level=asked.get("level"))
+        every = asked.get("all") is True
+        return QueryOptions(k=k, opponents=direction == "opponents", level=asked.get("level"), all=every)
 
     def _ranking(self, result: Result) -> Piece:
         return {

@@ -37,20 +37,20 @@ _BARS = 50
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
-def result(result: Result, theme: heatmap.Theme = heatmap.LIGHT) -> RenderableType:
+def result(result: Result, theme: heatmap.Theme = heatmap.LIGHT, *, every: bool = False) -> RenderableType:
     """Return a query's answer with the selected tokens marked, the finding, the matches, and where these lie among all.
 
-    Matches within chance are named in one line, or are the table's rows where no other is.
+    Matches within chance are named in one line, or are the table's rows where no other is, unless `every` is set.
     `theme` has the colours of the heat-maps: those for the terminal's own background.
     """
     parts: list[RenderableType] = [_question(result.query), Text()]
     if finding := wording.standing(result):
         parts += [Text(finding, style="bold"), Text()]
-    out, rest, heading = wording.folded(result)
+    out, rest, heading = wording.folded(result, every)
     if any(match.token_scores for match in out):
-        parts += [Text(line(result.direction), style="bold"), cards(result, theme), Text()]
+        parts += [Text(line(result.direction), style="bold"), cards(result, theme, every=every), Text()]
     else:
-        parts.append(_table(result))
+        parts.append(_table(result, every))
     if out and rest:
         parts += [_folded(rest, heading), Text()]
     if result.summary and sum(result.summary.histogram):
@@ -85,7 +85,7 @@ def _question(query: QueryInfo) -> Text:
     return text.append(f"\n{wording.selected(query)}", "bold") if query.parts_of_words else text
 
 
-def _table(result: Result) -> Table:
+def _table(result: Result, every: bool) -> Table:
     names = _meta_columns(result.matches)
     title = Text(line(result.direction), "bold")
     table = Table(title=title, title_justify="left", header_style="dim", expand=True)
@@ -95,7 +95,7 @@ def _table(result: Result) -> Table:
     for name in names:
         table.add_column(Text(line(name)), width=_column_width(result.matches, name), no_wrap=True)
     table.add_column("prompt → response", ratio=1, overflow="fold")
-    out, rest, heading = wording.folded(result)
+    out, rest, heading = wording.folded(result, every)
     if rest and not out:
         table.add_row(*[""] * (4 + len(names)), Text(f"{heading}:", "dim italic"))
     for match in out or rest:
@@ -187,13 +187,13 @@ def _bar(count: int, tallest: int) -> str:
     return _BLOCKS[round(math.sqrt(count / tallest) * (len(_BLOCKS) - 1))] if count else " "
 
 
-def cards(result: Result, theme: heatmap.Theme = heatmap.LIGHT) -> RenderableType:
+def cards(result: Result, theme: heatmap.Theme = heatmap.LIGHT, *, every: bool = False) -> RenderableType:
     """Return a legend, and the matches that stand out with their heat-maps as cards on one scale of colour.
 
-    Where it is not known what chance gives, all matches have cards.
+    Where it is not known what chance gives, or `every` is set, all matches have cards.
     """
     scales = heatmap.response_scale(result), heatmap.answer_scale(result)
-    out, _, _ = wording.folded(result)
+    out, _, _ = wording.folded(result, every)
     return Group(*([_Legend(theme)] if out else []), *(_card(result, match, *scales, theme) for match in out))
 
 

@@ -101,11 +101,13 @@ def standing(result: Result) -> str:
     )
 
 
-def folded(result: Result) -> tuple[list[Match], list[Match], str]:
+def folded(result: Result, every: bool = False) -> tuple[list[Match], list[Match], str]:
     """Return the matches that stand out, those at or below chance, and a heading for the latter.
 
-    Where it is not known what chance gives, all matches are among the first.
+    Where it is not known what chance gives, or `every` is set, all matches are among the first.
     """
+    if every:
+        return result.matches, [], ""
     out = [match for match in result.matches if result.stands_out(match) is not False]
     rest = [match for match in result.matches if result.stands_out(match) is False]
     return out, rest, f"{len(rest)} more, no further out than chance" if out else f"{len(rest)} within chance"

@@ -85,7 +85,7 @@ def test_the_row_of_a_conversation_is_the_gradient_of_all_assistant_turns_and_of
 
 def test_a_heat_map_spans_all_turns_and_its_shares_average_to_the_influence(tmp_path, folders):
     build(asked(ROWS, tmp_path / "index", folders))
-    result = Index.open(tmp_path / "index").query("What is sushi?", answer="A dish from Japan.", k=3)
+    result = Index.open(tmp_path / "index").query("What is sushi?", answer="A dish from Japan.", k=3, all=True)
     match = next(match for match in result.matches if "dish" in match.response)
     assert match.response == "A dish from Japan.\n\nBye."
     assert match.prompt == "user: What is sushi?\nassistant: …\nuser: Thanks."

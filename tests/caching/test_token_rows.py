@@ -118,7 +118,7 @@ def test_what_a_match_did_to_each_word_of_the_answer_averages_to_its_influence(
     build(asked(data, tmp_path / "index", llama_folders, gradient=recipe))
     index = Index.open(tmp_path / "index")
     for level in ("sentence", "token"):
-        result = index.query(PROMPT, answer=ANSWER, token="Japan", k=3, answer_scores=True, level=level)
+        result = index.query(PROMPT, answer=ANSWER, token="Japan", k=3, answer_scores=True, level=level, all=True)
         for match in result.matches:
             assert len(match.answer_scores) == len(result.query.tokens)
             chosen_ones = [match.answer_scores[position] for position in result.query.selection]
@@ -130,7 +130,7 @@ def test_what_a_match_did_to_each_word_of_the_answer_averages_to_its_influence(
 def test_a_search_of_tokens_finds_the_largest_products_and_says_which_tokens_they_are(data, tmp_path, llama_folders):
     build(asked(data, tmp_path / "index", llama_folders, gradient=GradientConfig(moment_examples=4)))
     index = Index.open(tmp_path / "index")
-    result = index.query(PROMPT, answer=ANSWER, token="Japan", k=5, level="token")
+    result = index.query(PROMPT, answer=ANSWER, token="Japan", k=5, level="token", all=True)
     stored = token_rows(tmp_path / "index")[0]
     vector = stack_rows(index.encode([replace_query(result)], QueryOptions(level="token")))[0]
     truth = {key: float(row @ vector) for key, row in stored.items()}

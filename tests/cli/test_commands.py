@@ -21,6 +21,8 @@ def test_query_prints_a_table_on_stdout_and_nothing_else_there(index):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Tell me about") == 3  # the question, and in the table and on a card what stands out
     assert done.stdout.count("2 more, no further out than chance") == 1
+    every = rapidindex("query", index, PROMPT, "--answer", ANSWER, "--token", "Japan", "-k", 3, "--all").stdout
+    assert every.count("Response  ") == 3 and "no further out than chance" not in every
     assert "number" in done.stdout and "exhaustive search over 10 examples" in done.stdout
     assert "Loading" in done.stderr and "Loading" not in done.stdout
 

@@ -136,7 +136,7 @@ def test_a_build_of_texts_is_asked_with_a_prompt_and_its_continuation(tmp_path, 
     assert summary.examples > 3 and not summary.truncated
     index = Index.open(tmp_path / "index")
     assert index.recipe.encoding.template == "raw"
-    result = index.query("Tea is from", answer="Japan", token="Japan", k=summary.examples)
+    result = index.query("Tea is from", answer="Japan", token="Japan", k=summary.examples, all=True)
     assert [token.text.strip() for token in result.query.tokens]
     for match in result.matches:
         assert match.prompt == "" and len(match.token_scores) == len(match.tokens)

@@ -146,7 +146,7 @@ def test_an_index_is_built_by_one_process_or_two_added_to_and_asked(data, tmp_pa
         assert np.abs(row - theirs[id]).max() <= np.abs(row).max() / 127 * (1 + 1e-3)
     assert add(tmp_path / "index", str(data)).computed == 2
     found = Index.open(tmp_path / "index").query(
-        f"Tell me about {tiny.WORDS[0]}", answer=f"{tiny.WORDS[0]} is nice", k=3
+        f"Tell me about {tiny.WORDS[0]}", answer=f"{tiny.WORDS[0]} is nice", k=3, all=True
     )
     for match in found.matches:
         assert match.score == pytest.approx(match.exact_score, abs=0.15)

@@ -61,7 +61,7 @@ def by_id(result):
     return {(match.id, match.position): match for match in result.matches}
 
 
-ASKED = {"answer": ANSWER, "token": "Japan", "k": 10}
+ASKED = {"answer": ANSWER, "token": "Japan", "k": 10, "all": True}
 
 
 def test_each_checkpoint_answers_as_an_index_of_its_own(index, data, llama_folders, adapters, tmp_path):

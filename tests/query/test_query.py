@@ -69,7 +69,7 @@ def test_the_order_is_that_of_a_brute_force_computation(index, token, opponents)
 
 
 def test_shares_average_to_an_influence_near_the_compressed_one(index):
-    result = index.query(PROMPT, answer=ANSWER, token="Japan", k=10)
+    result = index.query(PROMPT, answer=ANSWER, token="Japan", k=10, all=True)
     spread = max(abs(match.exact_score) for match in result.matches)
     for match in result.matches:
         assert len(match.token_scores) == len(match.tokens)
@@ -79,7 +79,7 @@ def test_shares_average_to_an_influence_near_the_compressed_one(index):
 
 
 def test_rescoring_orders_by_the_uncompressed_influence(index):
-    plain = index.query(PROMPT, answer=ANSWER, k=10)
+    plain = index.query(PROMPT, answer=ANSWER, k=10, all=True)
     result = index.query(PROMPT, answer=ANSWER, k=3, rescore=True)
     truth = sorted(plain.matches, key=lambda match: match.exact_score, reverse=True)
     assert [match.id for match in result.matches] == [match.id for match in truth[:3]]
@@ -88,7 +88,7 @@ def test_rescoring_orders_by_the_uncompressed_influence(index):
 
 
 def test_the_steps_of_an_answer_add_up_to_its_result(index):
-    options = QueryOptions(k=4, answer_scores=True)
+    options = QueryOptions(k=4, answer_scores=True, all=True)
     asked = [Query(PROMPT, ANSWER, "Japan"), Query("Tell me about cats", "cats purr")]
     events = list(index.ask(asked, options))
     order = [(type(event).__name__, event.number) for event in events]
@@ -104,8 +104,28 @@ def test_the_steps_of_an_answer_add_up_to_its_result(index):
         assert [(event.done, event.total) for event in mine[2:-1]] == [(i, 8) for i in range(1, 9)]
 
 
+def test_matches_within_chance_have_no_heat_map_unless_all_are_asked_for(index):
+    asked = {"answer": ANSWER, "token": "Japan", "k": 10, "answer_scores": True}
+    result, whole = (index.query(PROMPT, **asked, all=every) for every in (False, True))
+    within = [match for match in result.matches if result.stands_out(match) is False]
+    assert len(within) > 5 and all(match.token_scores and match.answer_scores for match in whole.matches)
+    for one, other in zip(result.matches, whole.matches, strict=True):
+        bare = replace(other, exact_score=None, token_scores=[], answer_scores=[])
+        assert one == (bare if one in within else other)
+
+
+def test_the_same_question_takes_no_heat_map_twice(index, monkeypatch):
+    encoded = index.encode([Query(PROMPT, ANSWER, "Japan")])
+    options = QueryOptions(k=4, answer_scores=True, all=True)
+    first = index.query(encoded, options=options)
+    monkeypatch.setattr("rapidindex.query.influence.shares", None)
+    assert index.query(encoded, options=options)[0].matches == first[0].matches
+    with pytest.raises(TypeError):
+        index.query(encoded, options=options, opponents=True)
+
+
 def test_a_question_that_nobody_reads_on_leaves_the_model_to_others(index):
-    events = index.ask([Query(PROMPT, ANSWER, "Japan")], QueryOptions(k=4))
+    events = index.ask([Query(PROMPT, ANSWER, "Japan")], QueryOptions(k=4, all=True))
     assert [type(next(events)).__name__ for _ in range(3)] == ["Posed", "Ranked", "Scored"]
     with ThreadPoolExecutor(1) as other:
         assert other.submit(index.query, PROMPT, answer=ANSWER, k=2).result(timeout=60).matches
@@ -148,7 +168,9 @@ def test_several_threads_get_the_answers_of_one(index):
     shared = [index, Index(index.store, index._model, index.loaded)]  # two indexes may share a model
 
     def matches(of, token, opponents):
-        found = of.query(PROMPT, answer=ANSWER, token=token, opponents=opponents, k=4, answer_scores=True).matches
+        found = of.query(
+            PROMPT, answer=ANSWER, token=token, opponents=opponents, k=4, answer_scores=True, all=True
+        ).matches
         return [(m.id, m.score, m.exact_score, m.token_scores, m.answer_scores) for m in found]
 
     alone = [matches(index, *one) for one in asked]

@@ -117,7 +117,7 @@ def test_shares_average_to_the_score_whatever_the_recipe(index_of, queries, tmp_
 
 def test_a_row_of_the_whole_answer_has_answer_scores_that_average_to_its_influence(index, queries, tmp_path):
     specialize(index, queries, tmp_path / "index")
-    result = Index.open(tmp_path / "index").query(PROMPT, answer=ANSWER, k=3, answer_scores=True)
+    result = Index.open(tmp_path / "index").query(PROMPT, answer=ANSWER, k=3, answer_scores=True, all=True)
     for match in result.matches:
         assert np.mean(match.answer_scores) == pytest.approx(match.exact_score, rel=1e-2, abs=1e-4)
 
@@ -265,7 +265,7 @@ def test_token_rows_have_a_curvature_of_their_own(index_of, queries, tmp_path):
     target = tmp_path / "index"
     summary = specialize(source, queries, target, SpecializeOptions(level="token", block=16))
     assert summary.K == 32 and summary.rows > summary.examples == 10
-    result = Index.open(target).query(PROMPT, answer=ANSWER, token="Japan", k=5)
+    result = Index.open(target).query(PROMPT, answer=ANSWER, token="Japan", k=5, all=True)
     assert result.level == "token"
     spread = max(abs(match.score) for match in result.matches)
     assert all(match.exact_score == pytest.approx(match.score, abs=0.05 * spread) for match in result.matches)

@@ -71,6 +71,19 @@ def test_hostile_training_text_is_text(visit):
     assert page.locator(".match .heat").first.text_content().startswith(HOSTILE)
 
 
+def test_matches_within_chance_get_their_heat_maps_when_they_are_unfolded(visit):
+    page = typed(visit())
+    page.get_by_role("option").nth(1).click()
+    complete(page)
+    folded, filled = page.locator("#list > details .match > .heat"), ".match > .heat[data-filled]"
+    assert folded.count() > 0 and page.locator(f"#list > details {filled}").count() == 0
+    page.locator("#list > details > summary").click()
+    page.locator(f"#list > details {filled}").nth(folded.count() - 1).wait_for()
+    complete(page)
+    assert page.locator("#list > details[open]").count() == 1
+    assert page.locator("#list .waiting").all_text_contents() == [""] * page.locator("#list .match").count()
+
+
 def test_the_keyboard_alone_asks_and_reads(visit):
     page = typed(visit())
     page.get_by_role("option").first.focus()

@@ -15,7 +15,7 @@ from rapidindex.serve.guard import LARGEST_BODY
 from tests.serve.conftest import TOKEN, until
 
 PROMPT, ANSWER = "Tell me about tea", "tea is from Japan"
-QUESTION = {"prompt": PROMPT, "answer": ANSWER, "k": 4}
+QUESTION = {"prompt": PROMPT, "answer": ANSWER, "k": 4, "all": True}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_an_impossible_question_is_an_error_in_the_stream(server, changes):
 def test_the_answer_is_that_of_the_index_with_no_path_of_the_machine(server, served_index):
     status, _, text = server.ask("POST", "/api/ask", QUESTION | {"span": "0:1"})
     pieces = [json.loads(line) for line in text.splitlines()]
-    truth = Index.open(served_index).query(PROMPT, answer=ANSWER, span="0:1", k=4, answer_scores=True)
+    truth = Index.open(served_index).query(PROMPT, answer=ANSWER, span="0:1", k=4, answer_scores=True, all=True)
     ranked = {piece["direction"]: piece for piece in pieces if piece["kind"] == "ranked"}
     assert [match["id"] for match in ranked["proponents"]["matches"]] == [match.id for match in truth.matches]
     assert ranked.keys() == {"proponents", "opponents"}
@@ -106,6 +106,16 @@ def test_the_answer_is_that_of_the_index_with_no_path_of_the_machine(server, ser
         assert status == 200
         everything += said
     assert str(served_index.parent) not in everything and "/base" not in everything
+
+
+def test_matches_within_chance_get_heat_maps_when_they_are_asked_for(server):
+    question = QUESTION | {"prompt": "Tell me about rice", "k": 6}
+    folded, whole = (server.pieces("ask", question | {"all": every}) for every in (False, True))
+    heats, every = ({p["id"]: p for p in pieces if p.get("heat")} for pieces in (folded, whole))
+    (ranked,) = (p for p in folded if p["kind"] == "ranked" and p["direction"] == "proponents")
+    assert set(heats) == {match["id"] for match in ranked["matches"] if match["beyond"]}
+    assert set(every) == {match["id"] for match in ranked["matches"]} > set(heats)
+    assert all(every[id]["heat"] == heats[id]["heat"] for id in heats)
 
 
 def test_the_models_answer_comes_token_by_token_and_by_seed(server):

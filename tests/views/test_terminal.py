@@ -84,6 +84,9 @@ def test_cards_are_of_the_matches_that_stand_out_alone():
     console.print(terminal.cards(shown.result(matches=matches)))
     text = console.file.getvalue()
     assert "Yoga comes" in text and "Pi is 3." not in text and "2." not in text
+    console.print(terminal.result(shown.result(matches=matches), every=True))
+    text = console.file.getvalue().removeprefix(text)
+    assert text.count("Response  ") == 2 and "no further out than chance" not in text
 
 
 def test_the_name_of_a_column_is_not_broken():

@@ -4,10 +4,12 @@ import {facets, fits, grouped} from "./sift.js";
 
 export const marked = new Map();
 const heats = new Map(), moved = new Map();  // of the direction shown, by the match's id
-let view = null, common = new Set(), root = $("list"), lit = () => {}, changed = () => {};
+let view = null, common = new Set(), root = $("list"), lit = () => {}, changed = () => {}, unfolded = () => {};
 
 export function onLight(listener) { lit = listener; }
 export function onMark(listener) { changed = listener; }
+// Called when the matches within chance are unfolded and have no heat-maps yet.
+export function onUnfold(listener) { unfolded = listener; }
 
 export function clear() {
   view = null;
@@ -41,7 +43,8 @@ export function draw() {
   const beyond = shown.filter((match) => match.beyond), chance = shown.filter((match) => !match.beyond);
   root.replaceChildren(...cards(beyond));
   if (chance.length) {
-    const inside = make("details", {open: false}, make("summary", {text: view.folded}), ...cards(chance));
+    const inside = make("details", {}, make("summary", {text: view.folded}), ...cards(chance));
+    inside.addEventListener("toggle", () => { if (inside.open && chance.some((match) => !moved.has(match.id))) unfolded(); });
     root.append(inside);
   }
   if (!shown.length) root.append(make("p", {class: "note", text: "No match fits the filter."}));

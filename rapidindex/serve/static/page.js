@@ -159,26 +159,23 @@ function span() {
   return `${Math.min(...positions)}:${Math.max(...positions)}`;
 }
 
-function ask() {
+// With `all` the question's list stays, and the heat-maps of the matches within chance come, too.
+function ask(all = false) {
   if (!asked || !words.length) return;
-  const question = {...asked, span: span(), direction};
+  const question = {...asked, span: span(), direction, all};
   const text = words.slice(Math.min(from, to), Math.max(from, to) + 1).map(({option}) => option.textContent).join(" ");
   $("chosen").textContent = `The question is about “${text}”.`;
   run(async (signal, newest) => {
     state("Searching …", true);
     $("stop").hidden = false;
-    list.clear();
-    light(null);
-    let done = 0, total = 0;
+    if (!all) { list.clear(); light(null); }
     for await (const piece of lines("ask", question, signal)) {
       if (!newest()) return;
       if (piece.kind === "posed") key = piece.key;
-      else if (piece.kind === "ranked") ranked(piece);
+      else if (piece.kind === "ranked") { if (!all) ranked(piece); }
       else if (piece.kind === "scored") {
         list.scored(piece);
-        total = piece.total;
-        done = piece.done;
-        const maps = Object.values(rankings[direction].matches).length;
+        const {done, total} = piece, maps = total / 2;
         state(done <= maps ? `Heat-map ${done} of ${maps}` : `What each did to the answer: ${done - maps} of ${maps}`, true);
       } else if (piece.kind === "done") finished(question, text);
     }
@@ -226,6 +223,7 @@ function light(scores) {
   });
 }
 list.onLight(light);
+list.onUnfold(() => ask(true));
 
 const tabs = ["proponents", "opponents"];
 function turn(name) {
