@@ -2,16 +2,17 @@
 against it.
 
 Rows are mapped, not loaded. Each thread takes the next block of a few MiB and multiplies it by all queries, with one
-inner thread: a product as narrow as one query gains nothing from more. Knows vectors, not text, and nothing of FAISS.
+inner thread: a product as narrow as one query gains nothing from more. Of 8-bit rows the scan's scores are near enough
+for a summary; those that decide the answer are computed exactly. Knows vectors, not text, and nothing of FAISS.
 """
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,14 +21,13 @@ from torch import Tensor
 
 from rapidindex.errors import DamagedIndex, QueryError, UsageError
 from rapidindex.results import HISTOGRAM_BINS, ScoreSummary
-from rapidindex.search.products import products_with
+from rapidindex.search.products import Multiply, products_with, rough_products_with
 from rapidindex.store import Rows, damaged
 
 SCORES_BYTES = 2**30
 """Scores held at once, in bytes of float32; more queries than fit take another pass over the rows."""
-_BLOCK_BYTES = {"int8": 2**24, "float16": 2**22}
-"""A block as it is stored. Rows of float16 become float32, which stays in the cache up to 8 MiB; products of integers
-read rows of 8 bits where they lie, at 85 % of the speed of reading memory from 256 rows of 65,536 on."""
+_BLOCK_BYTES = 2**22
+"""A block as it is stored: rows are multiplied several times, or become float32, while they are in the cache."""
 _BLOCK_BYTES_GPU = 2**26
 
 
@@ -78,7 +78,7 @@ def exact_search(
     started = time.perf_counter()
     queries = checked_queries(queries, rows.K, k)
     live = np.flatnonzero(rows.live_mask)
-    each = live_scores(rows, queries, device=device, threads=threads)
+    each = _scores_of_all(rows, queries, k, largest, device, threads)
     return ranked(live, each, len(queries), k, largest=largest, started=started)
 
 
@@ -114,12 +114,11 @@ def scores_of(
     multiplied together.
     """
     scores, multiply = np.empty(len(numbers), np.float32), products_with(query[None], rows.row_type)
-    stored, group_rows = rows.each(numbers), max(1, _BLOCK_BYTES["float16"] // rows.row_bytes)
+    together = max(1, _BLOCK_BYTES // rows.row_bytes)
     with torch_threads(1):
-        while group := list(islice(stored, group_rows)):
-            scales = np.array([scale for _, _, scale in group], np.float32)
-            products = multiply(np.stack([entries for _, entries, _ in group]))[0]
-            scores[[place for place, _, _ in group]] = products * scales
+        for first in range(0, len(numbers), together):
+            entries, scale = rows.gather(numbers[first : first + together])
+            np.multiply(multiply(entries)[0], scale, out=scores[first : first + together])
     check_finite(scores, rows, numbers)
     return scores
 
@@ -162,15 +161,8 @@ def live_scores(
     Scores take at most `scores_bytes` of memory, which decides the number of passes over the rows; a block of stored
     rows takes `block_bytes`, by default what suits the device. Raises QueryError or DamagedIndex as `check_finite`.
     """
-    live = np.flatnonzero(rows.live_mask)
-    suited = _BLOCK_BYTES[rows.row_type] if device == "cpu" else _BLOCK_BYTES_GPU
-    block_rows = max(1, (block_bytes or suited) // rows.row_bytes)
-    per_pass = max(1, scores_bytes // (4 * max(1, len(rows))))
-    for first in range(0, len(queries), per_pass):
-        batch_scores = _all_scores(rows, queries[first : first + per_pass], device, block_rows, threads)
-        for scores in batch_scores:
-            check_finite(scores[live], rows, live)
-            yield scores[live]
+    multiply_with = partial(products_with, row_type=rows.row_type, device=device)
+    return _scanned(rows, queries, multiply_with, device, threads, scores_bytes, block_bytes)
 
 
 def check_finite(scores: Float32[np.ndarray, " n"], rows: Rows, numbers: Int64[np.ndarray, " n"]) -> None:
@@ -230,11 +222,54 @@ def torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _scores_of_all(
+    rows: Rows, queries: Float32[np.ndarray, "queries K"], k: int, largest: bool, device: str, threads: int | None
+) -> Iterator[Float32[np.ndarray, " live"]]:
+    """Yield each query's scores of all live rows: exact where a row may be one of the k best, or the worst, else rough.
+
+    Where scores are off by at most e, the k best all lie above the k-th best rough score less 2e.
+    """
+    _, errors = rough_products_with(queries, rows.row_type, device)
+    live = np.flatnonzero(rows.live_mask)
+    scales = np.concatenate([np.empty(0, np.float32), *(scale for *_, scale in rows.blocks())])[live]
+    with np.errstate(over="ignore"):
+        slacks = 2 * errors * scales.max(initial=0)
+    rough = _scanned(rows, queries, lambda some: rough_products_with(some, rows.row_type, device)[0], device, threads)
+    for query, slack, scores in zip(queries, slacks, rough, strict=True):
+        if slack and len(live):
+            signed, place = scores if largest else -scores, max(len(live) - k, 0)
+            kth = np.partition(signed, place)[place]
+            near = np.flatnonzero((signed >= kth - slack) | (signed <= signed.min() + slack))
+            scores[near] = scores_of(rows, live[near], query)
+        yield scores
+
+
+def _scanned(
+    rows: Rows,
+    queries: Float32[np.ndarray, "queries K"],
+    multiply_with: Callable[[np.ndarray], Multiply],
+    device: str,
+    threads: int | None,
+    scores_bytes: int = SCORES_BYTES,
+    block_bytes: int | None = None,
+) -> Iterator[Float32[np.ndarray, " live"]]:
+    """Yield for each query its scores of all live rows; see `live_scores`."""
+    live = np.flatnonzero(rows.live_mask)
+    suited = _BLOCK_BYTES if device == "cpu" else _BLOCK_BYTES_GPU
+    block_rows = max(1, (block_bytes or suited) // rows.row_bytes)
+    per_pass = max(1, scores_bytes // (4 * max(1, len(rows))))
+    count = (threads or torch.get_num_threads()) if device == "cpu" else 1
+    for first in range(0, len(queries), per_pass):
+        some = queries[first : first + per_pass]
+        for scores in _all_scores(rows, len(some), multiply_with(some), block_rows, count):
+            check_finite(scores[live], rows, live)
+            yield scores[live]
+
+
 def _all_scores(
-    rows: Rows, queries: Float32[np.ndarray, "queries K"], device: str, block_rows: int, threads: int | None
+    rows: Rows, queries: int, multiply: Multiply, block_rows: int, threads: int
 ) -> Float32[np.ndarray, "queries rows"]:
-    multiply = products_with(queries, rows.row_type, device)
-    scores = np.empty((len(queries), len(rows)), np.float32)
+    scores = np.empty((queries, len(rows)), np.float32)
     blocks, turn = rows.blocks(block_rows), threading.Lock()
 
     def multiply_blocks() -> None:
@@ -246,12 +281,11 @@ def _all_scores(
                     return
                 np.multiply(multiply(entries), scale, out=scores[:, first : first + len(entries)])
 
-    count = (threads or torch.get_num_threads()) if device == "cpu" else 1
-    if count == 1:
+    if threads == 1:
         multiply_blocks()
         return scores
-    with ThreadPoolExecutor(count) as pool:
-        for done in [pool.submit(multiply_blocks) for _ in range(count)]:
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(multiply_blocks) for _ in range(threads)]:
             done.result()
     return scores
 

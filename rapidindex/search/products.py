@@ -1,11 +1,12 @@
-"""Inner products of queries with stored rows, at the speed at which the rows are read.
+"""Inner products of queries with stored rows.
 
 Rows of 8 bits stay what they are where the CPU multiplies 8-bit integers (VNNI): a query becomes three vectors of 8
-bits, q ≈ s (p₀ + p₁/254 + p₂/254²), which keep as much of it as float32 does, and integer products are exact. Other
-rows become float32, a block at a time. Knows arrays only.
+bits, q ≈ s (p₀ + p₁/254 + p₂/254²), which keep as much of it as float32 does, and integer products are exact. Two of
+them do for a scan, which then knows what rows may be the best. Other rows become float32, a block at a time. Knows
+arrays only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ _QUERIES = 512
 """Queries multiplied at a time, which bounds the memory that their products take."""
 _STEP = 254.0
 """The next vector of 8 bits holds what rounding left: at most half a unit, stretched to 127."""
+_LARGEST, _ROUNDING = 128, 2.0**-21  # of an 8-bit entry; of sums of float32, in parts of the sum of absolute values
 
 
 def products_with(queries: Float32[np.ndarray, "queries K"], row_type: str, device: str = "cpu") -> Multiply:
@@ -28,9 +30,17 @@ def products_with(queries: Float32[np.ndarray, "queries K"], row_type: str, devi
 
     Several threads may call it at once; each is fastest with one inner thread of torch.
     """
-    if row_type == "int8" and device == "cpu" and multiplies_integers():
-        return _of_integers(queries)
-    return _of_floats(torch.from_numpy(queries).to(device))
+    return _with_errors(queries, row_type, device, parts=3)[0]
+
+
+def rough_products_with(
+    queries: Float32[np.ndarray, "queries K"], row_type: str, device: str = "cpu"
+) -> tuple[Multiply, Float32[np.ndarray, " queries"]]:
+    """Return a faster function than `products_with` does, and by how much its products may be off for each query.
+
+    An error of 0 says that the products are those of `products_with`.
+    """
+    return _with_errors(queries, row_type, device, parts=2)
 
 
 def multiplies_integers() -> bool:
@@ -41,6 +51,14 @@ def multiplies_integers() -> bool:
     return bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
 
 
+def _with_errors(
+    queries: Float32[np.ndarray, "queries K"], row_type: str, device: str, parts: int
+) -> tuple[Multiply, Float32[np.ndarray, " queries"]]:
+    if row_type == "int8" and device == "cpu" and multiplies_integers():
+        return _of_integers(queries, parts)
+    return _of_floats(torch.from_numpy(queries).to(device)), np.zeros(len(queries), np.float32)
+
+
 def _of_floats(queries: Float32[Tensor, "queries K"]) -> Multiply:
     def multiply(entries: np.ndarray) -> np.ndarray:
         block = torch.from_numpy(entries).to(queries.device).float()  # moved as stored, converted on the device
@@ -49,36 +67,52 @@ def _of_floats(queries: Float32[Tensor, "queries K"]) -> Multiply:
     return multiply
 
 
-def _of_integers(queries: Float32[np.ndarray, "queries K"]) -> Multiply:
-    scale = np.abs(queries).max(1, initial=0) / np.float32(127)
-    groups = [_parts(queries[at : at + _QUERIES], scale[at : at + _QUERIES]) for at in range(0, len(queries), _QUERIES)]
+def _of_integers(
+    queries: Float32[np.ndarray, "queries K"], parts: int
+) -> tuple[Multiply, Float32[np.ndarray, " queries"]]:
+    scale, vectors, error = _split(queries, parts)
+    groups = torch.from_numpy(vectors).split(_QUERIES, dim=1)
 
     def multiply(entries: np.ndarray) -> np.ndarray:
-        block = torch.from_numpy(entries)
-        products = [_multiply(block, parts).numpy() for parts in groups]
-        with np.errstate(over="ignore"):  # an overflow becomes infinite, as it does in float32
-            return (np.concatenate(products) * scale[:, None].astype(np.float64)).astype(np.float32)
+        products = np.concatenate([_multiply(torch.from_numpy(entries), group) for group in groups])
+        with np.errstate(over="ignore"):  # an overflow becomes infinite
+            return np.multiply(products, scale[:, None], out=products)
 
-    return multiply
+    return multiply, error
 
 
-def _parts(queries: Float32[np.ndarray, "q K"], scale: Float32[np.ndarray, " q"]) -> Int8[Tensor, "3 q K"]:
-    """Return p₀, p₁ and p₂ of each query."""
-    rest = queries / np.where(scale > 0, scale, 1)[:, None]
-    parts = np.empty((3, *queries.shape), np.int8)
-    for part in parts:
+def _split(
+    queries: Float32[np.ndarray, "queries K"], parts: int
+) -> tuple[Float32[np.ndarray, " queries"], Int8[np.ndarray, "parts queries K"], Float32[np.ndarray, " queries"]]:
+    """Return the scale s and the first vectors p of each query, and the most by which its products may be off."""
+    scale = np.abs(queries).max(1, initial=0) / np.float32(127)
+    units = rest = queries / np.where(scale > 0, scale, 1)[:, None]
+    vectors = np.empty((parts, *queries.shape), np.int8)
+    for vector in vectors:
         rounded = np.rint(rest).clip(-127, 127)
-        part[:] = rounded
+        vector[:] = rounded
         rest = (rest - rounded) * np.float32(_STEP)
-    return torch.from_numpy(parts)
+    unseen = np.abs(rest).sum(1) / _STEP**parts + _ROUNDING * np.abs(units).sum(1)
+    with np.errstate(over="ignore"):
+        return scale, vectors, _LARGEST * scale * unseen
 
 
-def _multiply(block: Tensor, parts: Tensor) -> Tensor:
-    """Return the products of a block int8 [m, K] with the queries in units of their scales, float64 [queries, m]."""
-    flat = parts.flatten(0, 1)
-    sums = sum(
-        torch._int_mm(block[:, at : at + _LONGEST_SUM], flat[:, at : at + _LONGEST_SUM].T).double()
-        for at in range(0, block.shape[1], _LONGEST_SUM)
-    )
-    weights = torch.tensor([1, 1 / _STEP, 1 / _STEP**2], dtype=torch.float64)
-    return torch.einsum("mpq,p->qm", sums.view(len(block), *parts.shape[:2]), weights)
+def _multiply(block: Tensor, vectors: Tensor) -> Float32[np.ndarray, "queries m"]:
+    """Return the products of a block int8 [m, K] with the queries' vectors int8 [parts, queries, K], without scales."""
+    products = torch.zeros(len(block), vectors.shape[1])
+    for at in range(0, block.shape[1], _LONGEST_SUM):
+        sums = _sums(block[:, at : at + _LONGEST_SUM], vectors[..., at : at + _LONGEST_SUM])
+        for number, sum_of_part in enumerate(sums):
+            products.add_(sum_of_part, alpha=_STEP**-number)
+    return products.T.numpy()
+
+
+def _sums(block: Tensor, vectors: Tensor) -> Sequence[Tensor]:
+    """Return int32 [m, queries] for each part.
+
+    A single query's vectors are multiplied one by one: a product of two or three columns takes longer.
+    """
+    parts, queries = vectors.shape[:2]
+    if queries == 1:
+        return [torch._int_mm(block, vector.T) for vector in vectors]
+    return torch._int_mm(block, vectors.flatten(0, 1).T).view(-1, parts, queries).unbind(1)

@@ -103,6 +103,19 @@ class Rows:
             rows[i] *= scale
         return rows
 
+    def gather(self, row_numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return copies of the entries [r, K] and scale float32 [r] of these r row numbers: a row is their product.
+
+        Raises IndexError where a number is not 0 to n - 1.
+        """
+        numbers = self._checked(row_numbers)
+        entries = np.empty((len(numbers), self.K), self.row_type)
+        scale = np.empty(len(numbers), np.float32)
+        for file, which, inside in self._by_file(numbers):
+            arrays = self._arrays(file)
+            entries[which], scale[which] = arrays["rows"][inside], arrays["scale"][inside]
+        return entries, scale
+
     def each(self, row_numbers: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray, np.float32]]:
         """Yield (i, entries [K], scale) for the i-th of these row numbers, file by file: a row is their product.
 

@@ -87,6 +87,10 @@ class CountedRows:
         self.passes.append(max_rows)
         return self._rows.blocks(max_rows)
 
+    def gather(self, numbers):
+        self.read_singly += len(numbers)
+        return self._rows.gather(numbers)
+
     def each(self, numbers):
         self.read_singly += len(numbers)
         return self._rows.each(numbers)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from rapidindex.search import products
-from rapidindex.search.products import multiplies_integers, products_with
+from rapidindex.search.products import multiplies_integers, products_with, rough_products_with
 
 
 def stored(n, K, row_type, seed=0):
@@ -32,6 +32,26 @@ def test_the_largest_sums_do_not_overflow(K):
     entries = np.stack([np.full(K, 127, np.int8), np.full(K, -128, np.int8)])
     found = products_with(np.ones((1, K), np.float32), "int8")(entries)
     np.testing.assert_allclose(found, [[127 * K, -128 * K]], rtol=1e-7)
+
+
+@needs_integers
+@pytest.mark.parametrize("tails", [1, 3, 100])
+def test_rough_products_are_off_by_no_more_than_they_say(tails):
+    posed = np.random.default_rng(5).standard_t(tails, (9, 2048)).astype(np.float32)
+    posed[0, 1:] = posed[0, 0]
+    entries = np.concatenate([stored(300, 2048, "int8"), 127 * np.sign(posed).astype(np.int8)])
+    multiply, errors = rough_products_with(posed, "int8")
+    off = np.abs(multiply(entries) - posed.astype(np.float64) @ entries.T.astype(np.float64)).max(1)
+    assert (off <= errors).all() and (errors < 0.002 * 2048 * np.abs(posed).max(1)).all()
+
+
+@pytest.mark.parametrize("row_type", ["int8", "float16"])
+def test_products_with_no_error_are_the_exact_ones(row_type, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    posed, entries = np.random.default_rng(6).standard_normal((4, 64)).astype(np.float32), stored(9, 64, row_type)
+    multiply, errors = rough_products_with(posed, row_type)
+    np.testing.assert_array_equal(multiply(entries), products_with(posed, row_type)(entries))
+    assert not errors.any()
 
 
 @needs_integers

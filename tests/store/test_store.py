@@ -239,6 +239,8 @@ def test_rows_come_back_with_their_examples(path):
     taken = rows.take([4, 0, 3, 3])
     assert taken.dtype == np.float32
     assert np.array_equal(taken, [row_of(id) for id in "eadd"])
+    entries, scale = rows.gather([4, 0, 3, 3])
+    assert entries.dtype == rows.row_type and np.array_equal(entries * scale[:, None], taken)
     assert rows.norms([4, 1]).tolist() == [[2, 1], [2, 1]]
     assert rows.record(3) == content(["d"]).examples[0]
     assert [name for name, _, _ in rows.shards] == ["shard-00000.h5", "shard-00001.h5", "shard-00002.h5"]
