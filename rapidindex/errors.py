@@ -13,6 +13,8 @@ RapidIndexError            exit code 1
 │   └── DamagedIndex       a shard is missing, truncated or changed
 └── QueryError             a query that cannot be answered
     └── TokenNotFound      --token or --span names nothing in the answer
+
+RapidIndexWarning          a Python warning: it stops nothing
 """
 
 
@@ -78,3 +80,7 @@ class QueryError(RapidIndexError):
 
 class TokenNotFound(QueryError):
     """`--token` or `--span` names nothing in the answer."""
+
+
+class RapidIndexWarning(UserWarning):
+    """Options that have a meaning, and may not be meant. The command line shows it as a sentence on stderr."""

@@ -25,7 +25,7 @@ from rapidindex.gradients.losses import Layer
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.sketch import Sketch
-from rapidindex.model.files import absolute_place, encoding_of
+from rapidindex.model.files import absolute_place, encoding_of, warn_if_trained_otherwise
 from rapidindex.model.model import LoadedModel, adopt, load
 from rapidindex.progress import Progress, silent
 from rapidindex.recipe import Recipe, Source
@@ -194,9 +194,11 @@ def prepare(request: BuildRequest, progress: Progress = silent, *, added: bool =
     progress("read", 0, 2)
     request = _as_trained(request)
     dataset = read_examples(request.data, limit=request.limit, loss=request.encoding.loss)
+    request = replace(request, encoding=request.encoding.complete(texts=dataset.texts))
+    if not added:
+        warn_if_trained_otherwise(_trained_folder(request), request.encoding)
     model = _open(request)
     progress("read", 1, 2)
-    request = replace(request, encoding=request.encoding.complete(texts=dataset.texts))
     loaded, encoding = model.loaded, request.encoding
     template = loaded
     if not isinstance(model, EncoderHandle):
@@ -214,11 +216,13 @@ def prepare(request: BuildRequest, progress: Progress = silent, *, added: bool =
 
 def _as_trained(request: BuildRequest) -> BuildRequest:
     """Return the request with the encoding that `finetune` recorded with its model on disk, where it gives none."""
-    if request.encoding is not None:
-        return request
+    return request if request.encoding else replace(request, encoding=encoding_of(_trained_folder(request)))
+
+
+def _trained_folder(request: BuildRequest) -> str | None:
+    """Return where `finetune` may have recorded how it trained; None for a model in memory, and for an encoder."""
     model = request.model
-    place = (model.adapter or model.model) if isinstance(model, ModelConfig) else None
-    return replace(request, encoding=encoding_of(place))
+    return (model.adapter or model.model) if isinstance(model, ModelConfig) else None
 
 
 def _open(request: BuildRequest) -> ModelHandle:

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from rapidindex.cli.printing import fail, say
-from rapidindex.errors import RapidIndexError, UsageError
+from rapidindex.errors import RapidIndexError, RapidIndexWarning, UsageError
 
 _INTERRUPTED = 130
 _WIDTH = 120
@@ -100,6 +101,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # no result is lost to a character that the terminal lacks
+    warnings.simplefilter("always", RapidIndexWarning)
+    warnings.showwarning = _warn
     try:
         _check_encoding(sys.argv[1:])
         code = app(prog_name="rapidindex", standalone_mode=False)
@@ -117,6 +120,14 @@ def main() -> None:
     if code == _INTERRUPTED:  # Typer's own exit code for Ctrl-C
         say("Interrupted; what was finished is kept. Type the same command again to go on.")
     sys.exit(code or 0)
+
+
+def _warn(message: Warning | str, kind: type[Warning], file: str, number: int, *rest: Any) -> None:
+    """Show a warning: ours as a sentence, others as Python does."""
+    if issubclass(kind, RapidIndexWarning):
+        say(str(message))
+    else:
+        sys.stderr.write(warnings.formatwarning(message, kind, file, number))
 
 
 def _check_encoding(arguments: list[str]) -> None:

@@ -5,13 +5,12 @@ from typing import Annotated
 
 from rapidindex.cli import options as opt
 from rapidindex.cli.app import command
-from rapidindex.cli.printing import print_members, say
+from rapidindex.cli.printing import print_members
 from rapidindex.config import (
     RECIPES,
     BuildConfig,
     BuildRequest,
     EncoderConfig,
-    EncodingConfig,
     GradientConfig,
     ModelConfig,
     SketchConfig,
@@ -145,6 +144,7 @@ def build(
     """Cache the gradient of every training example, and index them. Given again, it goes on where it stopped."""
     from rapidindex.caching.build import build as run
     from rapidindex.data.examples import listed_ids
+    from rapidindex.model.files import encoding_of
     from rapidindex.progress import Bars
 
     models = checkpoints_of(model, adapter, quantize, dtype, device)
@@ -202,13 +202,3 @@ def _part(shard: str | None) -> tuple[int, int] | None:
     if not (part.isdecimal() and parts.isdecimal()):
         raise UsageError(f"--shard {shard} is no part of a whole.", hint="Give 1/3, 2/3 and 3/3 to three jobs.")
     return int(part), int(parts)
-
-
-def encoding_of(model: str, **asked: str | int | None) -> EncodingConfig:
-    """Return how examples are encoded, and say where what was asked for is not what `finetune` did."""
-    from rapidindex.model import files
-
-    for name, trained in files.trained_encoding(model).items():
-        if asked.get(name) not in (None, trained):
-            say(f"{model} was trained with --{name.replace('_', '-')} {trained!r}, not {asked[name]!r}.")
-    return files.encoding_of(model, **asked)

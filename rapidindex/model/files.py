@@ -8,13 +8,14 @@ import json
 import os
 import re
 import shlex
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rapidindex.config import EncodingConfig, fingerprint
-from rapidindex.errors import ModelError
+from rapidindex.errors import ModelError, RapidIndexWarning
 
 _MIB = 2**20
 _SLICES = 16
@@ -254,6 +255,14 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{file} holds no JSON object.", hint="Save or download it again.")
     return value
+
+
+def warn_if_trained_otherwise(folder: str | None, encoding: EncodingConfig) -> None:
+    """Warn, RapidIndexWarning, where `encoding` is not what `trained_encoding` has for this model or adapter."""
+    for name, trained in trained_encoding(folder).items():
+        if (value := getattr(encoding, name)) != trained:
+            text = f"{folder} was trained with --{name.replace('_', '-')} {trained!r}, not {value!r}."
+            warnings.warn(text, RapidIndexWarning, stacklevel=5)  # the caller of build or estimate
 
 
 def model_fingerprint(files: ModelFiles) -> str:

@@ -348,6 +348,17 @@ main()
     assert done.returncode == 130 and "Traceback" not in done.stderr and "again to go on" in done.stderr
 
 
+def test_a_build_unlike_its_training_is_said_in_a_sentence(typed, data, tmp_path, llama_folders):
+    base, adapter = llama_folders
+    trained = shutil.copytree(adapter, tmp_path / "trained")
+    record = {"settings": {"template": "plain", "max_length": 512, "loss": "all"}, "summary": {"steps": 1}}
+    (trained / "rapidindex-finetune.json").write_text(json.dumps(record))
+    command = ["build", data, "-m", base, "-a", trained, "-o", tmp_path / "index", "-K", 256, "--dry-run", "-q"]
+    code, _, said = typed(*command, "--template", "alpaca")
+    assert (code, said.strip()) == (0, f"{trained} was trained with --template 'plain', not 'alpaca'.")
+    assert typed(*command)[::2] == (0, "")
+
+
 @pytest.mark.parametrize("name", ["INT", "TERM"])
 def test_an_interrupted_build_says_how_to_go_on_and_does(data, tmp_path, llama_folders, name):
     big = tmp_path / "big.jsonl"

@@ -1,6 +1,7 @@
 """Fine-tuning tiny real models through Trainer and peft."""
 
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -16,14 +17,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from rapidindex.caching.job import prepare
-from rapidindex.cli.building import encoding_of
 from rapidindex.config import BuildRequest, EncodingConfig, FinetuneConfig, ModelConfig
 from rapidindex.data.examples import Dataset, read_examples
 from rapidindex.data.templates import Template
-from rapidindex.errors import ConfigMismatch, DataError, ModelError, UsageError
+from rapidindex.errors import ConfigMismatch, DataError, ModelError, RapidIndexWarning, UsageError
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.second_moment import read_second_moment
 from rapidindex.model import training
+from rapidindex.model.files import encoding_of
 from rapidindex.model.finetune import FinetuneSummary, finetune
 from rapidindex.model.model import generate, load
 from rapidindex.model.training import collate, target_modules
@@ -478,19 +479,22 @@ def test_each_epoch_sees_every_example_in_an_order_of_its_own(tmp_path, llama_fo
     assert first != second or second != third
 
 
-def test_build_takes_template_and_length_from_the_record_of_finetune(tmp_path, llama_folders, dataset, data, capsys):
+def test_build_takes_template_and_length_from_the_record_of_finetune(tmp_path, llama_folders, dataset, data):
     encoding = EncodingConfig("Q: {prompt}\\nA: ", 64)
     config = on_cpu(llama_folders[0], dtype="bfloat16")
     summary = finetune(dataset, encoding, config, replace(QUICK, epochs=1, early=0.5), tmp_path / "my adapter")
     for folder in (tmp_path / "my adapter", tmp_path / "my adapter" / "early"):
         assert encoding_of(str(folder)) == encoding
-        assert capsys.readouterr().err == ""
         assert encoding_of(str(folder), template="plain", max_length=None) == EncodingConfig("plain", 64)
-        assert "was trained with --template 'Q: {prompt}" in capsys.readouterr().err
     model = ModelConfig(config.model, str(tmp_path / "my adapter"), device="cpu")
     assert prepare(BuildRequest(str(data), "unused", model)).request.encoding == encoding
-    asked = EncodingConfig("plain", 32)
-    assert prepare(BuildRequest(str(data), "unused", model, asked)).request.encoding == asked
+    asked = EncodingConfig("plain", 64)
+    with pytest.warns(RapidIndexWarning, match="my adapter was trained with --template 'Q: {prompt}.* not 'plain'"):
+        assert prepare(BuildRequest(str(data), "unused", model, asked)).request.encoding == asked
+    with pytest.warns(RapidIndexWarning) as warned:  # for these data the template that is not given is alpaca
+        prepare(BuildRequest(str(data), "unused", model, EncodingConfig()))
+    assert [re.search(r"--\S+", str(each.message))[0] for each in warned] == ["--template", "--max-length"]
+    prepare(BuildRequest(str(data), "unused", model, encoding))
     assert encoding_of(str(llama_folders[0])) == EncodingConfig()
     table = next(iter(finetune_tables(summary, 0, "my data.jsonl", config, encoding, 7).values()))
     assert shlex.split(table["next"]) == [
