@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from bench.common import RESULTS
+from bench.retrieval.scan import RERANKED
 from rapidindex.store import ROW_TYPE
 
 Figures = dict[str, Any]
@@ -390,8 +391,52 @@ def retrieval_page(stores: dict[str, Figures], others: dict[str, Figures], aims:
         parts += [_table_1(others["tracin"]), _table_2(others["tracin"], stores), _whole(others["tracin"], stores)]
     if "rows" in others:
         parts.append(_smallest(others["rows"]))
+    parts += [scan_table(others[name]) for name in ("scan", "scan_gpu") if name in others]
     parts += [_growth(stores), "## Aims", "\n".join(aims)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def scan_table(sizes: Figures) -> str:
+    """Return the exhaustive scan beside its floors, the index and re-ranking, and what a GPU took."""
+    body, gpu = [], []
+    for figures in sizes.values():
+        for threads, measured in figures["threads"].items():
+            least = {name: each["processor"] / int(threads) for name, each in measured.items()}
+            rate = figures["multiplied"] / least["multiply"]
+            computing = figures["products"]["batch"] / rate
+            reranked = ""
+            if "rerank" in least:
+                floor = least["read"] * min(RERANKED, figures["rows"]) / figures["rows"]
+                reranked = f"{1e3 * least['rerank']:.1f} ({floor / least['rerank']:.2f})"
+            body.append(
+                [
+                    f"{figures['rows']:,} × {figures['K']:,}",
+                    threads,
+                    f"{1e3 * least['read']:.1f} ({figures['bytes'] / least['read'] / 1e9:.0f} GB/s)",
+                    f"{1e3 * least['one']:.1f} ({least['read'] / least['one']:.2f})",
+                    f"{1e3 * computing:.0f} ({rate / 1e9:.0f} G/s)",
+                    f"{1e3 * least['batch']:.0f} ({computing / least['batch']:.2f})",
+                    f"{least['batch'] / least['one']:.1f}",
+                    f"{1e3 * least['index']:.1f} ({least['one'] / least['index']:.1f} ×)",
+                    reranked,
+                    f"{1e3 * measured['one']['clock']:.0f} / {1e3 * measured['batch']['clock']:.0f}",
+                ]
+            )
+        for name, each in figures.get("gpu", {}).items():
+            if name != "device":
+                gpu.append([f"{figures['rows']:,}", name, f"{1e3 * each['clock']:.2f}"])
+    head = ["rows", "threads", "reading, ms", "one query, ms (of reading)", "multiplying for 100, ms"]
+    head += [
+        "100 queries, ms (of multiplying)",
+        "100 / one",
+        "index, one query, ms",
+        "1,000 rows re-ranked, ms (of reading)",
+    ]
+    text = (
+        "## The exhaustive scan\n\nLeast milliseconds of the processor, divided by the threads; last, of the clock.\n\n"
+    )
+    text += markdown([*head, "one / 100 by the clock"], body)
+    return text + ("\n\n" + markdown(["rows", "method", "ms"], gpu) if gpu else "")
 
 
 def default_of(figures: Figures) -> str:

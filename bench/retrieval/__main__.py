@@ -6,6 +6,7 @@
     synthetic  the same over larger stores: real rows first, then rows drawn to be like them (synthetic.py)
     tracin     a whole retrieval beside TracIn, which computes every training gradient again (on a part, multiplied up)
     rows       how few bytes keep the answers, and the order of the true influence
+    scan       the exhaustive scan beside the time to read its rows and to multiply them; needs no INDEX
 
 Without --stage, all stages in this order; `python -m bench.render retrieval` then writes tables and plots. INDEX is
 only read: search indexes are built over hard links in FOLDER. The figures of each configuration are kept in FOLDER, so
@@ -14,16 +15,20 @@ a stage that was stopped goes on where it was. Measure alone, on an idle machine
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bench.common import parser, pin, save, write_text
 from bench.retrieval.measure import THREADS, Flat, Workload, batch_seconds, fits_memory, measure
 from bench.retrieval.queries import Queries, query_batches, real_queries
 from bench.retrieval.rows import smallest_row
+from bench.retrieval.scan import measure as measure_scan
+from bench.retrieval.scan import store_of
 from bench.retrieval.stores import LEVEL, Grown, left_out, linked
 from bench.retrieval.synthetic import FITTED_ROWS, likeness
 from bench.retrieval.tracin import against_tracin
@@ -113,7 +118,19 @@ def rows(options: argparse.Namespace, bars: Bars) -> None:
     bars.say(f"written to {save('retrieval_rows', smallest_row(index, *how, bars), options)}")
 
 
-STAGES = {"real": real, "synthetic": synthetic, "tracin": tracin, "rows": rows}
+def scan(options: argparse.Namespace, bars: Bars) -> None:
+    """Measure the exhaustive scan."""
+    threads, figures = tuple(t for t in (1, 2, 4) if t <= (os.cpu_count() or 1)), {}
+    for size, K in options.scans:
+        store = store_of(options.work / f"scan-{size}-{K}", size, K)
+        figures[str(size)] = measure_scan(store, threads, options.rounds, bars)
+        if not options.keep:
+            Store.destroy(store.path)
+    name = "retrieval_scan_gpu" if torch.cuda.is_available() else "retrieval_scan"
+    bars.say(f"written to {save(name, figures, options)}")
+
+
+STAGES = {"real": real, "synthetic": synthetic, "tracin": tracin, "rows": rows, "scan": scan}
 
 
 def measure_all(workload: Workload, options: argparse.Namespace, notebook: Notebook, bars: Bars) -> None:
@@ -186,12 +203,13 @@ def _source(options: argparse.Namespace, K: int) -> tuple[Path, str]:
 
 def parse() -> argparse.Namespace:
     add = (options := parser(__doc__)).add_argument
-    add("--index", type=Path, required=True, help="a finished index with sentence rows")
+    add("--index", type=Path, help="a finished index with sentence rows")
     add("--stage", choices=STAGES)
-    add("--queries", type=Path, required=True, help="prompts and answers that the index does not hold")
+    add("--queries", type=Path, help="prompts and answers that the index does not hold")
     add("--query-count", type=int, default=50, help="of them; each is asked about in two ways")
     add("--token-index", type=Path, help="an index with token rows: they come first where their K does")
     add("--sizes", default="100000:65536,1000000:4096", help="rows:K,rows:K")
+    add("--scans", default="100000:4096,1000000:4096", help="rows:K,rows:K of the stage `scan`")
     add("--factories", type=lambda text: tuple(text.split(";")), help="these alone, with ; between")
     add("--dims", default="16384,8192,4096", help="folds")
     add("--rounds", type=int, default=7, help="of timing, each with all methods in turn")
@@ -201,11 +219,15 @@ def parse() -> argparse.Namespace:
     add("-a", "--adapter")
     add("--keep", action="store_true", help="leave the synthetic stores on the disk")
     given = options.parse_args()
+    if given.stage != "scan" and not (given.index and given.queries):
+        options.error("--index and --queries are needed")
     if given.smoke:
         given.query_count, given.sizes, given.dims, given.rounds = 3, "240:1024", "1024", 1
+        given.scans = "240:1024"
         given.factories, given.tracin_rows, given.true_rows = ("Flat", DEFAULT_FACTORY), 4, 8
     given.dims = tuple(map(int, given.dims.split(",")))
-    given.sizes = [tuple(map(int, size.split(":"))) for size in given.sizes.split(",")]
+    for name in ("sizes", "scans"):
+        setattr(given, name, [tuple(map(int, size.split(":"))) for size in getattr(given, name).split(",")])
     return given
 
 
