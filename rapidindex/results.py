@@ -197,6 +197,8 @@ class Result:
     """Of an index of several: the checkpoint that was asked, or `sum`; None for other indexes."""
     agreements: list[Agreement] = field(default_factory=list)
     """How far the other checkpoints agree; empty where one was named."""
+    search_device: str = "cpu"
+    """Where the search ran: `cpu`, `cuda`, `cuda:1` or `mps`."""
 
     def __repr__(self) -> str:
         """Return one line: the answer, the number and direction of the matches, and the first score."""

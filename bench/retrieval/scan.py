@@ -113,8 +113,8 @@ def on_gpu(store: Store, queries: np.ndarray) -> dict[str, Callable[[], Any]]:
     for factory in ("Flat", f"IVF{int(len(rows) ** 0.5)},Flat"):
         with store.lock():
             VectorIndex.build(rows, factory=factory, gpu=True)
-        for place, gpu in (("GPU", True), ("CPU", False)):
-            index = VectorIndex.open(rows, gpu=gpu)
+        for place, device in (("GPU", "cuda"), ("CPU", "cpu")):
+            index = VectorIndex.open(rows, device=device)
             methods |= {f"{factory} on the {place}, {name}": partial(index.search, some, 10) for name, some in named}
     return methods
 

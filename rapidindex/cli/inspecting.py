@@ -83,7 +83,7 @@ def index(
             show_default="all",
         ),
     ] = None,
-    gpu: Annotated[bool, opt.in_search("--gpu", help="Build and search on the GPU (flat and IVF).")] = False,
+    gpu: Annotated[bool, opt.in_search("--gpu", help="Build on the GPU (flat and IVF).")] = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:

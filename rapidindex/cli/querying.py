@@ -154,6 +154,8 @@ def query(
     encoded, failed = _encode_each(index, asked, options, queries)
     answers = _answer(index, list(encoded.values()), options, colours if as_text else None, quiet)
     results = dict(zip(encoded, answers, strict=True))
+    if device.startswith("cuda") and (why := getattr(index, "not_on_gpu", None)) and not quiet:
+        say(f"The search ran on the CPU: {why}.")
     first = next(iter(results.values()), None)
     if first and (missing := wording.unfinished(first)):
         say(f"{missing} Give its rapidindex build command again to search them all.")

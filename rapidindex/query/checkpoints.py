@@ -205,7 +205,8 @@ class _Sum(Index):
             for number, own in enumerate(live_scores(rows, vectors, device=index._search_device)):
                 scores[rows.live_mask] = own
                 sums[number] += weight * scores[self._rows_at(level)[name][live]]
-        return ranked(live, sums, len(queries), k, largest=largest, started=started)
+        device = next(index._search_device for _, index in self._parts.values())
+        return ranked(live, sums, len(queries), k, largest=largest, started=started, device=device)
 
     def _heatmaps(self, candidates: list[Candidate], query: EncodedAt, level: str) -> Iterator[Candidate]:
         parts = []

@@ -56,6 +56,8 @@ class Index:
         """Hears of the gradients of stored examples that a query computes, where an index of embeddings lacks them."""
         self.ray: str | None = None
         """The Ray cluster whose nodes search together, an address as in `BuildConfig.ray`."""
+        self.not_on_gpu: str | None = None
+        """Why the last search index to be opened is searched on the CPU, where the model is on a GPU; else None."""
         self.recipe = Recipe.from_manifest(store.config)
         self._model = model
         if loaded is not None:
@@ -312,6 +314,7 @@ class Index:
             seconds=Seconds(query.seconds, found.search_seconds * share, found.rerank_seconds * share, 0.0),
             summary=found.summaries[number] if found.summaries else None,
             matches=[candidate.match for candidate in first],
+            search_device=found.device,
         )
         return Ranked(number, result)
 
@@ -364,7 +367,8 @@ class Index:
 
     def _vector_index(self, level: str) -> VectorIndex | None:
         if level not in self._vector_indexes:
-            self._vector_indexes[level] = VectorIndex.open(self.rows_of(level))
+            self._vector_indexes[level] = index = VectorIndex.open(self.rows_of(level), device=self._search_device)
+            self.not_on_gpu = index and index.not_on_gpu
         return self._vector_indexes[level]
 
     def _candidates(self, rows: Rows, found: SearchResult, number: int, stored: Stored) -> list[Candidate]:

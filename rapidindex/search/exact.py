@@ -51,6 +51,8 @@ class SearchResult:
     rerank_seconds: float
     summaries: tuple[ScoreSummary, ...] | None
     """The distribution of each query's scores over all live rows; None for `ann`, which does not compute them."""
+    device: str = "cpu"
+    """Where rows were scanned, or FAISS searched, as torch names it."""
 
     def percentiles(self) -> Float32[np.ndarray, "queries k"]:
         """Return the percentage of live rows that score lower, computed from the rank; NaN beside row -1."""
@@ -79,7 +81,7 @@ def exact_search(
     queries = checked_queries(queries, rows.K, k)
     live = np.flatnonzero(rows.live_mask)
     each = _scores_of_all(rows, queries, k, largest, device, threads)
-    return ranked(live, each, len(queries), k, largest=largest, started=started)
+    return ranked(live, each, len(queries), k, largest=largest, started=started, device=device)
 
 
 def ranked(
@@ -90,10 +92,11 @@ def ranked(
     *,
     largest: bool,
     started: float,
+    device: str,
 ) -> SearchResult:
     """Return the k best rows of the numbers `live`, by the scores that each of the queries gives them.
 
-    `started` is when the search began, by `time.perf_counter`.
+    `started` is when the search began, by `time.perf_counter`; `device` is where it ran.
     """
     scores, numbers = padding(queries, k, largest)
     summaries = []
@@ -102,7 +105,7 @@ def ranked(
         scores[query, : len(best)], numbers[query, : len(best)] = all_scores[best], live[best]
         summaries.append(_summary(all_scores))
     seconds = time.perf_counter() - started
-    return SearchResult(scores, numbers, len(live), largest, "exact", 1.0, seconds, 0.0, tuple(summaries))
+    return SearchResult(scores, numbers, len(live), largest, "exact", 1.0, seconds, 0.0, tuple(summaries), device)
 
 
 def scores_of(

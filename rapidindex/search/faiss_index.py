@@ -7,7 +7,9 @@ import hashlib
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ _GPU_MAX_RESULTS = 2048  # FAISS's limit for the results, and the visited lists,
 _HINT = "Try HR,RaBitQ, Flat, SQ8, IVF256,Flat or HNSW32."
 _WRITE_BYTES = 2**22
 _KNOWN = re.compile(r"(HR,)?(IVF\d+[kM]?,)?(Flat|SQ8|SQfp16|RaBitQ)|HNSW\d{1,3}(,Flat|,SQ8)?")
+_ON_GPU = re.compile(r"(IVF\d+[kM]?,)?(Flat|SQ8|SQfp16|PQ\d+(x8)?)")
 _TRIAL_ROWS = (16, 1000)
 TRIAL_SECONDS = 60
 
@@ -50,14 +53,21 @@ def load_faiss() -> Any:
     return faiss
 
 
+def not_on_gpu(factory: str) -> str | None:
+    """Return why FAISS cannot search an index of `factory` on a GPU here; None where it can."""
+    if not _sees_gpu():
+        return "FAISS sees no GPU: that takes its GPU build, pip install 'rapidindex[gpu]'"
+    return None if _ON_GPU.fullmatch(factory) else f"FAISS has flat and IVF indexes on a GPU, and no {factory}"
+
+
 def require_gpu(factory: str) -> None:
     """Raise ResourceError where FAISS sees no GPU, UsageError where FAISS has no such `factory` on a GPU."""
-    if not getattr(load_faiss(), "get_num_gpus", lambda: 0)():
+    if not _sees_gpu():
         raise ResourceError(
             "--gpu needs a GPU and FAISS's GPU build, and this FAISS sees no GPU.",
             hint="Type: pip uninstall faiss-cpu, then pip install 'rapidindex[gpu]'; or leave out --gpu.",
         )
-    if not re.fullmatch(r"(IVF\d+[kM]?,)?(Flat|SQ8|SQfp16|PQ\d+(x8)?)", factory):
+    if not _ON_GPU.fullmatch(factory):
         raise UsageError(
             f"--factory {factory} cannot be used with --gpu: FAISS has flat and IVF indexes on a GPU, but no RaBitQ, "
             "HNSW or FastScan.",
@@ -133,9 +143,12 @@ def _trial(factory: str, dim: int, rows: int) -> None:
 class AnnIndex:
     """FAISS's index of folded rows and their row numbers, searched by inner product. Concurrent searches are safe."""
 
-    def __init__(self, index: Any, *, on_gpu: bool = False, threads: int | None = None) -> None:
-        self._faiss = load_faiss()
-        self._index, self._on_gpu, self._threads = index, on_gpu, threads
+    def __init__(self, index: Any, *, device: str = "cpu", threads: int | None = None) -> None:
+        self._faiss, self.device = load_faiss(), device
+        self._index, self._on_gpu, self._threads = index, device != "cpu", threads
+        self._turn = (
+            threading.Lock() if self._on_gpu else nullcontext()
+        )  # FAISS's GPU indexes take one thread at a time
         self._inner = _inner(self._faiss, index)
         self._ivf = self._inner if hasattr(self._inner, "nprobe") else None
 
@@ -153,24 +166,41 @@ class AnnIndex:
             index = inner = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
         if not hasattr(inner, "nprobe") and not isinstance(index, faiss.IndexIDMap):
             index = faiss.IndexIDMap(index)  # only IVF indexes store row numbers themselves
-        return cls(index, on_gpu=gpu, threads=threads)
+        return cls(index, device="cuda" if gpu else "cpu", threads=threads)
 
     @classmethod
-    def load(cls, path: Path, *, gpu: bool = False, to_add: bool = False, threads: int | None = None) -> "AnnIndex":
-        """Load the file that `save` wrote, memory-mapped unless rows are `to_add` or it goes to the GPU.
+    def load(cls, path: Path, *, to_add: bool = False, threads: int | None = None) -> "AnnIndex":
+        """Load the file that `save` wrote, memory-mapped unless rows are `to_add`.
 
         Raises DamagedIndex where FAISS cannot read it.
         """
         faiss = load_faiss()
-        flags = 0 if to_add or gpu else getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
+        flags = 0 if to_add else getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
         try:
             index = faiss.read_index(str(path), flags)
         except RuntimeError as error:
             hint = f"Type `rapidindex index {index_of(path)}`."
             raise DamagedIndex(f"{path} cannot be read ({_in_short(error)}).", hint=hint) from error
-        if gpu:
-            index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
-        return cls(index, on_gpu=gpu, threads=threads)
+        return cls(index, threads=threads)
+
+    def on_gpu(self, device: str) -> "AnnIndex":
+        """Return a copy on the GPU named `cuda:N`; for `cuda` on all GPUs, each with a part of the rows.
+
+        Raises ResourceError where it does not fit.
+        """
+        faiss, number = self._faiss, device.partition(":")[2]
+        try:
+            if number:
+                copy = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), int(number), self._index)
+            else:
+                options = faiss.GpuMultipleClonerOptions()
+                options.shard = True
+                copy = faiss.index_cpu_to_all_gpus(self._index, options)
+        except RuntimeError as error:
+            raise ResourceError(f"FAISS cannot copy the index to {device} ({_in_short(error)}).") from error
+        moved = AnnIndex(copy, device=device, threads=self._threads)
+        moved._inner, moved._ivf = self._inner, self._ivf  # what an index in parts does not tell
+        return moved
 
     def __len__(self) -> int:
         return self._index.ntotal
@@ -225,7 +255,8 @@ class AnnIndex:
         if self._threads:
             self._faiss.omp_set_num_threads(self._threads)  # holds for this thread alone
         count = min(count, _GPU_MAX_RESULTS if self._on_gpu else len(self))
-        return self._index.search(folded, count, params=self._parameters(count, lists))
+        with self._turn:
+            return self._index.search(folded, count, params=self._parameters(count, lists))
 
     def save(self, path: Path) -> tuple[int, str]:
         """Write the index to `path`, whole or not at all, and return the file's size in bytes and its SHA-256.
@@ -255,6 +286,10 @@ class AnnIndex:
             raise UsageError(
                 f"This --factory does not work on these rows: FAISS says: {_in_short(error)}.", hint=_HINT
             ) from error
+
+
+def _sees_gpu() -> bool:
+    return getattr(load_faiss(), "get_num_gpus", lambda: 0)() > 0
 
 
 def _make(factory: str, dim: int) -> Any:

@@ -41,7 +41,7 @@ from rapidindex.search.exact import (
     to_float32,
     top,
 )
-from rapidindex.search.faiss_index import AnnIndex, check_factory, load_faiss, require_gpu
+from rapidindex.search.faiss_index import AnnIndex, check_factory, load_faiss, not_on_gpu, require_gpu
 from rapidindex.search.metadata import IndexMetadata
 from rapidindex.store import ANN, Rows
 
@@ -85,6 +85,8 @@ class VectorIndex:
         threads: int | None = None,
     ) -> None:
         self.rows, self.metadata = rows, metadata
+        self.not_on_gpu: str | None = None
+        """Why the index is searched on the CPU, where a GPU was asked for; else None."""
         self._ann: Any = ann
         self._device, self._threads = device, threads
 
@@ -127,23 +129,27 @@ class VectorIndex:
         return index._publish()
 
     @classmethod
-    def open(cls, rows: Rows, *, gpu: bool = False, threads: int | None = None) -> "VectorIndex | None":
+    def open(cls, rows: Rows, *, device: str = "cpu", threads: int | None = None) -> "VectorIndex | None":
         """Open the index in the folder of `rows`; None where there is none. It may lack some of the rows: see `stale`.
 
+        With a `device` of `cuda` or `cuda:N` it is searched there, where FAISS can; else `not_on_gpu` says why not.
         Raises DamagedIndex where its files were changed, StoreError where they cannot be read, ResourceError where
-        FAISS or the GPU is missing.
+        FAISS is missing.
         """
         metadata = IndexMetadata.read(rows.path)
         if metadata is None:
             return None
-        device = _device(metadata.factory, gpu)
         try:
-            ann = _load(rows, metadata, gpu=gpu, threads=threads)
+            ann = _load(rows, metadata, threads=threads)
         except DamagedIndex:
             if IndexMetadata.read(rows.path) == metadata:
                 raise
-            return cls.open(rows, gpu=gpu, threads=threads)  # a writer replaced both files after the metadata was read
-        return cls(rows, metadata, ann, device=device, threads=threads)
+            return cls.open(rows, device=device, threads=threads)  # a writer replaced both after the metadata was read
+        scanning = device if torch.cuda.is_available() or not device.startswith("cuda") else "cpu"
+        index = cls(rows, metadata, ann, device=scanning, threads=threads)
+        if ann is not None and device.startswith("cuda"):
+            index._move(ann, device)
+        return index
 
     @classmethod
     def update(
@@ -207,7 +213,8 @@ class VectorIndex:
                 return scan
             scores[pending], numbers[pending] = scan.scores, scan.rows
             seconds[1] += scan.search_seconds
-        return SearchResult(scores, numbers, live, largest, "ann", calibration.recall(k), *seconds.tolist(), None)
+        recall = calibration.recall(k)
+        return SearchResult(scores, numbers, live, largest, "ann", recall, *seconds.tolist(), None, self._ann.device)
 
     @property
     def stale(self) -> str | None:
@@ -221,6 +228,15 @@ class VectorIndex:
     def describe(self) -> dict[str, Any]:
         """Return the metadata as plain data; see `IndexMetadata.describe`."""
         return self.metadata.describe(self.rows)
+
+    def _move(self, ann: AnnIndex, device: str) -> None:
+        """Have FAISS search on the GPU, or note why it does not."""
+        self.not_on_gpu = not_on_gpu(self.metadata.factory)
+        if self.not_on_gpu is None:
+            try:
+                self._ann = ann.on_gpu(device)
+            except ResourceError as error:
+                self.not_on_gpu = str(error).rstrip(".")
 
     def _scan(self, queries: np.ndarray, k: int, largest: bool) -> SearchResult:
         return exact_search(self.rows, queries, k, largest=largest, device=self._device, threads=self._threads)
@@ -354,14 +370,12 @@ def _lengths(queries: Float32[np.ndarray, "queries K"]) -> Float64[np.ndarray, "
     return np.where(lengths > 0, lengths, 1.0)
 
 
-def _load(
-    rows: Rows, metadata: IndexMetadata, *, gpu: bool = False, to_add: bool = False, threads: int | None = None
-) -> AnnIndex | None:
+def _load(rows: Rows, metadata: IndexMetadata, *, to_add: bool = False, threads: int | None = None) -> AnnIndex | None:
     """Load FAISS's file; None where the metadata names none. Raises DamagedIndex where it is not what was written."""
     if not metadata.file:
         return None
     metadata.verify(rows.path)  # FAISS may crash on a changed file, or search it as if nothing had happened
-    ann = AnnIndex.load(rows.path / metadata.file, gpu=gpu, to_add=to_add, threads=threads)
+    ann = AnnIndex.load(rows.path / metadata.file, to_add=to_add, threads=threads)
     if ann.dim != metadata.dim or len(ann) > metadata.rows:
         raise metadata.damaged(rows.path, f"it holds {len(ann):,} rows of {ann.dim:,} entries")
     return ann

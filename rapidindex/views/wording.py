@@ -114,11 +114,12 @@ def folded(result: Result, every: bool = False) -> tuple[list[Match], list[Match
 
 
 def search(result: Result) -> str:
-    """Return how the search went: exhaustive, or approximate with its recall."""
+    """Return how the search went: exhaustive, or approximate with its recall; and where, if not on the CPU."""
+    where = "" if result.search_device == "cpu" else f" on {result.search_device}"
     if result.search == "exact":
-        return "exhaustive search"
+        return f"exhaustive search{where}"
     recall = "recall not measured" if result.recall is None else f"recall {result.recall:.3f} measured"
-    return f"approximate search, {recall}"
+    return f"approximate search{where}, {recall}"
 
 
 def verdict(result: Result) -> str:

@@ -13,7 +13,7 @@ from rapidindex.errors import DamagedIndex, QueryError, ResourceError, UsageErro
 from rapidindex.search import metadata
 from rapidindex.search.calibration import KINDS, calibrate, draw_held_out
 from rapidindex.search.exact import exact_search
-from rapidindex.search.faiss_index import check_factory
+from rapidindex.search.faiss_index import check_factory, not_on_gpu
 from rapidindex.search.vector_index import (
     EXACT_MAX_ENTRIES,
     VectorIndex,
@@ -461,8 +461,43 @@ def test_a_gpu_index_finds_what_the_cpu_finds(store, queries, factory):
         pytest.skip("FAISS sees no GPU")
     rows = store.rows("sentence")
     VectorIndex.build(rows, factory=factory, dim=DIM, target_recall=0.95, gpu=True)
-    on_gpu, on_cpu = (VectorIndex.open(rows, gpu=gpu).search(queries, 10) for gpu in (True, False))
-    assert share_found(on_gpu, on_cpu) >= 0.99
+    on_gpu, on_cpu = (VectorIndex.open(rows, device=device).search(queries, 10) for device in ("cuda", "cpu"))
+    assert share_found(on_gpu, on_cpu) >= 0.99 and (on_gpu.device, on_cpu.device) == ("cuda", "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat"])
+def test_an_index_in_parts_on_all_gpus_finds_what_one_gpu_finds(store, queries, factory):
+    faiss = pytest.importorskip("faiss")
+    if getattr(faiss, "get_num_gpus", lambda: 0)() < 2:
+        pytest.skip("FAISS sees no two GPUs")
+    rows = store.rows("sentence")
+    VectorIndex.build(rows, factory=factory, dim=DIM, target_recall=0.95)
+    on_all, on_one = (VectorIndex.open(rows, device=device).search(queries, 10) for device in ("cuda", "cuda:0"))
+    np.testing.assert_array_equal(on_all.rows, on_one.rows)
+
+
+@pytest.mark.parametrize(("factory", "why"), [("Flat", "GPU"), ("HR,RaBitQ", "GPU"), ("exact", None)])
+def test_where_faiss_has_no_gpu_the_cpu_is_searched_and_the_reason_known(store, queries, factory, why):
+    import faiss
+
+    if getattr(faiss, "get_num_gpus", lambda: 0)():
+        pytest.skip("there is a GPU")
+    rows = store.rows("sentence")
+    VectorIndex.build(rows, factory=factory, dim=DIM, target_recall=0.9)
+    asked, plain = (VectorIndex.open(rows, device=device) for device in ("cuda", "cpu"))
+    assert plain.not_on_gpu is None and (why in asked.not_on_gpu if why else asked.not_on_gpu is None)
+    found = asked.search(queries, 10)
+    np.testing.assert_array_equal(found.rows, plain.search(queries, 10).rows)
+    assert found.device == "cpu"
+
+
+def test_factories_that_faiss_has_on_no_gpu_are_named(monkeypatch):
+    import faiss
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    assert all(not_on_gpu(factory) is None for factory in ("Flat", "SQ8", "IVF16,Flat", "IVF1k,PQ8"))
+    assert all(factory in not_on_gpu(factory) for factory in ("HR,RaBitQ", "HNSW32"))
 
 
 # Growing

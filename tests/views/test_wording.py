@@ -24,6 +24,13 @@ def test_a_first_score_far_from_all_others_stands_out():
     assert wording.distance(result, result.matches[0]) == "6.7 σ"
 
 
+def test_a_search_on_a_gpu_says_so():
+    assert wording.search(shown.result()) == "exhaustive search"
+    assert wording.search(shown.result(search_device="cuda")) == "exhaustive search on cuda"
+    approximate = shown.result(search="ann", recall=0.991, search_device="cuda:1")
+    assert wording.search(approximate) == "approximate search on cuda:1, recall 0.991 measured"
+
+
 @pytest.mark.parametrize(
     ("share", "whole", "text"), [(3.3, 3.0, "+110 %"), (-0.2, -2.0, "-10 %"), (0.1, 0.0, "+0.1000")]
 )
