@@ -80,6 +80,8 @@ def test_axe_finds_nothing_wrong(visit, file, theme, size):
     for tab in ("Proponents (6)", "Opponents (6)"):
         page.get_by_role("tab", name=tab).click()
         page.eval_on_selector_all("details", "all => all.forEach((details) => details.open = true)")
+        page.get_by_role("button", name="Mark").filter(visible=True).first.click()
+        page.get_by_label("Filter").fill("yoga" if "Pro" in tab else "nothing like it")
         checked = Axe().run(page)
         assert checked.violations_count == 0, checked.generate_report()
 
@@ -137,8 +139,9 @@ def test_the_keyboard_reaches_the_switches_and_every_token(visit, file):
     press("ArrowRight")
     assert page.locator("#panel2").is_visible() and page.locator("#panel1").is_hidden()
     press("ArrowLeft")
-    press("Tab")
-    assert 'href="#match-1"' in focused()
+    for part in ('id="filter"', "Copy remove command", 'href="#match-1"', "Mark", "Copy id"):
+        press("Tab")
+        assert part in focused()
     press("Tab")
     assert "Response of proponent 1, 25 tokens" in focused()
     for position in range(3):
@@ -163,6 +166,63 @@ def test_arrows_follow_the_direction_of_the_text(visit, file):
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")  # the first word has two tokens
     assert "token 2" in page.locator("#tip").text_content()
+
+
+def sifted(page, text):
+    """The ids of the matches that are visible after `text` is typed into the filter."""
+    page.get_by_label("Filter").fill(text)
+    return page.eval_on_selector_all(".match", "all => all.filter((one) => one.checkVisibility()).map((one) => one.id)")
+
+
+def test_matches_are_sifted_by_text_and_by_column_in_both_directions(visit, tmp_path):
+    matches = [replace(match, score=match.score / (1 if match.rank < 5 else 4)) for match in shown.result().matches]
+    path = tmp_path / "report.html"
+    path.write_text(html.page(shown.result(matches=matches), shown.result("opponents"), ""), encoding="utf-8")
+    page = visit(path)
+    said = page.locator("#fits")
+    assert sifted(page, "") == [f"match-{rank}" for rank in range(1, 5)] and said.text_content() == ""
+    assert sifted(page, "KYOTO") == ["match-1"]
+    assert said.text_content() == "1 of 6 matches fit “KYOTO”."
+    assert sifted(page, "line=7") == ["match-2"]
+    assert sifted(page, "perturbed=true") == [f"match-{rank}" for rank in (1, 4, 5, 6)]  # what is folded is opened
+    assert sifted(page, 'src=x onerror="') == ["match-2"]  # no column has that name
+    assert sifted(page, "nowhere") == [] and page.locator(".folded").first.is_hidden()
+    page.get_by_role("tab", name="Opponents").click()
+    assert sifted(page, "kyoto") == ["opponent-1"] and "1 of 6" in said.text_content()
+    page.evaluate("location.hash = 'match-4'")
+    page.locator("#match-4").wait_for(state="visible")
+    assert page.get_by_label("Filter").input_value() == ""
+    sifted(page, "kyoto")
+    page.emulate_media(media="print")
+    assert page.locator(".match").filter(visible=True).count() == 2 and said.is_visible()
+
+
+def test_ids_and_the_remove_command_are_copied(visit, file):
+    page = visit(file, permissions=["clipboard-read", "clipboard-write"])
+    pasted, ids = (lambda: page.evaluate("navigator.clipboard.readText()")), [f"{n:016x}" for n in range(1, 7)]
+    command = page.get_by_role("button", name="Copy remove command")
+    page.get_by_role("button", name="Copy id of proponent 2").click()
+    page.get_by_text(f"Copied {ids[1]}.").wait_for()
+    assert pasted() == ids[1]
+    command.click()
+    page.get_by_text("in the place of INDEX").wait_for()
+    assert pasted() == "rapidindex remove INDEX " + " ".join(f"--ids {id}" for id in ids)
+    for rank in (3, 1, 6, 6):
+        page.get_by_role("button", name=f"Mark proponent {rank}").press("Space")
+    assert command.text_content() == "Copy remove command: 2 marked"
+    assert page.locator("[aria-pressed=true]").count() == 2
+    page.evaluate("document.getElementById('said').textContent = ''")
+    command.press("Enter")
+    page.get_by_text("in the place of INDEX").wait_for()
+    assert pasted() == f"rapidindex remove INDEX --ids {ids[2]} --ids {ids[0]}"
+
+
+def test_where_the_browser_does_not_let_it_copy_the_text_is_there_to_be_taken(visit, file):
+    page = visit(file)
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('no')); }")
+    page.get_by_role("button", name="Copy id of proponent 1").click()
+    page.locator("#said", has_text="0000000000000001").wait_for()
+    assert page.evaluate("getSelection().toString()") == "0000000000000001"
 
 
 def test_without_script_both_directions_and_the_shares_are_there(visit, file):

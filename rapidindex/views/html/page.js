@@ -54,7 +54,76 @@ function choose(number) {
     panels[i].classList.toggle("off", i !== number);
   });
   hide();
+  sift();
 }
+
+// Matches are sifted by text, or by the value of a column as `column=value`; what is marked or shown can be copied.
+const filter = document.getElementById("filter"), command = document.getElementById("command"), marked = new Set();
+const lower = (element) => element.textContent.trim().toLowerCase();
+const matches = all(".match").map((match) => {
+  const columns = all(":scope > .facts > div", match).map((pair) => [...pair.children].map(lower));
+  const texts = all(":scope > .text, :scope > .heat", match).map(lower);
+  return {match, columns, id: match.querySelector(".id").textContent, text: [...texts, ...columns.map(([, value]) => value)].join("\n")};
+});
+const here = () => matches.filter(({match}) => !match.closest(".off"));
+const chosen = () => [...new Set(marked.size ? marked : here().filter(({match}) => match.checkVisibility()).map(({id}) => id))];
+
+function sift() {
+  const wanted = filter.value.trim().toLowerCase();
+  let [, column, value] = wanted.match(/^([^=\s]+)=(.*)$/) ?? [];
+  if (!matches.some(({columns}) => columns.some(([name]) => name === column))) column = null;
+  const fits = ({columns, text}) => column ? columns.some((pair) => pair[0] === column && pair[1] === value.trim()) : text.includes(wanted);
+  matches.forEach((one) => { one.match.hidden = !fits(one); });
+  all(".folded").forEach((folded) => {
+    folded.hidden = !all(".match", folded).some((match) => !match.hidden);
+    if (wanted) folded.open = true;
+  });
+  const left = here().filter(({match}) => !match.hidden).length;
+  document.getElementById("fits").textContent = wanted ? `${left} of ${here().length} matches fit “${filter.value.trim()}”.` : "";
+  count();
+}
+function count() {
+  const ids = chosen();
+  command.textContent = `Copy remove command: ${ids.length} ${marked.size ? "marked" : "shown"}`;
+  command.disabled = !ids.length;
+}
+async function copy(text, note) {
+  const said = document.getElementById("said");
+  try {
+    await navigator.clipboard.writeText(text);
+    said.textContent = note;
+  } catch {  // the browser does not let a page of a file copy: the reader can
+    said.textContent = text;
+    getSelection().selectAllChildren(said);
+  }
+}
+function action(text, hidden, click) {
+  const made = document.createElement("button"), rest = document.createElement("span");
+  made.type = "button";
+  rest.className = "hidden";
+  rest.textContent = hidden;
+  made.append(text, rest);
+  made.addEventListener("click", click);
+  return made;
+}
+matches.forEach(({match, id}) => {
+  const name = " " + lower(match.querySelector(".rank")), tools = document.createElement("p");
+  const mark = action("Mark", name, () => {
+    if (!marked.delete(id)) marked.add(id);
+    mark.setAttribute("aria-pressed", marked.has(id));
+    count();
+  });
+  mark.setAttribute("aria-pressed", false);
+  tools.className = "tools";
+  tools.append(mark, action("Copy id", " of" + name, () => copy(id, `Copied ${id}.`)));
+  match.querySelector(":scope > .facts").after(tools);
+});
+filter.addEventListener("input", sift);
+command.addEventListener("click", () => copy(`rapidindex remove INDEX ${chosen().map((id) => `--ids ${id}`).join(" ")}`, "Copied: put the index’s folder in the place of INDEX."));
+all(".folded").forEach((folded) => folded.addEventListener("toggle", count));
+document.getElementById("tools").hidden = false;
+sift();
+
 if (tabs.length) {
   document.getElementById("tabs").hidden = false;
   panels.forEach((panel, i) => { panel.setAttribute("role", "tabpanel"); panel.setAttribute("aria-labelledby", tabs[i].id); });
@@ -77,6 +146,7 @@ function reveal() {
   const match = location.hash && document.getElementById(location.hash.slice(1));
   if (!match || !match.matches(".match")) return;
   if (tabs.length) choose(panels.indexOf(match.closest(".panel")));
+  if (match.hidden) { filter.value = ""; sift(); }
   const closed = match.closest("details");
   if (closed) closed.open = true;
   match.scrollIntoView();
