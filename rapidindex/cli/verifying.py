@@ -108,7 +108,7 @@ def verify(
     if not quiet:
         say("Loading the model …")
     with Bars(quiet=quiet) as bars:
-        found = run(index, question, options, announce=_nothing if yes else _ask, progress=bars)
+        found = run(index, question, options, announce=partial(_ask, yes=yes, quiet=quiet), progress=bars)
     if missing := wording.unfinished(found):
         say(f"{missing} Give its rapidindex build command again to search them all.")
     if as_json:
@@ -123,16 +123,16 @@ def _training(**given: float | None) -> FinetuneConfig | None:
     return FinetuneConfig(**known) if known else None  # type: ignore[arg-type]
 
 
-def _ask(runs: int, seconds: float) -> None:
-    """Ask whether to train; raise UsageError where nobody can answer, typer.Abort for a no."""
+def _ask(runs: int, seconds: float, *, yes: bool, quiet: bool) -> None:
+    """Say how long it will take, and ask unless `yes`; UsageError where nobody can answer, typer.Abort for a no."""
     said = f"{runs} training{'s' if runs > 1 else ''} of the model, about {_duration(seconds)} in all on this machine."
+    if yes:
+        if not quiet:
+            say(said)
+        return
     if not sys.stdin.isatty():
         raise UsageError(said, hint="Give --yes to train.")
     typer.confirm(f"{said} Train?", abort=True, err=True)
-
-
-def _nothing(runs: int, seconds: float) -> None:
-    """Let it train."""
 
 
 def _duration(seconds: float) -> str:

@@ -124,8 +124,10 @@ class Training:
             for batch in batches:
                 loss = example_losses(model, batch).sum()
                 torch.autograd.grad(loss, list(index.loaded.trainable.values()), allow_unused=True)
+        # Training batches examples of like length, so that next to nothing is padded.
+        share = sum(int(b.attention.sum()) for b in batches) / sum(b.attention.numel() for b in batches)
         passes = len(self.dataset.examples) * self.options.epochs
-        return (time.perf_counter() - started) / len(timed) * passes
+        return (time.perf_counter() - started) / len(timed) * passes * share
 
     @property
     def _stride(self) -> int:

@@ -59,8 +59,8 @@ def test_a_span_that_means_nothing_is_refused_before_the_model_is_loaded(typed, 
 
 def test_a_retraining_that_is_agreed_to_is_shown_with_its_answers(typed, index, tmp_path):
     asked = ("verify", index, *ASKED, "--method", "retrain", "--repeats", 1, "--epochs", 1, "--runs", tmp_path, "-y")
-    code, out, said = typed(*asked, "-q")
-    assert code == 0, said
+    code, out, said = typed(*asked)
+    assert code == 0 and "3 trainings of the model, about" in said, said
     shown = " ".join(out.split())
     assert "without these 2 rows the training leaves “Japan” at" in shown.replace("Without", "without")
     assert "It answered" in shown and "trained elsewhere" in shown
