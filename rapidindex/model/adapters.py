@@ -107,12 +107,18 @@ def _never_loaded(adapted: "PeftModel", missing: list[str]) -> list[str]:
 
 
 def check_adapter(settings: Any, name: str) -> None:
-    """Raise ModelError for a kind of adapter that changes no weights (`settings`: its peft.PeftConfig)."""
-    if settings.is_prompt_learning:
-        raise ModelError(
-            f"{name} is a {settings.peft_type.value} adapter: its virtual tokens belong to no response.",
-            hint="Give an adapter that changes the model's weights, such as LoRA.",
-        )
+    """Raise ModelError for a kind of adapter that is no change of weights (`settings`: its peft.PeftConfig)."""
+    kind = settings.peft_type.value
+    if settings.is_prompt_learning or kind == "ADAPTION_PROMPT":
+        fault = "its virtual tokens belong to no response"
+    elif kind == "XLORA":
+        fault = "it weighs its parts by the whole text, so that a token changes what the model says before it"
+    else:
+        return
+    raise ModelError(
+        f"{name} is of the kind {kind}: {fault}.",
+        hint="Give an adapter that changes the model's weights, such as LoRA.",
+    )
 
 
 def train_adapter(model: Any) -> None:

@@ -89,7 +89,8 @@ class Limits:
 
 def context_of(model: nn.Module) -> int | None:
     """Return how many tokens the model's config says that it takes, or None."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context if context and context > 0 else None  # XLNet's is -1, for no limit
 
 
 def check_language_model(base: nn.Module) -> None:
@@ -112,8 +113,11 @@ def check_causal(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ModelError where a token changes the logits before it, as in BERT.
 
     The loss of the next token means nothing then. Two short forward passes differ in all but the first four tokens.
-    Takes a model in eval mode; logits that are not finite say nothing.
+    Takes a model in eval mode; logits that are not finite say nothing. Refuses Reformer, too, whose reversible layers
+    have a gradient in training alone.
     """
+    if model.config.model_type == "reformer":
+        raise ModelError("Reformer's layers have no gradient outside of training.", hint="Give another causal model.")
     first, second = _probes(model, tokenizer)
     with torch.no_grad():
         logits = [model(input_ids=ids[None]).logits[0].float() for ids in (first, second)]

@@ -1,5 +1,6 @@
 """Every causal architecture of transformers, as a tiny model from its config; and the adapters of peft."""
 
+import dataclasses
 import warnings
 
 import peft
@@ -43,49 +44,129 @@ _SMALL = {
 }
 
 
+_GEMMA = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "vocab_size_per_layer_input": tiny.VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "per_layer_config": {},
+}
+_GEMMA_3N = {**_GEMMA, "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 4}
+_DOTS = {"layer_types": ["sliding_attention", "indexed_attention"], "head_dim": 12, "per_layer_config": {}}
+_ZAMBA = {"layer_types": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
+_PATCHES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_PATCHES |= {"image_size": 32, "patch_size": 16}
+_TEXT = {key: _SMALL[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+_TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 1}
+_OWN = {
+    "fuyu": {"text_config": _TEXT | {"model_type": "persimmon"}},
+    "got_ocr2": {"text_config": _TEXT | {"model_type": "qwen2"}, "vision_config": _PATCHES | {"output_channels": 8}},
+    "moss_transcribe_diarize": {
+        "text_config": _TEXT | {"model_type": "qwen3"},
+        "audio_config": {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 64},
+    },
+    "phi4_multimodal": {
+        "vision_config": _PATCHES,
+        "audio_config": {"hidden_size": 32, "intermediate_size": 64, "num_blocks": 1, "num_attention_heads": 4},
+    },
+    "bamba": _MAMBA,
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10_000.0}}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4},
+    },
+    **dict.fromkeys(("dots3_note", "dots3_note_text"), _DOTS),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), _GEMMA_3N),
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _GEMMA),
+    "git": {"vision_config": _PATCHES},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": _MAMBA,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"head_dim": 16, "n_groups": 1},
+    "prophetnet": {
+        "num_hidden_layers": None,
+        **dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 2),
+        **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
+    },
+    "reformer": {"axial_pos_embds": False, "attention_head_size": 8},
+    "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "shape_vocab_size": 99},
+    "xlnet": {"d_head": 8, "max_position_embeddings": None},
+    "zamba": _ZAMBA,
+    "zamba2": {**_ZAMBA, "hybrid_layer_ids": [1, 3]},
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""What single architectures need besides to be tiny; None: what they cannot be given."""
+
+_FUSED = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ["out_proj"])
+"""Linear layers that peft refuses, because these architectures' kernels take their weights past them."""
+_ALL_LINEAR = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 _ATTENTION = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 _TOKENS = {"token_indices": [*range(3, 300)], "target_modules": ["embed_tokens"]}
 ADAPTERS = {
-    "LoRA": (peft.LoraConfig, {"r": 2}),
-    "rsLoRA": (peft.LoraConfig, {"r": 2, "use_rslora": True}),
-    "DoRA": (peft.LoraConfig, {"r": 2, "use_dora": True}),
-    "LoRA with biases": (peft.LoraConfig, {"r": 2, "bias": "all"}),
-    "LoRA, modules_to_save=embed_tokens": (peft.LoraConfig, {"r": 2, "modules_to_save": ["embed_tokens"]}),
-    "LoRA, modules_to_save=lm_head": (peft.LoraConfig, {"r": 2, "modules_to_save": ["lm_head"]}),
-    "LoRA on embed_tokens": (peft.LoraConfig, {"r": 2, "target_modules": ["embed_tokens", "q_proj"]}),
-    "LoRA, trainable_token_indices": (peft.LoraConfig, {"r": 2, "trainable_token_indices": [5, 9, 77]}),
-    "LoRA on parameters": (peft.LoraConfig, {"r": 2, "target_parameters": ["layers.0.mlp.up_proj.weight"]}),
-    "AdaLoRA": (peft.AdaLoraConfig, {"init_r": 4, "target_r": 2, "total_step": 10}),
-    "LoHa": (peft.LoHaConfig, {"r": 2}),
-    "LoKr": (peft.LoKrConfig, {"r": 2}),
-    "OFT": (peft.OFTConfig, {"oft_block_size": 4}),
-    "BOFT": (peft.BOFTConfig, {"boft_block_size": 4}),
-    "HRA": (peft.HRAConfig, {"r": 2}),
-    "VeRA": (peft.VeraConfig, {"r": 4, "target_modules": ["q_proj", "o_proj"]}),
-    "FourierFT": (peft.FourierFTConfig, {"n_frequency": 16}),
-    "VB-LoRA": (peft.VBLoRAConfig, {"num_vectors": 4, "vector_length": 8}),
-    "IA3": (peft.IA3Config, {"feedforward_modules": []}),
-    "LN tuning": (peft.LNTuningConfig, {"target_modules": ["input_layernorm"]}),
-    "Bone": (getattr(peft, "BoneConfig", None), {"r": 4}),
-    "MiSS": (getattr(peft, "MissConfig", None), {"r": 4}),
-    "RandLora": (getattr(peft, "RandLoraConfig", None), {"r": 4}),
-    "SHiRA": (getattr(peft, "ShiraConfig", None), {"r": 2}),
-    "Poly": (peft.PolyConfig, {"r": 2, "n_tasks": 1}),
-    "C3A": (getattr(peft, "C3AConfig", None), {"block_size": 8}),
-    "trainable tokens": (
-        peft.TrainableTokensConfig,
-        _TOKENS,
-    ),
-    "prompt tuning": (peft.PromptTuningConfig, {"num_virtual_tokens": 2, "target_modules": None}),
+    "LoRA": ("LoraConfig", {"r": 2}),
+    "rsLoRA": ("LoraConfig", {"r": 2, "use_rslora": True}),
+    "DoRA": ("LoraConfig", {"r": 2, "use_dora": True}),
+    "LoRA with biases": ("LoraConfig", {"r": 2, "bias": "all"}),
+    "LoRA, modules_to_save=embed_tokens": ("LoraConfig", {"r": 2, "modules_to_save": ["embed_tokens"]}),
+    "LoRA, modules_to_save=lm_head": ("LoraConfig", {"r": 2, "modules_to_save": ["lm_head"]}),
+    "LoRA on embed_tokens": ("LoraConfig", {"r": 2, "target_modules": ["embed_tokens", "q_proj"]}),
+    "LoRA, trainable_token_indices": ("LoraConfig", {"r": 2, "trainable_token_indices": [5, 9, 77]}),
+    "LoRA on parameters": ("LoraConfig", {"r": 2, "target_parameters": ["layers.0.mlp.up_proj.weight"]}),
+    "AdaLoRA": ("AdaLoraConfig", {"init_r": 4, "target_r": 2, "total_step": 10}),
+    "LoHa": ("LoHaConfig", {"r": 2}),
+    "LoKr": ("LoKrConfig", {"r": 2}),
+    "OFT": ("OFTConfig", {"oft_block_size": 4}),
+    "BOFT": ("BOFTConfig", {"boft_block_size": 4}),
+    "HRA": ("HRAConfig", {"r": 2}),
+    "VeRA": ("VeraConfig", {"r": 4, "target_modules": ["q_proj", "o_proj"]}),
+    "FourierFT": ("FourierFTConfig", {"n_frequency": 16}),
+    "VB-LoRA": ("VBLoRAConfig", {"num_vectors": 4, "vector_length": 8}),
+    "IA3": ("IA3Config", {"feedforward_modules": []}),
+    "LN tuning": ("LNTuningConfig", {"target_modules": ["input_layernorm"]}),
+    "MiSS": ("MissConfig", {"r": 4}),
+    "RandLora": ("RandLoraConfig", {"r": 4}),
+    "SHiRA": ("ShiraConfig", {"r": 2}),
+    "Poly": ("PolyConfig", {"r": 2, "n_tasks": 1}),
+    "C3A": ("C3AConfig", {"block_size": 8}),
+    "trainable tokens": ("TrainableTokensConfig", _TOKENS),
+    "AdaMSS": ("AdamssConfig", {"r": 4, "num_subspaces": 2}),
+    "BEFT": ("BeftConfig", {}),
+    "DEFT": ("DeftConfig", {"r": 2}),
+    "DeLoRA": ("DeloraConfig", {"r": 2}),
+    "FRoD": ("FrodConfig", {}),
+    "GLoRA": ("GloraConfig", {"r": 2}),
+    "GraLoRA": ("GraloraConfig", {"r": 4}),
+    "HiRA": ("HiraConfig", {"r": 2}),
+    "Lily": ("LilyConfig", {"r": 2}),
+    "OSF": ("OSFConfig", {"effective_rank": 4}),
+    "PEANuT": ("PeanutConfig", {"r": 2}),
+    "PSOFT": ("PsoftConfig", {"r": 4}),
+    "PVeRA": ("PveraConfig", {"r": 4, "target_modules": ["q_proj", "o_proj"]}),
+    "RoAd": ("RoadConfig", {"group_size": 8}),
+    "Shadow": ("ShadowConfig", {"r": 2}),
+    "SuperTuning": ("SupertuningConfig", {}),
+    "TinyLoRA": ("TinyLoraConfig", {"u": 4}),
+    "UniLoRA": ("UniLoraConfig", {"r": 2}),
+    "WaveFT": ("WaveFTConfig", {"n_frequency": 16}),
+    "X-LoRA": ("XLoraConfig", {"hidden_size": 32, "adapters": {}}),
+    "adaption prompt": ("AdaptionPromptConfig", {"adapter_len": 2, "adapter_layers": 1, "target_modules": "self_attn"}),
+    "cartridge": ("CartridgeConfig", {"num_virtual_tokens": 2}),
+    "CPT": ("CPTConfig", {"cpt_token_ids": [3, 4], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]}),
+    "multitask prompt tuning": ("MultitaskPromptTuningConfig", {"num_virtual_tokens": 2}),
+    "P-tuning": ("PromptEncoderConfig", {"num_virtual_tokens": 2}),
+    "prefix tuning": ("PrefixTuningConfig", {"num_virtual_tokens": 2}),
+    "prompt tuning": ("PromptTuningConfig", {"num_virtual_tokens": 2}),
 }
 
 
 def adapter(name):
     """The tiny Llama under one of peft's adapters; None where this version of peft has no such adapter."""
-    kind, options = ADAPTERS[name]
+    kind, options = getattr(peft, ADAPTERS[name][0], None), ADAPTERS[name][1]
     if kind is None:
         return None
-    options = {key: value for key, value in {**_ATTENTION, **options}.items() if value is not None}
+    known = {field.name for field in dataclasses.fields(kind)}
+    options = {key: value for key, value in {**_ATTENTION, **options}.items() if key in known}
     return adapted(tiny.make_model("llama"), kind(**options))
 
 
@@ -104,7 +185,7 @@ def architecture(name, way):
     if way == "full":
         return model.eval()
     try:
-        return adapted(model, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+        return adapted(model, peft.LoraConfig(**_ALL_LINEAR, exclude_modules=_FUSED.get(model.config.model_type)))
     except Exception as error:
         raise NotTiny(f"peft: {type(error).__name__}: {str(error)[:60]}") from error
 
@@ -130,22 +211,36 @@ def _tiny(name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             present = kind()
-            small = {key: value for key, value in _SMALL.items() if hasattr(present, key)}
+            small = {key: value for key, value in _SMALL.items() if _takes(present, key)}
             if "qk_rope_head_dim" in small:  # latent attention: only that part turns, and every head has keys
                 small["head_dim"] = small["qk_rope_head_dim"]
                 small["num_key_value_heads"] = small["num_attention_heads"]
+            small = {key: value for key, value in {**small, **_OWN.get(name, {})}.items() if value is not None}
             config = kind(**small)
             config.use_cache = False
+            names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            model = getattr(transformers, names.get(config.model_type, names[name]))
             with torch.device("meta"):
-                size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+                size = sum(p.numel() for p in model(config).parameters())
             if size > MOST_PARAMETERS:
                 raise NotTiny(f"{size} parameters")
             torch.manual_seed(0)
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return model(config).float()
     except NotTiny:
         raise
     except Exception as error:
         raise NotTiny(f"{type(error).__name__}: {str(error)[:60]}") from error
+
+
+def _takes(config, key):
+    """Whether a config has `key`, and does not compute it from others."""
+    found = getattr(type(config), key, None)
+    if isinstance(found, property) and found.fset is None:
+        return False
+    try:
+        return hasattr(config, key)
+    except Exception:  # it has one for each layer
+        return True
 
 
 def verdict(model):
