@@ -2,6 +2,7 @@
 
     python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER                      LoRA, with peers
     python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER --full               all parameters
+    python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER --device cuda --peers    on a GPU
     python -m bench.caching --data ../shared/data/alpaca_9k.jsonl --work FOLDER --profile [--full]   where its time goes
     python -m bench.render caching                                                                   the tables
 
@@ -39,13 +40,14 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     read = (options.work, options.data, options.rows, options.batch_tokens)
-    kind = {"full": options.full, "dtype": options.dtype}
+    kind = {name: getattr(options, name) for name in ("full", "dtype", "device", "quantize")}
     if options.method:
         print(json.dumps(peak_here(Setting.open(*read, **kind), options.method)))
         return
     with Bars() as bars:
         setting = Setting.make(*read, bars, **kind)
-        name = f"{'full' if options.full else 'lora'}_{options.dtype}"
+        name = f"{'full' if options.full else 'lora'}_{options.quantize or options.dtype}"
+        name += "_gpu" if options.device != "cpu" else ""
         if options.profile:
             path = save(f"caching_profile_{name}", caching_profile.profile(setting), options)
         else:
@@ -62,7 +64,9 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, default=os.cpu_count())
     add("--full", action="store_true", help="all parameters instead of LoRA")
     add("--dtype", default="float32", choices=["float32", "bfloat16"])
-    add("--peers", nargs="*", choices=environment.RUNS, help="all; none with --full or in bfloat16")
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--quantize", choices=["4bit"])
+    add("--peers", nargs="*", choices=environment.RUNS, help="all; none with --full, in bfloat16 or on a GPU")
     add("--peer-repeats", type=int, default=2)
     add("--profile", action="store_true", help="where our method spends its time")
     add("--method", choices=METHODS, help=argparse.SUPPRESS)
@@ -72,7 +76,8 @@ def parse() -> argparse.Namespace:
     given.rows = given.rows or (80 if given.profile else 48 if given.full else 256)
     given.literal_rows = given.literal_rows or (2 if given.full else 12)
     if given.peers is None:
-        given.peers = [] if given.full or given.dtype != "float32" else list(environment.RUNS)
+        usual = given.dtype == "float32" and given.device == "cpu" and not given.full and not given.quantize
+        given.peers = list(environment.RUNS) if usual else []
     return given
 
 
@@ -96,7 +101,10 @@ def circumstances(setting: Setting, options: argparse.Namespace) -> dict[str, An
     """Return the sizes that the figures belong to."""
     sketch = setting.compressor.sketch
     return {
-        **{name: getattr(options, name) for name in ("full", "dtype", "threads", "batch_tokens", "repeats")},
+        **{
+            name: getattr(options, name)
+            for name in ("full", "dtype", "device", "quantize", "threads", "batch_tokens", "repeats")
+        },
         **{"rows": len(setting.items), "tokens": sum(item.tokens for item in setting.items)},
         **{"batches": len(setting.batches), "padded_tokens": sum(map(padded_tokens, setting.batches))},
         **{"gradient_size": sketch.size, "K": sketch.config.K},
@@ -133,7 +141,8 @@ def take_turns(setting: Setting, few: list[Item], repeats: int, bars: Bars) -> d
 def peak_of(method: str, options: argparse.Namespace) -> int:
     """Return the peak bytes of a process that runs one method over the longest batches."""
     command = [sys.executable, "-m", "bench.caching", "--method", method, *(["--full"] if options.full else [])]
-    for name in ("data", "work", "rows", "batch_tokens", "threads", "dtype"):
+    command += ["--quantize", options.quantize] if options.quantize else []
+    for name in ("data", "work", "rows", "batch_tokens", "threads", "dtype", "device"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
@@ -142,7 +151,8 @@ def peak_of(method: str, options: argparse.Namespace) -> int:
 def peak_here(setting: Setting, method: str) -> dict[str, int]:
     """Run a method over the longest batches, the literal one over the longest row, and return the peak memory."""
     setting.run(method, [setting.items[:1]] if method == "literal" else setting.batches[:LONGEST])
-    return {"peak_bytes": peak_bytes()}
+    on_gpu = setting.index.loaded.device.type == "cuda"
+    return {"peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes()}
 
 
 if __name__ == "__main__":

@@ -766,12 +766,14 @@ def caching_table(name: str, content: dict[str, Any]) -> str:
     """Return the table of one caching_*.json: of the methods, of the profile, or of bfloat16 beside float32."""
     figures = content["figures"]
     kind = "all parameters" if figures["full"] else "LoRA"
-    about = f"`{name}.json`, {content['commit']}, {kind}, {figures['threads']} threads"
+    where = content["machine"]["gpu"] if figures.get("device") == "cuda" else f"{figures['threads']} threads"
+    about = f"`{name}.json`, {content['commit']}, {kind}, {where}"
     if "parts" in figures:
         return f"{about}\n\n{_profile(figures)}"
     if "spearman" in figures:
         return f"{about}\n\n{_dtypes(figures)}"
-    return f"{about}, |v| = {figures['gradient_size']:,}, {figures['dtype']}\n\n{_caching_methods(figures)}"
+    weights = figures.get("quantize") or figures["dtype"]
+    return f"{about}, |v| = {figures['gradient_size']:,}, {weights}\n\n{_caching_methods(figures)}"
 
 
 def _caching_methods(figures: Figures) -> str:

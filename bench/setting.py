@@ -54,21 +54,34 @@ class Setting:
         *,
         full: bool = False,
         dtype: str = "float32",
+        device: str = "cpu",
+        quantize: str | None = None,
         K: int = SketchConfig.K,
     ) -> "Setting":
         """Make the model and the adapter where they are missing, and the index anew; read `rows` rows of the data."""
         make_model(work, progress)
-        folder = index_folder(work, full, dtype)
+        folder = index_folder(work, full, quantize or dtype)
         shutil.rmtree(folder, ignore_errors=True)
-        gradient, model = GradientConfig(moment_examples=FIRST_ROWS), model_config(work, full, dtype)
+        gradient, model = GradientConfig(moment_examples=FIRST_ROWS), model_config(work, full, dtype, device, quantize)
         request = BuildRequest(data, str(folder), model, gradient=gradient, sketch=SketchConfig(K), limit=FIRST_ROWS)
         build(request, progress=progress)
-        return cls.open(work, data, rows, batch_tokens, full=full, dtype=dtype)
+        return cls.open(work, data, rows, batch_tokens, full=full, dtype=dtype, device=device, quantize=quantize)
 
     @classmethod
-    def open(cls, work: Path, data: str, rows: int, batch_tokens: int, *, full: bool, dtype: str) -> "Setting":
+    def open(
+        cls,
+        work: Path,
+        data: str,
+        rows: int,
+        batch_tokens: int,
+        *,
+        full: bool,
+        dtype: str,
+        device: str = "cpu",
+        quantize: str | None = None,
+    ) -> "Setting":
         """Open what `make` made."""
-        index = Index.open(index_folder(work, full, dtype), device="cpu")
+        index = Index.open(index_folder(work, full, quantize or dtype), device=device)
         items = [Item(example, index.template.encode(example)) for example in read_examples(data, limit=rows).examples]
         return cls(work, index, plan_batches(items, batch_tokens))
 
@@ -101,20 +114,21 @@ class Setting:
     def floor(self, batches: list[list[Item]]) -> None:
         """(a) The forward and backward pass of ordinary training on each batch's summed loss."""
         for batch in batches:
-            bare(self.model, *as_rows(batch).padded(list(range(len(batch)))))
+            padded = as_rows(batch).padded(list(range(len(batch))))
+            bare(self.model, *(tensor.to(self.index.loaded.device) for tensor in padded))
 
     def ours(self, batches: list[list[Item]]) -> None:
         """(b) The work of `rapidindex build` on one shard: RapidGrads, written to disk."""
         rows = self.index.store.rows("sentence")
         writer = ShardWriter(rows, BuildConfig(shard_seconds=1e9), self.numbers, self.shards.append)
         for batch in batches:
-            writer.add(batch, self.compressor(as_batch(batch, "cpu")))
+            writer.add(batch, self.compressor(as_batch(batch, self.index.loaded.device)))
         writer.write()
 
     def literal(self, batches: list[list[Item]]) -> None:
         """(c) One example at a time, by Algorithm 1 step by step."""
         for item in itertools.chain(*batches):
-            self._shuffled(as_batch([item], "cpu"))
+            self._shuffled(as_batch([item], self.index.loaded.device))
 
     def _shuffled(self, example: Batch) -> np.ndarray:
         """Return the RapidGrad of a gradient that is normalised by layer and shuffled λ times by row and column."""
@@ -125,7 +139,7 @@ class Setting:
         for rows, columns in sketch.shuffles:
             v = v.view(len(rows), -1)[torch.from_numpy(rows)].flatten()
             v = v.view(-1, len(columns))[:, torch.from_numpy(columns)].flatten()
-        return (v.numpy() * self._signs).reshape(sketch.config.K, -1).sum(1)
+        return (v.cpu().numpy() * self._signs).reshape(sketch.config.K, -1).sum(1)
 
     @cached_property
     def _signs(self) -> np.ndarray:
@@ -147,9 +161,10 @@ def as_rows(items: list[Item], batches: list[list[int]] | None = None) -> Rows:
     return Rows(ids, [item.encoding.response_mask.tolist() for item in items], batches or [])
 
 
-def model_config(work: Path, full: bool, dtype: str) -> ModelConfig:
+def model_config(work: Path, full: bool, dtype: str, device: str = "cpu", quantize: str | None = None) -> ModelConfig:
     """Return the model with its adapter, or with all parameters trainable."""
-    return ModelConfig(str(work / "model"), None if full else str(work / "adapter"), dtype=dtype, device="cpu")
+    places = str(work / "model"), None if full else str(work / "adapter")
+    return ModelConfig(*places, quantize=quantize, dtype=dtype, device=device)
 
 
 def index_folder(work: Path, full: bool, dtype: str) -> Path:

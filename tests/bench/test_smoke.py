@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import bench
 from rapidindex.caching.build import build
@@ -183,6 +184,19 @@ def test_retrieval(work, folder):
     forms = {(form["K"], form["form"]): form for form in figures["retrieval_rows"]["forms"]}
     assert forms[1024, "float16"]["recall_at_10"]["proponents"]["left out"] == 1
     assert forms[1024, "float16"]["spearman"] > 0.8
+
+
+def test_the_scan(tmp_path):
+    figures = run(tmp_path, "bench.retrieval", "--stage", "scan", results=["retrieval_scan"])["retrieval_scan"]["240"]
+    assert all(each["clock"] > 0 for measured in figures["threads"].values() for each in measured.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and it would all be run")
+def test_without_a_gpu_the_script_for_one_says_so():
+    script = [BENCH.parent / "scripts" / "gpu"]
+    done = subprocess.run(script, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "scripts/gpu needs a CUDA GPU, and torch sees none.\n"
 
 
 @pytest.mark.slow
