@@ -4,7 +4,9 @@ import random
 import shutil
 
 import pytest
+import typer
 
+from rapidindex.cli.app import app
 from tests.cli.conftest import ANSWER, PROMPT
 
 COMMANDS = 300
@@ -26,7 +28,13 @@ QUERY = {
     "--model": PATHS,
     "--adapter": PATHS,
     "--device": ["cpu", "cuda:99", *TEXTS],
-} | dict.fromkeys(["--opponents", "--exact", "--no-heatmaps", "--answer-scores", "--rescore", "--jsonl", "-q"], FLAGS)
+    "--checkpoint": ["best", "sum", *TEXTS],
+    "--ids-out": PATHS,
+    "--theme": ["dark", *TEXTS],
+    "--encoder": PATHS,
+} | dict.fromkeys(
+    ["--opponents", "--exact", "--no-heatmaps", "--all", "--answer-scores", "--rescore", "--jsonl", "-q"], FLAGS
+)
 BUILD = {
     "-K": ["16", "256", "1000", *NUMBERS],
     "--shuffles": SMALL,
@@ -45,6 +53,14 @@ BUILD = {
     "--batch-tokens": NUMBERS[:6],
     "--shard-seconds": NUMBERS,
     "--limit": SMALL,
+    "--recipe": ["rapidin", *TEXTS],
+    "--projection": ["two-sided", *TEXTS],
+    "--loss": ["last", *TEXTS],
+    "--overlap": NUMBERS,
+    "--encoder": PATHS,
+    "--device": ["cpu", "cuda:99", *TEXTS],
+    "--shard": ["1/2", "3/2", "0/1", "/", *TEXTS],
+    "--overwrite": FLAGS,
     "-q": FLAGS,
 }
 REMOVE = {"--ids": [*PATHS, *TEXTS], "--where": ["number=1", "number", "=", "none=1", *TEXTS], "-q": FLAGS}
@@ -80,6 +96,14 @@ def drawn(rng, places):
             arguments += [f"{option}={value}"] if option.startswith("--") else [option, value]
     arguments += ["--json"] * (rng.random() < 0.3)
     return [kinds[number][0], *(str(places.get(word, word)) for word in arguments)]
+
+
+def test_every_option_of_these_commands_is_drawn():
+    others = {"--json", "--dry-run", "-m", "-a", "-o", "--workers", "--ray", "--gpu"}  # given, or too slow to draw
+    for (name, *_), drawn_from, _ in KINDS:
+        for option in typer.main.get_command(app).commands[name].params:
+            names = {*option.opts, *option.secondary_opts}
+            assert names & (drawn_from.keys() | others) or not option.opts[0].startswith("-"), names
 
 
 @pytest.mark.slow

@@ -133,7 +133,12 @@ def test_what_lies_within_chance_is_folded_and_its_row_can_be_found():
     assert "Proponent 1" in head and "Proponent 2" in folded
     assert "1 more, no further out than chance" in folded and "One of the 2" in head
     assert "train.jsonl:7" in head and "train.jsonl:8" in folded and matches[1].id in folded
-    assert "folded" not in html.page(shown.result(matches=matches, summary=None), None, "").split("<script>")[0].split("</style>")[1]
+    assert (
+        "folded"
+        not in html.page(shown.result(matches=matches, summary=None), None, "")
+        .split("<script>")[0]
+        .split("</style>")[1]
+    )
 
 
 def test_every_colour_class_has_its_rule_in_both_themes():
