@@ -113,26 +113,44 @@ def check_causal(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ModelError where a token changes the logits before it, as in BERT.
 
     The loss of the next token means nothing then. Two short forward passes differ in all but the first four tokens.
-    Takes a model in eval mode; logits that are not finite say nothing. Refuses Reformer, too, whose reversible layers
-    have a gradient in training alone.
+    Takes a model in eval mode. Some logits that are not finite say nothing; ModelError where none is. Refuses Reformer,
+    too, whose reversible layers have a gradient in training alone.
     """
     if model.config.model_type == "reformer":
         raise ModelError("Reformer's layers have no gradient outside of training.", hint="Give another causal model.")
     first, second = _probes(model, tokenizer)
     with torch.no_grad():
         logits = [model(input_ids=ids[None]).logits[0].float() for ids in (first, second)]
+    if not any(each.isfinite().any() for each in logits):
+        raise _not_finite(model)
     same = len(first) // 4
     before, moved = logits[0][:same].abs(), (logits[0] - logits[1])[:same].abs()
     # Experts see other numbers of tokens, and 8-bit products other outliers: that alone rounds differently.
     rounding = 100 * torch.finfo(torch.float32).eps if _is_exact(model) else 0.1
     if moved.max() > rounding * before.max():
-        name = getattr(model.config, "name_or_path", "") or type(model).__name__
-        name += " under its adapter" if is_adapted(model) else ""
         raise ModelError(
-            f"{name} is no causal language model: a token changes what the model says before it.",
+            f"{_name(model)} is no causal language model: a token changes what the model says before it.",
             hint="Give a model that was trained to predict the next token; is_decoder or is_causal in its config.json"
             " says so of architectures that can be both.",
         )
+
+
+def _not_finite(model: nn.Module) -> ModelError:
+    """Return the error for a model whose logits are all infinite or no numbers, with the tensor that makes them so."""
+    tensors = (name for name, value in model.named_parameters() if not value.isfinite().all())
+    if (spoilt := next(tensors, None)) is not None:
+        return ModelError(
+            f"{_name(model)} holds values in {spoilt} that are not finite numbers, and so is all that it says.",
+            hint="Give a checkpoint from before its training failed, or copy the files again.",
+        )
+    return ModelError(
+        f"All that {_name(model)} says in {model.dtype} overflows.", hint="Give --dtype float32, or bfloat16."
+    )
+
+
+def _name(model: nn.Module) -> str:
+    name = getattr(model.config, "name_or_path", "") or type(model).__name__
+    return f"{name} under its adapter" if is_adapted(model) else name
 
 
 def _probes(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:

@@ -173,8 +173,9 @@ def _from_pretrained(
     folder: Path, config: ModelConfig, device: torch.device, options: dict[str, Any]
 ) -> PreTrainedModel:
     place = {} if device.type == "cpu" and not config.quantize else {"device_map": {"": str(device)}}
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_complete` does not ignore them
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, config.dtype), output_loading_info=True, **place, **options, **_NO_CODE
+        folder, dtype=getattr(torch, config.dtype), **told, **place, **options, **_NO_CODE
     )
     _check_complete(report, config.model)
     held = quantization_of(model)
@@ -189,8 +190,13 @@ def _from_pretrained(
 
 
 def _check_complete(report: dict[str, Any], name: str) -> None:
-    """Raise ModelError where the files lack a tensor, or hold one that transformers would silently leave out."""
+    """Raise ModelError where the files lack a tensor, or hold one that transformers would leave out or draw anew."""
     missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    for tensor, held, expected in sorted(report["mismatched_keys"]):
+        raise ModelError(
+            f"{name} holds {tensor} as {list(held)}, and its config.json makes it {list(expected)}.",
+            hint="Give the weights and the config.json that were saved together.",
+        )
     if missing:
         raise ModelError(
             f"{name} has no weights for {len(missing)} of its tensors, such as {missing[0]}.",

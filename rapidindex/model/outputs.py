@@ -57,7 +57,8 @@ class Output:
     ) -> dict[str, Any] | None:
         """Return the record in `output` if it has these settings; otherwise begin a new one there and return None.
 
-        `defaults` are the settings that the record of an earlier version lacks.
+        `defaults` are the settings that the record of an earlier version lacks. A run that left nothing but its record,
+        because its model was refused, say, is none.
 
         Raises ConfigMismatch where the record has other settings, unless `overwrite` is set, and UsageError where
         `output` holds anything that the command did not write.
@@ -66,6 +67,9 @@ class Output:
         if record and not overwrite:
             if {**(defaults or {}), **record["settings"]} == settings:
                 return record
+            if not record.get("summary") and [path.name for path in output.iterdir()] == [self.record]:
+                self.write(output, {"settings": settings})
+                return None
             state = self.made if record.get("summary") else "an interrupted run"
             raise ConfigMismatch(
                 f"{output} holds {state} with other settings: {_differences(record['settings'], settings)}.",

@@ -279,3 +279,34 @@ def test_an_adapter_whose_base_cannot_be_made_again_is_refused(tmp_path, llama_f
         load(cpu(llama_folders[0], folder))
     file.write_text(json.dumps(settings | {"init_lora_weights": True, "loftq_config": {}}))
     assert torch.equal(load(cpu(llama_folders[0], folder)).model(input_ids=IDS).logits, made(input_ids=IDS).logits)
+
+
+def test_a_tensor_of_another_shape_than_the_configs_is_named(tmp_path, llama_folders):
+    base = copy(llama_folders[0], tmp_path / "base")
+    weights = load_file(base / "model.safetensors") | {"model.norm.weight": torch.ones(16)}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"holds model\.norm\.weight as \[16\], and its config\.json makes it \[32\]"):
+        load(cpu(base))
+
+
+def test_weights_that_are_not_numbers_are_named(tmp_path, llama_folders):
+    base = copy(llama_folders[0], tmp_path / "base")
+    adapter = copy(llama_folders[1], tmp_path / "adapter")
+    for file, given in (
+        (adapter / "adapter_model.safetensors", (llama_folders[0], adapter)),
+        (base / "model.safetensors", (base, llama_folders[1])),
+    ):
+        weights = load_file(file)
+        spoilt = next(name for name in weights if "layers.1" in name and "q_proj" in name)
+        weights[spoilt][0, 0] = float("nan")
+        save_file(weights, file, metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_proj.* that are not finite numbers"):
+            load(cpu(*given))
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_proj.* that are not finite numbers"):
+        finetune(
+            read_examples([{"prompt": "a", "response": "b"}]),
+            EncodingConfig(),
+            cpu(base),
+            FinetuneConfig(),
+            tmp_path / "out",
+        )

@@ -295,6 +295,13 @@ def test_an_interrupted_run_with_other_settings_is_not_continued(tmp_path, llama
     assert summary.resumed_at is None and summary.steps == 12
 
 
+def test_a_run_that_trained_nothing_leaves_its_folder_to_another(tmp_path, llama_folders, dataset):
+    config, output = on_cpu(llama_folders[0]), tmp_path / "adapter"
+    with pytest.raises(ModelError, match="no linear module"):
+        finetune(dataset, PLAIN, config, replace(QUICK, target_modules="nonsense"), output)
+    assert not finetune(dataset, PLAIN, config, replace(QUICK, epochs=1), output).already_there
+
+
 def test_a_finished_output_is_left_as_it_is(tmp_path, llama_folders, dataset):
     config, output = on_cpu(llama_folders[0]), tmp_path / "adapter"
     first = finetune(dataset, PLAIN, config, QUICK, output)
