@@ -4,6 +4,7 @@ A recipe holds everything that changes a row: model, adapter, tokenizer, templat
 gradient and of the sketch. Two indexes with equal recipes hold equal rows, wherever their files lie.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -152,7 +153,8 @@ class Recipe:
             listed = (
                 f"the data file has changed, is another one, or another --limit was given (it was {self.data.path})"
             )
-            hint = f"Add its new rows with: rapidindex add {index} {request.data.path}, or build anew with --overwrite."
+            add = shlex.join(["rapidindex", "add", str(index), request.data.path])
+            hint = f"Add its new rows with: {add}, or build anew with --overwrite."
         raise ConfigMismatch(f"The index {index} was built differently: {listed}.", hint=hint)
 
     def model_config(

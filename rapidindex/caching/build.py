@@ -76,6 +76,8 @@ class BuildSummary:
     """Examples that had been removed, and are back."""
     at_work: str = ""
     """The jobs of this build that have not ended: the last one lists what all have written."""
+    data: str = ""
+    """What was read: of a saved `DatasetDict` the folder of its train split."""
 
 
 def build(request: BuildRequest, *, overwrite: bool = False, progress: Progress = silent) -> BuildSummary:
@@ -315,6 +317,7 @@ def _summary(
         batched=all(batched) if batched else job.gradients.batched,
         seconds=time.perf_counter() - started,
         restored=restored,
+        data=job.recipe.data.path,
     )
 
 

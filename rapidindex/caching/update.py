@@ -6,6 +6,7 @@ A.
 """
 
 import json
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -127,7 +128,8 @@ def _note_source(store: Store, recipe: Recipe, job: Job, plans: list[LevelPlan])
         return
     if not all(map(store.complete, job.request.levels)):
         last = sources[-1].path
-        command = f"rapidindex add {store.path} {last}" if recipe.added else "its rapidindex build command"
+        add = shlex.join(["rapidindex", "add", str(store.path), last])
+        command = add if recipe.added else "its rapidindex build command"
         raise StoreError(
             f"{store.path} does not hold all of {last} yet.", hint=f"Finish that first: give {command} again."
         )

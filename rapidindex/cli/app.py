@@ -152,4 +152,7 @@ def _fail_to_parse(error: Any) -> None:
         error.show()
         return
     command = error.ctx.command_path if getattr(error, "ctx", None) else "rapidindex"
-    fail(UsageError(f"{message.rstrip('.')}.", hint=f"Type `{command} --help`."))
+    hint = f"Type `{command} --help`."
+    if "extra argument" in message:  # an unquoted prompt, or a pattern that the shell has resolved
+        hint = f'Quotes make one argument of a text, or of several files: "part-*.jsonl". {hint}'
+    fail(UsageError(f"{message.rstrip('.')}.", hint=hint))

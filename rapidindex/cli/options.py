@@ -45,7 +45,8 @@ DataPath = Annotated[
     typer.Argument(
         parser=in_home,
         metavar="DATA",
-        help='JSONL, JSON, CSV (.gz, .zst), Parquet, .txt, .md, a folder of texts or of datasets, or "part-*.jsonl".',
+        help="JSONL, JSON, CSV (.gz, .zst), Parquet, .txt, .md, a folder of texts or of datasets, or several as "
+        '"part-*.jsonl".',
         show_default=False,
     ),
 ]

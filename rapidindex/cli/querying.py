@@ -158,7 +158,7 @@ def query(
         say(f"The search ran on the CPU: {why}.")
     first = next(iter(results.values()), None)
     if first and (missing := wording.unfinished(first)):
-        say(f"{missing} Give its rapidindex build command again to search them all.")
+        say(f"{missing} If none is at work, give its rapidindex build command again.")
     for line in dict.fromkeys(wording.checkpoints(result) for result in results.values()) if as_text else ():
         if line:
             say(line)

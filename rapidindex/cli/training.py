@@ -92,7 +92,7 @@ def finetune(
     dataset = read_examples(data, limit=limit, loss=loss)
     with Bars(quiet=quiet) as bars:
         summary = run(dataset, encoding, base, options, output, overwrite=overwrite, progress=bars)
-    print_plain(summary, as_json, finetune_tables(summary, len(dataset.skipped), str(data), base, encoding, limit))
+    print_plain(summary, as_json, finetune_tables(summary, len(dataset.skipped), dataset.path, base, encoding, limit))
 
 
 @command(

@@ -1,5 +1,6 @@
 """The commands that add to an index and take out of it."""
 
+import shlex
 from typing import Annotated, Any
 
 from rapidindex.cli import options as opt
@@ -42,7 +43,10 @@ def add(
     moved = {"model": model, "adapter": adapter, "encoder": encoder, "device": device}
     indexes = indexes_at(path)
     if len(indexes) > 1 and adapter:
-        raise UsageError(f"{path} has several adapters.", hint=f"Add to each: rapidindex add {indexes[0]} … -a ADAPTER")
+        raise UsageError(
+            f"{path} has several adapters.",
+            hint=f"Add to each: rapidindex add {shlex.quote(str(indexes[0]))} … -a ADAPTER",
+        )
     with Bars(quiet=quiet) as bars:
         each = {one.name: run(one, str(data), **moved, work=work, limit=limit, progress=bars) for one in indexes}
     print_members(each, as_json, build_tables)

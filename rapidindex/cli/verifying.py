@@ -110,7 +110,7 @@ def verify(
     with Bars(quiet=quiet) as bars:
         found = run(index, question, options, announce=partial(_ask, yes=yes, quiet=quiet), progress=bars)
     if missing := wording.unfinished(found):
-        say(f"{missing} Give its rapidindex build command again to search them all.")
+        say(f"{missing} If none is at work, give its rapidindex build command again.")
     if as_json:
         echo_json(found.to_json(indent=2))
     else:

@@ -29,6 +29,7 @@ Rows = Generator[tuple[int, Any], None, None]
 _BATCH = 1024
 """Rows converted to Python objects at a time."""
 _TEXTS = (".txt", ".md")
+_TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 _COMPRESSED = (".gz", ".zst")
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _INSTALL = "Install it with: pip install 'rapidindex[datasets]'"
@@ -49,12 +50,13 @@ class Source(NamedTuple):
 def source_of(data: Any) -> Source:
     """Return the source for a path, a `datasets.Dataset`, a pandas DataFrame, or a list or other sequence of dicts.
 
-    A path may be a pattern such as `part-*.jsonl`, and a list of paths is read file by file. A `datasets.DatasetDict`
-    stands for its split named train, which the name then says. Raises DataError for any other object.
+    A path may be a pattern such as `part-*.jsonl`, in which `**` stands for folders within folders, and a list of paths
+    is read file by file. A `datasets.DatasetDict` stands for its split named train, which the name then says. Raises
+    DataError for any other object.
     """
     if isinstance(data, str | os.PathLike):
         path = Path(data)
-        files = [] if path.exists() else [Path(file) for file in sorted(glob.glob(str(path)))]
+        files = [] if path.exists() else [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
         if files:
             return Source(str(path), unit_of(files[0]), partial(_files_rows, files))
         if (path / "dataset_dict.json").is_file() and (path / "train").is_dir():
@@ -86,10 +88,9 @@ def read_rows(path: Path) -> Rows:
 
     Raises DataError where `path` does not exist, or its extension or content is not understood.
     """
-    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-    readers |= dict.fromkeys(_TEXTS, _text)
+    readers = dict(zip(_TABLES, (_jsonl, _jsonl, _json, _csv, _parquet), strict=True)) | dict.fromkeys(_TEXTS, _text)
     if path.is_dir():
-        return _text_files(path, files) if (files := _texts_in(path)) else _folder(path)
+        return _folder(path) if _is_saved(path) else _text_files(path, _texts_in(path))
     if not path.exists():
         raise DataError(f"{path} does not exist.", hint="Check the path.")
     kind = _kind(path)
@@ -139,15 +140,18 @@ def _files_rows(files: Sequence[Path]) -> Rows:
 
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """Open a file of text for its bytes, decompressed. Raises DataError where they are not UTF-8 but UTF-16."""
+    """Open a file of text for its bytes, decompressed. Raises DataError where they are not UTF-8 but UTF-16 or 32."""
     try:
         with _decompressed(path) as file:
-            start = file.peek(2)[:2]
-            if start in _UTF16 or b"\0" in start:
-                raise DataError(f"{path} is UTF-16.", hint="Save it as UTF-8.")
+            start = file.peek(4)[:4]
+            if start[:2] in _UTF16 or b"\0" in start:
+                raise DataError(f"{path} is UTF-{32 if bytes(2) in start else 16}.", hint="Save it as UTF-8.")
             yield file
-    except (EOFError, zlib.error) as error:
-        raise DataError(f"{path} is not a whole compressed file: {error}.", hint="Write the file again.") from error
+    except (EOFError, OSError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:  # of the file system; what is no gzip or zstd has no number
+            raise
+        hint = "Write the file again, or rename it if it is not compressed."
+        raise DataError(f"{path} is not a whole compressed file: {error}.", hint=hint) from error
 
 
 def _decompressed(path: Path) -> Any:
@@ -209,11 +213,29 @@ def _text_row(path: Path, name: str) -> Any:
         return error.message.rstrip(".")
 
 
+def _is_saved(folder: Path) -> bool:
+    """Return whether `datasets` saved the folder."""
+    return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
+
+
 def _texts_in(folder: Path) -> list[Path]:
-    """Return the files of text in a folder, in order; none where `datasets` saved it."""
-    if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
-        return []
-    return sorted(file for file in folder.rglob("*") if _kind(file) in _TEXTS and file.is_file())
+    """Return the files of text in a folder, in order.
+
+    Raises DataError where there are none, or files of rows too, such as data beside its README.md.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    texts = [file for file in files if _kind(file) in _TEXTS]
+    tables = [file for file in files if _kind(file) in _TABLES]
+    if tables:
+        pattern = tables[0].parent / f"*{_kind(tables[0])}*"
+        others = f"texts such as {texts[0].name} and " if texts else ""
+        hint = f'Name the files, one pattern in quotes: "{pattern}"'
+        hint += f', or "{folder / "**" / ("*" + texts[0].suffix)}".' if texts else "."
+        raise DataError(f"{folder} holds {others}rows in {tables[0].relative_to(folder)}.", hint=hint)
+    if not texts:
+        hint = "Give a file, a folder of .txt and .md files, or one written by datasets' save_to_disk."
+        raise DataError(f"{folder} holds no training data.", hint=hint)
+    return texts
 
 
 def _json(path: Path) -> Rows:
@@ -320,7 +342,9 @@ def _parquet(path: Path) -> Rows:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield from _arrow_rows(file.iter_batches(batch_size=_BATCH))
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}.", hint="Write the file again.") from error
+        raise DataError(
+            f"{path} is not a readable Parquet file: {str(error).rstrip('.')}.", hint="Write the file again."
+        ) from error
 
 
 def _folder(path: Path) -> Rows:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ class CheckpointsIndex(Index):
             if self._members and not _alike(opened, self._first):
                 raise ConfigMismatch(
                     f"{opened.store.path} is not of the same training as {self._first.store.path}.",
-                    hint=f"Ask it alone: rapidindex query {opened.store.path} …",
+                    hint=f"Ask it alone: rapidindex query {quote(str(opened.store.path))} …",
                 )
             self._members[name] = opened
         return self._members[name]

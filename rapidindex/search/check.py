@@ -1,6 +1,7 @@
 """Reads every byte of an index, FAISS's files included, says what is damaged, and repairs it."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rapidindex.errors import DamagedIndex, StoreError
@@ -46,4 +47,4 @@ def _read(rows: Rows) -> tuple[str | None, dict[str, Any]]:
 
 
 def _mend(path: str | Path, repair: bool) -> str:
-    return "it was built anew" if repair else f"type `rapidindex check {path} --repair`"
+    return "it was built anew" if repair else f"type `rapidindex check {quote(str(path))} --repair`"

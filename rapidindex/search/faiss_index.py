@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -179,7 +180,7 @@ class AnnIndex:
         try:
             index = faiss.read_index(str(path), flags)
         except RuntimeError as error:
-            hint = f"Type `rapidindex index {index_of(path)}`."
+            hint = f"Type `rapidindex index {quote(str(index_of(path)))}`."
             raise DamagedIndex(f"{path} cannot be read ({_in_short(error)}).", hint=hint) from error
         return cls(index, threads=threads)
 

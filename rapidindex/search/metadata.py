@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -137,4 +138,4 @@ class IndexMetadata:
 
 def rebuild_hint(folder: Path) -> str:
     """Return the command that rebuilds the vector index in a level's `folder`, as a hint."""
-    return f"Type `rapidindex index {index_of(folder / NAME)}`."
+    return f"Type `rapidindex index {quote(str(index_of(folder / NAME)))}`."

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rapidindex.config import LEVELS
@@ -65,7 +66,7 @@ class _Audit:
         self.problems: list[Problem] = []
         self.damaged: list[Path] = []
         self.removed: list[str] | None = None
-        self._to_repair = "" if repair else f"type `rapidindex check {path} --repair`"
+        self._to_repair = "" if repair else f"type `rapidindex check {quote(str(path))} --repair`"
         self._owners: dict[str, dict[str, str]] = {}
         self._sealed = folder.sealed_files(path)
         self._broken = self._verify()

@@ -18,6 +18,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, BinaryIO, Literal, TypedDict
 
 import numpy as np
@@ -99,7 +100,7 @@ def index_of(path: Path) -> Path:
 
 def damaged(path: Path, what: str) -> DamagedIndex:
     """Return the error for a file that is not as it was written."""
-    return DamagedIndex(f"{path} is damaged: {what}.", hint=f"Type `rapidindex check {index_of(path)}`.")
+    return DamagedIndex(f"{path} is damaged: {what}.", hint=f"Type `rapidindex check {quote(str(index_of(path)))}`.")
 
 
 def fitted(path: Path, value: Any, kind: Any, what: str) -> Any:
@@ -116,7 +117,9 @@ def read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise DamagedIndex(f"{path} is missing.", hint=f"Type `rapidindex check {index_of(path)}`.") from error
+        raise DamagedIndex(
+            f"{path} is missing.", hint=f"Type `rapidindex check {quote(str(index_of(path)))}`."
+        ) from error
     except PermissionError as error:
         raise StoreError(f"{path} may not be read by you.", hint="Change its permissions.") from error
     except OSError as error:

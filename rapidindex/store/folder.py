@@ -184,15 +184,23 @@ def _holding(file: Path, how: int, path: Path, busy: StoreError | None = None) -
     deadline = time.monotonic() + _LOCK_SECONDS
     while (descriptor := _try_lock(file, how)) is None:
         if time.monotonic() > deadline:
-            raise busy or IndexBusy(
-                f"{path} is being written to by {_holder(path)}.", hint="Wait until it has finished."
-            )
+            raise busy or _busy(path, _holder(path))
         time.sleep(0.02)
     try:
         yield
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for forked processes, which hold a copy of the descriptor
         os.close(descriptor)
+
+
+def refuse_writer(path: Path) -> None:
+    """Raise IndexBusy where another process is writing to an index at `path`."""
+    if is_index(path) and (holder := writer(path)) is not None:
+        raise _busy(path, holder)
+
+
+def _busy(path: Path, holder: str) -> IndexBusy:
+    return IndexBusy(f"{path} is being written to by {holder}.", hint="Wait until it has finished.")
 
 
 def writer(path: Path) -> str | None:

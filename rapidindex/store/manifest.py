@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from secrets import token_hex
+from shlex import quote
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
@@ -157,7 +158,9 @@ def load(path: Path) -> Manifest:
     except FileNotFoundError:
         if folder.is_index(path):
             file = path / folder.MANIFEST
-            raise DamagedIndex(f"{file} is missing.", hint=f"Type `rapidindex check {path} --repair`.") from None
+            raise DamagedIndex(
+                f"{file} is missing.", hint=f"Type `rapidindex check {quote(str(path))} --repair`."
+            ) from None
         if (path / folder.CHECKPOINTS).exists():
             raise NotAnIndex(
                 f"{path} holds the indexes of several checkpoints.", hint=f"Give one of them, such as {path}/NAME."

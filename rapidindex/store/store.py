@@ -8,6 +8,7 @@ import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, Self
 
 import numpy as np
@@ -60,6 +61,7 @@ class Store:
             Path(path),
             manifest.new(config=config, layers=layers, versions=versions, planned=planned, skipped=skipped),
         )
+        folder.refuse_writer(path)  # rather than advise to replace what it is writing
         folder.create(path)
         with folder.exclusive(path):
             folder.create(path)
@@ -432,7 +434,7 @@ class Store:
             if id in self._owner(level):
                 raise StoreError(
                     f"{shard.layout.path} holds example {id}, which is stored in {self._owner(level)[id]} already.",
-                    hint=f"Type `rapidindex check {self.path} --repair`.",
+                    hint=f"Type `rapidindex check {quote(str(self.path))} --repair`.",
                 )
 
 

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO
 
 import h5py
@@ -117,7 +118,7 @@ def write_errors(path: Path, needed: int) -> Iterator[None]:
     except FileExistsError as error:
         raise StoreError(
             f"{path} is already there, and a finished file is never overwritten.",
-            hint=f"Is another build running? If not, type `rapidindex check {index_of(path)} --repair`.",
+            hint=f"Is another build running? If not, type `rapidindex check {quote(str(index_of(path)))} --repair`.",
         ) from error
     except OSError as error:
         raise _refusal(error, path, needed) from error

@@ -85,13 +85,14 @@ def specialize_tables(summary: Any) -> Tables:
             f"blocks of {summary.block:,} want {summary.fewest_rows:,} rows: with fewer R is mostly noise, and its "
             f"root may hurt; {f'try --block {fits}' if fits < summary.block else 'add rows'}"
         )
-    lines["next"] = f'rapidindex query {summary.index} "PROMPT" --token WORD'
+    lines["next"] = f'rapidindex query {shlex.quote(summary.index)} "PROMPT" --token WORD'
     return {f"Index {summary.index}": lines}
 
 
 def build_tables(summary: Any) -> Tables:
     """Return one table about a finished build, from its BuildSummary."""
     lines = {
+        "data": summary.data,
         "examples": f"{summary.examples:,} ({summary.computed:,} computed now, in {summary.seconds:.0f} s)",
         "gradient": f"{summary.gradient_size:,} entries in {summary.layers} layers" if summary.layers else "none",
     }
@@ -109,10 +110,10 @@ def build_tables(summary: Any) -> Tables:
     if summary.tokens is not None:
         lines["tokens"] = f"{summary.tokens:,} with a row of their own"
     if summary.without_tokens:
-        commands = "; ".join(f"rapidindex add {summary.index} {path}" for path in summary.without_tokens)
+        commands = "; ".join(shlex.join(["rapidindex", "add", summary.index, path]) for path in summary.without_tokens)
         lines["no tokens"] = f"of data that was added: {commands}"
     option = "" if summary.tokens is None else " --level token"
-    lines["next"] = f'rapidindex query {summary.index} "PROMPT" --token WORD{option}'
+    lines["next"] = f'rapidindex query {shlex.quote(summary.index)} "PROMPT" --token WORD{option}'
     return {f"Index {summary.index}": lines}
 
 

@@ -52,7 +52,7 @@ def unfinished(result: Result | Verification) -> str:
     index = result.index
     if index.planned is None:
         return ""
-    return f"The index holds {index.examples:,} of {index.planned:,} planned examples: its build was interrupted."
+    return f"The index holds {index.examples:,} of {index.planned:,} planned examples: its build has not ended."
 
 
 def checkpoints(result: Result) -> str:

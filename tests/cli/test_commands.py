@@ -71,6 +71,12 @@ def test_a_word_that_the_own_answer_lacks_is_said_to_be_of_the_own_answer(typed,
     assert code == 1 and "its own answer" in said and "--answer" in said and "'Zanzibar' is not in" in said
 
 
+def test_words_and_files_without_quotes_around_them_are_said_to_want_some(typed, index, data):
+    for asked in (("query", index, "Where", "is", "yoga"), ("build", data, data, "-o", "index")):
+        code, _, said = typed(*asked)
+        assert code == 2 and "extra argument" in said and "Quotes make one argument" in said
+
+
 def test_a_malformed_span_is_refused_before_the_model_is_loaded(typed, index):
     code, _, said = typed("query", index, PROMPT, "--span", "x:y")
     assert code == 2 and "Loading" not in said and "--span 3:5" in said

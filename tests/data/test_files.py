@@ -189,10 +189,26 @@ def test_a_path_that_is_not_there_is_an_error(tmp_path):
 
 
 def test_a_folder_that_is_no_dataset_is_an_error(tmp_path):
-    pytest.importorskip("datasets")
-    with pytest.raises(DataError, match="not a saved datasets folder") as caught:
+    with pytest.raises(DataError, match="holds no training data") as caught:
         list(read_rows(tmp_path))
     assert "save_to_disk" in caught.value.hint
+    pytest.importorskip("datasets")
+    _write(tmp_path / "state.json", "{}")
+    with pytest.raises(DataError, match="not a saved datasets folder"):
+        list(read_rows(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "within/a.parquet", "a.csv", "a.json"])
+def test_texts_are_not_read_in_the_place_of_the_rows_beside_them(tmp_path, name):
+    (tmp_path / "within").mkdir()
+    _write(tmp_path / name, "")
+    with pytest.raises(DataError, match=f"holds rows in {name}"):
+        read_rows(tmp_path)
+    _write(tmp_path / "README.md", "About this data set.")
+    with pytest.raises(DataError, match=rf"holds texts such as README\.md and rows in {name}") as caught:
+        read_rows(tmp_path)
+    assert f'"{tmp_path}/**/*.md"' in caught.value.hint
+    assert [row["text"] for _, row in source_of(f"{tmp_path}/**/*.md").read()] == ["About this data set."]
 
 
 @pytest.mark.parametrize(("package", "name"), [("pyarrow", "a.parquet"), ("datasets", "saved")])
@@ -205,6 +221,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(package, n
         "except DataError as error: print(error)"
     )
     (tmp_path / "saved").mkdir()
+    _write(tmp_path / "saved" / "state.json", "{}")
     _write(tmp_path / "a.parquet", "")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert f"needs the package {package}" in done.stdout and "pip install 'rapidindex[datasets]'" in done.stdout
@@ -237,11 +254,20 @@ def test_a_compressed_file_that_is_cut_off_is_an_error(tmp_path):
         list(read_rows(path))
 
 
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_a_file_that_is_not_compressed_is_named_as_such(tmp_path, ending):
+    pytest.importorskip("pyarrow")
+    path = _jsonl(tmp_path / f"a.jsonl.{ending}", ROWS)
+    with pytest.raises(DataError, match="not a whole compressed file") as caught:
+        list(read_rows(path))
+    assert "rename it" in caught.value.hint
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
 def test_utf_16_is_named_as_such(name, encoding, tmp_path):
     path = _write(tmp_path / name, json.dumps(ROWS).encode(encoding))
-    with pytest.raises(DataError, match="is UTF-16") as caught:
+    with pytest.raises(DataError, match=f"is {encoding[:6].upper()}") as caught:
         list(read_rows(path))
     assert caught.value.hint == "Save it as UTF-8."
 

@@ -606,6 +606,12 @@ def test_two_stores_in_one_process_do_not_write_together(path):
         pass
 
 
+def test_an_index_that_another_process_has_just_created_is_not_to_be_replaced(tmp_path):
+    store = make(tmp_path / "index", "ab")
+    with store.lock(), pytest.raises(IndexBusy, match=f"process {os.getpid()}"):
+        make(tmp_path / "index", "ab")
+
+
 def test_the_lock_may_be_nested_and_is_released_after_an_error(path):
     store = create(path)
     with pytest.raises(RuntimeError, match="oops"), store.lock(), store.lock():

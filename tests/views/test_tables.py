@@ -8,6 +8,7 @@ from rapidindex.config import EncodingConfig, ModelConfig
 from rapidindex.views import tables
 
 BUILT = {
+    "data": "d.jsonl",
     "index": "out",
     "examples": 1200,
     "computed": 1000,
@@ -69,6 +70,7 @@ INFO = {
 def test_a_build_says_what_it_did_and_the_query_to_type_next():
     assert tables.build_tables(SimpleNamespace(**BUILT)) == {
         "Index out": {
+            "data": "d.jsonl",
             "examples": "1,200 (1,000 computed now, in 61 s)",
             "gradient": "5,000 entries in 4 layers",
             "next": 'rapidindex query out "PROMPT" --token WORD',
@@ -85,7 +87,8 @@ def test_a_build_says_what_it_did_and_the_query_to_type_next():
         ({"batched": False}, "note", "one example at a time"),
         ({"tokens": 1234}, "tokens", "1,234 with a row of their own"),
         ({"tokens": 1}, "next", "--token WORD --level token"),
-        ({"without_tokens": ["a", "b"]}, "no tokens", "rapidindex add out a; rapidindex add out b"),
+        ({"without_tokens": ["a", "b c"]}, "no tokens", "rapidindex add out a; rapidindex add out 'b c'"),
+        ({"index": "my index"}, "next", "rapidindex query 'my index' "),
     ],
 )
 def test_a_build_says_what_was_unusual(changes, name, text):
