@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from rapidindex.caching.build import BuildSummary, build
 from rapidindex.config import BuildRequest, ModelConfig
-from rapidindex.errors import ConfigMismatch, StoreError, UsageError
+from rapidindex.errors import ConfigMismatch, DamagedIndex, StoreError, UsageError
 from rapidindex.model.files import adapter_fingerprint, find_adapter, find_model, model_fingerprint, read_json
 from rapidindex.model.schedule import weights_of
 from rapidindex.progress import Progress, silent
@@ -44,13 +44,17 @@ def plan_checkpoints(
     check_alike(models)
     if Store.exists(output):
         raise StoreError(f"{output} is an index of one checkpoint.", hint="Give -o a new folder for several.")
-    there = checkpoints_at(output)
+    there, damaged = None, False
+    try:
+        there = checkpoints_at(output)
+    except DamagedIndex:  # its list is written anew
+        damaged = True
     if there and not overwrite and (lacking := there.weights.keys() - named.keys()):
         raise ConfigMismatch(
             f"{output} has the checkpoints {', '.join(there.weights)}, and {', '.join(sorted(lacking))} is not given.",
             hint="Give them all, another -o, or --overwrite to build them anew.",
         )
-    if not there and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not there and not damaged and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise StoreError(f"{output} holds other files.", hint="Choose a new folder for the index.")
     weights, weighted = weights_of([config.adapter or config.model for config in models])
     requests = {name: replace(request, model=config, output=str(output / name)) for name, config in named.items()}

@@ -13,7 +13,7 @@ from typing import Annotated, TypedDict
 
 from msgspec import Meta
 
-from rapidindex.errors import StoreError
+from rapidindex.errors import DamagedIndex, StoreError
 from rapidindex.store import folder
 from rapidindex.store.container import fitted
 from rapidindex.store.writing import write_errors
@@ -21,12 +21,14 @@ from rapidindex.store.writing import write_errors
 
 class _Checkpoint(TypedDict):
     name: Annotated[str, Meta(pattern=r"^(?!\.\.?\Z)[^/\0]+\Z")]
-    weight: float
+    weight: Annotated[float, Meta(ge=0)]
 
 
 class _Content(TypedDict):
     checkpoints: Annotated[list[_Checkpoint], Meta(min_length=1)]
     weighted: bool
+
+_LIST_ANEW = "Give its `rapidindex build` command again: it lists the checkpoints anew."
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,13 @@ class Checkpoints:
         return {name: self.path / name for name in self.weights}
 
     def folder(self, name: str) -> Path:
-        """Return the index of a checkpoint. StoreError where its folder is gone."""
+        """Return the index of a checkpoint. StoreError where its folder is gone, or a link to another place."""
         place = self.path / name
+        if place.is_symlink():  # through which `check --repair` and `remove` would change what is not of this index
+            raise StoreError(
+                f"{place} is a link, where an index keeps a folder of its own.",
+                hint="Put a copy of the folder in its place: `cp -rL` copies what links lead to.",
+            )
         if not place.is_dir():
             rest = ", ".join(other for other, there in self.folders.items() if there.is_dir())
             raise StoreError(
@@ -64,13 +71,26 @@ class Checkpoints:
 
 
 def checkpoints_at(path: str | Path) -> Checkpoints | None:
-    """Read which checkpoints the folder `path` lists; None where it lists none. DamagedIndex where that was changed."""
+    """Read which checkpoints the folder `path` lists; None where it lists none.
+
+    Raises DamagedIndex where the list was changed or has a name twice, a name that is not that of a folder, or a weight
+    below 0, and StoreError where the folder of one is a link.
+    """
     file = Path(path) / folder.CHECKPOINTS
     try:
         content = fitted(file, folder.read_json(file), _Content, "its content")
     except FileNotFoundError:
         return None
-    return Checkpoints(Path(path), {one["name"]: one["weight"] for one in content["checkpoints"]}, content["weighted"])
+    except DamagedIndex as error:
+        raise DamagedIndex(error.message, hint=_LIST_ANEW) from error
+    weights = {one["name"]: one["weight"] for one in content["checkpoints"]}
+    if len(weights) < len(content["checkpoints"]):
+        raise DamagedIndex(f"{file} is damaged: it has a name twice.", hint=_LIST_ANEW)
+    found = Checkpoints(Path(path), weights, content["weighted"])
+    for name, place in found.folders.items():
+        if place.is_dir():
+            found.folder(name)
+    return found
 
 
 def indexes_at(path: str | Path) -> list[Path]:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from rapidindex.config import GradientConfig, ModelConfig, SketchConfig, TokenCo
 from rapidindex.errors import ConfigMismatch, DamagedIndex, NotAnIndex, StoreError, UsageError
 from rapidindex.model.schedule import weights_of
 from rapidindex.results import Result
-from rapidindex.store import Store, checkpoints_at, indexes_at
+from rapidindex.store import Store, checkpoints_at, indexes_at, write_json
 from rapidindex.views import wording
 from tests import tiny
 from tests.cli.conftest import rapidindex, typed  # noqa: F401
@@ -261,3 +262,42 @@ def test_the_command_line_builds_asks_adds_removes_and_checks_them_all(
     code, _, said = typed(*asked)
     assert code == 1 and "early is gone" in said
     assert checkpoints_at(path).weighted
+
+
+def test_a_checkpoint_that_is_a_link_is_refused_and_what_it_leads_to_stays(index, tmp_path, typed):  # noqa: F811
+    victim, path = shutil.copytree(index / "early", tmp_path / "victim"), shutil.copytree(index, tmp_path / "index")
+    shard = victim / "sentence" / "shard-00000.h5"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    before = sorted(victim.rglob("*"))
+    shutil.rmtree(path / "early")
+    (path / "early").symlink_to(victim)
+    for command in (("check", path, "--repair"), ("remove", path, "--where", "number=3"), ("query", path, PROMPT)):
+        code, _, said = typed(*command)
+        assert code == 1 and "early is a link" in said, said
+    with pytest.raises(StoreError, match="is a link"):
+        checkpoints_at(path)
+    assert sorted(victim.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("entries", "fault"),
+    [
+        ([], "checkpoints"),
+        ([("../early", 1.0)], "name"),
+        ([("tuned", 1.0), ("tuned", 1.0)], "a name twice"),
+        ([("tuned", -1.0), ("early", 1.0)], "weight"),
+    ],
+)
+def test_a_list_of_checkpoints_that_no_build_writes_is_written_anew_by_the_build(
+    index, tmp_path, data, llama_folders, adapters, entries, fault
+):
+    path = shutil.copytree(index, tmp_path / "index")
+    listed = [{"name": name, "weight": weight} for name, weight in entries]
+    write_json(path / "checkpoints.json", {"checkpoints": listed, "weighted": True})
+    with pytest.raises(DamagedIndex, match=fault) as caught:
+        Index.open(path)
+    assert "rapidindex build" in caught.value.hint
+    asked = request(data, path, llama_folders, gradient=RECIPE, sketch=SketchConfig(K=1024))
+    done = build_checkpoints(asked, configs(llama_folders, adapters))
+    assert [one.computed for one in done.values()] == [0, 0]
+    assert checkpoints_at(path) == replace(checkpoints_at(index), path=path)
