@@ -170,7 +170,7 @@ def query(
     if html is not None:
         other = index.query(encoded[0], options=replace(options, opponents=not opponents))
         best, worst = (other, first) if opponents else (first, other)
-        html.write_text(best.to_html(opponents=worst, command=shlex.join(["rapidindex", *sys.argv[1:]])), "utf-8")
+        _write(html, best.to_html(opponents=worst, command=shlex.join(["rapidindex", *sys.argv[1:]])))
         if not quiet:
             say(f"Wrote {html}")
     if ids_out is not None:
@@ -256,10 +256,17 @@ def _write_ids(file: Path, results: Iterable[Any], quiet: bool) -> None:
     """Write the id of each example that matched once, best first, and say how many of them stand out."""
     matches = [(match, result.stands_out(match)) for result in results for match in result.matches]
     ids = dict.fromkeys(match.id for match, _ in matches)
-    file.write_text("".join(f"{id}\n" for id in ids), "utf-8")
+    _write(file, "".join(f"{id}\n" for id in ids))
     if not quiet:
         within = len(ids) - len({match.id for match, out in matches if out is not False})
         say(f"Wrote {len(ids)} ids to {file}{f'; {within} of them are within chance' if within else ''}")
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a text, whole or not at all: on a full disk the older report stays."""
+    from rapidindex.store import replace_file
+
+    replace_file(file.resolve(), text.encode())
 
 
 def read_stdin() -> str:

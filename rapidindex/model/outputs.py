@@ -15,6 +15,7 @@ from typing import Any
 
 from rapidindex.errors import ConfigMismatch, ModelError, ResourceError, UsageError
 from rapidindex.model.files import read_json
+from rapidindex.store import replace_file
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Output:
         if record and not overwrite:
             if {**(defaults or {}), **record["settings"]} == settings:
                 return record
-            if not record.get("summary") and [path.name for path in output.iterdir()] == [self.record]:
+            if not record.get("summary") and self._others(output) == [self.record]:
                 self.write(output, {"settings": settings})
                 return None
             state = self.made if record.get("summary") else "an interrupted run"
@@ -77,7 +78,7 @@ class Output:
             )
         if record:
             self._clear(output)
-        elif output.exists() and (not output.is_dir() or any(path.name != self._part for path in output.iterdir())):
+        elif output.exists() and (not output.is_dir() or self._others(output)):
             raise UsageError(f"{output} exists, and {self.command} did not write it.", hint="Choose another --output.")
         output.mkdir(parents=True, exist_ok=True)
         self.write(output, {"settings": settings})
@@ -85,12 +86,12 @@ class Output:
 
     def write(self, output: Path, record: dict[str, Any]) -> None:
         """Write the record, whole or not at all."""
-        (output / self._part).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (output / self._part).replace(output / self.record)
+        replace_file(output / self.record, (json.dumps(record, indent=2) + "\n").encode())
 
-    @property
-    def _part(self) -> str:
-        return f"{self.record}.part"
+    def _others(self, output: Path) -> list[str]:
+        """Return the names in `output`, without records that a killed run has not finished writing."""
+        names = [path.name for path in output.iterdir()]
+        return [name for name in names if not (name.startswith(self.record) and name.endswith(".part"))]
 
     def _clear(self, output: Path) -> None:
         """Remove everything but the record, which first loses its settings: what is left then fits no run."""

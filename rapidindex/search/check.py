@@ -5,6 +5,7 @@ from shlex import quote
 from typing import Any
 
 from rapidindex.errors import DamagedIndex, StoreError
+from rapidindex.recipe import Recipe
 from rapidindex.search.metadata import NAME, IndexMetadata
 from rapidindex.search.vector_index import VectorIndex
 from rapidindex.store import Problem, Rows, Store
@@ -22,6 +23,7 @@ def check(path: str | Path, *, repair: bool = False) -> list[Problem]:
         rows_of_levels = [store.rows(level) for level in store.levels]
     except StoreError:  # one of the problems: nothing can be said of what is built from the rows
         return problems
+    problems += _problem_of_recipe(store)
     for rows in rows_of_levels:
         damage, options = _read(rows)
         if damage is not None:
@@ -30,6 +32,16 @@ def check(path: str | Path, *, repair: bool = False) -> list[Problem]:
                 with store.lock():
                     VectorIndex.build(store.rows(rows.level), **options)
     return problems
+
+
+def _problem_of_recipe(store: Store) -> list[Problem]:
+    """Return what is wrong with the options in a manifest that fits its checksum."""
+    try:
+        Recipe.from_manifest(store.config)
+    except DamagedIndex as error:
+        mend = f"delete it and type `rapidindex check {quote(str(store.path))} --repair`, which takes the shards' copy"
+        return [Problem("manifest.json", error.message.replace("The manifest does", "does"), mend)]
+    return []
 
 
 def _read(rows: Rows) -> tuple[str | None, dict[str, Any]]:

@@ -397,3 +397,13 @@ def test_an_index_is_specialized_and_says_for_what_and_whether_its_rows_suffice(
     assert typed("specialize", index, "--queries", task, "-o", target, "--weight", "0.5")[0] == 1
     code, _, said = typed("specialize", index, "--queries", task, "-o", target, "--weight", "0.5", "--component", "3")
     assert code == 2 and "give one of them" in said
+
+
+def test_a_report_that_cannot_be_written_leaves_the_older_one(index, tmp_path, zygote):
+    page = tmp_path / "report.html"
+    asked = ("query", index, PROMPT, "--answer", ANSWER, "-k", 1, "-q", "--html", page)
+    assert zygote.run(*asked).code == 0
+    before = page.read_bytes()
+    failed = zygote.run(*asked, file_size=9_000)
+    assert failed.code == 1 and f"{page} cannot be written: files may not grow" in failed.err
+    assert page.read_bytes() == before and os.listdir(tmp_path) == ["report.html"]

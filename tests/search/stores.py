@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 
 from rapidindex.store import ShardContent, Store
+from tests.store.test_hostile import CONFIG
 
 
 def gradients(n: int, K: int, *, seed: int = 0) -> np.ndarray:
@@ -23,7 +24,8 @@ def gradients(n: int, K: int, *, seed: int = 0) -> np.ndarray:
 def make_store(path: Path, rows: np.ndarray, *, per_shard: int = 250, rows_per_example: int = 1) -> Store:
     """A store of sentence rows at `path`."""
     planned = {"sentence": (rows.shape[1], len(rows) // rows_per_example)}
-    store = Store.create(path, config={}, layers=[{"name": "w", "size": 8}], versions={}, planned=planned)
+    config = {**CONFIG, "gradient": {**CONFIG["gradient"], "second_moment": "none"}}
+    store = Store.create(path, config=config, layers=[{"name": "w", "size": 8}], versions={}, planned=planned)
     append(store, rows, per_shard=per_shard, rows_per_example=rows_per_example)
     return store
 

@@ -73,3 +73,15 @@ def test_metadata_names_only_files_of_its_own_folder(rows, file):
 
 def test_an_intact_index_has_no_problem(rows):
     assert check(rows.path.parent) == []
+
+
+def test_options_that_no_build_writes_are_found_and_taken_from_the_shards_again(rows):
+    manifest = rows.path.parent / "manifest.json"
+    held = read_json(manifest)
+    encoding = held["config"]["encoding"] | {"max_length": "x"}
+    write_json(manifest, held | {"config": held["config"] | {"encoding": encoding}})
+    [problem] = check(rows.path.parent)
+    assert problem.where == "manifest.json" and "max_length is 'x'" in problem.what and "delete it" in problem.mend
+    manifest.unlink()
+    check(rows.path.parent, repair=True)
+    assert check(rows.path.parent) == []
