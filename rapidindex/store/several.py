@@ -28,6 +28,7 @@ class _Content(TypedDict):
     checkpoints: Annotated[list[_Checkpoint], Meta(min_length=1)]
     weighted: bool
 
+
 _LIST_ANEW = "Give its `rapidindex build` command again: it lists the checkpoints anew."
 
 
