@@ -1,9 +1,9 @@
 """All tables and plots of bench/results, from the JSON there alone.
 
-    python -m bench.render [evidence] [retrieval] [caching] [lds] [facts] [--results FOLDER]
+    python -m bench.render [evidence] [retrieval] [caching] [lds] [facts] [verify] [--results FOLDER]
 
-`evidence`, `retrieval`, `lds` and `facts` write Markdown (and SVG) beside their JSON, `caching` prints the tables of
-caching and of token rows. Plots need matplotlib. The same JSON gives the same files, byte for byte.
+`evidence`, `retrieval`, `lds`, `facts` and `verify` write Markdown (and SVG) beside their JSON, `caching` prints the
+tables of caching and of token rows. Plots need matplotlib. The same JSON gives the same files, byte for byte.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WAYS = ("proponents", "opponents")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="evidence, retrieval, caching, lds or facts")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="evidence, retrieval, caching, lds, facts or verify")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON is, and where the files go")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
@@ -993,12 +993,80 @@ def _cell(value: dict[str, Any]) -> str:
     return f"{value['mean']:.3f} ({value['interval'][0]:.3f} to {value['interval'][1]:.3f})"
 
 
+# --- verification ---
+
+TRIED = {
+    "default": "**the default**",
+    "kronecker": "**`--second-moment kronecker`**",
+    "rapidin": "the paper's recipe (`--recipe rapidin`)",
+    "bm25": "BM25 for the word",
+    "bm25-text": "BM25 for question and answer",
+    "embedding": "embeddings of question and answer",
+    "random": "random",
+}
+"""The methods of verify.md in its order."""
+
+
+def render_verify(folder: Path) -> None:
+    """Write verify.md from verify.json."""
+    write(folder / "verify.md", verify_page(read(folder, "verify")["verify"]["figures"]))
+
+
+def verify_page(figures: Figures) -> str:
+    """Return the tables of steps on the methods' rows by the word that is asked about, and of retrainings without."""
+    parts = [f"# Steps on the first {figures['top']} of {figures['rows']} rows by each method\n"]
+    for word in dict.fromkeys(one["question"]["word"] for one in figures["questions"]):
+        asked = [one for one in figures["questions"] if one["question"]["word"] == word]
+        parts += [f"## “{word}”: {len(asked)} questions\n", _steps_table(asked, figures["top"]) + "\n"]
+    if figures["retraining"]:
+        parts += ["## Trained again\n", _retrained_table(figures["retraining"]) + "\n"]
+    return "\n".join(parts)
+
+
+def _steps_table(asked: list[Figures], top: int) -> str:
+    """Return the change of the word's log-probability: mean over the questions, and the lowest and highest of them."""
+    optimizers = [name for name in asked[0]["methods"]["random"] if name not in ("rows", "planted")]
+    ways = [(name, way) for name in optimizers for way in ("alone", "together")]
+    head = [f"{name}, {'one row' if way == 'alone' else f'all {top}'}" for name, way in ways]
+    body = []
+    for method, title in TRIED.items():
+        found = [one["methods"][method] for one in asked if method in one["methods"]]
+        if found:
+            planted = f"{top * statistics.mean(one['planted'] for one in found):.1f}"
+            body.append([title, planted, *(_nats([one[name][way] for one in found]) for name, way in ways)])
+    return markdown(["rows by", f"planted of {top}", *head], body)
+
+
+def _nats(changes: list[list[list[float]]]) -> str:
+    each = [statistics.mean(nats for _, nats in groups) for groups in changes]
+    return f"{statistics.mean(each):+.3f} ({min(each):+.3f} to {max(each):+.3f})"
+
+
+def _retrained_table(figures: Figures) -> str:
+    """Return what the model says to one question after trainings without some rows."""
+    before, word = figures["before"], figures["question"]["word"]
+    body = [["nothing", "—", f"{before['probability']:.1%}", before["answer"]]]
+    body += [
+        [
+            f"{figures['rows']} by {TRIED[name].replace('*', '')}",
+            run["planted"],
+            f"{run['probability']:.1%}",
+            run["answer"],
+        ]
+        for name, run in figures["runs"].items()
+    ]
+    return markdown(
+        ["taken out", "planted among them", f"“{word}”", f"answer to “{figures['question']['prompt']}”"], body
+    )
+
+
 PARTS = {
     "evidence": render_evidence,
     "retrieval": render_retrieval,
     "caching": render_caching,
     "lds": render_lds,
     "facts": render_facts,
+    "verify": render_verify,
 }
 
 if __name__ == "__main__":
