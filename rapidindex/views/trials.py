@@ -180,11 +180,14 @@ def _is_shown(found: Verification, top: Trial, random: Sequence[Trial]) -> bool:
 def _beside(found: Verification, random: Sequence[Trial]) -> str:
     """Return what the controls do, in a clause."""
     form, points, n = _points(found), [trial.probability for trial in random], len(random[0].rows)
-    between = f"{form} to {form} points".format(min(points), max(points))
+    if len(random) > 1:
+        does = f"change it by {form} to {form} points".format(min(points), max(points))
+    else:
+        does = f"changes it by {form} points".format(points[0])
     if found.method == "retrain":
         runs = f"{len(random)} trainings without {n} random rows" if len(random) > 1 else f"one without {n} random rows"
-        return f"{runs} change it by {between}"
-    told = f"{len(random)} random draws of {n} change it by {between}"
+        return f"{runs} {does}"
+    told = f"{len(random)} random draw{'s' * (len(random) > 1)} of {n} {does}"
     if bm25 := found.group("bm25"):
         told += f", and the {len(bm25.together[0].rows)} that BM25 finds for the words by"
         told += f" {form}".format(bm25.together[0].probability)

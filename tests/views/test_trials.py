@@ -42,6 +42,11 @@ def test_the_verdict_gives_both_ends_and_the_controls():
     )
 
 
+def test_a_single_control_is_one_figure_and_no_range():
+    assert "1 random draw of 2 changes it by +2.0 points" in trials.verdict(verification(random=(2.0,)))
+    assert "one without 2 random rows changes it by" in trials.verdict(verification(method="retrain", random=(2.0,)))
+
+
 @pytest.mark.parametrize("top", [1.9, -3.0, 0.0])
 def test_what_does_no_more_than_a_random_draw_shows_nothing(top):
     assert trials.verdict(verification(top=top)).startswith("Nothing is shown: a step")
