@@ -15,6 +15,7 @@ anything.
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -239,7 +240,7 @@ def _extras(turn: dict[str, Any], role: str, number: int) -> dict[str, Any]:
     weight = turn.get(WEIGHT)
     if role == "assistant" and weight is not None:
         if weight not in (0, 1):
-            raise Unusable(f"the weight of turn {number} is {weight!r}, not 0 or 1")
+            raise Unusable(f"the weight of turn {number} is {reprlib.repr(weight)}, not 0 or 1")
         extras |= {} if weight else {WEIGHT: 0}
     return extras
 

@@ -3,9 +3,11 @@
 Its record is the first file that is written, with the settings, and the last, with a summary.
 """
 
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +18,9 @@ from typing import Any
 from rapidindex.errors import ConfigMismatch, ModelError, ResourceError, UsageError
 from rapidindex.model.files import read_json
 from rapidindex.store import replace_file
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Output:
     def locked(self, output: Path) -> Iterator[None]:
         """Make the folder `output`, and hold it for this run alone.
 
-        Raises ModelError where another run is writing to it.
+        Raises ModelError where another run is writing to it, and ResourceError where the run finds no room there.
 
         The operating system lets go of the folder when the process ends, however it ends.
         """
@@ -49,7 +54,8 @@ class Output:
                         f"Another run of {self.command} is writing to {output}.",
                         hint="Wait for it, or choose another --output.",
                     ) from error
-            yield
+            with _room_errors(output):
+                yield
         finally:
             os.close(folder)
 
@@ -101,12 +107,28 @@ class Output:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+@contextmanager
+def _room_errors(output: Path) -> Iterator[None]:
+    """Turn what the libraries that write weights say of a full disk, each in its own way, into ResourceError."""
+    try:
+        yield
+    except Exception as error:
+        numbers = [error.errno] if isinstance(error, OSError) else []
+        numbers += map(int, _OS_ERROR.findall(str(error)))  # of safetensors
+        if not (_FULL.intersection(numbers) or "PytorchStreamWriter failed" in str(error)):
+            raise
+        raise ResourceError(
+            f"{output} has no more room: the disk is full, or files may not grow so large here.",
+            hint="Make room, then type the same command again: it goes on from the last checkpoint.",
+        ) from error
+
+
 def check_room(output: Path, needed: int, work: str) -> None:
     """Raise ResourceError unless `output` has room for the bytes that the work, `Training`, needs there."""
     free = shutil.disk_usage(output).free
     if free < needed:
         raise ResourceError(
-            f"{work} needs {needed / 2**30:.1f} GiB in {output}, and {free / 2**30:.1f} GiB are free.",
+            f"{work} needs {needed / 2**20:,.1f} MiB in {output}, and {free / 2**20:,.1f} MiB are free.",
             hint="Free some space, or choose another --output.",
         )
 

@@ -302,6 +302,18 @@ def test_a_run_that_trained_nothing_leaves_its_folder_to_another(tmp_path, llama
     assert not finetune(dataset, PLAIN, config, replace(QUICK, epochs=1), output).already_there
 
 
+@pytest.mark.parametrize("size", [5_000, 100_000])
+def test_a_disk_without_room_is_named_and_the_run_goes_on_when_there_is_some(
+    tmp_path, llama_folders, dataset, zygote, size
+):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"prompt": one.prompt, "response": one.response}) for one in dataset.examples))
+    command = ("finetune", rows, "-m", llama_folders[0], "-o", tmp_path / "out", "--method", "full", "-q")
+    failed = zygote.run(*command, file_size=size)
+    assert failed.code == 1 and failed.err.count("\n") == 1 and "has no more room" in failed.err
+    assert zygote.run(*command).code == 0
+
+
 def test_a_finished_output_is_left_as_it_is(tmp_path, llama_folders, dataset):
     config, output = on_cpu(llama_folders[0]), tmp_path / "adapter"
     first = finetune(dataset, PLAIN, config, QUICK, output)
