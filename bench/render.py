@@ -1014,7 +1014,10 @@ def render_verify(folder: Path) -> None:
 
 def verify_page(figures: Figures) -> str:
     """Return the tables of steps on the methods' rows by the word that is asked about, and of retrainings without."""
-    parts = [f"# Steps on the first {figures['top']} of {figures['rows']} rows by each method\n"]
+    parts = [
+        f"# Steps on the first {figures['top']} of {figures['rows']} rows by each method\n",
+        "Change of the word's log-probability in nats: the mean over the questions, the lowest and the highest.\n",
+    ]
     for word in dict.fromkeys(one["question"]["word"] for one in figures["questions"]):
         asked = [one for one in figures["questions"] if one["question"]["word"] == word]
         parts += [f"## “{word}”: {len(asked)} questions\n", _steps_table(asked, figures["top"]) + "\n"]

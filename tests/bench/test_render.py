@@ -1,6 +1,7 @@
 """The tables in bench/results are those that their JSON gives."""
 
 import json
+import re
 
 import pytest
 
@@ -28,6 +29,14 @@ def test_the_page_of_retrieval_is_rendered_from_its_json_byte_for_byte(tmp_path,
 def test_the_page_of_the_lds_is_rendered_from_its_json_byte_for_byte():
     figures = json.loads((RESULTS / "lds.json").read_text())["figures"]
     assert render.lds_page(figures) == (RESULTS / "lds.md").read_text()
+
+
+def test_the_page_of_verification_is_rendered_from_its_json_byte_for_byte_and_its_tables_are_in_the_readme():
+    figures = json.loads((RESULTS / "verify.json").read_text())["figures"]
+    page = render.verify_page(figures)
+    assert page == (RESULTS / "verify.md").read_text()
+    readme = (RESULTS.parent / "README.md").read_text()
+    assert all(table in readme for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE))
 
 
 def test_every_committed_plot_is_drawn(tmp_path):
