@@ -331,7 +331,7 @@ class Index:
         heatmaps = shown if options.heatmaps or options.rescore else []
         answers = [at for at in shown if at < options.k] if options.answer_scores else []
         done, total, rescoring = itertools.count(1), len(heatmaps) + len(answers), None
-        drawn = self._heatmaps([candidates[at] for at in heatmaps], query, result.level)
+        drawn = self._heatmaps([candidates[at] for at in heatmaps], query, result.level) if heatmaps else ()
         for at, one in zip(heatmaps, drawn, strict=True):
             candidates[at] = one
             yield Scored(number, one.match, next(done), total)
