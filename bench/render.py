@@ -95,14 +95,14 @@ NAMES = {
     "full/ekfac/none": "influence function, EK-FAC",
     "full/ekfac/unit": "the same / length of the gradient",
     "full/ekfac-root/unit": "EK-FAC, its root on either side, unit length",
-    "full/kronecker/unit": "second moment along Kronecker eigenvectors, unit length",
+    "full/kronecker/unit": "`kronecker`, uncompressed",
     "full/none/none": "TracIn",
     "full/none/layer": "TracIn, layer-wise (the paper's recipe, uncompressed)",
-    "full/estimate/unit": "the default, uncompressed",
-    "product/default/exact": "**the product's index, default**",
-    "product/default/ann": "the product's index, default, through FAISS",
-    "product/kronecker/exact": "the product's index, Kronecker second moment",
-    "product/kronecker/ann": "the product's index, Kronecker second moment, through FAISS",
+    "full/estimate/unit": "`estimate`, uncompressed",
+    "product/estimate/exact": "the product's index, `estimate`",
+    "product/estimate/ann": "the product's index, `estimate`, through FAISS",
+    "product/kronecker/exact": "the product's index, `kronecker`",
+    "product/kronecker/ann": "the product's index, `kronecker`, through FAISS",
     "product/paper/exact": "the product's index, paper's recipe",
     "product/paper/ann": "the product's index, paper's recipe, through FAISS",
 }
@@ -112,11 +112,11 @@ CLOSE, DEFAULT_ROWS = 0.02, r"K=\d+/shuffles=20/estimate/unit/(int8|float16)"
 ROWS_KEPT = ("int8", "float16")
 """The row types of the store's formats 2 and 1; some runs have only the latter."""
 RECIPES = {
-    "estimate/unit": "default",
+    "estimate/unit": "`estimate`",
     "none/layer": "paper",
     "ekfac/unit": "EK-FAC of the query",
     "ekfac-root/unit": "EK-FAC",
-    "kronecker/unit": "Kronecker second moment",
+    "kronecker/unit": "`kronecker`",
 }
 CORRECTED = [
     f"{correction}/{normalize}" for correction in ("none", "estimate") for normalize in ("none", "layer", "unit")
@@ -277,7 +277,7 @@ def _costs(counts: pd.DataFrame) -> str:
     for prefix, model in (("", "finished model"), ("early ", "early model")):
         close = [_K(n) for n, row in worst if re.fullmatch(prefix + DEFAULT_ROWS, n) and row.behind <= CLOSE]
         smallest = min(close, default="none")
-        lines.append(f"The smallest K of the default, λ = 20, within {CLOSE} everywhere, {model}: {smallest}")
+        lines.append(f"The smallest K of `estimate`, λ = 20, within {CLOSE} everywhere, {model}: {smallest}")
     return markdown(["", "most behind", "where"], body) + "\n" + "".join(f"\n{line}.\n" for line in lines)
 
 
@@ -881,7 +881,7 @@ def lds_page(figures: Figures) -> str:
     """Return the LDS of every method, the best first."""
     best = sorted(figures["methods"], key=lambda row: -row["lds"])
     body = [
-        [title(row["method"]), f"{row['lds']:.3f}", _ends(row["interval"]), _ends(row.get("less_default"))]
+        [title(row["method"]), f"{row['lds']:.3f}", _ends(row["interval"]), _ends(row.get("less_estimate"))]
         for row in best
     ]
     agreement = [
@@ -898,7 +898,7 @@ def lds_page(figures: Figures) -> str:
         f" {schedule['learning_rate']:g}, LoRA of rank {schedule['rank']} on the last {schedule['layers']} layers.\n",
         "The losses of the same subsets trained otherwise agree with the bank's:\n",
         "\n".join(agreement) + "\n",
-        markdown(["method", "LDS", "95 %", "less the default's, 95 %"], body) + "\n",
+        markdown(["method", "LDS", "95 %", "less `estimate`'s, 95 %"], body) + "\n",
         markdown(["stage", "seconds"], [[name, f"{spent:.0f}"] for name, spent in figures["seconds"].items()]) + "\n",
     ]
     return "\n".join(parts)
@@ -935,7 +935,7 @@ TRACED = {
     "full/none/layer": "layer-wise (RapidIn's recipe), uncompressed",
     "K=65536/shuffles=20/none/layer/int8": "the same, RapidGrad",
     "full/estimate/unit": "`estimate`, `unit`, uncompressed",
-    "K=65536/shuffles=20/estimate/unit/int8": "**the same, RapidGrad (the default)**",
+    "K=65536/shuffles=20/estimate/unit/int8": "the same, RapidGrad",
     "full/kronecker/unit": "`kronecker`, `unit`, uncompressed",
     "K=65536/shuffles=20/kronecker/unit/int8": "the same, RapidGrad",
     "limit": "empirical Fisher's inverse, uncompressed",
@@ -956,7 +956,7 @@ def facts_page(figures: Figures) -> str:
     found = {row["method"]: row for row in figures["methods"]}
     others = [name for name in found if name not in TRACED and not name.startswith("K=")]
     names = [name for name in TRACED if name in found] + others
-    metrics = [name for name in figures["methods"][0] if name not in ("method", "bytes", "less_default")]
+    metrics = [name for name in figures["methods"][0] if name not in ("method", "bytes", "less_estimate")]
     head = [
         "method",
         *(name.replace("_", " ").replace("mrr", "MRR").replace("recall", "recall@10") for name in metrics),
@@ -996,8 +996,8 @@ def _cell(value: dict[str, Any]) -> str:
 # --- verification ---
 
 TRIED = {
-    "default": "**the default**",
-    "kronecker": "**`--second-moment kronecker`**",
+    "kronecker": "**`kronecker`**",
+    "estimate": "**`estimate`**",
     "rapidin": "the paper's recipe (`--recipe rapidin`)",
     "bm25": "BM25 for the word",
     "bm25-text": "BM25 for question and answer",

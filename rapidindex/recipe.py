@@ -130,7 +130,7 @@ class Recipe:
     @property
     def name(self) -> str:
         """The name of the recipe of gradient and sketch, or `custom`."""
-        return recipe_name(self.gradient, self.sketch)
+        return recipe_name(self.gradient, self.sketch, adapter=bool(self.adapter.fingerprint))
 
     def differences(self, other: "Recipe") -> list[tuple[str, Any, Any]]:
         """Name each field that differs from `other`'s, with both values. Paths and added data may differ."""

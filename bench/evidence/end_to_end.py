@@ -19,7 +19,7 @@ from rapidindex.progress import Progress
 from rapidindex.search.vector_index import DEFAULT_FACTORY, VectorIndex
 
 RECIPES = {
-    "default": {},
+    "estimate": {"second_moment": "estimate"},
     "paper": {"normalize": "layer", "second_moment": "none"},
     "kronecker": {"second_moment": "kronecker"},
 }

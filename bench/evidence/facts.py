@@ -529,7 +529,7 @@ def _cpu_seconds(work: Callable[[], Any]) -> float:
 def table(scores: Scores, truth: np.ndarray, changes: np.ndarray, size: int) -> list[dict[str, Any]]:
     """Return a row a method: bytes, MRR, recall@10 and tail-patch, each with its interval over the queries.
 
-    `less_default` has the intervals of the differences from the default's figures, query by query.
+    `less_estimate` has the intervals of the differences from the figures of `estimate`, query by query.
     """
     each = {name: _by_query(values, truth, changes) for name, values in scores.items()}
     drawn = np.random.default_rng(0).integers(0, len(truth), (DRAWS, len(truth)))
@@ -542,7 +542,7 @@ def table(scores: Scores, truth: np.ndarray, changes: np.ndarray, size: int) -> 
         }
         if DEFAULT in each:
             less = {metric: _mean(values - each[DEFAULT][metric], drawn) for metric, values in found.items()}
-            row["less_default"] = less
+            row["less_estimate"] = less
         rows.append(row)
     return rows
 

@@ -18,6 +18,7 @@ import torch
 from bench.common import save
 from bench.evidence.cached import Replay
 from bench.evidence.curvature import of_sample
+from bench.evidence.end_to_end import product_scores
 from bench.evidence.lds import BANK, Chosen, choose, load_tokenizer
 from bench.evidence.measured import of_both_models
 from bench.evidence.run import STAGES, Seed, Sizes
@@ -75,9 +76,19 @@ def score(options: argparse.Namespace, bars: Bars) -> None:
     for method in options.only:
         if method == "two-sided":
             bank.scores(method, lambda: two_sided_scores(bank))
+        elif method == "product":
+            bank.scores(method, lambda: scores_of_indexes(bank), gradients=False)
         else:
             STAGES[method](bank)
         bars.say(f"written to {measure(bank.folder, options)}")
+
+
+def scores_of_indexes(bank: Bank) -> Scores:
+    """Score rows by the product's own indexes, scanned whole."""
+    where = (bank.data, bank.adapter, bank.encoding, bank.queries, bank.folder)
+    how = {"recipes": ("estimate", "kronecker"), "seed": bank.seed, "most": len(bank.chosen.rows)}
+    found = product_scores(*where, **how, progress=bank.bars)
+    return {name: scores for name, scores in found.items() if name.endswith("/exact")}
 
 
 def two_sided_scores(bank: Bank) -> Scores:
@@ -115,18 +126,22 @@ def projected(
 
 
 def measure(folder: Path, options: argparse.Namespace) -> Path:
-    """Write the LDS of all scores in `folder` by the bank's retrainings."""
+    """Write the LDS of all scores in `folder` by the bank's retrainings, beside those of other methods in the file."""
     bank = json.loads((options.results_folder / f"{BANK}.json").read_text())["figures"]
     subsets, losses = outcomes(bank, options.seed, options.dtype)
     scores, seconds = of_both_models(folder)
+    rows, earlier = lds_table(scores, subsets, losses), {"methods": [], "seconds": {}, "notes": {}}
+    if (before := options.results_folder / "lds.json").exists():
+        earlier = json.loads(before.read_text())["figures"]
+    new = {row["method"] for row in rows}
     figures = {
         "setting": {name: bank[name] for name in ("choice", "schedule", "template")},
         "subsets": len(subsets),
         "queries": losses.shape[1],
-        "seconds": seconds,
-        "notes": json.loads(notes.read_text()) if (notes := folder / "notes.json").exists() else {},
+        "seconds": earlier["seconds"] | seconds,
+        "notes": json.loads(notes.read_text()) if (notes := folder / "notes.json").exists() else earlier["notes"],
         **reliability(bank, options),
-        "methods": lds_table(scores, subsets, losses),
+        "methods": [row for row in earlier["methods"] if row["method"] not in new] + rows,
     }
     return save("lds", figures, options)
 
@@ -141,7 +156,7 @@ def outcomes(bank: dict[str, Any], seed: int, dtype: str) -> tuple[np.ndarray, n
 
 
 def lds_table(scores: dict[str, np.ndarray], subsets: np.ndarray, losses: np.ndarray) -> list[dict[str, Any]]:
-    """Return a row a method: its mean LDS, its interval, and that of its difference from the default's."""
+    """Return a row a method: its mean LDS, its interval, and that of its difference from `estimate`'s."""
     predicted = {name: subsets @ values.T.astype(np.float64) for name, values in scores.items()}
     predicted = {name: values for name, values in predicted.items() if np.isfinite(values).all()}
     draws = bootstrap(predicted, losses)
@@ -150,7 +165,7 @@ def lds_table(scores: dict[str, np.ndarray], subsets: np.ndarray, losses: np.nda
         each = spearman(values, -losses)
         row = {"method": name, "lds": round(float(each.mean()), 4), "interval": _interval(draws[name])}
         if DEFAULT in draws:
-            row["less_default"] = _interval(draws[name] - draws[DEFAULT])
+            row["less_estimate"] = _interval(draws[name] - draws[DEFAULT])
         rows.append(row)
     return rows
 

@@ -60,7 +60,7 @@ def of_both_models(folder: Path) -> tuple[Scores, dict[str, float]]:
 
 
 def by_length(folder: Path, scores: Scores) -> Scores:
-    """Divide influence functions by the length of each example's gradient, as the default recipe divides."""
+    """Divide influence functions by the length of each example's gradient, as `unit` divides."""
     divided = {}
     for model, where in (("", folder), (f"{EARLY} ", folder / EARLY)):
         file = where / "lengths.npy"
@@ -110,7 +110,7 @@ def _fidelity(scores: Scores) -> list[dict[str, Any]]:
 def _product_check(scores: Scores) -> dict[str, float]:
     """Return the largest difference of the product's scores from the grid's, in units of a query's largest score."""
     differences = {}
-    recipes = [(model, *recipe) for model in ("", f"{EARLY} ") for recipe in (("default", DEFAULT), ("paper", PAPER))]
+    recipes = [(model, *recipe) for model in ("", f"{EARLY} ") for recipe in (("estimate", DEFAULT), ("paper", PAPER))]
     for model, recipe, (corrected, normalize) in recipes:
         ours = scores.get(f"{model}product/{recipe}/exact")
         grid = scores.get(f"{model}K=65536/shuffles=20/{corrected}/{normalize}/int8")

@@ -209,7 +209,7 @@ class Seed:
 
     @cached_property
     def factors(self) -> torch.Tensor:
-        """The correction of the default recipe, from the sample that a build would draw."""
+        """The correction of `estimate`, from the sample that a build would draw."""
         number = {item.example.id: row for row, item in enumerate(self.job.items)}
         sample = [numbered([number[item.example.id]]) for item in moment_sample(self.job)]
         return correction(estimate_second_moment(self.rows, sample))
@@ -332,7 +332,7 @@ def _preconditioned(seed: Seed, bases: dict[str, Eigenbasis], powers: dict[str, 
 def _product(seed: Seed) -> None:
     finished = seed.folder.name != EARLY
     where = (seed.data, seed.adapter, seed.encoding, seed.queries, seed.folder)
-    how = {"recipes": tuple(RECIPES) if finished else ("default",), "seed": seed.seed, "most": max(seed.task.tops)}
+    how = {"recipes": tuple(RECIPES) if finished else ("estimate",), "seed": seed.seed, "most": max(seed.task.tops)}
     seed.scores("product", lambda: product_scores(*where, **how, progress=seed.bars), gradients=False)
     if finished:
         _product(seed.early)

@@ -23,7 +23,7 @@ from rapidindex.store import decode_rows, encode_rows
 CORRECTIONS = ("none", "estimate")
 NORMALIZATIONS = ("none", "layer", "unit")
 DEFAULT, PAPER = ("estimate", "unit"), ("none", "layer")
-"""(correction, normalisation) of the default and of the paper's recipe."""
+"""(correction, normalisation) of `estimate` at unit length and of the paper's recipe."""
 ROTATED_K = 2**16
 """The largest K whose rows are scored in every precision."""
 

@@ -32,7 +32,6 @@ from rapidindex.caching.job import (
 from rapidindex.caching.moment import ESTIMATES, moment_sample
 from rapidindex.config import BuildRequest
 from rapidindex.errors import ResourceError
-from rapidindex.gradients.eigenbases import seconds_to_find
 from rapidindex.gradients.rapidgrad import Compressor, RapidGrads
 from rapidindex.gradients.second_moment import preconditioner_of
 from rapidindex.progress import Progress, silent
@@ -113,7 +112,7 @@ def _estimate(request: BuildRequest, overwrite: bool, progress: Progress) -> Est
     least = resources_of(job, plans, store)
     check_resources(least, free, request.output)
     timings = [_Timing(job, plan, progress) for plan in plans]
-    needed = replace(_combine([_measured(job, timing) for timing in timings]), disk=least.disk)
+    needed = replace(_combine([_measured(job, timing, store) for timing in timings]), disk=least.disk)
     check_resources(_beyond_this_process(job, needed), free, request.output)
     seconds = {"read data and model": loading}
     for timing in timings:
@@ -207,12 +206,15 @@ def _devices_here(job: Job, plan: LevelPlan) -> list[str]:
     return plan.devices[:1] if job.request.work.ray else plan.devices
 
 
-def _measured(job: Job, timing: "_Timing") -> ResourceEstimate:
+def _measured(job: Job, timing: "_Timing", store: Store | None) -> ResourceEstimate:
     """Return the memory of all processes, from the measured peak of one."""
     plan, devices = timing.plan, _devices_here(job, timing.plan)
     workers = len(devices)
     memory = {"longest batch, model and libraries": timing.peak, "rows buffer": workers * _buffer_bytes(job, plan)}
     device = {}
+    if _lacks_moment(job, store):
+        sample = preconditioner_of(job.recipe).sample_bytes(job.layers, len(moment_sample(job)))
+        memory |= {"sample of the second moment": sample} if sample else {}
     if job.device.type == "cuda":
         device = {"longest batch and model": timing.device_peak * max(map(devices.count, devices))}
     if workers > 1:
@@ -310,8 +312,6 @@ class _Timing:
         if lacks_moment and job.recipe.gradient.second_moment in ESTIMATES:
             sample = plan_batches(moment_sample(job), job.request.work.batch_tokens)
             parts["second moment"] = kind.sample_passes * self._caching_seconds(sample)
-            if kind.vector_entries(job.layers):
-                parts["eigenvectors"] = seconds_to_find(job.layers)
         if workers > 1:
             starting = _IMPORT_SECONDS * max(1, workers / (psutil.cpu_count() or 1)) + loading
             parts[f"start workers, {level}"] = starting

@@ -95,13 +95,16 @@ def build(
         opt.in_gradient(
             show_default="that of --recipe",
             **opt.PLACE,
-            help="Divide gradients by its root: estimate; factored (row and column means); kronecker (along each "
-            "layer's eigenvectors: finds more, takes more room); none; or a training checkpoint's path.",
+            help="Divide gradients by its root: kronecker (along each layer's leading eigenvectors); estimate "
+            "(entry by entry); factored (row and column means); none; or a training checkpoint's path.",
         ),
     ] = None,
     moment_examples: Annotated[
-        int, opt.in_gradient(help="Examples that estimate, factored and kronecker take.")
-    ] = GradientConfig.moment_examples,
+        int | None,
+        opt.in_gradient(
+            show_default="32 for kronecker, else 64", help="Examples that estimate, factored and kronecker take."
+        ),
+    ] = None,
     level: Annotated[
         str,
         opt.in_token_rows(

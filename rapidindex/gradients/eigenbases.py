@@ -1,15 +1,16 @@
 """The Kronecker eigenbasis of each layer, in which a second moment says more than entry by entry.
 
-For a weight of the shape [out, in], U [out, out] and V [in, in] are the eigenvectors of the sample's mean g gᵀ and gᵀ g
-(Shampoo's, arXiv 1802.09568). The correction multiplies Uᵀ g V entry by entry and rotates it back, as EK-FAC does
-(arXiv 1806.03884) with activations in the place of gradients. The sample's loss is of tokens drawn from the model,
+For a weight of the shape [out, in], U [out, 64] and V [in, 64] are the leading eigenvectors of the sample's mean g gᵀ
+and gᵀ g (Shampoo's, arXiv 1802.09568); a shorter side has all of them. The correction multiplies Uᵀ g V entry by entry
+and rotates it back, as EK-FAC does (arXiv 1806.03884) with activations in the place of gradients. What lies beyond the
+leading eigenvectors of a side is one group with one second moment. The sample's loss is of tokens drawn from the model,
 which makes the mean product the Fisher matrix: with the tokens of the data, the correction would take out what the
-sample taught. A side longer than `LONGEST_SIDE`, or a parameter that is no matrix, is left as it is. Knows nothing of
-files.
+sample taught. A parameter that is no matrix keeps its axes. Knows nothing of files.
 """
 
-import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,98 +18,190 @@ from torch import Tensor
 
 from rapidindex.errors import ModelError
 from rapidindex.gradients.losses import Batch, Layer
-from rapidindex.gradients.per_example import PerExampleGradients
 
-LONGEST_SIDE = 4096
-"""Rows or columns of a weight that are rotated, at most: the eigenvectors of 4,096 take 64 MiB, and half a minute on
-one core of a CPU (those of 1,536 took 1.5 s)."""
-_TIMED_SIDE = 768
-
-
-def vector_entries(layers: Sequence[Layer]) -> int:
-    """Count the entries of the eigenvectors of these layers."""
-    return sum(side * side for layer in layers for side in _sides(layer) if side)
+LEADING = 64
+"""Eigenvectors of a side: attribution (LDS) is as good with them as with all, and those of 7B with LoRA take .6 GiB."""
+_COLUMNS = 2 * LEADING
+"""Columns of the random sketch from which they are found; a shorter side is not sketched."""
+_ROUNDING = 1e-6
+"""Of the sketch's largest eigenvalue: what is smaller may be float32's rounding."""
+_LONGEST_WHOLE = 4096
+"""The longest side that indexes of earlier versions rotate; they hold all its eigenvectors, and leave longer ones."""
 
 
-def _sides(layer: Layer) -> tuple[int, int]:
-    """Return the lengths of U and V; 0 for a side that is not rotated."""
+@dataclass(frozen=True)
+class Side:
+    """Rows or columns of a weight."""
+
+    length: int
+    kept: int
+    """Eigenvectors along it; 0 where its axes are kept."""
+
+    @property
+    def own(self) -> int:
+        """Directions that have a second moment of their own: eigenvectors, or axes."""
+        return self.kept or self.length
+
+    @property
+    def groups(self) -> int:
+        """Second moments along it: one more for what the eigenvectors leave, if anything."""
+        return self.own + (self.own < self.length)
+
+    @property
+    def counts(self) -> Float[Tensor, " groups"]:
+        """The directions in each group."""
+        counts = torch.ones(self.groups)
+        counts[self.own :] = self.length - self.own
+        return counts
+
+
+def sides_of(layer: Layer, *, whole: bool = False) -> tuple[Side, Side]:
+    """Return the rows and columns of a layer, a vector as a column; with `whole`, those of earlier versions."""
     if len(layer.shape) != 2:
-        return 0, 0
-    rows, columns = (side if 1 < side <= LONGEST_SIDE else 0 for side in layer.shape)
+        return Side(layer.size, 0), Side(1, 0)
+    if whole:
+        rows, columns = (Side(side, side if 1 < side <= _LONGEST_WHOLE else 0) for side in layer.shape)
+    else:
+        rows, columns = (Side(side, min(side, LEADING) if side > 1 else 0) for side in layer.shape)
     return rows, columns
 
 
-def seconds_to_find(layers: Sequence[Layer]) -> float:
-    """Estimate the seconds that the eigenvectors of these layers take on a CPU, from one small matrix."""
-    sides = [side for layer in layers for side in _sides(layer) if side]
-    tried = min(max(sides, default=0), _TIMED_SIDE)
-    began = time.perf_counter()
-    _eigenvectors(torch.eye(tried).roll(1, 0).add(torch.eye(tried).roll(-1, 0)))
-    return (time.perf_counter() - began) * sum((side / tried) ** 3 for side in sides)
+def vector_entries(layers: Sequence[Layer], *, whole: bool = False) -> int:
+    """Count the entries of the eigenvectors of these layers."""
+    return sum(side.length * side.kept for layer in layers for side in sides_of(layer, whole=whole))
+
+
+def moment_entries(layers: Sequence[Layer], *, whole: bool = False) -> int:
+    """Count the second moments along the eigenvectors of these layers."""
+    return sum(rows.groups * columns.groups for rows, columns in (sides_of(layer, whole=whole) for layer in layers))
+
+
+def product_entries(layers: Sequence[Layer]) -> int:
+    """Count the entries of the products, or of their sketches, from which the eigenvectors are found."""
+    sides = [side.length for layer in layers for side in sides_of(layer) if side.kept]
+    return sum(side * min(side, _COLUMNS) for side in sides)
 
 
 class Eigenbases:
     """U and V of every layer, as views of `vectors`: all of them in a row, float32 [vector_entries(layers)]."""
 
-    def __init__(self, layers: Sequence[Layer], vectors: Float[Tensor, " entries"]) -> None:
-        self.layers, self._of, first = layers, [], 0
-        for layer in layers:
+    def __init__(self, layers: Sequence[Layer], vectors: Float[Tensor, " entries"], *, whole: bool = False) -> None:
+        self.layers, self.sides, self._of, first = layers, [sides_of(layer, whole=whole) for layer in layers], [], 0
+        for sides in self.sides:
             pair = []
-            for side in _sides(layer):
-                pair.append(vectors[first : first + side * side].view(side, side) if side else None)
-                first += side * side
+            for side in sides:
+                last = first + side.length * side.kept
+                pair.append(vectors[first:last].view(side.length, side.kept) if side.kept else None)
+                first = last
             self._of.append(pair)
 
-    def to_eigenbasis(self, number: int, values: Float[Tensor, "examples size"]) -> Float[Tensor, "examples size"]:
-        """Rotate one layer's gradients into its eigenbasis: Uᵀ g V."""
+    def squares(self, number: int, values: Float[Tensor, "examples size"]) -> Float[Tensor, " groups"]:
+        """Return a layer's mean squared gradient in each pair of groups, summed over the examples."""
+        rows, columns = self.sides[number]
+        g, a, b, c = self._along(number, values)
+        sums = torch.zeros(rows.groups, columns.groups, device=g.device)
+        own = sums[: rows.own, : columns.own]
+        own.copy_(c.square().sum(0))
+        if columns.groups > columns.own:
+            sums[: rows.own, -1] = a.square().sum((0, 2)) - own.sum(1)
+        if rows.groups > rows.own:
+            sums[-1, : columns.own] = b.square().sum((0, 1)) - own.sum(0)
+            if columns.groups > columns.own:
+                sums[-1, -1] = g.square().sum() - sums.sum()
+        counts = torch.outer(rows.counts, columns.counts).to(g.device)
+        return (sums.clamp_min_(0) / counts).flatten()
+
+    def multiply(
+        self, number: int, values: Float[Tensor, "examples size"], factors: Float[Tensor, " groups"]
+    ) -> Float[Tensor, "examples size"]:
+        """Multiply a layer's gradients, in place, by a factor in each pair of groups.
+
+        With P and Q the projections on U's and V's columns, and f of the rest in either or both sides: f_rr g +
+        U ((f - f_r - f_c + f_rr) ∘ Uᵀ g V) Vᵀ + U (f_c - f_rr) ∘ (Uᵀ g) + (g V) ∘ (f_r - f_rr) Vᵀ, which is the sum of
+        the four parts P g Q, P g (1 - Q), (1 - P) g Q and (1 - P) g (1 - Q), each multiplied by its own.
+        """
+        rows, columns = self.sides[number]
         U, V = self._of[number]
-        return self._product(number, values, None if U is None else U.T, V)
+        if U is None and V is None:
+            return values.mul_(factors)
+        g, a, b, c = self._along(number, values)
+        f = torch.nn.functional.pad(  # no rest: nothing lies there
+            factors.view(rows.groups, columns.groups),
+            (0, columns.own + 1 - columns.groups, 0, rows.own + 1 - rows.groups),
+        )
+        both = f[-1, -1]
+        of_rows, of_columns = f[:-1, -1:] - both, f[-1:, :-1] - both
+        inner = c * (f[:-1, :-1] - of_rows - of_columns - both)
+        inner = inner if V is None else inner @ V.T
+        inner += of_rows * a
+        moved = inner if U is None else U @ inner
+        if rows.groups > rows.own:
+            beside = b * of_columns
+            moved += beside if V is None else beside @ V.T
+            moved += both * g
+        return values.copy_(moved.flatten(1))
 
-    def from_eigenbasis(self, number: int, values: Float[Tensor, "examples size"]) -> Float[Tensor, "examples size"]:
-        """Rotate one layer's gradients back from its eigenbasis: U g Vᵀ."""
+    def _along(self, number: int, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return g, Uᵀ g, g V and Uᵀ g V."""
         U, V = self._of[number]
-        return self._product(number, values, U, None if V is None else V.T)
-
-    def _product(self, number: int, values: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-        if left is None and right is None:
-            return values
-        rotated = values.float().view(len(values), *self.layers[number].shape)
-        rotated = rotated if left is None else left @ rotated
-        return (rotated if right is None else rotated @ right).flatten(1)
+        rows, columns = self.sides[number]
+        g = values.float().view(-1, rows.length, columns.length)
+        a = g if U is None else U.T @ g
+        c = a if V is None else a @ V
+        b = c if rows.groups == rows.own else g if V is None else g @ V  # only the rest of the rows needs it
+        return g, a, b, c
 
 
-def estimate_eigenbases(gradients: PerExampleGradients, batches: Iterable[Batch]) -> Float[Tensor, " entries"]:
-    """Return the eigenvectors of every layer over the examples of `batches`, float32. ModelError if they overflow."""
+def estimate_eigenbases(gradients: Any, batches: Iterable[Batch], seed: int = 0) -> Float[Tensor, " entries"]:
+    """Return the eigenvectors of every layer over the examples of `batches`, float32. ModelError if they overflow.
+
+    `gradients` are `PerExampleGradients`, or give the same.
+
+    P = Σ g gᵀ of a long side is known by Y = P Ω alone, with Ω [side, 128] random by `seed`: its approximation
+    Y (Ωᵀ Y)^-1 Yᵀ (Nyström's) has nearly P's leading eigenvectors, in memory that is linear in the side.
+    """
     layers = gradients.layers
+    longest = max((side.length for layer in layers for side in sides_of(layer) if side.kept), default=0)
+    random = torch.randn(longest, _COLUMNS, generator=torch.Generator().manual_seed(seed))
     products: dict[tuple[int, int], Tensor] = {}
 
     def add(number: int, values: Tensor) -> None:
-        sides = _sides(layers[number])
-        if not any(sides):
-            return
-        g = values[values.isfinite().all(1)].float().view(-1, *layers[number].shape)
-        for side, equation in enumerate(("nij,nkj->ik", "nij,nik->jk")):
-            if sides[side]:
-                product = torch.einsum(equation, g, g)
-                key = number, side
+        rows, columns = sides_of(layers[number])
+        g = values[values.isfinite().all(1)].float().view(-1, rows.length, columns.length)
+        for key, side, one in (((number, 0), rows, g), ((number, 1), columns, g.transpose(1, 2))):
+            if side.kept:
+                product = _times_its_transpose(one, random)
                 products[key] = products[key] + product if key in products else product
 
     for batch in batches:
         gradients(batch, add)
     vectors, first = torch.empty(vector_entries(layers)), 0
     for key in sorted(products):
-        columns = _eigenvectors(products.pop(key))
+        columns = _leading(products.pop(key), sides_of(layers[key[0]])[key[1]].kept, random)
         vectors[first : first + columns.numel()] = columns.flatten()
         first += columns.numel()
     return vectors
 
 
-def _eigenvectors(product: Float[Tensor, "side side"]) -> Float[Tensor, "side side"]:
+def _times_its_transpose(g: Float[Tensor, "n side other"], random: Tensor) -> Float[Tensor, "side columns"]:
+    """Return Σ g gᵀ, or its product with the random columns where these are fewer."""
+    if g.shape[1] <= _COLUMNS:
+        return torch.einsum("nij,nkj->ik", g, g)
+    return torch.einsum("nij,njk->ik", g, g.transpose(1, 2) @ random[: g.shape[1]].to(g.device))
+
+
+def _leading(
+    product: Float[Tensor, "side columns"], count: int, random: Float[Tensor, "longest columns"]
+) -> Float[Tensor, "side count"]:
+    """Return the leading eigenvectors of Σ g gᵀ from what `_times_its_transpose` sums."""
     hint = "Build with --second-moment estimate."
     if not product.isfinite().all():
         raise ModelError("The gradients of the sample are so large that their products overflow.", hint=hint)
-    product = product.cpu() if product.device.type == "mps" else product  # which has no float64
     try:  # in float32 it does not converge where many rows are zero, as an embedding's are
-        return torch.linalg.eigh(product.double()).eigenvectors
+        root = product.cpu().double()
+        if len(root) > _COLUMNS:
+            values, Q = torch.linalg.eigh(random[: len(root)].double().T @ root)
+            root = root @ (Q * torch.where(values > _ROUNDING * values.max(), values, torch.inf).rsqrt())
+        return torch.linalg.svd(root, full_matrices=False).U[:, :count]
     except torch.linalg.LinAlgError as error:
         raise ModelError("The eigenvectors of the sample's gradients cannot be found.", hint=hint) from error

@@ -2,9 +2,9 @@
 
 Each entry is divided by (v + 1e-3 · mean(v))^½. v is the mean squared gradient over a sample of training examples at
 the same checkpoint, or Adam's or Adafactor's bias-corrected second moment from a training checkpoint (TrackStar's
-optimizer correction, arXiv 2410.17413). `kronecker` divides along each layer's eigenvectors, and adds a tenth of the
-layer's mean instead. `factored` is Adafactor's: v of a weight is the outer product of its row and column means, which
-takes no |v| numbers, and corrects gradients that come as factors. A preconditioner applies the correction;
+optimizer correction, arXiv 2410.17413). `kronecker` divides along each layer's leading eigenvectors, and adds a tenth
+of the layer's mean instead. `factored` is Adafactor's: v of a weight is the outer product of its row and column means,
+which takes no |v| numbers, and corrects gradients that come as factors. A preconditioner applies the correction;
 `preconditioner_of` names its class.
 """
 
@@ -16,7 +16,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rapidindex.errors import DamagedIndex, ModelError
-from rapidindex.gradients.eigenbases import Eigenbases, estimate_eigenbases, vector_entries
+from rapidindex.gradients.eigenbases import (
+    Eigenbases,
+    Side,
+    estimate_eigenbases,
+    moment_entries,
+    product_entries,
+    sides_of,
+    vector_entries,
+)
 from rapidindex.gradients.factors import Factors
 from rapidindex.gradients.losses import Batch, Layer, trainable, with_drawn_labels
 from rapidindex.gradients.per_example import PerExampleGradients
@@ -24,6 +32,8 @@ from rapidindex.recipe import Recipe
 
 DAMPING = 1e-3
 KRONECKER_DAMPING = 0.1
+KEPT_BYTES = 2**30
+"""Gradients of a sample that are kept from its first pass to the next, at most."""
 _CHUNK = 2**20  # entries summed in double precision at a time
 
 Track = Callable[[Sequence[Batch], str], Iterable[Batch]]
@@ -34,7 +44,7 @@ class Preconditioner:
     """The identity, and what the others share: they correct the gradients of one layer at a time."""
 
     sample_passes = 0
-    """Passes over the sample that `estimate` makes."""
+    """Passes over the sample that `estimate` makes, with gradients."""
     takes_factors = True
     """Whether `apply` takes gradients as factors, too."""
 
@@ -49,6 +59,11 @@ class Preconditioner:
     @staticmethod
     def vector_entries(layers: Sequence[Layer]) -> int:
         """Count the entries of the eigenvectors that are stored beside it."""
+        return 0
+
+    @staticmethod
+    def sample_bytes(layers: Sequence[Layer], examples: int) -> int:
+        """Return the bytes of what `estimate` holds beside the gradients of a batch and the moment itself."""
         return 0
 
     @staticmethod
@@ -93,31 +108,38 @@ class Diagonal(Preconditioner):
         return self.factors[layer.start : layer.start + layer.size]
 
 
-class Eigenbasis(Diagonal):
-    """Multiplies the entries along each layer's eigenvectors by (v + 0.1 · the layer's mean of v)^-½."""
+class Eigenbasis(Preconditioner):
+    """Multiplies the parts along each layer's eigenvectors by (v + 0.1 · the layer's mean squared gradient)^-½."""
 
     sample_passes = 2
+    """One where the gradients can be kept."""
+    takes_factors = False
+    moment_entries = staticmethod(moment_entries)
+    vector_entries = staticmethod(vector_entries)
 
     def __init__(self, layers: Sequence[Layer], factors: Tensor, vectors: Tensor | None) -> None:
         super().__init__(layers, factors)
-        if vectors is None or len(vectors) != vector_entries(layers):
-            raise DamagedIndex(
-                "The index does not hold the eigenvectors of this model's layers.",
-                hint="Type `rapidindex check INDEX`.",
-            )
-        self.bases = Eigenbases(layers, vectors)
-
-    vector_entries = staticmethod(vector_entries)
+        whole = _is_whole(factors, layers)
+        if vectors is None or len(vectors) != vector_entries(layers, whole=whole):
+            raise _other_layers()
+        self.bases = Eigenbases(layers, vectors, whole=whole)
+        self._parts = factors.split([rows.groups * columns.groups for rows, columns in self.bases.sides])
 
     @staticmethod
-    def factors_of(v: Float[Tensor, " size"], layers: Sequence[Layer]) -> Float[Tensor, " size"]:
-        """Return (v + 0.1 · the layer's mean of v)^-½, float32 [|v|], along the eigenvectors."""
-        return kronecker_correction(v, [layer.size for layer in layers])
+    def sample_bytes(layers: Sequence[Layer], examples: int) -> int:
+        """Return the bytes of the products that eigenvectors are found from, and of the gradients that are kept."""
+        return 4 * product_entries(layers) + _kept_bytes(layers, examples)
+
+    @staticmethod
+    def factors_of(v: Float[Tensor, " entries"], layers: Sequence[Layer]) -> Float[Tensor, " entries"]:
+        """Return (v + 0.1 · the layer's mean squared gradient)^-½ of each entry of v."""
+        whole = _is_whole(v, layers)
+        return kronecker_correction(v, [sides_of(layer, whole=whole) for layer in layers])
 
     @classmethod
     def estimate(
         cls, gradients: PerExampleGradients, sample: Sequence[Batch], seed: int, track: Track
-    ) -> tuple[Float[Tensor, " size"], Float[Tensor, " entries"]]:
+    ) -> tuple[Float[Tensor, " entries"], Float[Tensor, " entries"]]:
         """Return v and the eigenvectors from the loss of tokens that the model draws by `seed`, however it is batched.
 
         With the data's own tokens the correction would take out of the gradients what the sample itself taught.
@@ -125,14 +147,58 @@ class Eigenbasis(Diagonal):
         batches: list[Batch] = []
         for batch in track(sample, "draw tokens"):
             batches.append(with_drawn_labels(gradients.model, batch, seed, first=sum(map(len, batches))))
-        vectors = estimate_eigenbases(gradients, track(batches, "eigenvectors"))
+        kept = _Kept(gradients, batches)
+        vectors = estimate_eigenbases(kept, track(batches, "eigenvectors"), seed)
         bases = Eigenbases(gradients.layers, vectors.to(batches[0].input_ids.device))
-        return estimate_second_moment(gradients, track(batches, "second moment"), bases), vectors
+        sizes = [rows.groups * columns.groups for rows, columns in bases.sides]
+        return mean_over_sample(kept, track(batches, "second moment"), bases.squares, sizes), vectors
 
     def apply(self, number: int, gradients: Float[Tensor, "examples n"]) -> Tensor:
         """Return the corrected gradients of layer `number`, corrected in place."""
-        rotated = self.bases.to_eigenbasis(number, gradients) * self._factors(number)
-        return gradients.copy_(self.bases.from_eigenbasis(number, rotated))
+        return self.bases.multiply(number, gradients, self._parts[number])
+
+
+class _Kept:
+    """Gradients of a sample's batches, which are computed once where they fit into memory."""
+
+    def __init__(self, gradients: PerExampleGradients, batches: Sequence[Batch]) -> None:
+        self.layers, self._gradients = gradients.layers, gradients
+        fits = _kept_bytes(self.layers, sum(map(len, batches))) > 0
+        self._of: dict[int, list[tuple[int, Tensor]]] = {id(batch): [] for batch in batches} if fits else {}
+
+    def __call__(self, batch: Batch, consume: Callable[[int, Tensor], None]) -> None:
+        kept = self._of.get(id(batch))
+        if kept:
+            for number, values in kept:
+                consume(number, values)
+            return
+
+        def keep(number: int, values: Tensor) -> None:
+            if kept is not None:
+                kept.append((number, values))
+            consume(number, values)
+
+        self._gradients(batch, keep)
+
+
+def _kept_bytes(layers: Sequence[Layer], examples: int) -> int:
+    """Return the bytes of a sample's gradients; 0 where they are more than may be kept."""
+    size = 4 * examples * sum(layer.size for layer in layers)
+    return size if size <= KEPT_BYTES else 0
+
+
+def _is_whole(v: Tensor, layers: Sequence[Layer]) -> bool:
+    """Return whether a second moment is that of an earlier version, entry by entry along all eigenvectors."""
+    if len(v) == moment_entries(layers):
+        return False
+    if len(v) == moment_entries(layers, whole=True):
+        return True
+    raise _other_layers()
+
+
+def _other_layers() -> DamagedIndex:
+    hint = "Type `rapidindex check INDEX`."
+    return DamagedIndex("The index does not hold the eigenvectors of this model's layers.", hint=hint)
 
 
 class RowColumn(Preconditioner):
@@ -224,28 +290,20 @@ def correction(second_moment: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
     return (second_moment + DAMPING * mean).rsqrt_() if mean > 0 else torch.ones_like(second_moment)
 
 
-def kronecker_correction(second_moment: Float[Tensor, " size"], sizes: Sequence[int]) -> Float[Tensor, " size"]:
-    """Return the factor (v + 0.1 · mean(v))^-½ of each entry along its layer's eigenvectors, with the layer's mean."""
+def kronecker_correction(v: Float[Tensor, " entries"], sides: Sequence[tuple[Side, Side]]) -> Float[Tensor, " entries"]:
+    """Return the factor (v + 0.1 · mean)^-½ of each pair of groups, with its layer's mean squared gradient."""
     parts = []
-    for v in second_moment.split(list(sizes)):
-        mean = float(v.double().mean())
-        parts.append((v + KRONECKER_DAMPING * mean).rsqrt_() if mean > 0 else torch.ones_like(v))
+    for part, (rows, columns) in zip(v.split([r.groups * c.groups for r, c in sides]), sides, strict=True):
+        counts = torch.outer(rows.counts, columns.counts).flatten().double()
+        mean = float(part.double() @ counts / counts.sum())
+        parts.append((part + KRONECKER_DAMPING * mean).rsqrt_() if mean > 0 else torch.ones_like(part))
     return torch.cat(parts)
 
 
-def estimate_second_moment(
-    gradients: PerExampleGradients, batches: Iterable[Batch], eigenbases: Eigenbases | None = None
-) -> Float[Tensor, " size"]:
-    """Return the mean squared gradient over the examples of `batches`, along `eigenbases` where they are given.
-
-    Raises as `mean_over_sample` does.
-    """
-
-    def measure(number: int, values: Tensor) -> Tensor:
-        values = values if eigenbases is None else eigenbases.to_eigenbasis(number, values)
-        return values.square().sum(0)
-
-    return mean_over_sample(gradients, batches, measure, [layer.size for layer in gradients.layers])
+def estimate_second_moment(gradients: PerExampleGradients, batches: Iterable[Batch]) -> Float[Tensor, " size"]:
+    """Return the mean squared gradient over the examples of `batches`. Raises as `mean_over_sample` does."""
+    sizes = [layer.size for layer in gradients.layers]
+    return mean_over_sample(gradients, batches, lambda _, values: values.square().sum(0), sizes)
 
 
 def mean_over_sample(

@@ -412,10 +412,10 @@ def test_tables_come_from_the_json_of_all_seeds(tmp_path):
     figures = {"task": "tracing", "sizes": {"rows": 100}, **combine_seeds([seed_result(0, 0.8), seed_result(1, 0.9)])}
     (tmp_path / "evidence_tracing.json").write_text(json.dumps({"figures": figures}))
     page = render.evidence_page(json.loads(json.dumps(figures)))
-    assert "| RapidGrad default, K = 65,536, λ = 20, float16 | 0.850 ± 0.635 |" in page
-    assert "| RapidGrad default, K = 65,536, λ = 20, float16 | 0.050 | AP, India, by word, top 10 |" in page
-    assert "| the default, uncompressed | 0.900 ± 0.000 |" in page
-    assert "| early model: RapidGrad default, K = 65,536, λ = 20, float16 | 0.690 ± 0.000 |" in page
+    assert "| RapidGrad `estimate`, K = 65,536, λ = 20, float16 | 0.850 ± 0.635 |" in page
+    assert "| RapidGrad `estimate`, K = 65,536, λ = 20, float16 | 0.050 | AP, India, by word, top 10 |" in page
+    assert "| `estimate`, uncompressed | 0.900 ± 0.000 |" in page
+    assert "| early model: RapidGrad `estimate`, K = 65,536, λ = 20, float16 | 0.690 ± 0.000 |" in page
     assert "within 0.02 everywhere, finished model: none." in page
     assert "within 0.02 everywhere, early model: 65536." in page
     pytest.importorskip("matplotlib")
@@ -441,7 +441,7 @@ def test_scores_of_the_finished_and_the_early_model_are_told_apart_and_added(tmp
 
 def test_names_and_bytes_of_methods():
     name = "K=65536/shuffles=20/estimate/unit/float16"
-    assert render.title(name) == "RapidGrad default, K = 65,536, λ = 20, float16"
+    assert render.title(name) == "RapidGrad `estimate`, K = 65,536, λ = 20, float16"
     assert render.bytes_of(name) == 131_076 and render.bytes_of("full/none/none", 10) == 40
     assert render.bytes_of("bm25") is None
     assert render.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"

@@ -72,7 +72,7 @@ def test_figures_are_those_of_the_definitions():
         np.mean([np.mean(range(10)), np.mean(range(15, 25))])
     )
     assert found[DEFAULT]["tail_patch_3"]["mean"] == pytest.approx(3 * found[DEFAULT]["tail_patch_1"]["mean"])
-    assert found[DEFAULT]["less_default"]["mrr"] == {"mean": 0, "interval": [0, 0]}
+    assert found[DEFAULT]["less_estimate"]["mrr"] == {"mean": 0, "interval": [0, 0]}
     assert tops({"one": scores})[0].tolist() == [True] * 10 + [False] * 4
     changes[:, 1, 20 - 14] = np.nan  # of the second query's ten rows one was not measured
     assert table({"x": scores}, truth, changes, 99)[0]["tail_patch_1"]["mean"] is None

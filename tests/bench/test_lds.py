@@ -134,9 +134,9 @@ def test_scores_that_predict_the_losses_have_an_lds_of_one():
     table = lds_table({DEFAULT: truth, "opposite": -truth, "noise": noise}, subsets, losses)
     found = {row["method"]: row for row in table}
     assert found[DEFAULT]["lds"] == 1 and found[DEFAULT]["interval"] == [1, 1]
-    assert found["opposite"]["lds"] == -1 and found["opposite"]["less_default"] == [-2, -2]
+    assert found["opposite"]["lds"] == -1 and found["opposite"]["less_estimate"] == [-2, -2]
     low, high = found["noise"]["interval"]
-    assert low < 0.3 and high > -0.3 and low < found["noise"]["lds"] < high and found["noise"]["less_default"][1] < 0
+    assert low < 0.3 and high > -0.3 and low < found["noise"]["lds"] < high and found["noise"]["less_estimate"][1] < 0
 
 
 def test_spearman_is_scipys_also_with_ties():

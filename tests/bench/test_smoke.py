@@ -109,6 +109,16 @@ def test_caching(work, folder):
 
 
 @pytest.mark.slow
+def test_small_builds(work, folder):
+    figures = run(work, "bench.small_builds", "--data", folder / "alpaca_9k.jsonl", results=["small_builds"])[
+        "small_builds"
+    ]
+    assert figures["rows"] == 4 and min(figures["bare"]) > 0
+    stages = {name: set(stages) for name, stages in figures["builds"].items()}
+    assert stages["none"] < stages["estimate"] < stages["kronecker"] and "cache" in stages["none"]
+
+
+@pytest.mark.slow
 def test_profile_of_caching(work, folder):
     name, options = "caching_profile_full_float32", ("--profile", "--full", "--data", folder / "alpaca_9k.jsonl")
     figures = run(work, "bench.caching", *options, results=[name])[name]
@@ -134,7 +144,7 @@ def test_tokens(work, folder):
 @pytest.mark.slow
 def test_tracing(work):
     figures = run(work, "bench.tracing", results=["tracing"])["tracing"]
-    assert [run["recipe"] for run in figures["runs"]] == ["default", "paper", "TracIn"]
+    assert [run["recipe"] for run in figures["runs"]] == ["default", "estimate", "paper", "TracIn"]
 
 
 @pytest.mark.slow
@@ -143,11 +153,11 @@ def test_verify(work):
     assert [one["question"]["word"] for one in figures["questions"]] == ["nine", "Japan", "Japan"]
     for one in figures["questions"]:
         methods = one["methods"]
-        assert set(methods) >= {"default", "rapidin", "kronecker", "bm25", "bm25-text", "random"}
+        assert set(methods) >= {"estimate", "rapidin", "kronecker", "bm25", "bm25-text", "random"}
         assert all(len(set(group)) == 2 for method in methods.values() for group in method["rows"])
         changes = [methods["random"][name][way] for name in ("SGD", "AdamW") for way in ("alone", "together")]
         assert all(len(change) == 2 and np.isfinite(change).all() for change in changes)
-    assert set(figures["retraining"]["runs"]) == {"default", "random"}
+    assert set(figures["retraining"]["runs"]) == {"kronecker", "random"}
 
 
 @pytest.mark.slow

@@ -38,7 +38,10 @@ def test_the_bytes_on_disk_are_predicted_within_two_per_cent(asked, second_momen
 def test_parts_add_up_and_an_index_that_is_there_needs_only_the_rest(asked):
     whole = estimate(asked)
     assert whole.examples == 60 and whole.total_seconds == pytest.approx(sum(whole.seconds.values()))
-    assert {"longest batch, model and libraries", "rows buffer"} == set(whole.memory)
+    parts = {"longest batch, model and libraries", "rows buffer"}
+    assert set(whole.memory) == parts | {"sample of the second moment"}
+    plain = replace(asked, gradient=GradientConfig(second_moment="estimate"))
+    assert set(estimate(plain).memory) == parts
 
     def stop(stage, done, total):
         if stage == "cache" and done:

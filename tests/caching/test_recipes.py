@@ -1,6 +1,7 @@
 """Recipes by name: what a user gives stands, and the recipe sets the rest."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.oracles import all_rows, request
 
 
 def asked(recipe, **given):
-    return BuildRequest("data", "index", "model", recipe=recipe, **given)
+    return BuildRequest("data", "index", ModelConfig("model", "adapter"), recipe=recipe, **given)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -28,6 +29,22 @@ def test_a_value_that_is_given_stands_even_where_it_is_the_default_of_another_re
     got = asked("rapidin", gradient=GradientConfig(normalize="unit", seed=3), sketch=SketchConfig(K=1024))
     assert (got.gradient.normalize, got.gradient.second_moment, got.gradient.seed) == ("unit", "none", 3)
     assert got.sketch.K == 1024
+
+
+@pytest.mark.parametrize(
+    ("model", "projection", "moment"),
+    [
+        (ModelConfig("model", "adapter"), None, "kronecker"),
+        (ModelConfig("model", "adapter"), "two-sided", "factored"),
+        (ModelConfig("model"), None, "estimate"),
+        ("model", "two-sided", "factored"),
+    ],
+)
+def test_the_default_correction_is_the_strongest_that_the_model_and_the_projection_allow(model, projection, moment):
+    got = BuildRequest("data", "index", model, sketch=SketchConfig(projection=projection))
+    assert got.gradient.second_moment == moment
+    typed = GradientConfig(second_moment="kronecker")
+    assert replace(got, gradient=typed).gradient.second_moment == "kronecker"
 
 
 def test_an_unknown_recipe_is_refused_with_the_names_there_are():
@@ -49,6 +66,8 @@ def test_info_names_the_recipe_or_says_custom(data, tmp_path, llama_folders):
     build(request(data, tmp_path / "custom", llama_folders, recipe="tracin", limit=2))  # of another K
     assert Index.open(tmp_path / "named").info()["recipe"] == "tracin"
     assert Index.open(tmp_path / "custom").info()["recipe"] == "custom"
+    build(BuildRequest(str(data), str(tmp_path / "whole"), ModelConfig(base), limit=2))
+    assert Index.open(tmp_path / "whole").info()["recipe"] == "default"
 
 
 def test_the_command_line_takes_a_recipe_and_single_flags_over_it(data, tmp_path, llama_folders):

@@ -11,12 +11,12 @@ from rapidindex.caching.build import build
 from rapidindex.caching.update import add
 from rapidindex.config import BuildConfig, GradientConfig, SketchConfig
 from rapidindex.errors import DamagedIndex
-from rapidindex.gradients import eigenbases
-from rapidindex.gradients.eigenbases import Eigenbases, estimate_eigenbases, vector_entries
-from rapidindex.gradients.losses import Batch
+from rapidindex.gradients import eigenbases, second_moment
+from rapidindex.gradients.eigenbases import Eigenbases, estimate_eigenbases
+from rapidindex.gradients.losses import Batch, with_drawn_labels
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
-from rapidindex.gradients.second_moment import Eigenbasis, estimate_second_moment
+from rapidindex.gradients.second_moment import Eigenbasis, mean_over_sample
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.gradients.token_scores import TokenScores, shares
 from rapidindex.store import Store, check
@@ -24,6 +24,13 @@ from tests import tiny
 from tests.oracles import all_rows, autograd, examples, make, request
 
 KRONECKER = GradientConfig(second_moment="kronecker", moment_examples=6)
+
+
+@pytest.fixture(params=[4, 64], ids=["four leading", "all"])
+def leading(request, monkeypatch):
+    """Sides with a rest beside their leading eigenvectors, and sides without."""
+    monkeypatch.setattr(eigenbases, "LEADING", request.param)
+    monkeypatch.setattr(eigenbases, "_COLUMNS", 1000)
 
 
 def layers_of(model):
@@ -34,33 +41,67 @@ def fitted(model, ids, weights):
     """Layers, eigenvectors and v of a sample, as the product finds them."""
     gradients, batches = PerExampleGradients(model), [Batch.of(ids[:2], weights[:2]), Batch.of(ids[2:], weights[2:])]
     vectors = estimate_eigenbases(gradients, batches)
-    v = estimate_second_moment(gradients, batches, Eigenbases(gradients.layers, vectors))
-    return gradients, vectors, v
+    bases = Eigenbases(gradients.layers, vectors)
+    sizes = [rows.groups * columns.groups for rows, columns in bases.sides]
+    return gradients, vectors, mean_over_sample(gradients, batches, bases.squares, sizes)
 
 
-def pairs(layers, vectors):
-    """(U, V) of each layer from the flat vectors; the identity where there is none."""
+class Parts:
+    """One layer's directions, written out: an orthogonal matrix for each side, and the group of each of its columns."""
+
+    def __init__(self, layer, vectors, whole=False):
+        self.shape = layer.shape if len(layer.shape) == 2 else (layer.size, 1)
+        self.matrices, self.groups, self.used = [], [], 0
+        for side in self.shape:
+            kept = len(layer.shape) == 2 and 1 < side and (not whole or side <= eigenbases._LONGEST_WHOLE)
+            kept = min(side, side if whole else eigenbases.LEADING) if kept else 0
+            U = vectors[self.used : self.used + side * kept].view(side, kept)
+            self.used += side * kept
+            full = torch.linalg.qr(torch.cat([U, torch.eye(side)], 1)).Q if kept else torch.eye(side)
+            full[:, :kept] = U  # qr may turn them round
+            self.matrices.append(full)
+            self.groups.append(torch.arange(side).clamp_max(kept) if kept else torch.arange(side))
+
+    def turned(self, g):
+        return self.matrices[0].T @ g.reshape(-1, *self.shape) @ self.matrices[1]
+
+    def back(self, turned):
+        return self.matrices[0] @ turned @ self.matrices[1].T
+
+    def means(self, squares):
+        """The mean of each pair of groups, of a matrix of squares [rows, columns]."""
+        rows, columns = (torch.nn.functional.one_hot(groups).float() for groups in self.groups)
+        return (rows.T @ squares @ columns) / torch.outer(rows.sum(0), columns.sum(0))
+
+    def spread(self, v):
+        """Each direction's own v."""
+        rows, columns = self.groups
+        return v.view(int(rows.max()) + 1, int(columns.max()) + 1)[rows][:, columns]
+
+
+def parts_of(layers, vectors, whole=False):
     first = 0
     for layer in layers:
-        shape = layer.shape if len(layer.shape) == 2 else (layer.size, 1)
-        sides = []
-        for side in shape:
-            kept = len(layer.shape) == 2 and 1 < side <= eigenbases.LONGEST_SIDE
-            sides.append(vectors[first : first + side**2].view(side, side) if kept else torch.eye(side))
-            first += side**2 * kept
-        yield sides
+        parts = Parts(layer, vectors[first:], whole)
+        first += parts.used
+        yield parts
     assert first == len(vectors)
 
 
-def oracle(model, ids, weights, layers, vectors, v, normalize):
-    """One example: autograd, corrected along U and V layer by layer, normalised; no sketch."""
-    parts = []
-    gradients = autograd(model, ids, weights)[1]
-    for g, layer, (U, V) in zip(gradients, layers, pairs(layers, vectors), strict=True):
-        mine = v[layer.start : layer.start + layer.size]
-        factor = (mine + 0.1 * mine.mean()).rsqrt() if mine.any() else torch.ones_like(mine)
-        seen = U.T @ g.reshape(len(U), len(V)) @ V * factor.view(len(U), len(V))
-        part = (U @ seen @ V.T).flatten()
+def moments_of(layers, v, whole=False):
+    return v.split([r.groups * c.groups for r, c in (eigenbases.sides_of(layer, whole=whole) for layer in layers)])
+
+
+def oracle(model, ids, weights, layers, vectors, v, normalize, whole=False):
+    """One example: autograd, corrected direction by direction, normalised; no sketch."""
+    parts, gradients = [], autograd(model, ids, weights)[1]
+    for g, layer, mine, moment in zip(
+        gradients, layers, parts_of(layers, vectors, whole), moments_of(layers, v, whole), strict=True
+    ):
+        spread = mine.spread(moment)
+        factor = (spread + 0.1 * spread.mean()).rsqrt() if spread.any() else torch.ones_like(spread)
+        part = mine.back(mine.turned(g) * factor).flatten()
+        assert part.numel() == layer.size
         parts.append(part / part.norm() if normalize == "layer" and part.norm() > 0 else part)
     flat = torch.cat(parts)
     return flat / flat.norm() if normalize == "unit" else flat
@@ -68,31 +109,52 @@ def oracle(model, ids, weights, layers, vectors, v, normalize):
 
 @pytest.mark.parametrize("way", ["lora", "full"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_eigenvectors_are_orthonormal_and_those_of_the_samples_mean_products(name, way):
+def test_eigenvectors_are_the_leading_ones_of_the_samples_mean_products_and_v_is_that_along_them(name, way, leading):
     model = make(name, way)
     ids, weights = examples()
     gradients, vectors, v = fitted(model, ids, weights)
+    layers = gradients.layers
     each = [autograd(model, i, w)[1] for i, w in zip(ids, weights, strict=True)]
-    for number, (layer, (U, V)) in enumerate(zip(gradients.layers, pairs(gradients.layers, vectors), strict=True)):
-        g = torch.stack([parts[number].float() for parts in each])
-        g = g.view(len(g), len(U), len(V))
-        seen = U.T @ g @ V
-        torch.testing.assert_close(
-            v[layer.start : layer.start + layer.size].view(seen.shape[1:]), seen.square().mean(0), rtol=1e-3, atol=1e-9
-        )
-        products = ((U, torch.einsum("nij,nkj->ik", g, g)), (V, torch.einsum("nij,nik->jk", g, g)))
-        for vectors_of_side, product in products if len(layer.shape) == 2 else ():
-            torch.testing.assert_close(vectors_of_side.T @ vectors_of_side, torch.eye(len(product)), rtol=0, atol=1e-5)
-            turned = vectors_of_side.T @ product @ vectors_of_side
-            assert (turned - turned.diag().diag()).norm() <= 1e-5 * product.norm()
+    both = zip(layers, parts_of(layers, vectors), moments_of(layers, v), strict=True)
+    for number, (layer, mine, moment) in enumerate(both):
+        g = torch.stack([parts[number].float() for parts in each]).view(-1, *mine.shape)
+        squares = mine.means(mine.turned(g).square().mean(0))
+        torch.testing.assert_close(moment.view(squares.shape), squares, rtol=1e-3, atol=1e-6 * float(squares.max()))
+        products = (torch.einsum("nij,nkj->ik", g, g), torch.einsum("nij,nik->jk", g, g))
+        for matrix, product in zip(mine.matrices, products, strict=True):
+            if len(layer.shape) == 2 and len(product) > 1:
+                kept = matrix[:, : min(eigenbases.LEADING, len(product))]
+                torch.testing.assert_close(kept.T @ kept, torch.eye(kept.shape[1]), rtol=0, atol=1e-5)
+                best = torch.linalg.eigvalsh(product.double()).flip(0)[: kept.shape[1]]
+                found = (kept * (product @ kept)).sum(0).double()
+                torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-5 * float(best[0]))
+
+
+def test_eigenvectors_of_a_long_side_come_from_a_sketch_and_hold_nearly_what_the_best_hold(monkeypatch):
+    monkeypatch.setattr(eigenbases, "LEADING", 8)
+    monkeypatch.setattr(eigenbases, "_COLUMNS", 24)
+    draw = torch.Generator().manual_seed(1)
+    strengths = torch.linspace(0, 6, 200).neg().exp()
+    g = torch.randn(40, 200, 5, generator=draw) * strengths[:, None]
+    random = torch.randn(200, 24, generator=draw)
+    U = eigenbases._leading(eigenbases._times_its_transpose(g, random), 8, random).float()
+    product = torch.einsum("nij,nkj->ik", g, g)
+    torch.testing.assert_close(U.T @ U, torch.eye(8), rtol=0, atol=1e-5)
+    assert float((U * (product @ U)).sum()) > 0.95 * float(torch.linalg.eigvalsh(product)[-8:].sum())
 
 
 @pytest.mark.parametrize("normalize", ["unit", "layer", "none"])
 @pytest.mark.parametrize("way", ["lora", "full"])
-def test_rapidgrads_are_the_compressed_oracle_and_heat_maps_average_to_it(way, normalize):
+def test_rapidgrads_are_the_compressed_oracle_and_heat_maps_average_to_it(way, normalize, leading):
     model = make("llama", way)
     ids, weights = examples()
-    gradients, vectors, v = fitted(model, ids, weights)
+    _, vectors, v = fitted(model, ids, weights)
+    hold(model, ids, weights, vectors, v, normalize)
+
+
+def hold(model, ids, weights, vectors, v, normalize, whole=False):
+    """Rows and heat-maps of a preconditioner beside the oracle's."""
+    gradients = PerExampleGradients(model)
     layers = gradients.layers
     compressor = Compressor(
         gradients,
@@ -101,36 +163,31 @@ def test_rapidgrads_are_the_compressed_oracle_and_heat_maps_average_to_it(way, n
         preconditioner=Eigenbasis(layers, Eigenbasis.factors_of(v, layers), vectors),
     )
     everything = Batch.of(ids, weights)
-    whole = [oracle(model, i, w, layers, vectors, v, normalize) for i, w in zip(ids, weights, strict=True)]
+    whole_rows = [oracle(model, i, w, layers, vectors, v, normalize, whole) for i, w in zip(ids, weights, strict=True)]
     found = compressor(everything)
-    truth = compressor.sketch.compress(torch.stack(whole))
+    truth = compressor.sketch.compress(torch.stack(whole_rows))
     assert ((found.rows - truth).norm(dim=1) <= 1e-4 * truth.norm(dim=1)).all()
     direction = compressor.direction(Batch.of(ids[:1], weights[:1]))
     for row, scores in enumerate(shares(TokenScores(model), compressor, direction, everything, found.norms)):
-        exact = float(torch.dot(whole[0], whole[row]))
-        assert float(scores.mean()) == pytest.approx(exact, abs=1e-4 * float(whole[0].norm() * whole[row].norm()))
+        exact = float(torch.dot(whole_rows[0], whole_rows[row]))
+        assert float(scores.mean()) == pytest.approx(
+            exact, abs=1e-4 * float(whole_rows[0].norm() * whole_rows[row].norm())
+        )
 
 
-def test_a_side_that_is_too_long_and_what_is_no_matrix_keep_their_axes(monkeypatch):
-    layers = layers_of(make("llama", "full"))
-    assert any(len(layer.shape) == 1 for layer in layers)
-    longest = max(max(layer.shape) for layer in layers)
-    squares = [side**2 for layer in layers if len(layer.shape) == 2 for side in layer.shape]
-    assert vector_entries(layers) == sum(squares)
-    monkeypatch.setattr(eigenbases, "LONGEST_SIDE", longest - 1)
-    assert vector_entries(layers) == sum(square for square in squares if square < longest**2)
+@pytest.mark.parametrize("longest", [4096, 50])
+def test_an_index_of_an_earlier_version_holds_all_eigenvectors_and_v_entry_by_entry(longest, monkeypatch):
+    monkeypatch.setattr(eigenbases, "LEADING", 4)
+    monkeypatch.setattr(eigenbases, "_LONGEST_WHOLE", longest)
     model = make("llama", "full")
-    ids, weights = examples()
-    gradients, vectors, _ = fitted(model, ids, weights)
-    number = next(n for n, layer in enumerate(layers) if longest in layer.shape)
-    values = torch.randn(3, layers[number].size, generator=torch.Generator().manual_seed(0))
-    bases = Eigenbases(layers, vectors)
-    U, V = list(pairs(layers, vectors))[number]
-    seen = (U.T @ values.view(3, *layers[number].shape) @ V).flatten(1)
-    torch.testing.assert_close(bases.to_eigenbasis(number, values), seen)
-    torch.testing.assert_close(bases.from_eigenbasis(number, seen), values, rtol=1e-4, atol=1e-5)
-    vector = next(n for n, layer in enumerate(layers) if len(layer.shape) == 1)
-    assert bases.to_eigenbasis(vector, values) is values
+    layers, ids_and_weights = layers_of(model), examples()
+    size = sum(layer.size for layer in layers)
+    assert any(side > 50 for layer in layers for side in layer.shape)
+    assert eigenbases.moment_entries(layers, whole=True) == size
+    draw = torch.Generator().manual_seed(0)
+    sides = [side for layer in layers for side in eigenbases.sides_of(layer, whole=True) if side.kept]
+    turned = [torch.linalg.qr(torch.randn(side.length, side.length, generator=draw)).Q.flatten() for side in sides]
+    hold(model, *ids_and_weights, torch.cat(turned), torch.rand(size, generator=draw), "unit", whole=True)
 
 
 def test_an_index_is_built_by_one_process_or_two_added_to_and_asked(data, tmp_path, llama_folders):
@@ -167,3 +224,23 @@ def test_an_index_is_the_same_however_its_sample_is_batched(tmp_path, data, llam
         build(asked)
         moments.append(Store.open(asked.output).second_moment())
     np.testing.assert_allclose(moments[0], moments[1], rtol=1e-3, atol=1e-5 * moments[0].max())
+
+
+@pytest.mark.parametrize("room", [0, 2**30])
+def test_a_sample_is_computed_once_where_its_gradients_can_be_kept_and_gives_the_same_either_way(monkeypatch, room):
+    monkeypatch.setattr(second_moment, "KEPT_BYTES", room)
+    model = make("llama", "lora")
+    gradients, computed = PerExampleGradients(model), []
+    once = PerExampleGradients.__call__
+    monkeypatch.setattr(
+        PerExampleGradients, "__call__", lambda self, *given, **more: computed.append(1) or once(self, *given, **more)
+    )
+    ids, weights = examples()
+    sample = [Batch.of(ids[:2], weights[:2]), Batch.of(ids[2:], weights[2:])]
+    v, vectors = Eigenbasis.estimate(gradients, sample, 0, lambda batches, _: batches)
+    assert len(computed) == (2 if room else 4)
+    assert Eigenbasis.sample_bytes(gradients.layers, 4) >= (4 * 4 * len(v) if room else 1)
+    drawn = [with_drawn_labels(model, sample[0], 0), with_drawn_labels(model, sample[1], 0, first=2)]
+    bases = Eigenbases(gradients.layers, vectors)
+    sizes = [rows.groups * columns.groups for rows, columns in bases.sides]
+    torch.testing.assert_close(v, mean_over_sample(gradients, drawn, bases.squares, sizes))
