@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
@@ -135,6 +136,9 @@ def test_a_spread_search_is_the_local_one_whoever_dies_and_refuses_other_rows(cl
             ours, theirs = spread.search(queries, k, largest=largest), exact_search(stored, queries, k, largest=largest)
             assert (ours.rows == theirs.rows).all() and ours.n == theirs.n == 88
             np.testing.assert_allclose(ours.scores, theirs.scores, rtol=1e-6)
+        with ThreadPoolExecutor(2) as pool:  # as the threads of a page
+            found = list(pool.map(lambda query: spread.search(query[None], 10).rows[0], queries))
+        assert (found == exact_search(stored, queries, 10).rows).all()
         ray.kill(spread._actors[1])
         assert (spread.search(queries, 10).rows == exact_search(stored, queries, 10).rows).all()
         other = make_store(tmp_path / "other", gradients(90, 64, seed=3), per_shard=20)
@@ -157,3 +161,5 @@ def test_what_is_wrong_with_a_cluster_is_one_sentence(zygote, command, tmp_path)
         said = " ".join(refused.err.split())
         assert refused.code == code and text in said and "Traceback" not in said, refused.err
     assert time.monotonic() - began < 30
+    refused = zygote.run("serve", tmp_path, "--ray", "somewhere")
+    assert refused.code == 2 and "--ray somewhere is no address" in " ".join(refused.err.split()), refused.err

@@ -33,6 +33,7 @@ def serve(
     model: opt.MovedModel = None,
     adapter: opt.MovedAdapter = None,
     device: opt.Device = ModelConfig.device,
+    ray: opt.SearchRay = None,
 ) -> None:
     """Serve a page over an index: ask, click a word of the answer, see the training examples behind it."""
     if host is not None and token is None:
@@ -43,11 +44,20 @@ def serve(
         from rapidindex.serve.app import serve as run
     except ImportError as error:
         raise UsageError(f"The page needs the package {error.name}.", hint="pip install 'rapidindex[serve]'") from error
+    from rapidindex.cluster import connect
     from rapidindex.query.index import Index
+
+    if ray is not None:
+        connect(ray)
+
+    def opened() -> Index:
+        index = Index.open(path, model=model, adapter=adapter, device=device)
+        index.ray = ray
+        return index
 
     try:
         run(
-            lambda: Index.open(path, model=model, adapter=adapter, device=device),
+            opened,
             host=host or "127.0.0.1",
             port=port,
             token=token,

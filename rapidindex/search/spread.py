@@ -6,6 +6,7 @@ whose actor died is searched again by another one; an answer of some of the part
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -70,6 +71,7 @@ class SpreadSearch:
         )
         self._bounds = _bounds([shard[2] for shard in rows.shards], max(1, len(nodes)))
         self._actors: list[Any] = [None] * len(self._bounds)
+        self._turn = threading.Lock()  # threads of a page share the actors
 
     def search(self, queries: np.ndarray, k: int, *, largest: bool = True) -> SearchResult:
         """Find what `exact_search` finds, without the summaries of all scores.
@@ -78,6 +80,14 @@ class SpreadSearch:
         """
         started = time.perf_counter()
         queries = checked_queries(queries, self.rows.K, k)
+        with self._turn:
+            answers = self._answers(queries, k, largest)
+        live = int(np.count_nonzero(self.rows.live_mask))
+        scores, numbers = self._merge(answers, len(queries), k, largest)
+        return SearchResult(scores, numbers, live, largest, "exact", 1.0, time.perf_counter() - started, 0.0, None)
+
+    def _answers(self, queries: np.ndarray, k: int, largest: bool) -> list[Any]:
+        """Return what each part found."""
         sent = self._ray.put(queries)
         answers: dict[int, Any] = {}
         for tries in range(1, _TRIES + 1):
@@ -94,9 +104,7 @@ class SpreadSearch:
         errors = [answer for answer in answers.values() if isinstance(answer, RapidIndexError)]
         if errors:
             raise errors[0]
-        live = int(np.count_nonzero(self.rows.live_mask))
-        scores, numbers = self._merge([answers[part] for part in range(len(self._bounds))], len(queries), k, largest)
-        return SearchResult(scores, numbers, live, largest, "exact", 1.0, time.perf_counter() - started, 0.0, None)
+        return [answers[part] for part in range(len(self._bounds))]
 
     def _call(self, part: int, queries: Any, k: int, largest: bool) -> Any:
         if self._actors[part] is None:
