@@ -113,7 +113,7 @@ def test_the_bank_goes_on_where_it_stopped(tmp_path):
     assert figures["retrainings"][:2] == first and [one["subset"] for one in figures["retrainings"]] == [-1, 0, 1, 2]
     text = json.dumps(figures)
     assert "rivers" not in text and "Question" not in text
-    only = ("--only", "full,rapidin,kronecker,two-sided,representations", "--Ks", 1024)
+    only = ("--only", "full,rapidin,kronecker,two-sided,representations,product", "--Ks", 1024)
     scored = run(tmp_path, "bench.evidence.lds", "scores", *options[1:], *only, results=["lds_bank", "lds"])["lds"]
     names = {row["method"] for row in scored["methods"]}
     assert {
@@ -121,6 +121,7 @@ def test_the_bank_goes_on_where_it_stopped(tmp_path):
         "K=1024/shuffles=20/kronecker/unit/int8",
         "rept/last",
         "two-sided=1024/kronecker/unit",
+        "product/kronecker/exact",
     } <= names
     assert scored["subsets"] == 3 and all(-1 <= row["lds"] <= 1 for row in scored["methods"])
 

@@ -188,7 +188,7 @@ def test_retrieval(work, folder):
     index = work / "index"
     model = ModelConfig(str(work / "model"), device="cpu")
     build(BuildRequest(str(folder / "alpaca_9k.jsonl"), str(index), model, sketch=SketchConfig(K=1024)))
-    names = ["retrieval_real", "retrieval_240", "retrieval_tracin", "retrieval_rows"]
+    names = ["retrieval_real", "retrieval_240", "retrieval_tracin", "retrieval_rows", "retrieval_scan"]
     figures = run(work, "bench.retrieval", "--index", index, "--queries", folder / "queries.jsonl", results=names)
     assert figures["retrieval_real"]["Flat@1024"]["recall"]["proponents"]["10"]["left out"] == 1
     forms = {(form["K"], form["form"]): form for form in figures["retrieval_rows"]["forms"]}
