@@ -10,7 +10,8 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -872,11 +873,6 @@ def _spread(values: list[float], digits: int = 2) -> str:
 # --- the linear datamodeling score ---
 
 
-def render_lds(folder: Path) -> None:
-    """Write lds.md from lds.json."""
-    write(folder / "lds.md", lds_page(read(folder, "lds")["lds"]["figures"]))
-
-
 def lds_page(figures: Figures) -> str:
     """Return the LDS of every method, the best first."""
     best = sorted(figures["methods"], key=lambda row: -row["lds"])
@@ -946,11 +942,6 @@ TRACED = {
 """The methods of facts.md in its order: TrackStar's ablations one after the other."""
 
 
-def render_facts(folder: Path) -> None:
-    """Write facts.md from facts.json."""
-    write(folder / "facts.md", facts_page(read(folder, "facts")["facts"]["figures"]))
-
-
 def facts_page(figures: Figures) -> str:
     """Return the table of fact tracing, and what it was measured on."""
     found = {row["method"]: row for row in figures["methods"]}
@@ -1007,11 +998,6 @@ TRIED = {
 """The methods of verify.md in its order."""
 
 
-def render_verify(folder: Path) -> None:
-    """Write verify.md from verify.json."""
-    write(folder / "verify.md", verify_page(read(folder, "verify")["verify"]["figures"]))
-
-
 def verify_page(figures: Figures) -> str:
     """Return the tables of steps on the methods' rows by the word that is asked about, and of retrainings without."""
     parts = [
@@ -1063,13 +1049,18 @@ def _retrained_table(figures: Figures) -> str:
     )
 
 
+def render_page(name: str, page: Callable[[Figures], str], folder: Path) -> None:
+    """Write NAME.md, which `page` returns, from NAME.json."""
+    write(folder / f"{name}.md", page(read(folder, name)[name]["figures"]))
+
+
 PARTS = {
     "evidence": render_evidence,
     "retrieval": render_retrieval,
     "caching": render_caching,
-    "lds": render_lds,
-    "facts": render_facts,
-    "verify": render_verify,
+    "lds": partial(render_page, "lds", lds_page),
+    "facts": partial(render_page, "facts", facts_page),
+    "verify": partial(render_page, "verify", verify_page),
 }
 
 if __name__ == "__main__":
