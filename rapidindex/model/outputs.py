@@ -3,7 +3,6 @@
 Its record is the first file that is written, with the settings, and the last, with a summary.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -17,9 +16,8 @@ from typing import Any
 
 from rapidindex.errors import ConfigMismatch, ModelError, ResourceError, UsageError
 from rapidindex.model.files import read_json
-from rapidindex.store import replace_file
+from rapidindex.store import NO_ROOM, replace_file
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -115,7 +113,7 @@ def _room_errors(output: Path) -> Iterator[None]:
     except Exception as error:
         numbers = [error.errno] if isinstance(error, OSError) else []
         numbers += map(int, _OS_ERROR.findall(str(error)))  # of safetensors
-        if not (_FULL.intersection(numbers) or "PytorchStreamWriter failed" in str(error)):
+        if not (NO_ROOM.keys() & numbers or "PytorchStreamWriter failed" in str(error)):
             raise
         raise ResourceError(
             f"{output} has no more room: the disk is full, or files may not grow so large here.",

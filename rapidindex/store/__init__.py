@@ -22,12 +22,13 @@ from rapidindex.store.several import Checkpoints, checkpoints_at, indexes_at
 from rapidindex.store.shards import ROW_TYPE, ShardContent, decode_rows, encode_rows, row_bytes
 from rapidindex.store.sizes import disk_bytes
 from rapidindex.store.store import Store
-from rapidindex.store.writing import atomic_file, encode_json, replace_file
+from rapidindex.store.writing import NO_ROOM, atomic_file, encode_json, replace_file
 
 __all__ = [
     "ANN",
     "GRADIENTS",
     "MOMENT",
+    "NO_ROOM",
     "ROW_TYPE",
     "Checkpoints",
     "Problem",

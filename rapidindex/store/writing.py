@@ -25,11 +25,12 @@ from rapidindex.errors import ResourceError, StoreError
 from rapidindex.store.container import USER_BLOCK, Extent, Layout, index_of
 
 ALIGNMENT = 64  # bytes: a mapped array can be used in place
-_FULL = {
+NO_ROOM = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "files may not grow so large here (`ulimit -f`)",
 }
+"""The numbers of the errors that say that there is no room, each in words."""
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -134,12 +135,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def _refusal(error: OSError, path: Path, needed: int) -> StoreError | ResourceError:
-    if error.errno in _FULL:
+    if error.errno in NO_ROOM:
         free = "an unknown amount"
         with contextlib.suppress(OSError):
             free = _size(shutil.disk_usage(path.parent).free)
         return ResourceError(
-            f"{path} cannot be written: {_FULL[error.errno]}. It needs {_size(needed)}; {free} is free.",
+            f"{path} cannot be written: {NO_ROOM[error.errno]}. It needs {_size(needed)}; {free} is free.",
             hint="Make room, then type the same command again: finished work is kept.",
         )
     if error.errno in _READ_ONLY:
