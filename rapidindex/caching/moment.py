@@ -9,7 +9,7 @@ from rapidindex.caching.batches import Item, as_batch, does_not_fit, padded_toke
 from rapidindex.caching.job import Job
 from rapidindex.errors import ModelError, StoreError
 from rapidindex.gradients.losses import Batch, is_out_of_memory
-from rapidindex.gradients.second_moment import Eigenbasis, RowColumn, preconditioner_of, read_second_moment
+from rapidindex.gradients.second_moment import preconditioner_of, read_second_moment
 from rapidindex.progress import Progress
 from rapidindex.recipe import Recipe
 from rapidindex.store import Store
@@ -59,7 +59,7 @@ def ensure_second_moment(job: Job, store: Store, progress: Progress) -> None:
     if not moment.isfinite().all():
         raise ModelError(f"The second moment ({source}) is not finite.", hint="Build with --second-moment none.")
     vectors = None if vectors is None else vectors.numpy()
-    store.write_second_moment(moment.cpu().numpy(), vectors, means=kind in (RowColumn, Eigenbasis))
+    store.write_second_moment(moment.cpu().numpy(), vectors, means=kind.moment_of_means)
 
 
 def _estimate(job: Job, progress: Progress) -> tuple[Tensor, Tensor | None]:

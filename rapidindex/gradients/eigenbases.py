@@ -71,9 +71,14 @@ def vector_entries(layers: Sequence[Layer], *, whole: bool = False) -> int:
     return sum(side.length * side.kept for layer in layers for side in sides_of(layer, whole=whole))
 
 
+def moment_sizes(layers: Sequence[Layer], *, whole: bool = False) -> list[int]:
+    """Count the second moments along the eigenvectors of each of these layers: one for each pair of groups."""
+    return [rows.groups * columns.groups for rows, columns in (sides_of(layer, whole=whole) for layer in layers)]
+
+
 def moment_entries(layers: Sequence[Layer], *, whole: bool = False) -> int:
-    """Count the second moments along the eigenvectors of these layers."""
-    return sum(rows.groups * columns.groups for rows, columns in (sides_of(layer, whole=whole) for layer in layers))
+    """Count the second moments along the eigenvectors of all these layers."""
+    return sum(moment_sizes(layers, whole=whole))
 
 
 def product_entries(layers: Sequence[Layer]) -> int:

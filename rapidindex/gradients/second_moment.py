@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from rapidindex.errors import DamagedIndex, ModelError
 from rapidindex.gradients.eigenbases import (
     Eigenbases,
-    Side,
     estimate_eigenbases,
     moment_entries,
+    moment_sizes,
     product_entries,
     sides_of,
     vector_entries,
@@ -47,6 +47,8 @@ class Preconditioner:
     """Passes over the sample that `estimate` makes, with gradients."""
     takes_factors = True
     """Whether `apply` takes gradients as factors, too."""
+    moment_of_means = False
+    """Whether the second moment consists of means, and has not an entry for each parameter."""
 
     def __init__(self, layers: Sequence[Layer], factors: Tensor | None = None, vectors: Tensor | None = None) -> None:
         self.layers, self.factors = layers, factors
@@ -114,6 +116,7 @@ class Eigenbasis(Preconditioner):
     sample_passes = 2
     """One where the gradients can be kept."""
     takes_factors = False
+    moment_of_means = True
     moment_entries = staticmethod(moment_entries)
     vector_entries = staticmethod(vector_entries)
 
@@ -123,7 +126,7 @@ class Eigenbasis(Preconditioner):
         if vectors is None or len(vectors) != vector_entries(layers, whole=whole):
             raise _other_layers()
         self.bases = Eigenbases(layers, vectors, whole=whole)
-        self._parts = factors.split([rows.groups * columns.groups for rows, columns in self.bases.sides])
+        self._parts = factors.split(moment_sizes(layers, whole=whole))
 
     @staticmethod
     def sample_bytes(layers: Sequence[Layer], examples: int) -> int:
@@ -133,8 +136,7 @@ class Eigenbasis(Preconditioner):
     @staticmethod
     def factors_of(v: Float[Tensor, " entries"], layers: Sequence[Layer]) -> Float[Tensor, " entries"]:
         """Return (v + 0.1 · the layer's mean squared gradient)^-½ of each entry of v."""
-        whole = _is_whole(v, layers)
-        return kronecker_correction(v, [sides_of(layer, whole=whole) for layer in layers])
+        return kronecker_correction(v, layers, whole=_is_whole(v, layers))
 
     @classmethod
     def estimate(
@@ -150,7 +152,7 @@ class Eigenbasis(Preconditioner):
         kept = _Kept(gradients, batches)
         vectors = estimate_eigenbases(kept, track(batches, "eigenvectors"), seed)
         bases = Eigenbases(gradients.layers, vectors.to(batches[0].input_ids.device))
-        sizes = [rows.groups * columns.groups for rows, columns in bases.sides]
+        sizes = moment_sizes(gradients.layers)
         return mean_over_sample(kept, track(batches, "second moment"), bases.squares, sizes), vectors
 
     def apply(self, number: int, gradients: Float[Tensor, "examples n"]) -> Tensor:
@@ -209,6 +211,7 @@ class RowColumn(Preconditioner):
     """
 
     sample_passes = 1
+    moment_of_means = True
 
     def __init__(self, layers: Sequence[Layer], factors: Tensor, vectors: Tensor | None) -> None:
         super().__init__(layers, factors)
@@ -290,10 +293,13 @@ def correction(second_moment: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
     return (second_moment + DAMPING * mean).rsqrt_() if mean > 0 else torch.ones_like(second_moment)
 
 
-def kronecker_correction(v: Float[Tensor, " entries"], sides: Sequence[tuple[Side, Side]]) -> Float[Tensor, " entries"]:
+def kronecker_correction(
+    v: Float[Tensor, " entries"], layers: Sequence[Layer], *, whole: bool = False
+) -> Float[Tensor, " entries"]:
     """Return the factor (v + 0.1 · mean)^-½ of each pair of groups, with its layer's mean squared gradient."""
     parts = []
-    for part, (rows, columns) in zip(v.split([r.groups * c.groups for r, c in sides]), sides, strict=True):
+    for part, layer in zip(v.split(moment_sizes(layers, whole=whole)), layers, strict=True):
+        rows, columns = sides_of(layer, whole=whole)
         counts = torch.outer(rows.counts, columns.counts).flatten().double()
         mean = float(part.double() @ counts / counts.sum())
         parts.append((part + KRONECKER_DAMPING * mean).rsqrt_() if mean > 0 else torch.ones_like(part))

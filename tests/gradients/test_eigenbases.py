@@ -42,7 +42,7 @@ def fitted(model, ids, weights):
     gradients, batches = PerExampleGradients(model), [Batch.of(ids[:2], weights[:2]), Batch.of(ids[2:], weights[2:])]
     vectors = estimate_eigenbases(gradients, batches)
     bases = Eigenbases(gradients.layers, vectors)
-    sizes = [rows.groups * columns.groups for rows, columns in bases.sides]
+    sizes = eigenbases.moment_sizes(gradients.layers)
     return gradients, vectors, mean_over_sample(gradients, batches, bases.squares, sizes)
 
 
@@ -89,7 +89,7 @@ def parts_of(layers, vectors, whole=False):
 
 
 def moments_of(layers, v, whole=False):
-    return v.split([r.groups * c.groups for r, c in (eigenbases.sides_of(layer, whole=whole) for layer in layers)])
+    return v.split(eigenbases.moment_sizes(layers, whole=whole))
 
 
 def oracle(model, ids, weights, layers, vectors, v, normalize, whole=False):
@@ -242,5 +242,5 @@ def test_a_sample_is_computed_once_where_its_gradients_can_be_kept_and_gives_the
     assert Eigenbasis.sample_bytes(gradients.layers, 4) >= (4 * 4 * len(v) if room else 1)
     drawn = [with_drawn_labels(model, sample[0], 0), with_drawn_labels(model, sample[1], 0, first=2)]
     bases = Eigenbases(gradients.layers, vectors)
-    sizes = [rows.groups * columns.groups for rows, columns in bases.sides]
+    sizes = eigenbases.moment_sizes(gradients.layers)
     torch.testing.assert_close(v, mean_over_sample(gradients, drawn, bases.squares, sizes))
