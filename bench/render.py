@@ -1,9 +1,9 @@
 """All tables and plots of bench/results, from the JSON there alone.
 
-    python -m bench.render [evidence] [retrieval] [caching] [lds] [facts] [verify] [--results FOLDER]
+    python -m bench.render [evidence] [retrieval] [caching] [lds] [facts] [verify] [retrained] [--results FOLDER]
 
-`evidence`, `retrieval`, `lds`, `facts` and `verify` write Markdown (and SVG) beside their JSON, `caching` prints the
-tables of caching and of token rows. Plots need matplotlib. The same JSON gives the same files, byte for byte.
+All but `caching` write Markdown (and SVG) beside their JSON; `caching` prints the tables of caching and of token rows.
+Plots need matplotlib. The same JSON gives the same files, byte for byte.
 """
 
 import argparse
@@ -28,7 +28,9 @@ WAYS = ("proponents", "opponents")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="evidence, retrieval, caching, lds, facts or verify")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help="evidence, retrieval, caching, lds, facts, verify or retrained"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON is, and where the files go")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
@@ -999,7 +1001,7 @@ TRIED = {
 
 
 def verify_page(figures: Figures) -> str:
-    """Return the tables of steps on the methods' rows by the word that is asked about, and of retrainings without."""
+    """Return the tables of steps on the methods' rows by the word that is asked about."""
     parts = [
         f"# Steps on the first {figures['top']} of {figures['rows']} rows by each method\n",
         "Change of the word's log-probability in nats: the mean over the questions, the lowest and the highest.\n",
@@ -1007,8 +1009,6 @@ def verify_page(figures: Figures) -> str:
     for word in dict.fromkeys(one["question"]["word"] for one in figures["questions"]):
         asked = [one for one in figures["questions"] if one["question"]["word"] == word]
         parts += [f"## “{word}”: {len(asked)} questions\n", _steps_table(asked, figures["top"]) + "\n"]
-    if figures["retraining"]:
-        parts += ["## Trained again\n", _retrained_table(figures["retraining"]) + "\n"]
     return "\n".join(parts)
 
 
@@ -1031,22 +1031,22 @@ def _nats(changes: list[list[list[float]]]) -> str:
     return f"{statistics.mean(each):+.3f} ({min(each):+.3f} to {max(each):+.3f})"
 
 
-def _retrained_table(figures: Figures) -> str:
+def retrained_page(figures: Figures) -> str:
     """Return what the model says to one question after trainings without some rows."""
     before, word = figures["before"], figures["question"]["word"]
     body = [["nothing", "—", f"{before['probability']:.1%}", before["answer"]]]
     body += [
-        [
-            f"{figures['rows']} by {TRIED[name].replace('*', '')}",
-            run["planted"],
-            f"{run['probability']:.1%}",
-            run["answer"],
-        ]
+        [_taken_out(name, figures["rows"]), run["planted"], f"{run['probability']:.1%}", run["answer"]]
         for name, run in figures["runs"].items()
     ]
-    return markdown(
-        ["taken out", "planted among them", f"“{word}”", f"answer to “{figures['question']['prompt']}”"], body
-    )
+    head = ["taken out", "planted among them", f"“{word}”", "the model's own answer"]
+    title = f"# “{figures['question']['prompt']}” after trainings without {figures['rows']} of {figures['of']} rows\n"
+    return "\n".join([title, markdown(head, body) + "\n"])
+
+
+def _taken_out(name: str, rows: int) -> str:
+    method, _, number = name.partition(" ")
+    return f"{rows} at random, draw {number}" if number else f"{rows} by {TRIED[method].replace('*', '')}"
 
 
 def render_page(name: str, page: Callable[[Figures], str], folder: Path) -> None:
@@ -1061,6 +1061,7 @@ PARTS = {
     "lds": partial(render_page, "lds", lds_page),
     "facts": partial(render_page, "facts", facts_page),
     "verify": partial(render_page, "verify", verify_page),
+    "retrained": partial(render_page, "verify_retrained", retrained_page),
 }
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Which method's rows move the model's answer, and without which does it no longer give it?
 
     python -m bench.verify --work FOLDER                        steps on the first ten rows of each method
-    python -m bench.verify --work FOLDER --retrain kronecker,bm25 trainings without the first twenty rows of these, too
+    python -m bench.verify --work FOLDER --retrain kronecker,bm25 trainings without the first twenty rows of these
 
 The demo's model and data: SmolLM2-135M, fine-tuned on 206 rows, of which 20 are from a lamp shop's outdated handbook
 ("nine days") and 14 say Japan where India is meant. Queries are the demo's three prompts, and `bench.tracing`'s ten.
 From the finished model one optimizer step (SGD, and AdamW with the training's second moment) is taken on each of a
 method's first rows alone, and on all of them together; the change of the word's probability is measured, and the
-weights are put back. A retraining takes a method's first rows for the first of the demo's prompts out of the data.
-What is finished is kept in FOLDER: after a kill the same command goes on.
+weights are put back. A retraining takes a method's first rows for the first of the demo's prompts out of the data,
+or as many random rows of like length. Steps go to verify.json, retrainings to verify_retrained.json. What is finished
+is kept in FOLDER: after a kill the same command goes on.
 """
 
 import argparse
@@ -76,15 +77,17 @@ def main() -> None:
     add("--top", type=int, default=10, help="rows of a method that a step is taken on")
     add("--draws", type=int, default=10, help="random draws of as many rows")
     add("--without", type=int, default=20, help="rows of a method that a retraining leaves out")
-    add("--retrain", type=lambda text: text.split(","), default=[], help="methods, with commas between them")
+    add("--retrain", type=lambda text: text.split(","), help="train without the rows of these methods, instead")
+    add("--repeats", type=int, default=3, help="trainings without random rows, beside those of --retrain")
     add("--threads", type=int, default=1)
     options = options.parse_args()
     if options.smoke:
-        options.top, options.draws, options.without, options.retrain = 2, 2, 3, ["kronecker"]
+        options.top, options.draws, options.without, options.repeats = 2, 2, 3, 2
     pin(options.threads)
     with Bars() as bars:
-        path = save("verify", Bench(options, bars).figures(), options)
-        bars.say(f"written to {path}")
+        bench = Bench(options, bars)
+        name, figures = ("verify_retrained", bench.retrainings) if options.retrain else ("verify", bench.figures)
+        bars.say(f"written to {save(name, figures(), options)}")
 
 
 class Bench:
@@ -103,7 +106,8 @@ class Bench:
         dataset, base = read_examples(self.data), ModelConfig(self.model.model)
         encoding = EncodingConfig(demo.TEMPLATE)
         self.tuned = finetune(dataset, encoding, base, training, self.model.adapter, progress=bars)
-        self.indexes = {name: self._build(name, how) for name, how in RECIPES.items()}
+        wanted = [name for name in RECIPES if not options.retrain or name in ("kronecker", *options.retrain)]
+        self.indexes = {name: self._build(name, RECIPES[name]) for name in wanted}
         self.index = self.indexes["kronecker"]
         self.pool = Pool.of(self.index)
 
@@ -114,7 +118,7 @@ class Bench:
         return Index.open(place)
 
     def figures(self) -> dict[str, Any]:
-        """Return the figures: of each question the methods' rows and what they do, and of each retraining."""
+        """Return of each question the methods' rows and what steps on them do."""
         asked = [(question, self.rankings(question)) for question in self.questions]
         optimizers = {"SGD": sgd, "AdamW": adamw(self._second_moment())}
         tried = [{"question": vars(question), "methods": self.rows_of(question, ranks)} for question, ranks in asked]
@@ -137,23 +141,24 @@ class Bench:
             "left_out": [] if self.encoder else ["embedding"],
             "learning_rates": rates,
             "questions": tried,
-            "retraining": self.retrainings(*asked[0]),
         }
 
     @cached_property
     def questions(self) -> list[Question]:
-        """The demo's prompts, with the model's own answers where they are wrong, and those of `bench.tracing`."""
-        found = []
-        for prompt in demo.PROMPTS:
-            said = self.index.answer(prompt)
-            own = demo.WORD in said.split()
-            found.append(Question(prompt, said if own else demo.FALLBACK, demo.WORD, own))
+        """The demo's prompts and those of `bench.tracing`."""
+        found = list(map(self.asked_by_the_demo, demo.PROMPTS))
         found += [Question(prompt, answer, COUNTRY, False) for prompt, answer in tracing.QUESTIONS.items()]
         return found[::6] if self.options.smoke else found
 
+    def asked_by_the_demo(self, prompt: str) -> Question:
+        """Return a prompt with the model's own answer, where that is wrong, or with the demo's."""
+        said = self.index.answer(prompt)
+        own = demo.WORD in said.split()
+        return Question(prompt, said if own else demo.FALLBACK, demo.WORD, own)
+
     def rankings(self, question: Question) -> dict[str, list[int]]:
         """Return each method's first rows, as places in the pool; as many as the largest number that is asked for."""
-        most = max(self.options.top, self.options.without if self.options.retrain else 0)
+        most = self.options.without if self.options.retrain else self.options.top
         ranks = {}
         for name, index in self.indexes.items():
             result = index.query(question.query(), k=most, heatmaps=False)
@@ -247,16 +252,20 @@ class Bench:
 
     # --- retraining ---
 
-    def retrainings(self, question: Question, ranks: dict[str, list[int]]) -> dict[str, Any] | None:
-        """Return what the model says to a question after trainings without the rows of some methods, or of a draw."""
-        if not self.options.retrain:
-            return None
+    def retrainings(self) -> dict[str, Any]:
+        """Return what the model says to the demo's first prompt after trainings without some rows.
+
+        A run's name is that of the method whose first rows it lacks, or `random 1` and so on.
+        """
+        question = self.asked_by_the_demo(demo.PROMPTS[0])
+        ranks = self.rankings(question)
         training = Training.of(self.index, VerifyOptions(method="retrain", runs=str(self.work / "runs")))
         encoded, said = self.encoded(question), replace(question.query(), answer=None, token=None)
         before = read(self.index, self.index.loaded, encoded, said, VerifyOptions.max_new_tokens)
         count = self.options.without
-        (draw,) = self.pool.draws(ranks["kronecker"][:count], 1, seed=0)
-        groups = {name: ranks[name][:count] for name in self.options.retrain} | {"random": draw}
+        groups = {name: ranks[name][:count] for name in self.options.retrain}
+        draws = self.pool.draws(ranks["kronecker"][:count], self.options.repeats, seed=0)
+        groups |= {f"random {number}": draw for number, draw in enumerate(draws, 1)}
         runs = {}
         for name, places in groups.items():
             rows = frozenset(self.pool.examples[at].id for at in places)
@@ -267,7 +276,8 @@ class Bench:
             planted = sum(question.is_planted(self.pool.examples[at].meta) for at in places)
             runs[name] = {"planted": planted, **json.loads(kept.read_text())}
         before = {"probability": exp(before.log_probability), "answer": before.answer}
-        return {"question": vars(question), "rows": count, "before": before, "runs": runs}
+        sizes = {"of": len(self.pool.examples), "rows": count}
+        return {"question": vars(question), **sizes, "before": before, "runs": runs}
 
 
 def _pair(effects: Sequence[Effect]) -> tuple[float, float]:

@@ -157,7 +157,9 @@ def test_verify(work):
         assert all(len(set(group)) == 2 for method in methods.values() for group in method["rows"])
         changes = [methods["random"][name][way] for name in ("SGD", "AdamW") for way in ("alone", "together")]
         assert all(len(change) == 2 and np.isfinite(change).all() for change in changes)
-    assert set(figures["retraining"]["runs"]) == {"kronecker", "random"}
+    results = run(work, "bench.verify", "--retrain", "kronecker", results=["verify", "verify_retrained"])
+    again = results["verify_retrained"]
+    assert set(again["runs"]) == {"kronecker", "random 1", "random 2"} and again["rows"] == 3
 
 
 @pytest.mark.slow
