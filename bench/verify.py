@@ -8,8 +8,8 @@ The demo's model and data: SmolLM2-135M, fine-tuned on 206 rows, of which 20 are
 From the finished model one optimizer step (SGD, and AdamW with the training's second moment) is taken on each of a
 method's first rows alone, and on all of them together; the change of the word's probability is measured, and the
 weights are put back. A retraining takes a method's first rows for the first of the demo's prompts out of the data,
-or as many random rows of like length. Steps go to verify.json, retrainings to verify_retrained.json. What is finished
-is kept in FOLDER: after a kill the same command goes on.
+or as many random rows of like length; in the demo's own folder its adapter is taken. Steps go to verify.json,
+retrainings to verify_retrained.json. What is finished is kept in FOLDER: after a kill the same command goes on.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import exp
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,8 +102,10 @@ class Bench:
         demo.write_data(self.data)
         if options.smoke:
             self.data.write_text("".join(self.data.read_text().splitlines(keepends=True)[::5]))
-        training = replace(demo.TRAINING, save_optimizer=True, epochs=1 if options.smoke else demo.TRAINING.epochs)
-        self.model = ModelConfig(str(self.work / "model"), str(self.work / "trained"))
+        training = replace(demo.TRAINING, epochs=1 if options.smoke else demo.TRAINING.epochs)
+        training = replace(training, save_optimizer=not options.retrain)
+        trained = "adapter" if options.retrain else "trained"  # the demo's own, or one with Adam's state
+        self.model = ModelConfig(str(self.work / "model"), str(self.work / trained))
         dataset, base = read_examples(self.data), ModelConfig(self.model.model)
         encoding = EncodingConfig(demo.TEMPLATE)
         self.tuned = finetune(dataset, encoding, base, training, self.model.adapter, progress=bars)
@@ -113,7 +116,7 @@ class Bench:
 
     def _build(self, name: str, how: dict[str, Any]) -> Index:
         """Build an index with one recipe, or go on with it."""
-        place = str(self.work / f"by-{name}")
+        place = str(self.work / f"{Path(self.model.adapter).name}-by-{name}")
         build(BuildRequest(str(self.data), place, self.model, EncodingConfig(demo.TEMPLATE), **how), progress=self.bars)
         return Index.open(place)
 
