@@ -144,42 +144,47 @@ class Compressor:
             norms *= lengths.unsqueeze(1)
         return RapidGrads(rows, norms, losses)
 
-    def direction(self, batch: Batch) -> Float[Tensor, " size"]:
+    def direction(self, batch: Batch, norms: Float[Tensor, " layers"] | None = None) -> Float[Tensor, " size"]:
         """Return the direction u of a query (a batch of one): ⟨u, ∇L(s)⟩ is its influence on s, but for the norms of s.
 
         u is the corrected and normalised gradient, corrected once more for the other side; uncompressed, float32,
-        except that a curvature is that of rows.
+        except that a curvature is that of rows. `norms` are those of the row whose share this gradient is; without
+        them its own normalise it.
         """
         layers = self.gradients.layers
         flat = torch.zeros(layers[-1].start + layers[-1].size, device=batch.input_ids.device)
-        norms = torch.zeros(len(layers), device=flat.device)
+        own = torch.zeros(len(layers), device=flat.device)
 
         def consume(number: int, values: Tensor) -> None:
             layer = layers[number]
             self.preconditioner.apply(number, values)
-            norms[number] = values.norm()
+            own[number] = values.norm()
             flat[layer.start : layer.start + layer.size] = values[0]
 
         self.gradients(batch, consume)
+        lengths = own if norms is None else norms
         if self.normalize == "unit":
-            flat /= _or_one(norms.norm())
+            flat /= _or_one(lengths.norm())
         if self.normalize == "layer":
-            flat = self.divided(flat, norms)
+            flat = self.divided(flat, lengths)
         if self.curvature is not None:
-            flat = self._through_curvature(flat, self.curvature)
+            flat = self._through_curvature(flat, self.curvature, whole=norms is None)
         for number, layer in enumerate(layers):
             self.preconditioner.apply(number, flat[None, layer.start : layer.start + layer.size])
         return flat
 
-    def _through_curvature(self, flat: Float[Tensor, " size"], curvature: Curvature) -> Float[Tensor, " size"]:
-        """Return Pᵀ R^-1/2 r, where P is the projection and r = R^-1/2 P flat, at length 1, is the row.
+    def _through_curvature(
+        self, flat: Float[Tensor, " size"], curvature: Curvature, *, whole: bool
+    ) -> Float[Tensor, " size"]:
+        """Return Pᵀ R^-1/2 r, where P is the projection and r = R^-1/2 P flat, at length 1 if it is a whole row.
 
         R is known of rows alone: the influence along it is that of the compressed gradients.
         """
         layers, sums = self.gradients.layers, self.sketch.empty(1, flat.device)
         for layer in layers:
             self.sketch.add(sums, layer.start, flat[None, layer.start : layer.start + layer.size])
-        row, _ = curvature(self.sketch.finish(sums))
+        row = self.sketch.finish(sums)
+        row = curvature(row)[0] if whole else curvature.times(row)
         (row,) = curvature.times(row)
         return torch.cat([self.sketch.transposed(row, layer.start, layer.size) for layer in layers])
 

@@ -23,7 +23,7 @@ from rapidindex.query.encode import EncodedQuery, selected_batch, stack_rows
 from rapidindex.query.events import Answered, Event, Ranked
 from rapidindex.query.index import Index, model_work
 from rapidindex.query.influence import RESCORED, Candidate, Influence
-from rapidindex.results import Agreement, Result
+from rapidindex.results import Agreement, Match, Result
 from rapidindex.search.exact import SearchResult, live_scores, ranked
 from rapidindex.store import Checkpoints, Rows
 
@@ -127,6 +127,10 @@ class CheckpointsIndex(Index):
     @cached_property
     def _sum(self) -> "_Sum":
         return _Sum(self)
+
+    def influence_of(self, tokens: Sequence[int], match: Match, query: EncodedAt, *, level: str) -> list[float]:
+        """Return how some tokens of a match push each token of the answer at the first checkpoint."""
+        return self._first.influence_of(tokens, match, query.at[self.names[0]], level=level)
 
     def _asked(self, options: QueryOptions) -> list[str]:
         """Return the names of the checkpoints that a question is asked at, the one that answers first."""

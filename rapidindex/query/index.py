@@ -15,7 +15,7 @@ from rapidindex.config import EncoderConfig, ModelConfig, QueryOptions, check_le
 from rapidindex.data.bm25 import BM25
 from rapidindex.data.examples import Example
 from rapidindex.data.templates import Encoding, Template
-from rapidindex.errors import ConfigMismatch, DamagedIndex, StoreError, UsageError
+from rapidindex.errors import ConfigMismatch, DamagedIndex, QueryError, StoreError, UsageError
 from rapidindex.gradients.blocks import blocks_of
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
@@ -179,6 +179,23 @@ class Index:
                 query if isinstance(query, EncodedQuery) else self._encode(as_query(query), level, options)
                 for query in queries
             ]
+
+    def influence_of(self, tokens: Sequence[int], match: Match, query: EncodedQuery, *, level: str) -> list[float]:
+        """Return how some response tokens of a match push each token of a question's answer (Eq. 7): one number each.
+
+        The numbers are the tokens' part of the match's `answer_scores`: over the tokens asked about they average to the
+        sum of these tokens' shares in its heat-map. `query` and `match` are of a search at `level`. QueryError where
+        the match has no such tokens, or is no longer in the index.
+        """
+        rows = self.rows_of(level)
+        example = rows.ids.index(match.id) if match.id in rows.ids else -1
+        position = -1 if match.position is None else match.position
+        found = np.flatnonzero(rows.live_mask & (rows.example == example) & (rows.position == position))
+        if not len(found) or not tokens or not set(tokens) <= set(range(len(match.tokens))):
+            raise QueryError("These are no tokens of an example in the index.", hint="Ask again.")
+        with model_work:
+            candidate = Candidate(int(found[0]), self._stored(rows.record(example))[1], match)
+            return self.influence.of_tokens(candidate, tokens, query, rows.norms).tolist()
 
     def answer(self, prompt: Any, *, max_new_tokens: int = QueryOptions.max_new_tokens) -> str:
         """Return the model's greedy answer to a prompt or conversation."""

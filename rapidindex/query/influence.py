@@ -75,11 +75,30 @@ class Influence:
         if key not in query.known:
             position = candidate.match.position
             selection = range(len(candidate.match.tokens)) if position is None else [position]
-            direction = self.compressor.direction(selected_batch(candidate.encoding, selection, self.device))
-            mask = query.encoding.response_mask.astype(np.float32)
-            whole = Batch.of([query.encoding.input_ids], [mask], self.device)
-            query.known[key] = shares(self.scorer, self.compressor, direction, whole, query.rapidgrads.norms)[0]
+            query.known[key] = self._on_answer(candidate, selection, query)
         return replace(candidate, match=replace(candidate.match, answer_scores=query.known[key].tolist()))
+
+    def of_tokens(
+        self, candidate: Candidate, tokens: Sequence[int], query: EncodedQuery, norms: Norms
+    ) -> Float32[torch.Tensor, " answer"]:
+        """Return what some tokens of a candidate do to each token of the answer: the sum of their shares in that.
+
+        Over the tokens asked about it averages to the sum of their shares in the heat-map.
+        """
+        key = _key(f"tokens {sorted(tokens)}", candidate)
+        if key not in query.known:
+            (lengths,) = torch.from_numpy(norms([candidate.row])).to(self.device)
+            query.known[key] = len(tokens) * self._on_answer(candidate, tokens, query, lengths)
+        return query.known[key]
+
+    def _on_answer(
+        self, candidate: Candidate, tokens: Sequence[int], query: EncodedQuery, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return what the mean loss of some tokens does to each token of the answer; `lengths` are those of the row."""
+        direction = self.compressor.direction(selected_batch(candidate.encoding, tokens, self.device), lengths)
+        mask = query.encoding.response_mask.astype(np.float32)
+        whole = Batch.of([query.encoding.input_ids], [mask], self.device)
+        return shares(self.scorer, self.compressor, direction, whole, query.rapidgrads.norms)[0]
 
 
 def rescore(candidates: Sequence[Candidate], k: int, *, largest: bool) -> tuple[list[Candidate], Rescoring]:

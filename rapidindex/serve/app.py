@@ -33,7 +33,7 @@ def make_app(desk: Desk, *, token: str, host: str, port: int) -> Guard:
     routes = [Route("/", _page), Route("/static/{name}", _static), Route("/api/state", _once(lambda d, _: d.state()))]
     once = {"words": Desk.words, "verify": Desk.verify, "reload": lambda d, _: d.reload()}
     routes += [Route(f"/api/{name}", _once(work), methods=["POST"]) for name, work in once.items()]
-    streams = {"answer": Desk.answer, "ask": Desk.ask}
+    streams = {"answer": Desk.answer, "ask": Desk.ask, "word": Desk.word}
     routes += [Route(f"/api/{name}", _stream(work), methods=["POST"]) for name, work in streams.items()]
     routes += [Route("/api/report", _report, methods=["POST"]), Route("/api/json", _json, methods=["POST"])]
     app = Starlette(routes=routes)

@@ -49,6 +49,8 @@ class Desk:
         self.loaded, self.failed = threading.Event(), ""
         self._encoded: OrderedDict[str, EncodedQuery] = OrderedDict()
         self._results: OrderedDict[str, Result] = OrderedDict()
+        self._matches: OrderedDict[str, tuple[str, dict[str, Match]]] = OrderedDict()
+        """The level of a question, and its matches of both directions by `_name`."""
 
     def load(self) -> None:
         """Load the model; where that fails, `state` says why."""
@@ -84,6 +86,7 @@ class Desk:
         self.index = fresh
         self._encoded.clear()
         self._results.clear()
+        self._matches.clear()
         return self.state()
 
     def words(self, asked: Piece) -> Piece:
@@ -143,6 +146,8 @@ class Desk:
             events = self.index.ask([encoded], one)
             results[opponents] = next(event.result for event in events if isinstance(event, Ranked))
             yield self._ranking(results[opponents])
+        found = {_name(match): match for result in results.values() for match in result.matches}
+        _keep(self._matches, key, (results[False].level, found))
         name = "opponents" if options.opponents else "proponents"
         for event in self.index.ask([encoded], replace(options, answer_scores=True)):
             if isinstance(event, Scored):
@@ -150,6 +155,27 @@ class Desk:
             elif isinstance(event, Answered):
                 _keep(self._results, f"{key} {name}", event.result)
         yield {"kind": "done", "direction": name}
+
+    def word(self, asked: Piece) -> Iterator[Piece]:
+        """Yield what some tokens of a match, a word of its response, do to each token of a question's answer.
+
+        Until the model is free, pieces without it come: whoever no longer reads them has left the queue.
+        """
+        key, tokens = str(asked.get("key")), asked.get("tokens")
+        level, matches = self._matches.get(key) or ("", {})
+        match, encoded = matches.get(str(asked.get("match"))), self._encoded.get(key)
+        if match is None or encoded is None:
+            raise QueryError("This question is no longer kept.", hint="Ask again.")
+        if not isinstance(tokens, list) or not all(type(one) is int for one in tokens):
+            raise UsageError("The tokens of a word are a list of positions.")
+        yield {"kind": "queued"}
+        while not model_work.acquire(timeout=0.2):
+            yield {"kind": "queued"}
+        try:
+            scores = self.index.influence_of(tokens, match, encoded, level=level)
+        finally:
+            model_work.release()
+        yield {"kind": "pushed", "answer": scores}
 
     def result(self, key: str, direction: str) -> Result:
         """Return a finished result. QueryError where there is none."""
@@ -239,6 +265,7 @@ class Desk:
 def _match(result: Result, match: Match) -> Piece:
     return {
         "rank": match.rank,
+        "name": _name(match),
         "id": match.id,
         "score": wording.signed(match.score),
         "percentile": match.percentile,
@@ -255,7 +282,7 @@ def _match(result: Result, match: Match) -> Piece:
 
 def _scored(event: Scored, direction: str) -> Piece:
     match = event.match
-    piece = {"kind": "scored", "direction": direction, "id": match.id, "rank": match.rank}
+    piece = {"kind": "scored", "direction": direction, "name": _name(match), "id": match.id, "rank": match.rank}
     piece |= {"done": event.done, "total": event.total}
     if match.exact_score is not None:
         piece["influence"] = wording.signed(match.exact_score)
@@ -282,6 +309,11 @@ def _pieces(text: str, tokens: list[Token], scores: list[float] | None = None, t
         shown.append([*texts, [token.position for token in piece.shares], *share])
         space = ""
     return [*shown, [paragraph(space + rest)]]
+
+
+def _name(match: Match) -> str:
+    """Return a name that no other match of a question has: tokens of one example share its id."""
+    return match.id if match.position is None else f"{match.id}:{match.position}"
 
 
 def _public_match(match: Match) -> Match:

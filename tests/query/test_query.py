@@ -78,6 +78,54 @@ def test_shares_average_to_an_influence_near_the_compressed_one(index):
     assert index.query(PROMPT, answer=ANSWER, k=3, heatmaps=False).matches[0].token_scores == []
 
 
+def test_the_influences_of_a_matchs_words_on_the_answer_are_parts_of_its_own(index):
+    (encoded,) = index.encode([Query(PROMPT, ANSWER, "Japan")])
+    (result,) = index.query([encoded], k=3, all=True, answer_scores=True)
+    for match in result.matches:
+        each = np.array([index.influence_of([at], match, encoded, level="sentence") for at in range(len(match.tokens))])
+        spread = np.abs(each).max()
+        assert np.allclose(each.mean(0), match.answer_scores, atol=1e-3 * spread)
+        assert np.allclose(each[:, result.query.selection].mean(1), match.token_scores, atol=1e-3 * spread)
+        assert np.allclose(index.influence_of([0, 1], match, encoded, level="sentence"), each[:2].sum(0), rtol=1e-4)
+
+
+def test_the_influence_of_a_word_on_a_word_is_the_product_of_their_gradients(index):
+    (encoded,) = index.encode([Query(PROMPT, ANSWER, "Japan")])
+    match, rows = index.query([encoded], k=1)[0].matches[0], index.rows_of("sentence")
+    encoding = index.template.encode_stored(rows.record(rows.ids.index(match.id)))[1]
+    moment = index.store.config["gradient"]["second_moment"] != "none"
+    factor = correction(torch.tensor(np.array(index.store.second_moment()))) if moment else 1.0
+
+    def corrected(text, positions):
+        weights = np.zeros(len(text.input_ids), np.float32)
+        weights[np.flatnonzero(text.response_mask)[positions]] = 1 / len(positions)
+        return factor * torch.cat([part.flatten() for part in autograd(index.loaded.model, text.input_ids, weights)[1]])
+
+    def lengths(gradient):
+        sizes = [layer["size"] for layer in index.store.layers]
+        kinds = {"none": lambda: 1.0, "unit": gradient.norm}
+        kinds["layer"] = lambda: torch.cat([part.norm().expand(len(part)) for part in gradient.split(sizes)])
+        return kinds[index.store.config["gradient"]["normalize"]]()
+
+    whole, asked = (
+        corrected(encoding, list(range(len(match.tokens)))),
+        corrected(encoded.encoding, encoded.info.selection),
+    )
+    word = corrected(encoding, [1]) / lengths(whole)
+    truth = [
+        float(word @ (corrected(encoded.encoding, [at]) / lengths(asked))) for at in range(len(encoded.info.tokens))
+    ]
+    assert index.influence_of([1], match, encoded, level="sentence") == pytest.approx(truth, rel=1e-2, abs=1e-3)
+
+
+def test_a_word_that_a_match_does_not_have_is_refused(index):
+    (encoded,) = index.encode([Query(PROMPT, ANSWER, "Japan")])
+    (match,) = index.query([encoded], k=1)[0].matches
+    for tokens, one in [([], match), ([-1], match), ([10_000], match), ([0], replace(match, id="0" * 16))]:
+        with pytest.raises(QueryError, match="no tokens"):
+            index.influence_of(tokens, one, encoded, level="sentence")
+
+
 def test_rescoring_orders_by_the_uncompressed_influence(index):
     plain = index.query(PROMPT, answer=ANSWER, k=10, all=True)
     result = index.query(PROMPT, answer=ANSWER, k=3, rescore=True)

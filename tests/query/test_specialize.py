@@ -102,6 +102,17 @@ def test_rows_and_scores_are_those_of_a_dense_root(index_of, queries, tmp_path, 
 
 @pytest.mark.parametrize("projection", ["two-sided", "rapidgrad"])
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_the_influences_of_a_matchs_words_average_to_its_own(index_of, queries, tmp_path, projection, recipe):
+    specialize(index_of(projection, recipe), queries, tmp_path / "index", SpecializeOptions(weight=0.5))
+    index = Index.open(tmp_path / "index")
+    (encoded,) = index.encode([{"prompt": PROMPT, "answer": ANSWER, "token": "Japan"}])
+    (match,) = index.query([encoded], k=1, answer_scores=True, all=True)[0].matches
+    each = np.array([index.influence_of([at], match, encoded, level="sentence") for at in range(len(match.tokens))])
+    assert np.allclose(each.mean(0), match.answer_scores, atol=0.02 * np.abs(match.answer_scores).max())
+
+
+@pytest.mark.parametrize("projection", ["two-sided", "rapidgrad"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_shares_average_to_the_score_whatever_the_recipe(index_of, queries, tmp_path, projection, recipe):
     target = tmp_path / "index"
     specialize(index_of(projection, recipe), queries, target, SpecializeOptions(weight=0.5))

@@ -28,7 +28,7 @@ class Server:
         self.port = listening.getsockname()[1]
         self.url = f"http://localhost:{self.port}"
         self.desk = Desk(lambda: Index.open(path))
-        app = make_app(self.desk, token=TOKEN, host="127.0.0.1", port=self.port)
+        self.guard = app = make_app(self.desk, token=TOKEN, host="127.0.0.1", port=self.port)
         self.server = uvicorn.Server(
             uvicorn.Config(app, log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=1)
         )

@@ -42,6 +42,11 @@ def typed(page, answer=ANSWER):
     return page
 
 
+def typed_and_asked(page):
+    typed(page).get_by_role("option").nth(1).click()
+    return page
+
+
 def complete(page):
     page.get_by_text("complete.").wait_for(timeout=120_000)
     return page
@@ -99,6 +104,30 @@ def test_the_keyboard_alone_asks_and_reads(visit):
     page.keyboard.press("ArrowRight")
     complete(page)
     assert "Opponent 1" in page.locator(".rank").first.text_content()
+
+
+def test_a_training_word_shows_what_it_does_to_the_answer_by_mouse_and_keyboard(visit):
+    page = complete(typed_and_asked(visit()))
+    pushed, coloured = page.locator("#pushed"), page.locator("#words .c")
+    word = page.locator(".match .heat .c").first
+    word.click()
+    pushed.get_by_text("pushes").wait_for()
+    assert f"“{word.text_content()}” of proponent 1 pushes “" in pushed.text_content()
+    assert page.locator("#spoken").text_content() == pushed.text_content() == page.locator("#tip").text_content()
+    page.mouse.move(1, 1)
+    assert coloured.count() == page.get_by_role("option").count() and page.locator(".picked").count() == 1
+    page.locator(".match .heat").first.focus()
+    for key in ("End", "Enter"):
+        page.keyboard.press(key)
+    last = page.locator(".match").first.locator(".heat .c").last.text_content()
+    pushed.get_by_text(f"“{last}” of proponent 1 pushes").wait_for()
+    page.keyboard.press("Escape")
+    assert pushed.text_content() == "" and page.locator(".picked").count() == 0
+    word.click()
+    pushed.get_by_text("pushes").wait_for()
+    page.get_by_role("option").nth(2).click()
+    complete(page)
+    assert pushed.text_content() == "" and page.locator(".picked").count() == 0
 
 
 def test_dragging_selects_several_words_and_a_newer_question_wins(visit):

@@ -11,6 +11,7 @@ from http.client import HTTPConnection
 import pytest
 
 from rapidindex import Index
+from rapidindex.query.index import model_work
 from rapidindex.serve.guard import LARGEST_BODY
 from tests.serve.conftest import TOKEN, until
 
@@ -116,6 +117,38 @@ def test_matches_within_chance_get_heat_maps_when_they_are_asked_for(server):
     assert set(heats) == {match["id"] for match in ranked["matches"] if match["beyond"]}
     assert set(every) == {match["id"] for match in ranked["matches"]} > set(heats)
     assert all(every[id]["heat"] == heats[id]["heat"] for id in heats)
+
+
+def test_a_word_of_a_match_has_its_own_effect_on_the_answer(server, served_index):
+    posed, ranked = server.pieces("ask", QUESTION)[:2]
+    name = ranked["matches"][0]["name"]
+    *queued, last = server.pieces("word", {"key": posed["key"], "match": name, "tokens": [0, 1]})
+    assert {piece["kind"] for piece in queued} == {"queued"}
+    index = Index.open(served_index)
+    (encoded,) = index.encode([{"prompt": PROMPT, "answer": ANSWER}])
+    (result,) = index.query([encoded], k=1)
+    truth = index.influence_of([0, 1], result.matches[0], encoded, level="sentence")
+    assert last["kind"] == "pushed" and last["answer"] == pytest.approx(truth, rel=1e-3)
+    for wrong in ({"key": "x"}, {"match": "x"}, {"tokens": [True]}, {"tokens": []}, {"tokens": [99]}, {"tokens": "0"}):
+        refused = server.pieces("word", {"key": posed["key"], "match": name, "tokens": [0]} | wrong)[-1]
+        assert refused["kind"] == "error" and "unexpected" not in refused["message"], wrong
+
+
+def test_a_word_that_nobody_waits_for_leaves_the_queue(server):
+    posed, ranked = server.pieces("ask", QUESTION | {"prompt": "Tell me about rivers"})[:2]
+    body = json.dumps({"key": posed["key"], "match": ranked["matches"][0]["name"], "tokens": [0]})
+    headers = {"x-rapidindex-token": TOKEN, "content-type": "application/json", "host": f"localhost:{server.port}"}
+    computed = server.desk._encoded[posed["key"]].known
+    with model_work:  # as a heat-map holds it
+        connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection.request("POST", "/api/word", body, headers)
+        answer = connection.getresponse()
+        assert [json.loads(answer.readline())["kind"] for _ in range(3)] == ["queued"] * 3
+        connection.close()
+        answer.close()
+        until(lambda: server.guard.streams == 0)
+    assert server.ask("POST", "/api/words", QUESTION)[0] == 200
+    assert not any(what.startswith("tokens") for what, *_ in computed)
 
 
 def test_the_models_answer_comes_token_by_token_and_by_seed(server):

@@ -3,15 +3,18 @@ import {$, make, shade} from "./dom.js";
 import {facets, fits, grouped} from "./sift.js";
 
 export const marked = new Map();
-const heats = new Map(), moved = new Map();  // of the direction shown, by the match's id
-let view = null, common = new Set(), root = $("list"), lit = () => {}, changed = () => {}, unfolded = () => {};
+const heats = new Map(), moved = new Map();  // of the direction shown, by the match's name
+let view = null, common = new Set(), root = $("list"), lit = () => {}, changed = () => {}, unfolded = () => {}, picked = () => {};
 
 export function onLight(listener) { lit = listener; }
 export function onMark(listener) { changed = listener; }
 // Called when the matches within chance are unfolded and have no heat-maps yet.
 export function onUnfold(listener) { unfolded = listener; }
+// Called with a match, the word of its response that was chosen and the word's tokens; with null when it is let go.
+export function onPick(listener) { picked = listener; }
 
 export function clear() {
+  pick(null);
   view = null;
   heats.clear();
   moved.clear();
@@ -38,13 +41,14 @@ export function show(ranking, shared = new Set()) {
 
 export function draw() {
   if (!view) return;
+  pick(null);
   drawFacets();
   const shown = view.matches.filter((match) => fits(match, $("filter").value));
   const beyond = shown.filter((match) => match.beyond), chance = shown.filter((match) => !match.beyond);
   root.replaceChildren(...cards(beyond));
   if (chance.length) {
     const inside = make("details", {}, make("summary", {text: view.folded}), ...cards(chance));
-    inside.addEventListener("toggle", () => { if (inside.open && chance.some((match) => !moved.has(match.id))) unfolded(); });
+    inside.addEventListener("toggle", () => { if (inside.open && chance.some((match) => !moved.has(match.name))) unfolded(); });
     root.append(inside);
   }
   if (!shown.length) root.append(make("p", {class: "note", text: "No match fits the filter."}));
@@ -69,12 +73,12 @@ function card(match, same) {
   const box = make("input", {type: "checkbox", "aria-label": `Mark ${name.toLowerCase()} ${match.rank}`, onchange() { mark(match, box.checked); }});
   box.checked = marked.has(match.id);
   const meta = Object.entries(match.meta).map(([key, value]) => make("span", {text: `${key} ${value}`}));
-  const article = make("article", {class: "match", "data-id": match.id},
+  const article = make("article", {class: "match", "data-name": match.name},
     make("div", {class: "head"}, make("h3", {class: "rank", text: `${name} ${match.rank}`}), make("span", {class: "score", text: match.score}), make("span", {text: match.distance}),
       ...(common.has(match.id) ? [make("span", {class: "common", text: "in both columns"})] : []),
       ...(match.token ? [make("span", {text: match.token})] : []), ...meta, ...(match.place ? [make("span", {text: match.place})] : []), make("span", {text: match.id}), make("label", {class: "inline"}, box, "mark")),
     make("div", {class: "prompt", dir: "auto", text: match.prompt}),
-    make("div", {class: "heat", dir: "auto", role: "group", tabindex: "0", "aria-label": `Response of ${name.toLowerCase()} ${match.rank}`, text: match.response}),
+    make("div", {class: "heat", dir: "auto", role: "group", tabindex: "0", "aria-label": `Response of ${name.toLowerCase()} ${match.rank}`, "aria-describedby": "reading", text: match.response}),
     make("div", {class: "waiting"}));
   if (match.hidden) article.append(make("p", {class: "note", text: `… ${match.hidden.toLocaleString("en")} more characters are not shown.`}));
   if (same.length) {
@@ -89,7 +93,7 @@ function card(match, same) {
 function light(article, match) {
   root.querySelectorAll(".lit").forEach((one) => one.classList.remove("lit"));
   article.classList.add("lit");
-  lit(moved.get(match.id) ?? null);
+  lit(moved.get(match.name) ?? null);
 }
 
 function mark(match, on) {
@@ -100,8 +104,8 @@ function mark(match, on) {
 
 export function scored(piece) {
   if (!view || piece.direction !== view.direction) return;
-  if (piece.heat) heats.set(piece.id, piece);
-  if (piece.answer) moved.set(piece.id, piece.answer);
+  if (piece.heat) heats.set(piece.name, piece);
+  if (piece.answer) moved.set(piece.name, piece.answer);
   paint();
 }
 
@@ -109,7 +113,7 @@ function paint() {
   let full = 0;
   for (const {heat} of heats.values()) for (const one of heat) full = Math.max(full, Math.abs(one[4] ?? 0));
   for (const article of root.querySelectorAll(".match")) {
-    const piece = heats.get(article.dataset.id), heat = article.querySelector(":scope > .heat");
+    const piece = heats.get(article.dataset.name), heat = article.querySelector(":scope > .heat");
     article.querySelector(":scope > .waiting").textContent = piece ? "" : "The heat-map comes next …";
     if (!piece) continue;
     if (heat.dataset.filled !== String(piece.rank)) fill(heat, piece);
@@ -123,23 +127,40 @@ function fill(heat, piece) {
     if (one.length === 1) { heat.append(one[0]); continue; }
     const [before, text, after, positions, share, percent] = one;
     const where = positions.length > 1 ? `tokens ${positions.join(", ")}` : `token ${positions[0]}`;
-    const span = make("span", {class: "c", text, "data-share": share, "data-label": `“${text}” ${percent}, ${where}`});
+    const span = make("span", {class: "c", text, "data-share": share, "data-tokens": JSON.stringify(positions), "data-label": `“${text}” ${percent}, ${where}`});
     heat.append(before, span, after);
   }
   heat.dataset.filled = piece.rank;
 }
 
 const tip = $("tip");
-function say(span) { tip.textContent = span.dataset.label; tip.hidden = false; }
+export function tell(text) { tip.textContent = $("spoken").textContent = text; tip.hidden = !text; }
+const say = (span) => tell(span.dataset.label);
+
+// A word of a response is chosen: what it does to the answer is asked for. Chosen again, it is let go.
+function pick(span) {
+  const before = root.querySelector(".picked");
+  before?.classList.remove("picked");
+  if (span && span !== before) {
+    span.classList.add("picked");
+    const name = span.closest(".match").dataset.name;
+    picked(view.matches.find((match) => match.name === name), span.textContent, JSON.parse(span.dataset.tokens));
+  } else if (before) picked(null);
+}
+root.addEventListener("click", (event) => {
+  const span = event.target.closest(".heat .c");
+  if (span && getSelection().isCollapsed) pick(span);
+});
 document.addEventListener("pointerover", (event) => {
   const span = event.target.closest(".heat .c");
   if (span) say(span);
   else tip.hidden = true;
 });
-document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true; });
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") { tip.hidden = true; pick(null); } });
 root.addEventListener("keydown", (event) => {
   if (!event.target.classList.contains("heat")) return;
   const spans = [...event.target.querySelectorAll(".c")], at = spans.findIndex((one) => one.classList.contains("now"));
+  if (event.key === "Enter" || event.key === " ") { event.preventDefault(); if (spans[at]) pick(spans[at]); return; }
   const rtl = getComputedStyle(event.target).direction === "rtl";
   const to = {[rtl ? "ArrowLeft" : "ArrowRight"]: at + 1, [rtl ? "ArrowRight" : "ArrowLeft"]: at - 1, Home: 0, End: spans.length - 1}[event.key];
   if (to === undefined || !spans.length) return;

@@ -5,6 +5,7 @@ import * as list from "./matches.js";
 let asked = null;        // {prompt, answer} whose words are shown
 let words = [], from = 0, to = 0, key = null, direction = "proponents", rankings = {};
 let running = null;      // the AbortController of the question under way
+let word = null, pushed = null;  // that of the training word under way; what it does to the answer's words
 let ready = false, before = null, triage = [], dragging = false;
 
 function state(text, busy = false) {
@@ -28,7 +29,7 @@ async function run(work) {
     if (own.signal.aborted) state("Cancelled.");
     else { state("That did not work."); banner(error instanceof TypeError ? "The server does not answer. Start `rapidindex serve` again, and open its new address." : error.message); }
   } finally {
-    if (running === own) { running = null; $("stop").hidden = true; }
+    if (running === own) { running = null; $("stop").hidden = !word; }
   }
 }
 
@@ -52,7 +53,7 @@ async function look() {
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); generate(); });
 $("prompt").addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("form").requestSubmit(); } });
-$("stop").addEventListener("click", () => running?.abort());
+$("stop").addEventListener("click", () => { running?.abort(); word?.abort(); });
 
 function generate() {
   const prompt = $("prompt").value;
@@ -222,7 +223,36 @@ function light(scores) {
     shade(option, scores ? positions.reduce((sum, one) => sum + scores[one], 0) : 0, full);
   });
 }
-list.onLight(light);
+list.onLight((scores) => light(scores ?? pushed));
+
+// What one training word does to the answer. It waits for the model between two heat-maps; the newest word wins.
+list.onPick(async (match, text, tokens) => {
+  word?.abort();
+  const own = word = match ? new AbortController() : null;
+  light(pushed = null);
+  $("pushed").textContent = "";
+  if (!match) { $("stop").hidden = !running; return; }
+  const about = `“${text}” of ${direction.slice(0, -1)} ${match.rank}`;
+  list.tell(`What ${about} does to the answer comes next …`);
+  $("stop").hidden = false;
+  try {
+    for await (const piece of lines("word", {key, match: match.name, tokens}, own.signal)) {
+      if (word !== own || piece.kind !== "pushed") continue;
+      light(pushed = piece.answer);
+      list.tell($("pushed").textContent = `${about} pushes ${strongest(pushed)}.`);
+    }
+  } catch (error) {
+    if (word === own) list.tell(own.signal.aborted ? "Cancelled." : error.message);
+  } finally {
+    if (word === own) { word = null; $("stop").hidden = !running; }
+  }
+});
+// The three words of the answer that scores move most, with their scores.
+function strongest(scores) {
+  const each = words.map(({option, positions}) => [option.textContent, positions.reduce((sum, one) => sum + scores[one], 0)]);
+  return each.sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, 3)
+    .map(([text, score]) => `“${text}” by ${score < 0 ? "−" : "+"}${Math.abs(score).toLocaleString("en", {maximumSignificantDigits: 2})}`).join(", ");
+}
 list.onUnfold(() => ask(true));
 
 const tabs = ["proponents", "opponents"];
