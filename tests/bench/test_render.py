@@ -31,12 +31,13 @@ def test_the_page_of_the_lds_is_rendered_from_its_json_byte_for_byte():
     assert render.lds_page(figures) == (RESULTS / "lds.md").read_text()
 
 
-def test_the_page_of_verification_is_rendered_from_its_json_byte_for_byte_and_its_tables_are_in_the_readme():
-    figures = json.loads((RESULTS / "verify.json").read_text())["figures"]
-    page = render.verify_page(figures)
-    assert page == (RESULTS / "verify.md").read_text()
+@pytest.mark.parametrize("name, page", [("verify", render.verify_page), ("verify_retrained", render.retrained_page)])
+def test_the_page_of_verification_is_rendered_from_its_json_byte_for_byte_and_its_tables_are_in_the_readme(name, page):
+    made = page(json.loads((RESULTS / f"{name}.json").read_text())["figures"])
+    assert made == (RESULTS / f"{name}.md").read_text()
     readme = (RESULTS.parent / "README.md").read_text()
-    assert all(table in readme for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE))
+    tables = re.findall(r"(?:^\|.*\n)+", made, re.MULTILINE)
+    assert tables and all(table in readme for table in tables)
 
 
 def test_every_committed_plot_is_drawn(tmp_path):
