@@ -279,6 +279,24 @@ class Result:
 
         return html.fragment(self)
 
+    def beside(self, opponents: "Result") -> "Both":
+        """Return this result with that of the other direction, as a notebook shows them side by side."""
+        return Both(self, opponents)
+
+
+@dataclass(frozen=True)
+class Both:
+    """The results of both directions, for a notebook."""
+
+    proponents: Result
+    opponents: Result
+
+    def _repr_html_(self) -> str:
+        """Return the HTML that a notebook shows."""
+        from rapidindex.views import html
+
+        return html.fragment(self.proponents, self.opponents)
+
 
 VERIFICATION = "rapidindex.verification/1"
 

@@ -308,6 +308,21 @@ def test_code_has_letters_of_one_width_and_keeps_its_space(visit, tmp_path):
     assert spaces == ["pre-wrap"] * 2
 
 
+@pytest.mark.parametrize(("theme", "own"), [("light", heatmap.LIGHT), ("dark", heatmap.DARK)])
+def test_both_directions_stand_side_by_side_in_a_notebook_in_its_theme(visit, tmp_path, theme, own):
+    both = shown.result().beside(shown.result("opponents"))._repr_html_()
+    path, notebook = tmp_path / "both.html", f"<!doctype html><html lang=en theme={theme}>"  # as Colab has it
+    path.write_text(f"{notebook}<meta charset=utf-8><title>Notebook</title><main>{both}", encoding="utf-8")
+    page = visit(path, theme="dark" if theme == "light" else "light")
+    assert (shades(page, ".fragment"), shades(page, ".ramp .p20")) == (own.background, own.positive)
+    assert page.locator(".both h3:text-matches('^(Proponents|Opponents)$')").count() == 2
+    first, second = (page.locator(".both > section").nth(number).bounding_box() for number in (0, 1))
+    assert first["y"] == second["y"] and first["x"] + first["width"] <= second["x"]
+    assert page.locator(".mark.second").count() > 0
+    page.set_viewport_size(PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize(
     ("body", "own"),
@@ -316,6 +331,8 @@ def test_code_has_letters_of_one_width_and_keeps_its_space(visit, tmp_path):
         ("data-jp-theme-light=false", heatmap.DARK),
         ("class=vscode-light", heatmap.LIGHT),
         ("class=vscode-dark", heatmap.DARK),
+        ("class=vscode-high-contrast", heatmap.DARK),
+        ("class='vscode-high-contrast-light vscode-high-contrast'", heatmap.LIGHT),
     ],
 )
 def test_the_notebook_fragment_follows_the_theme_of_its_notebook(visit, tmp_path, theme, body, own):

@@ -18,9 +18,15 @@ from rapidindex.views.html import parts
 from rapidindex.views.sanitize import paragraph
 
 _TEMPLATES = ("page.html", "fragment.html", "parts.html", "verification.html")
-_LIGHT_NOTEBOOK = ":root :is([data-jp-theme-light=true],.vscode-light) "
-_DARK_NOTEBOOK = ":root :is([data-jp-theme-light=false],.vscode-dark) "
-"""A notebook's own theme, in JupyterLab and VS Code, goes before the system's."""
+_LIGHT_NOTEBOOK = (
+    ":is(:root[theme=light],:root :is([data-jp-theme-light=true],.vscode-light,.vscode-high-contrast-light)) "
+)
+_DARK_NOTEBOOK = (
+    ":is(:root[theme=dark],:root :is([data-jp-theme-light=false],.vscode-dark,"
+    ".vscode-high-contrast:not(.vscode-high-contrast-light))) "
+)
+"""A notebook's own theme, in Colab, JupyterLab and VS Code, goes before the system's. VS Code gives its light
+high-contrast theme the class of the dark one, too."""
 
 
 def page(proponents: Result, opponents: Result | None, command: str) -> str:
@@ -41,9 +47,10 @@ def page(proponents: Result, opponents: Result | None, command: str) -> str:
     )
 
 
-def fragment(result: Result) -> str:
-    """Return a result for a notebook: an element with its own style and no script."""
-    return _environment().get_template("fragment.html").render(**_common([result]))
+def fragment(result: Result, opponents: Result | None = None) -> str:
+    """Return a result, or those of both directions, for a notebook: an element with its own style and no script."""
+    results = [result] if opponents is None else [result, opponents]
+    return _environment().get_template("fragment.html").render(**_common(results))
 
 
 def verification(found: Verification) -> str:
@@ -106,7 +113,10 @@ def _environment() -> Environment:
 
 @cache
 def _style() -> Markup:
-    return Markup(_file("style.css") + ramp())
+    text = _file("style.css")
+    for name, selector in (("LIGHT_NOTEBOOK", _LIGHT_NOTEBOOK), ("DARK_NOTEBOOK", _DARK_NOTEBOOK)):
+        text = text.replace(f".{name} ", selector)
+    return Markup(text + ramp())
 
 
 def _rules(theme: heatmap.Theme) -> dict[str, str]:
