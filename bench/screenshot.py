@@ -28,6 +28,9 @@ def photograph(url: str, prompt: str, answer: str, word: str, file: str) -> None
         page.get_by_role("option", name=word).first.click()
         page.get_by_text("complete.").wait_for(timeout=600_000)
         page.get_by_text("Type or paste the answer").click()
+        if not page.locator(".match").first.is_visible():  # none is beyond chance
+            page.locator("#list > details > summary").click()
+            page.get_by_text("complete.").wait_for(timeout=600_000)
         page.locator(".match").first.hover()
         page.screenshot(path=file)
         browser.close()

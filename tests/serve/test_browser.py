@@ -1,14 +1,21 @@
 """The page in headless Chromium: by mouse and keyboard, in both themes, on a phone, and when the server is gone."""
 
 import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import bench
+from bench.screenshot import SIZE
 from tests.serve.conftest import TOKEN, Server
 from tests.views.shown import HOSTILE
 from tests.views.test_html_browser import CHROMIUM, DESKTOP, PHONE, browser, pytestmark  # noqa: F401
 
 ANSWER = "tea is from Japan"
+ROOT = Path(bench.__file__).parents[1]
 
 
 @pytest.fixture
@@ -222,6 +229,15 @@ def test_the_models_own_answer_is_streamed_and_can_be_asked_about(visit):
     page.get_by_role("option").first.wait_for(timeout=120_000)
     page.get_by_role("option").first.click()
     complete(page)
+
+
+def test_the_picture_for_the_docs_is_made_from_the_real_page(served_index, tmp_path):
+    file, command = tmp_path / "page.png", [sys.executable, "-m", "bench.screenshot"]
+    done = subprocess.run([*command, served_index, "Tell me about tea", ANSWER, "Japan", file], cwd=ROOT, timeout=300)
+    content = file.read_bytes()
+    assert done.returncode == 0 and content.startswith(b"\x89PNG")
+    assert struct.unpack(">II", content[16:24]) == tuple(SIZE.values())
+    assert len(content) > 30_000  # a page of one colour has 4,000
 
 
 def test_a_server_that_is_gone_is_said_in_words(visit, served_index):
