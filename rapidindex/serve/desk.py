@@ -287,7 +287,7 @@ def _scored(event: Scored, direction: str) -> Piece:
     if match.exact_score is not None:
         piece["influence"] = wording.signed(match.exact_score)
         shown = heatmap.beginning(match.response, match.tokens, match.token_scores)
-        piece["heat"] = _pieces(*shown, heatmap.total(match))
+        piece["heat"], piece["total"] = _pieces(*shown, heatmap.total(match)), heatmap.total(match)
     if match.answer_scores:
         piece["answer"] = match.answer_scores
     return piece

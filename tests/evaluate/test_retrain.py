@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from rapidindex.caching.build import build
 from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig
 from rapidindex.data.examples import read_examples
 from rapidindex.data.templates import Template
-from rapidindex.errors import DataError, UsageError
+from rapidindex.errors import DataError, ResourceError, UsageError
 from rapidindex.evaluate.retrain import Training
 from rapidindex.model import training
 from rapidindex.model.finetune import finetune
@@ -226,6 +227,16 @@ def test_runs_are_kept_and_a_killed_one_goes_on(index, tmp_path):
     assert again.groups == found.groups
     other = {**QUESTION, "token": "tea"}
     assert verify(index, other, method="retrain", top=TOP, repeats=1, runs=runs).method == "retrain"
+
+
+def test_too_small_a_disk_is_said_with_the_option_that_helps_and_the_runs_go_on_later(index, tmp_path, monkeypatch):
+    options = {"method": "retrain", "top": TOP, "repeats": 1, "runs": str(tmp_path)}
+    with monkeypatch.context() as full:
+        full.setattr("rapidindex.model.outputs.shutil.disk_usage", lambda place: SimpleNamespace(free=1))
+        with pytest.raises(ResourceError, match="MiB are free") as refused:
+            verify(index, QUESTION, **options)
+    assert "--runs" in refused.value.hint and "--output" not in refused.value.hint
+    assert len(verify(index, QUESTION, **options).groups) == 2
 
 
 def test_a_refusal_of_the_estimate_trains_nothing(index, tmp_path):

@@ -1,6 +1,7 @@
 """The page in headless Chromium: by mouse and keyboard, in both themes, on a phone, and when the server is gone."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -120,6 +121,10 @@ def test_a_training_word_shows_what_it_does_to_the_answer_by_mouse_and_keyboard(
     word.click()
     pushed.get_by_text("pushes").wait_for()
     assert f"“{word.text_content()}” of proponent 1 pushes “" in pushed.text_content()
+    share = re.match(".* ([+-][0-9]+) %,", word.get_attribute("data-label"))[1]
+    assert (
+        f"“{page.get_by_role('option').nth(1).text_content()}” by {share} %".replace("-", "−") in pushed.text_content()
+    )
     assert page.locator("#spoken").text_content() == pushed.text_content() == page.locator("#tip").text_content()
     page.mouse.move(1, 1)
     assert coloured.count() == page.get_by_role("option").count() and page.locator(".picked").count() == 1

@@ -10,7 +10,8 @@ export function onLight(listener) { lit = listener; }
 export function onMark(listener) { changed = listener; }
 // Called when the matches within chance are unfolded and have no heat-maps yet.
 export function onUnfold(listener) { unfolded = listener; }
-// Called with a match, the word of its response that was chosen and the word's tokens; with null when it is let go.
+// Called with a match, the word of its response that was chosen, the word's tokens and the match's influence; with null
+// when the word is let go.
 export function onPick(listener) { picked = listener; }
 
 export function clear() {
@@ -72,7 +73,7 @@ function card(match, same) {
   const name = view.direction === "proponents" ? "Proponent" : "Opponent";
   const box = make("input", {type: "checkbox", "aria-label": `Mark ${name.toLowerCase()} ${match.rank}`, onchange() { mark(match, box.checked); }});
   box.checked = marked.has(match.id);
-  const meta = Object.entries(match.meta).map(([key, value]) => make("span", {text: `${key} ${value}`}));
+  const meta = Object.entries(match.meta).filter(([, value]) => value).map(([key, value]) => make("span", {text: `${key} ${value}`}));
   const article = make("article", {class: "match", "data-name": match.name},
     make("div", {class: "head"}, make("h3", {class: "rank", text: `${name} ${match.rank}`}), make("span", {class: "score", text: match.score}), make("span", {text: match.distance}),
       ...(common.has(match.id) ? [make("span", {class: "common", text: "in both columns"})] : []),
@@ -144,7 +145,7 @@ function pick(span) {
   if (span && span !== before) {
     span.classList.add("picked");
     const name = span.closest(".match").dataset.name;
-    picked(view.matches.find((match) => match.name === name), span.textContent, JSON.parse(span.dataset.tokens));
+    picked(view.matches.find((match) => match.name === name), span.textContent, JSON.parse(span.dataset.tokens), heats.get(name).total);
   } else if (before) picked(null);
 }
 root.addEventListener("click", (event) => {

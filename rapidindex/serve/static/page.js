@@ -226,7 +226,7 @@ function light(scores) {
 list.onLight((scores) => light(scores ?? pushed));
 
 // What one training word does to the answer. It waits for the model between two heat-maps; the newest word wins.
-list.onPick(async (match, text, tokens) => {
+list.onPick(async (match, text, tokens, total) => {
   word?.abort();
   const own = word = match ? new AbortController() : null;
   light(pushed = null);
@@ -239,7 +239,7 @@ list.onPick(async (match, text, tokens) => {
     for await (const piece of lines("word", {key, match: match.name, tokens}, own.signal)) {
       if (word !== own || piece.kind !== "pushed") continue;
       light(pushed = piece.answer);
-      list.tell($("pushed").textContent = `${about} pushes ${strongest(pushed)}.`);
+      list.tell($("pushed").textContent = `${about} pushes ${strongest(pushed, total)}.`);
     }
   } catch (error) {
     if (word === own) list.tell(own.signal.aborted ? "Cancelled." : error.message);
@@ -247,11 +247,12 @@ list.onPick(async (match, text, tokens) => {
     if (word === own) { word = null; $("stop").hidden = !running; }
   }
 });
-// The three words of the answer that scores move most, with their scores.
-function strongest(scores) {
-  const each = words.map(({option, positions}) => [option.textContent, positions.reduce((sum, one) => sum + scores[one], 0)]);
-  return each.sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, 3)
-    .map(([text, score]) => `“${text}” by ${score < 0 ? "−" : "+"}${Math.abs(score).toLocaleString("en", {maximumSignificantDigits: 2})}`).join(", ");
+// The chosen words of the answer, and those that scores move most, three in all, in percent of the match's influence on the chosen words.
+function strongest(scores, total) {
+  const chosen = ({option}) => option.ariaSelected === "true";
+  const each = words.map((word) => [word.option.textContent, word.positions.reduce((sum, one) => sum + scores[one], 0), chosen(word)]);
+  return each.sort((a, b) => b[2] - a[2] || Math.abs(b[1]) - Math.abs(a[1])).slice(0, 3)
+    .map(([text, score]) => `“${text}” by ${score < 0 ? "−" : "+"}${Math.round(100 * Math.abs(score / total))} %`).join(", ");
 }
 list.onUnfold(() => ask(true));
 
