@@ -26,9 +26,13 @@ from rapidindex.store import Rows, damaged
 
 SCORES_BYTES = 2**30
 """Scores held at once, in bytes of float32; more queries than fit take another pass over the rows."""
-_BLOCK_BYTES = 2**22
+_BLOCK_BYTES = 2**24
 """A block as it is stored: rows are multiplied several times, or become float32, while they are in the cache."""
 _BLOCK_BYTES_GPU = 2**26
+_ROUGH = 0.03
+"""One 8-bit vector of a query is tried where it leaves scores off by less than this, in products of the two lengths."""
+_FEW, _NEAR = 1000, 1 / 16
+"""Rows, and the share of all, that may be scored a second time after that; more cost as much as a second vector."""
 
 
 @dataclass(frozen=True)
@@ -226,25 +230,45 @@ def torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def _scores_of_all(
-    rows: Rows, queries: Float32[np.ndarray, "queries K"], k: int, largest: bool, device: str, threads: int | None
+    rows: Rows,
+    queries: Float32[np.ndarray, "queries K"],
+    k: int,
+    largest: bool,
+    device: str,
+    threads: int | None,
+    parts: int = 1,
 ) -> Iterator[Float32[np.ndarray, " live"]]:
     """Yield each query's scores of all live rows: exact where a row may be one of the k best, or the worst, else rough.
 
-    Where scores are off by at most e, the k best all lie above the k-th best rough score less 2e.
+    A rough score, of `parts` 8-bit vectors of the query, is off by the row's length times an error at most. Where that
+    leaves too many rows, the query is scanned again, with two vectors.
     """
-    _, errors = rough_products_with(queries, rows.row_type, device)
     live = np.flatnonzero(rows.live_mask)
-    scales = np.concatenate([np.empty(0, np.float32), *(scale for *_, scale in rows.blocks())])[live]
-    with np.errstate(over="ignore"):
-        slacks = 2 * errors * scales.max(initial=0)
-    rough = _scanned(rows, queries, lambda some: rough_products_with(some, rows.row_type, device)[0], device, threads)
-    for query, slack, scores in zip(queries, slacks, rough, strict=True):
-        if slack and len(live):
-            signed, place = scores if largest else -scores, max(len(live) - k, 0)
-            kth = np.partition(signed, place)[place]
-            near = np.flatnonzero((signed >= kth - slack) | (signed <= signed.min() + slack))
+    lengths = rows.lengths[live]
+    _, errors = rough_products_with(queries, rows.row_type, device, parts=parts)
+    with np.errstate(over="ignore", invalid="ignore"):
+        typical = np.linalg.norm(queries, axis=1) * np.median(lengths) if len(live) else 0
+        if parts == 1 and (errors * lengths.max(initial=0) > _ROUGH * typical).any():
+            yield from _scores_of_all(rows, queries, k, largest, device, threads, parts=2)
+            return
+    multiply_with = partial(rough_products_with, row_type=rows.row_type, device=device, parts=parts)
+    rough = _scanned(rows, queries, lambda some: multiply_with(some)[0], device, threads)
+    for query, error, scores in zip(queries, errors, rough, strict=True):
+        if error and len(live):
+            near = _near(scores if largest else -scores, error * lengths, k)
+            if parts == 1 and len(near) > max(_FEW, len(live) * _NEAR):
+                yield from _scores_of_all(rows, query[None], k, largest, device, threads, parts=2)
+                continue
             scores[near] = scores_of(rows, live[near], query)
         yield scores
+
+
+def _near(scores: Float32[np.ndarray, " n"], slack: Float32[np.ndarray, " n"], k: int) -> Int64[np.ndarray, " near"]:
+    """Return the rows that may be among the k best, or be the worst, where each score may be off by its slack."""
+    with np.errstate(over="ignore"):
+        least, most = scores - slack, scores + slack
+    place = max(len(scores) - k, 0)
+    return np.flatnonzero((most >= np.partition(least, place)[place]) | (least <= most.min()))
 
 
 def _scanned(

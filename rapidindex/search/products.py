@@ -1,9 +1,10 @@
 """Inner products of queries with stored rows.
 
 Rows of 8 bits stay what they are where the CPU multiplies 8-bit integers (VNNI): a query becomes three vectors of 8
-bits, q ≈ s (p₀ + p₁/254 + p₂/254²), which keep as much of it as float32 does, and integer products are exact. Two of
-them do for a scan, which then knows what rows may be the best. Other rows become float32, a block at a time. Knows
-arrays only.
+bits, q ≈ s (p₀ + p₁/254 + p₂/254²), which keep as much of it as float32 does, and integer products are exact. One or
+two of them do for a scan, which then knows what rows may be the best: what is left of q, times a row's length, is the
+most by which a product may be off (Cauchy and Schwarz). Other rows become float32, a block at a time. Knows arrays
+only.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,8 @@ _QUERIES = 512
 """Queries multiplied at a time, which bounds the memory that their products take."""
 _STEP = 254.0
 """The next vector of 8 bits holds what rounding left: at most half a unit, stretched to 127."""
-_LARGEST, _ROUNDING = 128, 2.0**-21  # of an 8-bit entry; of sums of float32, in parts of the sum of absolute values
+_ROUNDING = 2.0**-21
+"""Of products in float32, in parts of the two lengths."""
 
 
 def products_with(queries: Float32[np.ndarray, "queries K"], row_type: str, device: str = "cpu") -> Multiply:
@@ -34,13 +36,14 @@ def products_with(queries: Float32[np.ndarray, "queries K"], row_type: str, devi
 
 
 def rough_products_with(
-    queries: Float32[np.ndarray, "queries K"], row_type: str, device: str = "cpu"
+    queries: Float32[np.ndarray, "queries K"], row_type: str, device: str = "cpu", *, parts: int
 ) -> tuple[Multiply, Float32[np.ndarray, " queries"]]:
-    """Return a faster function than `products_with` does, and by how much its products may be off for each query.
+    """Return a faster function than `products_with` does, of the first `parts` vectors of each query.
 
-    An error of 0 says that the products are those of `products_with`.
+    With it, by how much the product of each query and a row of length 1 may be off. An error of 0 says that the
+    products are those of `products_with`.
     """
-    return _with_errors(queries, row_type, device, parts=2)
+    return _with_errors(queries, row_type, device, parts=parts)
 
 
 def multiplies_integers() -> bool:
@@ -84,7 +87,7 @@ def _of_integers(
 def _split(
     queries: Float32[np.ndarray, "queries K"], parts: int
 ) -> tuple[Float32[np.ndarray, " queries"], Int8[np.ndarray, "parts queries K"], Float32[np.ndarray, " queries"]]:
-    """Return the scale s and the first vectors p of each query, and the most by which its products may be off."""
+    """Return the scale s and the first vectors p of each query, and how far from it, as vectors, these may be."""
     scale = np.abs(queries).max(1, initial=0) / np.float32(127)
     units = rest = queries / np.where(scale > 0, scale, 1)[:, None]
     vectors = np.empty((parts, *queries.shape), np.int8)
@@ -92,9 +95,9 @@ def _split(
         rounded = np.rint(rest).clip(-127, 127)
         vector[:] = rounded
         rest = (rest - rounded) * np.float32(_STEP)
-    unseen = np.abs(rest).sum(1) / _STEP**parts + _ROUNDING * np.abs(units).sum(1)
+    unseen = np.linalg.norm(rest, axis=1) / _STEP**parts + _ROUNDING * np.linalg.norm(units, axis=1)
     with np.errstate(over="ignore"):
-        return scale, vectors, _LARGEST * scale * unseen
+        return scale, vectors, scale * unseen
 
 
 def _multiply(block: Tensor, vectors: Tensor) -> Float32[np.ndarray, "queries m"]:

@@ -34,6 +34,7 @@ class Rows:
     example   int64 [n], the number of each row's example: 0 to m - 1
     position  int32 [n], the response token of each row; -1 in sentence rows
     token     int32 [n], the id of that token; -1 in sentence rows
+    lengths   float32 [n], which the rows do not exceed
     live_mask bool [n], False in the rows of removed examples
     removed   the ids of removed examples
     rejected  {"id", "line", "reason"} of each example whose gradient was not finite
@@ -184,12 +185,14 @@ class Rows:
     def _number_rows(self) -> None:
         n = len(self)
         self.example, self.position, self.token = np.empty(n, np.int64), np.empty(n, np.int32), np.empty(n, np.int32)
+        self.lengths = np.empty(n, np.float32)
         for file, first_row in enumerate(self._first_row[:-1]):
             here, arrays = slice(first_row, self._first_row[file + 1]), self._arrays(file)
             if fault := shards.numbers_fault(self._files[file].layout, arrays, len(self._files[file].ids)):
                 raise self._damaged(file, fault)
             self.example[here] = arrays["example"] + self._first_example[file]
             self.position[here], self.token[here] = arrays["position"], arrays["token"]
+            self.lengths[here] = shards.lengths_of(arrays)
 
     def _damaged(self, file: int, what: str) -> DamagedIndex:
         return container.damaged(self._files[file].layout.path, what)

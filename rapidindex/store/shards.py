@@ -2,6 +2,7 @@
 
     rows      int8 [n, K]      a row's entries are rows · scale; float16 in an index made with format 1
     scale     float32 [n]      the row's largest entry / 127 (float16: a power of two); 0 for a row of zeros
+    lengths   float32 [n]      no stored row is longer; none in older shards
     norms     float32 [n, L]   the norm of each layer's gradient
     example   int32 [n]        the number of the row's example in this file
     position  int32 [n]        the row's response token; -1 in a sentence row
@@ -38,7 +39,8 @@ ROW_TYPE, OLD_ROW_TYPE = "int8", "float16"
 """The type in new levels, and in those whose manifest says none."""
 _VERSIONS = {"int8": 2, "float16": 1}
 _STEPS = 127
-_HASHED = ("scale", "norms", "example", "position", "token", "examples_offsets", "ids")
+_LARGEST_OF = {"int8": _STEPS + 1, "float16": 65_504}  # an entry, before it is multiplied by the row's scale
+_HASHED = ("scale", "lengths", "norms", "example", "position", "token", "examples_offsets", "ids")
 _DTYPES = {
     **dict.fromkeys(("scale", "norms"), "<f4"),
     **dict.fromkeys(("example", "position", "token"), "<i4"),
@@ -141,6 +143,18 @@ def encode_rows(rows: np.ndarray, row_type: str = ROW_TYPE) -> tuple[np.ndarray,
     return _rounded(rows, scale, row_type), scale
 
 
+def lengths_of(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Return lengths, float32 [n], that the rows of a shard do not exceed.
+
+    An older shard has none: its rows are as long as if all entries were the largest, at most.
+    """
+    if "lengths" in arrays:
+        return arrays["lengths"]
+    rows = arrays["rows"]
+    with np.errstate(over="ignore"):
+        return arrays["scale"] * np.float32(_LARGEST_OF[rows.dtype.name] * rows.shape[1] ** 0.5)
+
+
 def decode_rows(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Restore encoded rows as float32 [n, K].
 
@@ -170,6 +184,7 @@ def sealed_content(
     texts = [encode_json(record) for record in content.examples]
     columns = {
         "scale": column(scale, "<f4"),
+        "lengths": column(_longest(content.rows, scale), "<f4"),
         "norms": column(content.norms, "<f4"),
         **{name: column(getattr(content, name), "<i4") for name in ("example", "position", "token")},
         "examples": column(np.frombuffer(b"".join(texts), np.uint8), "|u1"),
@@ -235,8 +250,11 @@ def numbers_fault(layout: Layout, arrays: dict[str, np.ndarray], count: int) -> 
     are compared with a checksum before rows are used, and the rows by `check` alone: that takes longer than a scan.
     Shards of older versions have no such checksum. `arrays` are those of the file, and `count` is that of its examples.
     """
-    if layout.attributes.get("numbers") not in (None, _digest(arrays[name] for name in _HASHED)):
+    hashed = [arrays[name] for name in _HASHED if name in arrays]
+    if layout.attributes.get("numbers") not in (None, _digest(hashed)):
         return "the numbers beside its rows were changed after they were written"
+    if "lengths" in arrays and not arrays["lengths"].min(initial=0) >= 0:  # nor NaN
+        return "the lengths of its rows are not all positive"
     if not (np.isfinite(arrays["scale"]).all() and arrays["scale"].min(initial=0) >= 0):
         return "its scales are not all finite and positive"
     if any_outside(arrays["example"], count):
@@ -291,6 +309,12 @@ def _scales(rows: np.ndarray, row_type: str) -> np.ndarray:
         return np.where(np.isfinite(scale * steps), scale, np.nextafter(scale, np.float32(0)))
 
 
+def _longest(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Return what no row is longer than once it is rounded, float32 [n]: half a step may be added to each entry."""
+    squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+    return (np.sqrt(squares) + 0.5 * rows.shape[1] ** 0.5 * scale).astype(np.float32)
+
+
 def _rounded(rows: np.ndarray, scale: np.ndarray, row_type: str) -> np.ndarray:
     with np.errstate(under="ignore"):
         scaled = rows / np.where(scale > 0, scale, np.float32(1))[:, None]
@@ -306,13 +330,14 @@ def _block_rows(K: int, block_bytes: int = _BLOCK_BYTES) -> int:
 
 def _check_shapes(layout: Layout, K: int, layers: int, rows: str) -> None:
     extents = layout.extents
-    for name, dtype in {"rows": rows, **_DTYPES}.items():
+    dtypes = {"rows": rows, **_DTYPES, **({"lengths": "<f4"} if "lengths" in extents else {})}
+    for name, dtype in dtypes.items():
         if name not in extents or extents[name].dtype != dtype:
             raise damaged(layout.path, f"its array {name!r} is missing or of another type")
     n = (extents["rows"].shape or (0,))[0]
-    shapes = {name: (n,) for name in ("scale", "example", "position", "token")}
+    shapes = {name: (n,) for name in ("scale", "lengths", "example", "position", "token")}
     shapes |= {"rows": (n, K), "norms": (n, layers)}
-    for name in ("rows", *_DTYPES):
+    for name in dtypes:
         shape = extents[name].shape
         if shape != shapes.get(name, shape[:1] or (0,)):
             raise damaged(layout.path, f"its array {name!r} has the shape {shape}")

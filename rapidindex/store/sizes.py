@@ -33,7 +33,7 @@ def disk_bytes(
     index, layers = manifest.copy_for_files(content), content["layers"]
     entry = {"sha256": 64 * "0", "bytes": rows * row_bytes, "rows": rows, "examples": len(records), "rejected": 0}
     content["levels"][_LEVEL]["shards"] = {folder.shard_name(number): entry for number in range(shards)}
-    beside_rows = 4 * (len(layers) + 4)  # norms, scale, example, position and token
+    beside_rows = 4 * (len(layers) + 5)  # norms, scale, lengths, example, position and token
     beside_text = 11  # an offset, and quotes and a comma in the list of ids
     parts = {
         "rows": rows * (row_bytes + beside_rows),

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from rapidindex.errors import DamagedIndex, QueryError, UsageError
+from rapidindex.search import exact
 from rapidindex.search.exact import exact_search, live_scores
+from rapidindex.search.products import multiplies_integers
 from rapidindex.store import Store
 from tests.search.stores import CountedRows, gradients, make_store, remove, spoil
 
@@ -36,6 +38,30 @@ def test_finds_what_brute_force_finds_in_the_same_order(rows, queries, k, larges
     np.testing.assert_allclose(result.scores, scores, atol=1e-6)
     assert (result.method, result.recall, result.n, result.largest) == ("exact", 1.0, N, largest)
     assert result.scores.dtype == np.float32 and result.rows.dtype == np.int64
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_one_vector_of_a_query_finds_what_two_find_and_looks_at_more_rows_again(rows, queries, monkeypatch, largest):
+    again = {}
+    for vectors, rough in ((1, np.inf), (2, 0)):
+        monkeypatch.setattr(exact, "_ROUGH", rough)
+        counted = CountedRows(rows)
+        result = exact_search(counted, queries, 10, largest=largest)
+        np.testing.assert_array_equal(result.rows, brute_force(rows, queries, 10, largest)[0])
+        again[vectors] = counted.read_singly
+        assert len(counted.passes) == 1
+    if multiplies_integers():
+        assert 11 * len(queries) <= again[2] < again[1] < len(queries) * N / 4
+
+
+def test_a_query_that_one_vector_leaves_in_doubt_is_scanned_with_two(rows, queries, monkeypatch):
+    monkeypatch.setattr(exact, "_ROUGH", np.inf)
+    monkeypatch.setattr(exact, "_FEW", 0)
+    monkeypatch.setattr(exact, "_NEAR", 0)
+    counted = CountedRows(rows)
+    result = exact_search(counted, queries, 10)
+    assert len(counted.passes) == (1 + len(queries) if multiplies_integers() else 1)
+    np.testing.assert_array_equal(result.rows, brute_force(rows, queries, 10, True)[0])
 
 
 def test_a_batch_finds_what_its_queries_find_alone(rows, queries):
@@ -122,8 +148,9 @@ def test_the_summary_is_of_all_scores(rows, queries):
     scores = brute_force(rows, queries, N, True)[1]
     for summary, of_query in zip(exact_search(rows, queries, 1).summaries, scores, strict=True):
         expected = (N, of_query.min(), of_query.max(), of_query.mean(), of_query.std())
-        assert (summary.n, summary.min, summary.max, summary.mean, summary.std) == pytest.approx(expected, abs=5e-6)
-        assert np.abs(np.array(summary.histogram) - np.histogram(of_query, 50)[0]).sum() <= 2  # rounding at the edges
+        assert (summary.n, summary.min, summary.max) == pytest.approx(expected[:3], abs=5e-6)
+        assert (summary.mean, summary.std) == pytest.approx(expected[3:], abs=1e-3)  # of rough scores, most of them
+        assert np.abs(np.array(summary.histogram) - np.histogram(of_query, 50)[0]).sum() <= 0.1 * N
 
 
 def test_equal_scores_are_one_bar_of_the_histogram(tmp_path):

@@ -35,21 +35,24 @@ def test_the_largest_sums_do_not_overflow(K):
 
 
 @needs_integers
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("tails", [1, 3, 100])
-def test_rough_products_are_off_by_no_more_than_they_say(tails):
+def test_rough_products_are_off_by_no_more_than_they_say(tails, parts):
     posed = np.random.default_rng(5).standard_t(tails, (9, 2048)).astype(np.float32)
     posed[0, 1:] = posed[0, 0]
     entries = np.concatenate([stored(300, 2048, "int8"), 127 * np.sign(posed).astype(np.int8)])
-    multiply, errors = rough_products_with(posed, "int8")
-    off = np.abs(multiply(entries) - posed.astype(np.float64) @ entries.T.astype(np.float64)).max(1)
-    assert (off <= errors).all() and (errors < 0.002 * 2048 * np.abs(posed).max(1)).all()
+    wide = entries.astype(np.float64)
+    multiply, errors = rough_products_with(posed, "int8", parts=parts)
+    off = (np.abs(multiply(entries) - posed.astype(np.float64) @ wide.T) / np.linalg.norm(wide, axis=1)).max(1)
+    step = np.abs(posed).max(1) / 127 / 254 ** (parts - 1)
+    assert (off <= errors).all() and (errors < 0.5 * step * 2048**0.5 + 1e-6 * np.linalg.norm(posed, axis=1)).all()
 
 
 @pytest.mark.parametrize("row_type", ["int8", "float16"])
 def test_products_with_no_error_are_the_exact_ones(row_type, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     posed, entries = np.random.default_rng(6).standard_normal((4, 64)).astype(np.float32), stored(9, 64, row_type)
-    multiply, errors = rough_products_with(posed, row_type)
+    multiply, errors = rough_products_with(posed, row_type, parts=1)
     np.testing.assert_array_equal(multiply(entries), products_with(posed, row_type)(entries))
     assert not errors.any()
 

@@ -209,6 +209,8 @@ def test_bytes_that_were_added_are_found(tmp_path):
     [
         ("float16", {"rows": np.full((3, K), np.nan, "<f2")}, "rows are not all finite"),
         ("int8", {"scale": np.full(3, np.inf, "<f4")}, "scales are not all finite"),
+        ("int8", {"lengths": np.array([1, -1, 1], "<f4")}, "lengths of its rows"),
+        ("int8", {"lengths": np.array([1, np.nan, 1], "<f4")}, "lengths of its rows"),
         ("int8", {"example": np.array([0, 1, 3], "<i4")}, "point outside its 3 examples"),
         ("int8", {"examples": np.zeros(999, "u1")}, "examples cannot be read"),
         ("int8", {"examples": np.zeros(3, "u1")}, "lie outside their text"),
@@ -223,6 +225,19 @@ def test_faulty_numbers_in_an_intact_file_are_found(tmp_path, row_type, changes,
     reseal(path, **changes)
     container.verify(path)
     assert any(fault in message for message in shards.faults(read_shard(path, row_type)))
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("row_type", ["int8", "float16"])
+def test_no_row_is_longer_than_its_length_says(tmp_path, row_type, old):
+    path = tmp_path / "shard-00000.h5"
+    write_shard(path, row_type=row_type)
+    arrays = container.map_arrays(container.read_layout(path))
+    lengths = np.linalg.norm(decode_rows(arrays["rows"], arrays["scale"]).astype(np.float64), axis=1)
+    if old:
+        del arrays["lengths"]
+    assert (lengths <= shards.lengths_of(arrays)).all()
+    assert old or (shards.lengths_of(arrays) <= 1.1 * lengths).all()
 
 
 @pytest.mark.parametrize(
