@@ -26,8 +26,8 @@ BATCH = 100
 """Queries at once."""
 RERANKED = 1000
 """Rows re-ranked: drawn, and sorted."""
-PARTS = 2
-"""8-bit vectors that the scan makes of a query."""
+PARTS = 1
+"""8-bit vectors that the scan makes of a query, where the rows' lengths are stored."""
 _LEVEL, _SHARD_ROWS, _DIRECTIONS = "sentence", 25_000, 48
 _MULTIPLIED = (4096, 4096, 256)
 """The product whose speed is the floor of computing: a block of rows, K, and enough columns to be fast."""
