@@ -37,6 +37,7 @@ METHODS = {
     "rapidgrad, estimate": ("rapidgrad", "estimate"),
     "rapidgrad, none": ("rapidgrad", "none"),
     "two-sided, factored": ("two-sided", "factored"),
+    "two-sided, kfac": ("two-sided", "kfac"),
     "two-sided, none": ("two-sided", "none"),
     "two-sided, estimate": ("two-sided", "estimate"),
 }
@@ -118,8 +119,9 @@ def recipe_of(job: Job, projection: str, second_moment: str, K: int = 65_536) ->
 def compressor_of(job: Job, method: str) -> Compressor:
     """Return a method's compressor; its second moment is 1 everywhere, which takes the same time."""
     recipe = recipe_of(job, *METHODS[method])
-    entries = preconditioner_of(recipe).moment_entries(job.layers)
-    return Compressor.of(recipe, job.gradients, v=np.ones(entries, np.float32))
+    kind = preconditioner_of(recipe)
+    v, vectors = np.ones(kind.moment_entries(job.layers), "f4"), np.zeros(kind.vector_entries(job.layers), "f4")
+    return Compressor.of(recipe, job.gradients, v=v, vectors=vectors)
 
 
 def run(job: Job, method: str, batches: list[list[Item]], compressor: Compressor | None = None) -> None:

@@ -178,11 +178,11 @@ class GradientConfig:
     normalize: str | None = None
     """`unit`: the whole gradient to length 1; `layer`: each layer (the paper); `none` (TracIn); None: the recipe's."""
     second_moment: str | None = None
-    """`estimate`, `factored`, `kronecker`, `none`, or the path of a training checkpoint with Adam's or Adafactor's
-    state; None: the recipe's."""
+    """`estimate`, `factored`, `kronecker`, `kfac`, `none`, or the path of a training checkpoint with Adam's or
+    Adafactor's state; None: the recipe's."""
     moment_examples: int | None = None
-    """Examples from which `estimate`, `factored` and `kronecker` take the mean squared gradient; None: 32 for
-    `kronecker` (more give no better LDS), 64 for the others."""
+    """Examples from which the mean squared gradient is taken; None: 32 for `kronecker` and `kfac` (more give no better
+    LDS), 64 for `estimate` and `factored`."""
     seed: int = 0
     """Draws those examples."""
 
@@ -242,7 +242,7 @@ def in_recipe(
     elif values["second_moment"] == "kronecker" and not adapter:
         values["second_moment"] = "estimate"
     gradient = _filled(gradient, values)
-    examples = {"moment_examples": 32 if gradient.second_moment == "kronecker" else 64}
+    examples = {"moment_examples": 32 if gradient.second_moment in ("kronecker", "kfac") else 64}
     return _filled(gradient, examples), _filled(sketch, values)
 
 

@@ -14,7 +14,7 @@ from rapidindex.progress import Progress
 from rapidindex.recipe import Recipe
 from rapidindex.store import Store
 
-ESTIMATES = ("estimate", "factored", "kronecker")
+ESTIMATES = ("estimate", "factored", "kronecker", "kfac")
 """Second moments that are estimated from a sample; others are read from a training checkpoint."""
 
 

@@ -95,14 +95,15 @@ def build(
         opt.in_gradient(
             show_default="that of --recipe",
             **opt.PLACE,
-            help="Divide gradients by its root: kronecker (along each layer's leading eigenvectors); estimate "
-            "(entry by entry); factored (row and column means); none; or a training checkpoint's path.",
+            help="Divide gradients by its root: kronecker (along each layer's leading eigenvectors); kfac "
+            "(rows and columns apart); estimate (entry by entry); factored (row and column means); none; or a training "
+            "checkpoint's path.",
         ),
     ] = None,
     moment_examples: Annotated[
         int | None,
         opt.in_gradient(
-            show_default="32 for kronecker, else 64", help="Examples that estimate, factored and kronecker take."
+            show_default="32 for kronecker and kfac, else 64", help="Examples whose gradients --second-moment takes."
         ),
     ] = None,
     level: Annotated[

@@ -8,7 +8,7 @@ which makes the mean product the Fisher matrix: with the tokens of the data, the
 sample taught. A parameter that is no matrix keeps its axes. Knows nothing of files.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,26 @@ _ROUNDING = 1e-6
 """Of the sketch's largest eigenvalue: what is smaller may be float32's rounding."""
 _LONGEST_WHOLE = 4096
 """The longest side that indexes of earlier versions rotate; they hold all its eigenvectors, and leave longer ones."""
+_LONGEST_SHORT = 16_384
+"""The longest side that is no vocabulary's."""
+
+Kept = Callable[[int], int]
+"""Returns the eigenvectors that are kept of a matrix's side of this length; 0 where its axes are."""
+
+
+def leading(length: int) -> int:
+    """Keep the leading eigenvectors of every side."""
+    return min(length, LEADING) if length > 1 else 0
+
+
+def of_short(length: int) -> int:
+    """Keep those of sides that are no vocabulary's: for one token or another, a mean product is diagonal."""
+    return leading(length) if length <= _LONGEST_SHORT else 0
+
+
+def whole(length: int) -> int:
+    """Keep all eigenvectors, as earlier versions did."""
+    return length if 1 < length <= _LONGEST_WHOLE else 0
 
 
 @dataclass(frozen=True)
@@ -55,43 +75,40 @@ class Side:
         return counts
 
 
-def sides_of(layer: Layer, *, whole: bool = False) -> tuple[Side, Side]:
-    """Return the rows and columns of a layer, a vector as a column; with `whole`, those of earlier versions."""
+def sides_of(layer: Layer, kept: Kept = leading) -> tuple[Side, Side]:
+    """Return the rows and columns of a layer, a vector as a column."""
     if len(layer.shape) != 2:
         return Side(layer.size, 0), Side(1, 0)
-    if whole:
-        rows, columns = (Side(side, side if 1 < side <= _LONGEST_WHOLE else 0) for side in layer.shape)
-    else:
-        rows, columns = (Side(side, min(side, LEADING) if side > 1 else 0) for side in layer.shape)
+    rows, columns = (Side(side, kept(side)) for side in layer.shape)
     return rows, columns
 
 
-def vector_entries(layers: Sequence[Layer], *, whole: bool = False) -> int:
+def vector_entries(layers: Sequence[Layer], kept: Kept = leading) -> int:
     """Count the entries of the eigenvectors of these layers."""
-    return sum(side.length * side.kept for layer in layers for side in sides_of(layer, whole=whole))
+    return sum(side.length * side.kept for layer in layers for side in sides_of(layer, kept))
 
 
-def moment_sizes(layers: Sequence[Layer], *, whole: bool = False) -> list[int]:
+def moment_sizes(layers: Sequence[Layer], kept: Kept = leading) -> list[int]:
     """Count the second moments along the eigenvectors of each of these layers: one for each pair of groups."""
-    return [rows.groups * columns.groups for rows, columns in (sides_of(layer, whole=whole) for layer in layers)]
+    return [rows.groups * columns.groups for rows, columns in (sides_of(layer, kept) for layer in layers)]
 
 
-def moment_entries(layers: Sequence[Layer], *, whole: bool = False) -> int:
+def moment_entries(layers: Sequence[Layer], kept: Kept = leading) -> int:
     """Count the second moments along the eigenvectors of all these layers."""
-    return sum(moment_sizes(layers, whole=whole))
+    return sum(moment_sizes(layers, kept))
 
 
-def product_entries(layers: Sequence[Layer]) -> int:
+def product_entries(layers: Sequence[Layer], kept: Kept = leading) -> int:
     """Count the entries of the products, or of their sketches, from which the eigenvectors are found."""
-    sides = [side.length for layer in layers for side in sides_of(layer) if side.kept]
+    sides = [side.length for layer in layers for side in sides_of(layer, kept) if side.kept]
     return sum(side * min(side, _COLUMNS) for side in sides)
 
 
 class Eigenbases:
     """U and V of every layer, as views of `vectors`: all of them in a row, float32 [vector_entries(layers)]."""
 
-    def __init__(self, layers: Sequence[Layer], vectors: Float[Tensor, " entries"], *, whole: bool = False) -> None:
-        self.layers, self.sides, self._of, first = layers, [sides_of(layer, whole=whole) for layer in layers], [], 0
+    def __init__(self, layers: Sequence[Layer], vectors: Float[Tensor, " entries"], kept: Kept = leading) -> None:
+        self.layers, self.sides, self._of, first = layers, [sides_of(layer, kept) for layer in layers], [], 0
         for sides in self.sides:
             pair = []
             for side in sides:
@@ -146,6 +163,17 @@ class Eigenbases:
             moved += both * g
         return values.copy_(moved.flatten(1))
 
+    def multiply_side(
+        self, number: int, side: int, values: Float[Tensor, "*n length"], factors: Float[Tensor, " groups"]
+    ) -> Float[Tensor, "*n length"]:
+        """Multiply vectors along a layer's rows (side 0) or columns (1) by a factor in each group, float32."""
+        U, own = self._of[number][side], self.sides[number][side].own
+        if U is None:
+            return values.float() * factors
+        rest = factors[own] if own < len(factors) else 0.0
+        values = values.float()
+        return values * rest + (values @ U * (factors[:own] - rest)) @ U.T
+
     def _along(self, number: int, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return g, Uᵀ g, g V and Uᵀ g V."""
         U, V = self._of[number]
@@ -157,7 +185,9 @@ class Eigenbases:
         return g, a, b, c
 
 
-def estimate_eigenbases(gradients: Any, batches: Iterable[Batch], seed: int = 0) -> Float[Tensor, " entries"]:
+def estimate_eigenbases(
+    gradients: Any, batches: Iterable[Batch], seed: int = 0, kept: Kept = leading
+) -> Float[Tensor, " entries"]:
     """Return the eigenvectors of every layer over the examples of `batches`, float32. ModelError if they overflow.
 
     `gradients` are `PerExampleGradients`, or give the same.
@@ -166,12 +196,12 @@ def estimate_eigenbases(gradients: Any, batches: Iterable[Batch], seed: int = 0)
     Y (Ωᵀ Y)^-1 Yᵀ (Nyström's) has nearly P's leading eigenvectors, in memory that is linear in the side.
     """
     layers = gradients.layers
-    longest = max((side.length for layer in layers for side in sides_of(layer) if side.kept), default=0)
+    longest = max((side.length for layer in layers for side in sides_of(layer, kept) if side.kept), default=0)
     random = torch.randn(longest, _COLUMNS, generator=torch.Generator().manual_seed(seed))
     products: dict[tuple[int, int], Tensor] = {}
 
     def add(number: int, values: Tensor) -> None:
-        rows, columns = sides_of(layers[number])
+        rows, columns = sides_of(layers[number], kept)
         g = values[values.isfinite().all(1)].float().view(-1, rows.length, columns.length)
         for key, side, one in (((number, 0), rows, g), ((number, 1), columns, g.transpose(1, 2))):
             if side.kept:
@@ -180,9 +210,9 @@ def estimate_eigenbases(gradients: Any, batches: Iterable[Batch], seed: int = 0)
 
     for batch in batches:
         gradients(batch, add)
-    vectors, first = torch.empty(vector_entries(layers)), 0
+    vectors, first = torch.empty(vector_entries(layers, kept)), 0
     for key in sorted(products):
-        columns = _leading(products.pop(key), sides_of(layers[key[0]])[key[1]].kept, random)
+        columns = _leading(products.pop(key), sides_of(layers[key[0]], kept)[key[1]].kept, random)
         vectors[first : first + columns.numel()] = columns.flatten()
         first += columns.numel()
     return vectors

@@ -8,6 +8,7 @@ which for most layers of a language model are far smaller than the gradients the
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -61,6 +62,15 @@ class Factors:
         for left, right in self.pairs:
             right = right.float() * columns
             pairs.append((left, right * rows[left].unsqueeze(-1)) if _is_ids(left) else (left.float() * rows, right))
+        return Factors(self.shape, pairs)
+
+    def mapped(self, left_of: Callable[[Tensor], Tensor] | None, right_of: Callable[[Tensor], Tensor]) -> "Factors":
+        """Return the factors l' and r' that `left_of` and `right_of` give; ids stay ids where there is no `left_of`."""
+        pairs = []
+        for left, right in self.pairs:
+            if left_of is not None:
+                left = left_of(F.one_hot(left, self.shape[0]) if _is_ids(left) else left)
+            pairs.append((left, right_of(right)))
         return Factors(self.shape, pairs)
 
     def divided(self, lengths: Float[Tensor, " examples"]) -> "Factors":

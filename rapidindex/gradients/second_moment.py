@@ -4,12 +4,14 @@ Each entry is divided by (v + 1e-3 · mean(v))^½. v is the mean squared gradien
 the same checkpoint, or Adam's or Adafactor's bias-corrected second moment from a training checkpoint (TrackStar's
 optimizer correction, arXiv 2410.17413). `kronecker` divides along each layer's leading eigenvectors, and adds a tenth
 of the layer's mean instead. `factored` is Adafactor's: v of a weight is the outer product of its row and column means,
-which takes no |v| numbers, and corrects gradients that come as factors. A preconditioner applies the correction;
-`preconditioner_of` names its class.
+which takes no |v| numbers, and corrects gradients that come as factors; `kfac` does so along eigenvectors. A
+preconditioner applies the correction; `preconditioner_of` names its class.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,12 +20,16 @@ from torch import Tensor, nn
 from rapidindex.errors import DamagedIndex, ModelError
 from rapidindex.gradients.eigenbases import (
     Eigenbases,
+    Kept,
     estimate_eigenbases,
+    leading,
     moment_entries,
     moment_sizes,
+    of_short,
     product_entries,
     sides_of,
     vector_entries,
+    whole,
 )
 from rapidindex.gradients.factors import Factors
 from rapidindex.gradients.losses import Batch, Layer, trainable, with_drawn_labels
@@ -32,6 +38,8 @@ from rapidindex.recipe import Recipe
 
 DAMPING = 1e-3
 KRONECKER_DAMPING = 0.1
+KFAC_DAMPING = 2.0
+"""Of either side's mean eigenvalue."""
 KEPT_BYTES = 2**30
 """Gradients of a sample that are kept from its first pass to the next, at most."""
 _CHUNK = 2**20  # entries summed in double precision at a time
@@ -118,25 +126,35 @@ class Eigenbasis(Preconditioner):
     takes_factors = False
     moment_of_means = True
     moment_entries = staticmethod(moment_entries)
-    vector_entries = staticmethod(vector_entries)
+    kept = staticmethod(leading)
+    """The eigenvectors of a side that a new index has."""
 
     def __init__(self, layers: Sequence[Layer], factors: Tensor, vectors: Tensor | None) -> None:
         super().__init__(layers, factors)
-        whole = _is_whole(factors, layers)
-        if vectors is None or len(vectors) != vector_entries(layers, whole=whole):
+        self._parts, kept = self._split(factors)
+        if vectors is None or len(vectors) != vector_entries(layers, kept):
             raise _other_layers()
-        self.bases = Eigenbases(layers, vectors, whole=whole)
-        self._parts = factors.split(moment_sizes(layers, whole=whole))
+        self.bases = Eigenbases(layers, vectors, kept)
 
-    @staticmethod
-    def sample_bytes(layers: Sequence[Layer], examples: int) -> int:
+    def _split(self, factors: Tensor) -> tuple[Sequence[Any], Kept]:
+        """Return the factors of each layer, and the eigenvectors that they are along."""
+        kept = _kept_in(factors, self.layers)
+        return factors.split(moment_sizes(self.layers, kept)), kept
+
+    @classmethod
+    def vector_entries(cls, layers: Sequence[Layer]) -> int:
+        """Count the entries of the eigenvectors."""
+        return vector_entries(layers, cls.kept)
+
+    @classmethod
+    def sample_bytes(cls, layers: Sequence[Layer], examples: int) -> int:
         """Return the bytes of the products that eigenvectors are found from, and of the gradients that are kept."""
-        return 4 * product_entries(layers) + _kept_bytes(layers, examples)
+        return 4 * product_entries(layers, cls.kept) + _kept_bytes(layers, examples)
 
     @staticmethod
     def factors_of(v: Float[Tensor, " entries"], layers: Sequence[Layer]) -> Float[Tensor, " entries"]:
         """Return (v + 0.1 · the layer's mean squared gradient)^-½ of each entry of v."""
-        return kronecker_correction(v, layers, whole=_is_whole(v, layers))
+        return kronecker_correction(v, layers, _kept_in(v, layers))
 
     @classmethod
     def estimate(
@@ -149,15 +167,81 @@ class Eigenbasis(Preconditioner):
         batches: list[Batch] = []
         for batch in track(sample, "draw tokens"):
             batches.append(with_drawn_labels(gradients.model, batch, seed, first=sum(map(len, batches))))
-        kept = _Kept(gradients, batches)
-        vectors = estimate_eigenbases(kept, track(batches, "eigenvectors"), seed)
-        bases = Eigenbases(gradients.layers, vectors.to(batches[0].input_ids.device))
-        sizes = moment_sizes(gradients.layers)
-        return mean_over_sample(kept, track(batches, "second moment"), bases.squares, sizes), vectors
+        once, layers = _Kept(gradients, batches), gradients.layers
+        vectors = estimate_eigenbases(once, track(batches, "eigenvectors"), seed, cls.kept)
+        bases = Eigenbases(layers, vectors.to(batches[0].input_ids.device), cls.kept)
+        sizes = moment_sizes(layers, cls.kept)
+        return mean_over_sample(once, track(batches, "second moment"), bases.squares, sizes), vectors
 
     def apply(self, number: int, gradients: Float[Tensor, "examples n"]) -> Tensor:
         """Return the corrected gradients of layer `number`, corrected in place."""
         return self.bases.multiply(number, gradients, self._parts[number])
+
+
+class Kfac(Eigenbasis):
+    """Multiplies rows by (G + 2 · its mean eigenvalue)^-½ and columns by (A + 2 · its mean eigenvalue)^-½.
+
+    K-FAC's A and G (arXiv 1503.05671), as the mean gᵀ g and g gᵀ over the sample: where the Fisher matrix is A ⊗ G they
+    are these but for a number (arXiv 2406.17748), and every parameter has them, however its gradient is computed. The
+    leading eigenvectors of a side have a second moment each, and the rest one. A vector is a column; a vocabulary's
+    side keeps its axes.
+    """
+
+    takes_factors = True
+    kept = staticmethod(of_short)
+
+    def _split(self, factors: Tensor) -> tuple[Sequence[Any], Kept]:
+        if len(factors) != self.moment_entries(self.layers):
+            raise _other_layers()
+        return _pairs(factors, map(_groups_of, self.layers)), of_short
+
+    @staticmethod
+    def moment_entries(layers: Sequence[Layer]) -> int:
+        """Count the groups of the rows and columns of all layers."""
+        return sum(map(sum, map(_groups_of, layers)))
+
+    @staticmethod
+    def factors_of(v: Float[Tensor, " entries"], layers: Sequence[Layer]) -> Float[Tensor, " entries"]:
+        """Return (R + 2 · mean)^-½ and (C / mean + 2)^-½ of each layer, R and C its means in the groups of a side."""
+        parts = []
+        for layer, (R, C) in zip(layers, _pairs(v, map(_groups_of, layers)), strict=True):
+            rows, columns = sides_of(layer, of_short)
+            mean = float(R.double() @ rows.counts.double() / rows.length)
+            parts.append((R + KFAC_DAMPING * mean).rsqrt() if mean > 0 else torch.ones_like(R))
+            parts.append((C / mean + KFAC_DAMPING).rsqrt() if mean > 0 else torch.ones_like(C))
+        return torch.cat(parts)
+
+    @classmethod
+    def estimate(
+        cls, gradients: PerExampleGradients, sample: Sequence[Batch], seed: int, track: Track
+    ) -> tuple[Float[Tensor, " entries"], Float[Tensor, " entries"]]:
+        """Return the mean of v over each row's and each column's group, and the eigenvectors, as `Eigenbasis` does."""
+        layers, means = gradients.layers, []
+        v, vectors = super().estimate(gradients, sample, seed, track)
+        for part, layer in zip(v.split(moment_sizes(layers, of_short)), layers, strict=True):
+            rows, columns = sides_of(layer, of_short)
+            table = part.view(rows.groups, columns.groups)
+            means += [table @ columns.counts / columns.length, rows.counts @ table / rows.length]
+        return torch.cat(means), vectors
+
+    def apply(self, number: int, gradients: Float[Tensor, "examples n"] | Factors) -> Tensor | Factors:
+        """Return the corrected gradients of layer `number`; a tensor is corrected in place."""
+        rows, columns = (
+            partial(self.bases.multiply_side, number, side, factors=factors)
+            for side, factors in enumerate(self._parts[number])
+        )
+        of_rows, of_columns = self.bases.sides[number]
+        if isinstance(gradients, Factors) and of_rows.kept:
+            return gradients.mapped(rows, columns)
+        if isinstance(gradients, Factors):
+            return gradients.mapped(None, columns).scaled(self._parts[number][0], torch.ones(()))
+        g = columns(gradients.view(-1, of_rows.length, of_columns.length))
+        return gradients.copy_(rows(g.mT).mT.flatten(1))
+
+
+def _groups_of(layer: Layer) -> tuple[int, int]:
+    rows, columns = sides_of(layer, of_short)
+    return rows.groups, columns.groups
 
 
 class _Kept:
@@ -189,12 +273,11 @@ def _kept_bytes(layers: Sequence[Layer], examples: int) -> int:
     return size if size <= KEPT_BYTES else 0
 
 
-def _is_whole(v: Tensor, layers: Sequence[Layer]) -> bool:
-    """Return whether a second moment is that of an earlier version, entry by entry along all eigenvectors."""
-    if len(v) == moment_entries(layers):
-        return False
-    if len(v) == moment_entries(layers, whole=True):
-        return True
+def _kept_in(v: Tensor, layers: Sequence[Layer]) -> Kept:
+    """Return which eigenvectors a second moment is along: those of an earlier version are all, entry by entry."""
+    for kept in (leading, whole):
+        if len(v) == moment_entries(layers, kept):
+            return kept
     raise _other_layers()
 
 
@@ -220,7 +303,7 @@ class RowColumn(Preconditioner):
                 "The index does not hold the row and column means of this model's layers.",
                 hint="Type `rapidindex check INDEX`.",
             )
-        self._sides = _split_sides(factors, layers)
+        self._sides = _pairs(factors, map(_sides_of, layers))
 
     @staticmethod
     def moment_entries(layers: Sequence[Layer]) -> int:
@@ -230,7 +313,7 @@ class RowColumn(Preconditioner):
     @staticmethod
     def factors_of(v: Float[Tensor, " entries"], layers: Sequence[Layer]) -> Float[Tensor, " entries"]:
         """Return the factors of the rows and the columns of each layer, in the order of the means in `v`."""
-        pairs = _split_sides(v, layers)
+        pairs = _pairs(v, map(_sides_of, layers))
         mean = sum(float(R.double().mean()) * layer.size for (R, _), layer in zip(pairs, layers, strict=True))
         mean /= sum(layer.size for layer in layers)
         parts = []
@@ -269,8 +352,8 @@ def _sides_of(layer: Layer) -> tuple[int, int]:
     return layer.size // columns, columns
 
 
-def _split_sides(flat: Tensor, layers: Sequence[Layer]) -> list[tuple[Tensor, Tensor]]:
-    parts = iter(flat.split([side for layer in layers for side in _sides_of(layer)]))
+def _pairs(flat: Tensor, sizes: Iterable[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+    parts = iter(flat.split([size for pair in sizes for size in pair]))
     return list(zip(parts, parts, strict=True))
 
 
@@ -282,7 +365,7 @@ def row_column_means(gradients: Float[Tensor, "examples size"], layer: Layer) ->
 
 def preconditioner_of(recipe: Recipe) -> type[Preconditioner]:
     """Return the class of a recipe's correction. Of a training checkpoint, two-sided rows take row and column means."""
-    named = {"none": Preconditioner, "kronecker": Eigenbasis, "factored": RowColumn, "estimate": Diagonal}
+    named = {"none": Preconditioner, "estimate": Diagonal, "factored": RowColumn, "kronecker": Eigenbasis, "kfac": Kfac}
     of_checkpoint = RowColumn if recipe.sketch.projection == "two-sided" else Diagonal
     return named.get(recipe.gradient.second_moment, of_checkpoint)
 
@@ -294,12 +377,12 @@ def correction(second_moment: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
 
 
 def kronecker_correction(
-    v: Float[Tensor, " entries"], layers: Sequence[Layer], *, whole: bool = False
+    v: Float[Tensor, " entries"], layers: Sequence[Layer], kept: Kept = leading
 ) -> Float[Tensor, " entries"]:
     """Return the factor (v + 0.1 · mean)^-½ of each pair of groups, with its layer's mean squared gradient."""
     parts = []
-    for part, layer in zip(v.split(moment_sizes(layers, whole=whole)), layers, strict=True):
-        rows, columns = sides_of(layer, whole=whole)
+    for part, layer in zip(v.split(moment_sizes(layers, kept)), layers, strict=True):
+        rows, columns = sides_of(layer, kept)
         counts = torch.outer(rows.counts, columns.counts).flatten().double()
         mean = float(part.double() @ counts / counts.sum())
         parts.append((part + KRONECKER_DAMPING * mean).rsqrt_() if mean > 0 else torch.ones_like(part))

@@ -82,7 +82,7 @@ def test_the_second_moment_stays_that_of_the_first_data(files, tmp_path, llama_f
     assert not np.allclose(before, Store.open(tmp_path / "both").second_moment())
 
 
-@pytest.mark.parametrize("second_moment", ["estimate", "factored", "kronecker"])
+@pytest.mark.parametrize("second_moment", ["estimate", "factored", "kronecker", "kfac"])
 @pytest.mark.parametrize("damage", ["lost", "flipped"])
 def test_a_second_moment_that_is_lost_is_made_again_from_the_data_of_the_build(
     files, tmp_path, llama_folders, second_moment, damage

@@ -41,7 +41,7 @@ BUILD = {
     "--template": ["chat", "plain", "[INST] {prompt} [/INST]", "{response}", *TEXTS],
     "--max-length": ["8", "64", *SMALL],
     "--normalize": ["unit", "layer", "none", *TEXTS],
-    "--second-moment": ["none", "kronecker", *PATHS],
+    "--second-moment": ["none", "kronecker", "kfac", *PATHS],
     "--moment-examples": SMALL,
     "--level": ["token", "both", *TEXTS],
     "--tokens": ["content", "content,2", "0", *TEXTS],

@@ -49,12 +49,11 @@ def fitted(model, ids, weights):
 class Parts:
     """One layer's directions, written out: an orthogonal matrix for each side, and the group of each of its columns."""
 
-    def __init__(self, layer, vectors, whole=False):
+    def __init__(self, layer, vectors, keep=eigenbases.leading):
         self.shape = layer.shape if len(layer.shape) == 2 else (layer.size, 1)
         self.matrices, self.groups, self.used = [], [], 0
         for side in self.shape:
-            kept = len(layer.shape) == 2 and 1 < side and (not whole or side <= eigenbases._LONGEST_WHOLE)
-            kept = min(side, side if whole else eigenbases.LEADING) if kept else 0
+            kept = keep(side) if len(layer.shape) == 2 else 0
             U = vectors[self.used : self.used + side * kept].view(side, kept)
             self.used += side * kept
             full = torch.linalg.qr(torch.cat([U, torch.eye(side)], 1)).Q if kept else torch.eye(side)
@@ -79,24 +78,24 @@ class Parts:
         return v.view(int(rows.max()) + 1, int(columns.max()) + 1)[rows][:, columns]
 
 
-def parts_of(layers, vectors, whole=False):
+def parts_of(layers, vectors, keep=eigenbases.leading):
     first = 0
     for layer in layers:
-        parts = Parts(layer, vectors[first:], whole)
+        parts = Parts(layer, vectors[first:], keep)
         first += parts.used
         yield parts
     assert first == len(vectors)
 
 
-def moments_of(layers, v, whole=False):
-    return v.split(eigenbases.moment_sizes(layers, whole=whole))
+def moments_of(layers, v, keep=eigenbases.leading):
+    return v.split(eigenbases.moment_sizes(layers, keep))
 
 
-def oracle(model, ids, weights, layers, vectors, v, normalize, whole=False):
+def oracle(model, ids, weights, layers, vectors, v, normalize, keep=eigenbases.leading):
     """One example: autograd, corrected direction by direction, normalised; no sketch."""
     parts, gradients = [], autograd(model, ids, weights)[1]
     for g, layer, mine, moment in zip(
-        gradients, layers, parts_of(layers, vectors, whole), moments_of(layers, v, whole), strict=True
+        gradients, layers, parts_of(layers, vectors, keep), moments_of(layers, v, keep), strict=True
     ):
         spread = mine.spread(moment)
         factor = (spread + 0.1 * spread.mean()).rsqrt() if spread.any() else torch.ones_like(spread)
@@ -152,7 +151,7 @@ def test_rapidgrads_are_the_compressed_oracle_and_heat_maps_average_to_it(way, n
     hold(model, ids, weights, vectors, v, normalize)
 
 
-def hold(model, ids, weights, vectors, v, normalize, whole=False):
+def hold(model, ids, weights, vectors, v, normalize, keep=eigenbases.leading):
     """Rows and heat-maps of a preconditioner beside the oracle's."""
     gradients = PerExampleGradients(model)
     layers = gradients.layers
@@ -163,7 +162,7 @@ def hold(model, ids, weights, vectors, v, normalize, whole=False):
         preconditioner=Eigenbasis(layers, Eigenbasis.factors_of(v, layers), vectors),
     )
     everything = Batch.of(ids, weights)
-    whole_rows = [oracle(model, i, w, layers, vectors, v, normalize, whole) for i, w in zip(ids, weights, strict=True)]
+    whole_rows = [oracle(model, i, w, layers, vectors, v, normalize, keep) for i, w in zip(ids, weights, strict=True)]
     found = compressor(everything)
     truth = compressor.sketch.compress(torch.stack(whole_rows))
     assert ((found.rows - truth).norm(dim=1) <= 1e-4 * truth.norm(dim=1)).all()
@@ -183,11 +182,12 @@ def test_an_index_of_an_earlier_version_holds_all_eigenvectors_and_v_entry_by_en
     layers, ids_and_weights = layers_of(model), examples()
     size = sum(layer.size for layer in layers)
     assert any(side > 50 for layer in layers for side in layer.shape)
-    assert eigenbases.moment_entries(layers, whole=True) == size
+    assert eigenbases.moment_entries(layers, eigenbases.whole) == size
+    assert {eigenbases.whole(side) for side in (1, longest, longest + 1)} == {0, longest}
     draw = torch.Generator().manual_seed(0)
-    sides = [side for layer in layers for side in eigenbases.sides_of(layer, whole=True) if side.kept]
+    sides = [side for layer in layers for side in eigenbases.sides_of(layer, eigenbases.whole) if side.kept]
     turned = [torch.linalg.qr(torch.randn(side.length, side.length, generator=draw)).Q.flatten() for side in sides]
-    hold(model, *ids_and_weights, torch.cat(turned), torch.rand(size, generator=draw), "unit", whole=True)
+    hold(model, *ids_and_weights, torch.cat(turned), torch.rand(size, generator=draw), "unit", keep=eigenbases.whole)
 
 
 def test_an_index_is_built_by_one_process_or_two_added_to_and_asked(data, tmp_path, llama_folders):

@@ -22,7 +22,7 @@ from rapidindex.gradients.two_sided import TwoSided, as_matrix
 from rapidindex.model.model import adopt
 from rapidindex.query.encode import selected_batch
 from rapidindex.store import Store, check
-from tests import tiny
+from tests import oracles, tiny
 from tests.gradients import zoo
 from tests.gradients.test_architectures import DRAWN
 from tests.oracles import all_rows, autograd, examples, make, oracle, request
@@ -243,9 +243,10 @@ def test_adafactors_row_and_column_means_are_its_own(tmp_path):
 # Through an index
 
 
-@pytest.fixture(scope="module")
-def built(data, llama_folders, tmp_path_factory):
-    asked = request(data, tmp_path_factory.mktemp("two_sided") / "index", llama_folders, **TWO_SIDED)
+@pytest.fixture(scope="module", params=["factored", "kfac"])
+def built(request, data, llama_folders, tmp_path_factory):
+    options = {**TWO_SIDED, "gradient": GradientConfig(second_moment=request.param, moment_examples=6)}
+    asked = oracles.request(data, tmp_path_factory.mktemp("two_sided") / "index", llama_folders, **options)
     build(asked)
     return asked
 
