@@ -146,10 +146,8 @@ def build(
     quiet: opt.Quiet = False,
 ) -> None:
     """Cache the gradient of every training example, and index them. Given again, it goes on where it stopped."""
-    from rapidindex.caching.build import build as run
     from rapidindex.data.examples import listed_ids
     from rapidindex.model.files import encoding_of
-    from rapidindex.progress import Bars
 
     models = checkpoints_of(model, adapter, quantize, dtype, device)
     if (not models) == (encoder is None):
@@ -175,6 +173,10 @@ def build(
         token=token,
         token_examples=None if token_examples is None else frozenset(listed_ids(token_examples, "--token-examples")),
     )
+
+    from rapidindex.caching.build import build as run  # takes seconds: wrong options are refused before
+    from rapidindex.progress import Bars
+
     requests, several = {"": request}, None
     if len(models) > 1:
         from rapidindex.caching.checkpoints import plan_checkpoints

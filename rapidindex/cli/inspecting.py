@@ -88,11 +88,12 @@ def index(
     quiet: opt.Quiet = False,
 ) -> None:
     """Rebuild the search index from the stored RapidGrads."""
+    check_level(level)
+
     from rapidindex.progress import Bars
     from rapidindex.search.vector_index import VectorIndex
     from rapidindex.store import Store, indexes_at
 
-    check_level(level)
     described, tables = {}, {}
     for one in indexes_at(path):
         store, at = Store.open(one), "" if one == path else f" at {one.name}"

@@ -109,8 +109,6 @@ def query(
     quiet: opt.Quiet = False,
 ) -> None:
     """Find the training examples that most influenced an answer, or a word of it."""
-    from rapidindex.progress import Bars
-    from rapidindex.query.index import Index
     from rapidindex.query.questions import as_query, read_queries
     from rapidindex.views import wording
 
@@ -140,15 +138,19 @@ def query(
         checkpoint=checkpoint,
         max_new_tokens=max_new_tokens,
     )
-    as_text = not (as_json or as_jsonl)
-    colours = theme_of(theme, ask=as_text and heatmaps)
-    index = Index.open(path, model=model, adapter=adapter, encoder=encoder, device=device)
-    index.progress, index.ray = Bars(quiet=quiet), ray
     if queries is not None:
         asked = read_queries(queries)
     else:
         prompt = read_stdin() if prompt == "-" else prompt
         asked = {0: as_query(prompt, system=system, answer=answer, token=token, span=span)}
+    as_text = not (as_json or as_jsonl)
+    colours = theme_of(theme, ask=as_text and heatmaps)
+
+    from rapidindex.progress import Bars
+    from rapidindex.query.index import Index  # takes seconds: what the words alone give away is refused before
+
+    index = Index.open(path, model=model, adapter=adapter, encoder=encoder, device=device)
+    index.progress, index.ray = Bars(quiet=quiet), ray
     if not quiet:
         say("Loading the model …")
     encoded, failed = _encode_each(index, asked, options, queries)

@@ -60,10 +60,11 @@ def specialize(
     quiet: opt.Quiet = False,
 ) -> None:
     """Make an index for a task: what its questions have in common counts less. Given again, it goes on."""
-    from rapidindex.progress import Bars
-    from rapidindex.query.specialize import specialize as run
-
     options = SpecializeOptions(weight=weight, component=component, damping=damping, block=block, level=level)
+
+    from rapidindex.progress import Bars
+    from rapidindex.query.specialize import specialize as run  # takes seconds: wrong options are refused before
+
     moved = {"model": model, "adapter": adapter, "device": device}
     with Bars(quiet=quiet) as bars:
         summary = run(path, queries, output, options, **moved, overwrite=overwrite, progress=bars)

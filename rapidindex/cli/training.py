@@ -67,10 +67,6 @@ def finetune(
     quiet: opt.Quiet = False,
 ) -> None:
     """Fine-tune a model on the data: LoRA, QLoRA or all parameters. The same command goes on after an interruption."""
-    from rapidindex.data.examples import read_examples
-    from rapidindex.model.finetune import finetune as run
-    from rapidindex.progress import Bars
-
     options = FinetuneConfig(
         method=method,
         rank=rank,
@@ -89,6 +85,11 @@ def finetune(
         EncodingConfig(template, max_length, loss, overlap=overlap),
         ModelConfig(model, None, quantize, dtype, device),
     )
+
+    from rapidindex.data.examples import read_examples
+    from rapidindex.model.finetune import finetune as run  # takes seconds: wrong options are refused before
+    from rapidindex.progress import Bars
+
     dataset = read_examples(data, limit=limit, loss=loss)
     with Bars(quiet=quiet) as bars:
         summary = run(dataset, encoding, base, options, output, overwrite=overwrite, progress=bars)
@@ -138,9 +139,6 @@ def distill(
     quiet: opt.Quiet = False,
 ) -> None:
     """Train an encoder to rank texts as the index's gradients do. Given again, it goes on where it stopped."""
-    from rapidindex.progress import Bars
-    from rapidindex.query.anchors import distill as run
-
     options = DistillConfig(
         anchors=anchors,
         pool=pool,
@@ -151,6 +149,10 @@ def distill(
         held_out=held_out,
         seed=seed,
     )
+
+    from rapidindex.progress import Bars
+    from rapidindex.query.anchors import distill as run  # takes seconds: wrong options are refused before
+
     moved = {"model": model, "adapter": adapter, "device": device}
     with Bars(quiet=quiet) as bars:
         summary = run(path, output, options, encoder, queries, **moved, overwrite=overwrite, progress=bars)

@@ -35,11 +35,12 @@ def add(
     otherwise but for the second moment, which stays that of A. Examples that were removed, and are in the data, come
     back.
     """
-    from rapidindex.caching.update import add as run
+    work = BuildConfig(batch_tokens, workers, shard_seconds)
+
+    from rapidindex.caching.update import add as run  # takes seconds: wrong options are refused before
     from rapidindex.progress import Bars
     from rapidindex.store import indexes_at
 
-    work = BuildConfig(batch_tokens, workers, shard_seconds)
     moved = {"model": model, "adapter": adapter, "encoder": encoder, "device": device}
     indexes = indexes_at(path)
     if len(indexes) > 1 and adapter:

@@ -83,11 +83,7 @@ def verify(
     rows can move the words, and how much a score is worth. retrain repeats the fine-tuning without them, and without
     random rows: it shows whether the model would have said it without them.
     """
-    from rapidindex.evaluate.verify import verify as run
-    from rapidindex.progress import Bars
-    from rapidindex.query.index import Index
     from rapidindex.query.questions import as_query
-    from rapidindex.views import trials, wording
 
     options = VerifyOptions(
         top=top,
@@ -103,8 +99,16 @@ def verify(
         training=_training(epochs=epochs, learning_rate=peak, batch_size=batch_size),
         max_new_tokens=max_new_tokens,
     )
-    index = Index.open(path, model=model, adapter=adapter, device=device)
     question = as_query(read_stdin() if prompt == "-" else prompt, system=system, answer=answer, token=token, span=span)
+
+    from rapidindex.evaluate.verify import (
+        verify as run,
+    )  # takes seconds: what the words alone give away is refused before
+    from rapidindex.progress import Bars
+    from rapidindex.query.index import Index
+    from rapidindex.views import trials, wording
+
+    index = Index.open(path, model=model, adapter=adapter, device=device)
     if not quiet:
         say("Loading the model …")
     with Bars(quiet=quiet) as bars:

@@ -164,16 +164,24 @@ def _within_a_word(text: str, at: int) -> bool:
 
 
 def parse_span(span: str) -> tuple[int, int]:
-    """Return the first and last position that `FIRST:LAST`, or one position, names. UsageError for any other text."""
+    """Return the first and last position that `FIRST:LAST`, or one position, names. UsageError for any other text.
+
+    Nothing is known of the answer here: what the text alone gives away is refused before a model is loaded.
+    """
     match = re.fullmatch(r"([0-9]{1,18})(?::([0-9]{1,18}))?", span.strip())
     if not match:
         raise UsageError(f"--span {reprlib.repr(span)} is not FIRST:LAST.", hint="For example --span 3:5, or --span 4.")
-    return int(match[1]), int(match[2] or match[1])
+    first, last = int(match[1]), int(match[2] or match[1])
+    if first > last:
+        raise UsageError(
+            f"--span {reprlib.repr(span)} ends before it begins.", hint=f"For example --span {last}:{first}."
+        )
+    return first, last
 
 
 def _span_positions(tokens: Sequence[Token], span: str) -> list[int]:
     first, last = parse_span(span)
-    if first > last or last >= len(tokens):
+    if last >= len(tokens):
         raise TokenNotFound(
             f"--span {span} does not fit an answer of {len(tokens)} tokens (0 to {len(tokens) - 1}).",
             hint=f"Its tokens are  {_numbered(tokens)}",

@@ -51,6 +51,8 @@ class Query:
                 raise UsageError(message, hint="Give text in UTF-8.") from error
         if self.token is not None and self.span is not None:
             raise UsageError("--token and --span cannot be used together.", hint="Give one of them.")
+        if self.token is not None and not self.token.strip():
+            raise UsageError("--token is empty.", hint="Give a word of the answer.")
         if self.span is not None:
             parse_span(self.span)
 

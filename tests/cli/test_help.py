@@ -40,6 +40,43 @@ for command in COMMANDS:
         assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE) and f"rapidindex {name} [OPTIONS]" in done.stdout
 
 
+def test_options_that_are_wrong_by_their_form_alone_are_refused_before_anything_heavy_is_imported(tmp_path):
+    refused = [
+        "query INDEX PROMPT --span 1:x",
+        "query INDEX PROMPT --span 5:1",
+        "query INDEX PROMPT --span 1 --token Japan",
+        "query INDEX PROMPT --token=",
+        "query INDEX PROMPT --level word",
+        "query INDEX PROMPT -k 0",
+        "query INDEX PROMPT --theme blue",
+        "query INDEX --queries QUERIES --token Japan",
+        "verify INDEX PROMPT --span 1:x",
+        "verify INDEX PROMPT --top 0",
+        "build DATA -o INDEX",
+        "build DATA -m MODEL -o INDEX --shard 3",
+        "build DATA -m MODEL -o INDEX -K 0",
+        "build DATA -m MODEL -o INDEX --level word",
+        "finetune DATA -m MODEL -o ADAPTER --epochs 0",
+        "distill INDEX -o ENCODER --epochs 0",
+        "specialize INDEX --queries QUERIES -o TASK --block 3",
+        "add INDEX DATA --workers 0",
+        "index INDEX --level word",
+    ]
+    code = """
+import runpy, sys
+for words in REFUSED:
+    sys.argv = ["rapidindex", *words.split()]
+    try:
+        runpy.run_module("rapidindex", run_name="__main__")
+    except SystemExit as ended:
+        print(words, ended.code, *sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", f"REFUSED = {refused!r}\n{code}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == [f"{words} 2" for words in refused], done.stderr
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_help_lists_every_option_once_in_groups_with_the_examples(typed, name):
     code, shown, _ = typed(name, "-h")
