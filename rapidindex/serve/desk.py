@@ -276,7 +276,7 @@ def _match(result: Result, match: Match) -> Piece:
         "response": paragraph(match.response[: heatmap.LONGEST]),
         "hidden": max(0, len(match.response) - heatmap.LONGEST),
         "token": paragraph(wording.matched_token(match)),
-        "meta": {paragraph(str(name)): paragraph(wording.meta_text(value)) for name, value in match.meta.items()},
+        "meta": {paragraph(name): paragraph(text) for name, text in wording.meta(match).items()},
     }
 
 

@@ -128,7 +128,7 @@ def _where(match: Match) -> str:
 
 def _meta_columns(matches: Sequence[Match]) -> list[str]:
     """Return the first keys whose values are short in every match, as many as leave room for the texts."""
-    names = dict.fromkeys(name for match in matches for name in match.meta)
+    names = dict.fromkeys(name for match in matches for name in wording.meta(match))
     short = [name for name in names if all(len(_meta(m, name)) <= _META_WIDTH for m in matches)]
     room = [sum(_column_width(matches, name) + 1 for name in short[: number + 1]) for number in range(len(short))]
     return [name for name, taken in zip(short, room, strict=True) if taken <= _META_ROOM]
@@ -140,7 +140,7 @@ def _column_width(matches: Sequence[Match], name: str) -> int:
 
 
 def _meta(match: Match, name: str) -> str:
-    return line(wording.meta_text(match.meta.get(name)))
+    return line(wording.meta(match).get(name, ""))
 
 
 def _footer(result: Result) -> str:
@@ -216,8 +216,8 @@ def _card_head(result: Result, match: Match) -> Text:
     head = Text.assemble((f"{match.rank}.", "bold"), scores)
     if match.position is not None:
         head.append(f"   token {line(wording.matched_token(match))}", "bold")
-    for name, value in match.meta.items():
-        head.append(f"   {_shorten(str(name), 30)} ", "dim").append(_shorten(wording.meta_text(value), 60))
+    for name, value in wording.meta(match).items():
+        head.append(f"   {_shorten(name, 30)} ", "dim").append(_shorten(value, 60))
     return head.append(f"\n   {_where(match)}", "dim")
 
 

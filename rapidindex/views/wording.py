@@ -1,7 +1,6 @@
 """Numbers and findings in words, the same in every view."""
 
 import re
-from typing import Any
 
 from rapidindex.results import Match, QueryInfo, Result, Verification
 
@@ -23,9 +22,10 @@ def percent(share: float, total: float) -> str:
     return f"{100 * share / abs(total):+.0f} %" if total else signed(share)
 
 
-def meta_text(value: Any) -> str:
-    """Return a value of an example's metadata as text; empty for None."""
-    return "" if value is None else str(value)
+def meta(match: Match) -> dict[str, str]:
+    """Return an example's metadata as texts, without what has no value: None, or a text of white space alone."""
+    texts = ((str(name), str(value)) for name, value in match.meta.items() if value is not None)
+    return {name: text for name, text in texts if text.strip()}
 
 
 def is_code(text: str) -> bool:

@@ -147,13 +147,15 @@ def test_a_miss_in_a_long_answer_shows_its_beginning():
     assert len(str(caught.value)) < 3000 and "199:tea  …" in caught.value.hint
 
 
-@pytest.mark.parametrize("span", ["5:3", "3:11", "11"])
+@pytest.mark.parametrize("span", ["3:11", "11"])
 def test_a_span_outside_the_answer_is_refused(span):
     with pytest.raises(TokenNotFound, match="0 to 10"):
         select_tokens(tokens(), ANSWER, span=span)
 
 
-@pytest.mark.parametrize("bad", [{"span": "a:b"}, {"span": "-1"}, {"token": " "}, {"token": "a", "span": "1"}])
+@pytest.mark.parametrize(
+    "bad", [{"span": "a:b"}, {"span": "-1"}, {"span": "5:3"}, {"token": " "}, {"token": "a", "span": "1"}]
+)
 def test_what_has_no_meaning_is_a_usage_error(bad):
     with pytest.raises(UsageError):
         select_tokens(tokens(), ANSWER, **bad)

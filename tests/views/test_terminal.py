@@ -95,6 +95,17 @@ def test_the_name_of_a_column_is_not_broken():
     assert "source_country" in text and "perturbed" not in text and "health" not in text
 
 
+def test_metadata_without_a_value_is_not_shown():
+    meta = {"source_country": "", "topic": None, "note": " ", "n": 0, "known": False}
+    matches = [shown.match(1, "Yoga.", meta=meta), shown.match(2, "Tea.", meta={"topic": "tea"})]
+    for made in (shown.result(matches=matches), without_scores(shown.result(matches=matches))):
+        text = printed(made, colour=False)
+        assert "source_country" not in text and "note" not in text
+        assert text.count("topic") == 1 and "known" in text and "False" in text
+    for page in (shown.result(matches=matches).to_html(), shown.result(matches=matches)._repr_html_()):
+        assert re.findall("<dt>(source_country|topic|note|n|known)</dt>", page) == ["n", "known", "topic"]
+
+
 @pytest.mark.parametrize("theme", [heatmap.LIGHT, heatmap.DARK])
 @pytest.mark.parametrize("system", ["standard", "256", "truecolor"])
 def test_strong_and_weak_of_both_signs_differ_and_noise_is_not_painted(theme, system):

@@ -73,7 +73,7 @@ function card(match, same) {
   const name = view.direction === "proponents" ? "Proponent" : "Opponent";
   const box = make("input", {type: "checkbox", "aria-label": `Mark ${name.toLowerCase()} ${match.rank}`, onchange() { mark(match, box.checked); }});
   box.checked = marked.has(match.id);
-  const meta = Object.entries(match.meta).filter(([, value]) => value).map(([key, value]) => make("span", {text: `${key} ${value}`}));
+  const meta = Object.entries(match.meta).map(([key, value]) => make("span", {text: `${key} ${value}`}));
   const article = make("article", {class: "match", "data-name": match.name},
     make("div", {class: "head"}, make("h3", {class: "rank", text: `${name} ${match.rank}`}), make("span", {class: "score", text: match.score}), make("span", {text: match.distance}),
       ...(common.has(match.id) ? [make("span", {class: "common", text: "in both columns"})] : []),

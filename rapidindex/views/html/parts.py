@@ -122,7 +122,7 @@ def _match(result: Result, match: Match, full: float, answer_full: float) -> dic
     answer_whole = heatmap.answer_total(match, query) if match.answer_scores else 0.0
     return {
         "match": match,
-        "meta": {str(name): wording.meta_text(value) for name, value in match.meta.items()},
+        "meta": wording.meta(match),
         "token": paragraph(wording.matched_token(match)),
         "place": wording.place(match),
         "distance": wording.distance(result, match),
