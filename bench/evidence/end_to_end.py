@@ -22,7 +22,12 @@ RECIPES = {
     "estimate": {"second_moment": "estimate"},
     "paper": {"normalize": "layer", "second_moment": "none"},
     "kronecker": {"second_moment": "kronecker"},
+    "kfac": {"second_moment": "kfac"},
+    "two-sided factored": {"second_moment": "factored"},
+    "two-sided kfac": {"second_moment": "kfac"},
+    "two-sided none": {"second_moment": "none"},
 }
+"""A build's options; two-sided rows by the name."""
 ANN_TOP = 10
 """Matches asked for through FAISS: of so few rows, more would be scanned exactly."""
 
@@ -46,8 +51,9 @@ def product_scores(
     """
     scores: Scores = {}
     for recipe in recipes:
-        folder_of_index = str(folder / f"index-{recipe}")
-        gradient, sketch = GradientConfig(**RECIPES[recipe], seed=seed), SketchConfig(seed=seed)
+        folder_of_index = str(folder / f"index-{recipe.replace(' ', '-')}")
+        projection = "two-sided" if recipe.startswith("two-sided") else "rapidgrad"
+        gradient, sketch = GradientConfig(**RECIPES[recipe], seed=seed), SketchConfig(seed=seed, projection=projection)
         build(BuildRequest(data, folder_of_index, model, encoding, gradient, sketch), progress=progress)
         index, name = Index.open(folder_of_index), f"product/{recipe}"
         scores[f"{name}/exact"], _ = _ask(index, queries, most, exact=True)

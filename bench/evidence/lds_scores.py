@@ -18,7 +18,7 @@ import torch
 from bench.common import save
 from bench.evidence.cached import Replay
 from bench.evidence.curvature import of_sample
-from bench.evidence.end_to_end import product_scores
+from bench.evidence.end_to_end import RECIPES, product_scores
 from bench.evidence.lds import BANK, Chosen, choose, load_tokenizer
 from bench.evidence.measured import of_both_models
 from bench.evidence.run import STAGES, Seed, Sizes
@@ -86,7 +86,8 @@ def score(options: argparse.Namespace, bars: Bars) -> None:
 def scores_of_indexes(bank: Bank) -> Scores:
     """Score rows by the product's own indexes, scanned whole."""
     where = (bank.data, bank.adapter, bank.encoding, bank.queries, bank.folder)
-    how = {"recipes": ("estimate", "kronecker"), "seed": bank.seed, "most": len(bank.chosen.rows)}
+    recipes = [name for name in RECIPES if name != "paper"]
+    how = {"recipes": recipes, "seed": bank.seed, "most": len(bank.chosen.rows)}
     found = product_scores(*where, **how, progress=bank.bars)
     return {name: scores for name, scores in found.items() if name.endswith("/exact")}
 

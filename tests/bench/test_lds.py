@@ -122,6 +122,7 @@ def test_the_bank_goes_on_where_it_stopped(tmp_path):
         "rept/last",
         "two-sided=1024/kronecker/unit",
         "product/kronecker/exact",
+        "product/two-sided kfac/exact",
     } <= names
     assert scored["subsets"] == 3 and all(-1 <= row["lds"] <= 1 for row in scored["methods"])
 
