@@ -102,6 +102,16 @@ NAMES = {
     "full/none/none": "TracIn",
     "full/none/layer": "TracIn, layer-wise (the paper's recipe, uncompressed)",
     "full/estimate/unit": "`estimate`, uncompressed",
+    "product/estimate/exact": "the product's index, `estimate`",
+    "product/estimate/ann": "the product's index, `estimate`, through FAISS",
+    "product/kronecker/exact": "the product's index, `kronecker`",
+    "product/kronecker/ann": "the product's index, `kronecker`, through FAISS",
+    "product/kfac/exact": "the product's index, `kfac`",
+    "product/two-sided factored/exact": "the product's index, two-sided, `factored`",
+    "product/two-sided kfac/exact": "the product's index, two-sided, `kfac`",
+    "product/two-sided none/exact": "the product's index, two-sided, uncorrected",
+    "product/paper/exact": "the product's index, paper's recipe",
+    "product/paper/ann": "the product's index, paper's recipe, through FAISS",
 }
 MODELS = {"early ": "early model: ", "both ": "finished and early added: "}
 """Prefixes of method names that say whose gradients were taken, where not the finished model's."""
@@ -238,10 +248,6 @@ def title(name: str) -> str:
     if name.startswith(("repsim/", "rept/")):
         kind, _, depth = name.partition("/")
         return f"{'RepSim' if kind == 'repsim' else 'RepT'} (hidden states), depth: {depth}"
-    if name.startswith("product/"):
-        _, recipe, kind = name.split("/")
-        recipe = "paper's recipe" if recipe == "paper" else f"`{recipe}`"
-        return f"the product's index, {recipe}{', through FAISS' if kind == 'ann' else ''}"
     if name.startswith("two-sided="):
         K, corrected, normalize = name.removeprefix("two-sided=").split("/")
         return f"two-sided, K = {int(K):,}, correction {corrected}, normalise {normalize}, float32"
