@@ -113,6 +113,8 @@ NAMES = {
     "product/paper/exact": "the product's index, paper's recipe",
     "product/paper/ann": "the product's index, paper's recipe, through FAISS",
 }
+DEPTHS = ("quarter", "half", "three quarters", "last")
+"""Of the layer whose hidden states stand for a row."""
 MODELS = {"early ": "early model: ", "both ": "finished and early added: "}
 """Prefixes of method names that say whose gradients were taken, where not the finished model's."""
 CLOSE, DEFAULT_ROWS = 0.02, r"K=\d+/shuffles=20/estimate/unit/(int8|float16)"
@@ -219,7 +221,8 @@ def _overview(figures: Figures, counts: pd.DataFrame) -> str:
 
 def _shown() -> list[str]:
     """Return the names of all methods, RapidGrads at K = 65,536 alone: finished model, early model, both added."""
-    names = [*NAMES, *(f"K=65536/shuffles=20/{recipe}/{kind}" for recipe in RECIPES for kind in ROWS_KEPT)]
+    names = [*NAMES, *(f"{kind}/{depth}" for kind in ("repsim", "rept") for depth in DEPTHS)]
+    names += [f"K=65536/shuffles=20/{recipe}/{kind}" for recipe in RECIPES for kind in ROWS_KEPT]
     return names + [model + name for model in MODELS for name in names]
 
 

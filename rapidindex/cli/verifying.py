@@ -101,9 +101,8 @@ def verify(
     )
     question = as_query(read_stdin() if prompt == "-" else prompt, system=system, answer=answer, token=token, span=span)
 
-    from rapidindex.evaluate.verify import (
-        verify as run,
-    )  # takes seconds: what the words alone give away is refused before
+    # Takes seconds: what the words alone give away is refused before.
+    from rapidindex.evaluate.verify import verify as run
     from rapidindex.progress import Bars
     from rapidindex.query.index import Index
     from rapidindex.views import trials, wording
