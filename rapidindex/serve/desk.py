@@ -287,7 +287,8 @@ def _scored(event: Scored, direction: str) -> Piece:
     if match.exact_score is not None:
         piece["influence"] = wording.signed(match.exact_score)
         shown = heatmap.beginning(match.response, match.tokens, match.token_scores)
-        piece["heat"], piece["total"] = _pieces(*shown, heatmap.total(match)), heatmap.total(match)
+        piece["whole"] = heatmap.total(match)
+        piece["heat"] = _pieces(*shown, piece["whole"])
     if match.answer_scores:
         piece["answer"] = match.answer_scores
     return piece

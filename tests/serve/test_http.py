@@ -119,6 +119,12 @@ def test_matches_within_chance_get_heat_maps_when_they_are_asked_for(server):
     assert all(every[id]["heat"] == heats[id]["heat"] for id in heats)
 
 
+def test_every_heat_map_says_which_of_how_many_it_is(server):
+    scored = [piece for piece in server.pieces("ask", QUESTION) if piece["kind"] == "scored"]
+    assert scored and [piece["done"] for piece in scored] == list(range(1, len(scored) + 1))
+    assert {piece["total"] for piece in scored} == {len(scored)} and any("heat" in piece for piece in scored)
+
+
 def test_a_word_of_a_match_has_its_own_effect_on_the_answer(server, served_index):
     posed, ranked = server.pieces("ask", QUESTION)[:2]
     name = ranked["matches"][0]["name"]

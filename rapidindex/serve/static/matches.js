@@ -145,7 +145,7 @@ function pick(span) {
   if (span && span !== before) {
     span.classList.add("picked");
     const name = span.closest(".match").dataset.name;
-    picked(view.matches.find((match) => match.name === name), span.textContent, JSON.parse(span.dataset.tokens), heats.get(name).total);
+    picked(view.matches.find((match) => match.name === name), span.textContent, JSON.parse(span.dataset.tokens), heats.get(name).whole);
   } else if (before) picked(null);
 }
 root.addEventListener("click", (event) => {
