@@ -26,6 +26,7 @@ from rapidindex.gradients.losses import layers_of
 from rapidindex.gradients.second_moment import read_second_moment
 from rapidindex.model.model import LoadedModel
 from rapidindex.progress import Progress, silent
+from rapidindex.query.checkpoints import CheckpointsIndex
 from rapidindex.query.encode import EncodedQuery, selected_batch
 from rapidindex.query.index import Index, model_work
 from rapidindex.query.questions import Query, as_query
@@ -43,15 +44,18 @@ def verify(
 ) -> Verification:
     """Measure what the first matches of a query do to the chosen words of its answer, beside what other rows do.
 
-    `query` is what `Index.query` takes for one question. `options` may be given field by field: `top=5,
-    optimizer="adamw"`. The model's weights are put back after each step, whatever happens. Before a retraining
-    `announce` is told the number of trainings that are to come and the seconds that they will take together; it may
-    raise to stop. `progress` gets ("take steps", done, total), or each training's steps.
+    `query` is what `Index.query` takes for one question; of an index of several checkpoints the first is asked, and its
+    model alone is loaded. `options` may be given field by field: `top=5, optimizer="adamw"`. The model's weights are
+    put back after each step, whatever happens. Before a retraining `announce` is told the number of trainings that are
+    to come and the seconds that they will take together; it may raise to stop. `progress` gets ("take steps", done,
+    total), or each training's steps.
 
     Raises as `Index.query` does, UsageError where there are too few examples for controls or it is not known how the
     model was trained, DataError where the training data is gone, and the errors of `finetune`.
     """
     started, options = time.perf_counter(), replace(options or VerifyOptions(), **changes)
+    if isinstance(index, CheckpointsIndex):
+        index = index.checkpoint(index.names[0])
     asked = QueryOptions(options.top, level="sentence", heatmaps=False, max_new_tokens=options.max_new_tokens)
     question = query if isinstance(query, EncodedQuery) else as_query(query)
     (encoded,) = index.encode([question], asked)

@@ -6,6 +6,7 @@ is about the same answer, token for token. The sum is TracIn's (arXiv 2002.08484
 it.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,7 @@ class CheckpointsIndex(Index):
         self.several = several
         self._places = {"model": model, "adapter": adapter, "tokenizer": tokenizer, "device": device}
         self._members: dict[str, Index] = {}
+        self._opening = threading.Lock()
         first = next((name for name, place in several.folders.items() if place.is_dir()), next(iter(several.weights)))
         self._first = self.checkpoint(first)
         super().__init__(self._first.store, self._first._model)
@@ -64,6 +66,10 @@ class CheckpointsIndex(Index):
         UsageError where there is none of that name, StoreError where it is gone, ConfigMismatch where its gradients are
         not of the same layers, or its tokens not of the same tokenizer, as those of the first.
         """
+        with self._opening:  # of two threads that ask at once, each would load a model of its own
+            return self._member(name)
+
+    def _member(self, name: str) -> Index:
         if name not in self.several.weights:
             known = ", ".join((*self.several.weights, SUM, BEST))
             raise UsageError(f"--checkpoint {name!r} is unknown.", hint=f"Choose one of: {known}.")
@@ -81,6 +87,15 @@ class CheckpointsIndex(Index):
     def loaded(self) -> LoadedModel:
         """The model of the first checkpoint."""
         return self._first.loaded
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model of the first checkpoint is in memory."""
+        return self._first.is_loaded
+
+    def use(self, loaded: LoadedModel) -> None:
+        """Take the first checkpoint's model."""
+        self._first.use(loaded)
 
     def compressor_of(self, level: str) -> Compressor:
         """Return the first checkpoint's compressor of queries to a level."""
@@ -108,15 +123,15 @@ class CheckpointsIndex(Index):
         names, alone = self._asked(options), replace(options, checkpoint=None)
         for name in names:
             self.checkpoint(name).encode([], alone)
-        return [query if isinstance(query, EncodedAt) else self._encode_at(query, names, alone) for query in queries]
+        return [self._encode_at(query, names, alone) for query in queries]
 
     def ask(self, queries: Sequence[Any], options: QueryOptions | None = None) -> Iterator[Event]:
         """Answer questions step by step, as `Index.ask` does, at the checkpoint that is asked."""
         options = options or QueryOptions()
         encoded, alone = self.encode(queries, options), replace(options, checkpoint=None)
         for number, query in enumerate(encoded):
-            name = self._best(query, alone) if options.checkpoint == BEST else options.checkpoint or self.names[0]
-            index = self._sum if name == SUM else self.checkpoint(name)
+            name = self.best(query, alone) if options.checkpoint == BEST else options.checkpoint or self.names[0]
+            index = self.sum if name == SUM else self.checkpoint(name)
             others = [] if options.checkpoint else self._agreements(query, alone)
             for event in index.ask([query if name == SUM else query.at[name]], alone):
                 event = replace(event, number=number)
@@ -125,12 +140,19 @@ class CheckpointsIndex(Index):
                 yield event
 
     @cached_property
-    def _sum(self) -> "_Sum":
+    def sum(self) -> Index:
+        """The sum of all checkpoints, asked as an index: it loads the models of all of them."""
         return _Sum(self)
 
+    @property
+    def opened(self) -> dict[str, Index]:
+        """The indexes that were opened until now, by their checkpoints' names."""
+        return dict(self._members)
+
     def influence_of(self, tokens: Sequence[int], match: Match, query: EncodedAt, *, level: str) -> list[float]:
-        """Return how some tokens of a match push each token of the answer at the first checkpoint."""
-        return self._first.influence_of(tokens, match, query.at[self.names[0]], level=level)
+        """Return how some tokens of a match push each token of the answer at the first checkpoint that was asked."""
+        name, asked = next(iter(query.at.items()))
+        return self.checkpoint(name).influence_of(tokens, match, asked, level=level)
 
     def _asked(self, options: QueryOptions) -> list[str]:
         """Return the names of the checkpoints that a question is asked at, the one that answers first."""
@@ -140,10 +162,13 @@ class CheckpointsIndex(Index):
         return [options.checkpoint]
 
     def _encode_at(self, query: Any, names: list[str], options: QueryOptions) -> EncodedAt:
-        (first,) = self.checkpoint(names[0]).encode([query], options)
-        at = {names[0]: first}
-        for name in names[1:]:
-            at[name] = self._again(first, name, self._level(options))
+        known = query.at if isinstance(query, EncodedAt) else {}
+        if known:  # at other checkpoints, perhaps: the answer stays
+            first = next(iter(known.values()))
+        else:
+            (first,) = self.checkpoint(names[0]).encode([query], options)
+            known = {names[0]: first}
+        at = {name: known.get(name) or self._again(first, name, self._level(options)) for name in names}
         return EncodedAt(first.info, first.encoding, first.rapidgrads, sum(one.seconds for one in at.values()), at)
 
     def _again(self, query: EncodedQuery, name: str, level: str) -> EncodedQuery:
@@ -165,8 +190,11 @@ class CheckpointsIndex(Index):
         found = [(name, list(dict.fromkeys(match.id for match in result.matches))) for name, result in others]
         return [Agreement(name, len(ids.intersection(theirs)), theirs) for name, theirs in found]
 
-    def _best(self, query: EncodedAt, options: QueryOptions) -> str:
-        """Return the checkpoint whose best ten lie the most standard deviations from the mean of all its scores."""
+    def best(self, query: EncodedAt, options: QueryOptions) -> str:
+        """Return the checkpoint whose best ten lie the most standard deviations from the mean of all its scores.
+
+        It is one of those that the query was encoded at.
+        """
         return max(self._results(query, replace(options, exact=True)).items(), key=lambda item: _distance(item[1]))[0]
 
 
@@ -176,13 +204,23 @@ class _Sum(Index):
     def __init__(self, several: CheckpointsIndex) -> None:
         self._several = several
         first = several._first
-        super().__init__(first.store, first._model, first.loaded)
+        super().__init__(first.store, first._model)
         self._places: dict[str, dict[str, np.ndarray]] = {}
         self._parts = {name: (weight, several.checkpoint(name)) for name, weight in several.several.weights.items()}
 
     def encode(self, queries: Iterable[Any], options: QueryOptions | None = None) -> list[EncodedQuery]:
         """Encode queries at all checkpoints."""
         return self._several.encode(queries, replace(options or QueryOptions(), checkpoint=SUM))
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model of the first checkpoint."""
+        return self._several.loaded
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the models of all checkpoints are in memory."""
+        return all(index.is_loaded for _, index in self._parts.values())
 
     def compressor_of(self, level: str) -> Compressor:
         """Return the first checkpoint's."""
@@ -230,6 +268,13 @@ class _Sum(Index):
         each = [index._with_answer_scores(candidate, query.at[name]) for name, (_, index) in self._parts.items()]
         scores = self._weighed([one.match.answer_scores for one in each])
         return replace(candidate, match=replace(candidate.match, answer_scores=scores.tolist()))
+
+    def influence_of(self, tokens: Sequence[int], match: Match, query: EncodedAt, *, level: str) -> list[float]:
+        """Return the sum of how some tokens of a match push each token of the answer at the checkpoints."""
+        parts = [
+            index.influence_of(tokens, match, query.at[name], level=level) for name, (_, index) in self._parts.items()
+        ]
+        return self._weighed(parts).tolist()
 
     def _weighed(self, each: list[Any]) -> np.ndarray:
         return np.average(each, axis=0, weights=[weight for weight, _ in self._parts.values()])

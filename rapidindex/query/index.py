@@ -61,7 +61,7 @@ class Index:
         self.recipe = Recipe.from_manifest(store.config)
         self._model = model
         if loaded is not None:
-            self.loaded = _checked(loaded, self.recipe, store.path)
+            self.use(loaded)
         self._rows: dict[str, Rows] = {}
         self._compressors: dict[int, Compressor] = {}
         self._vector_indexes: dict[str, VectorIndex | None] = {}
@@ -255,6 +255,15 @@ class Index:
     def loaded(self) -> LoadedModel:
         """The model; ConfigMismatch where it is not the one that the index was built with."""
         return _checked(load(self._model), self.recipe, self.store.path)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return "loaded" in vars(self)
+
+    def use(self, loaded: LoadedModel) -> None:
+        """Take a model that is loaded, instead of loading it; ConfigMismatch where it is not the index's."""
+        self.loaded = _checked(loaded, self.recipe, self.store.path)
 
     @cached_property
     def template(self) -> Template:

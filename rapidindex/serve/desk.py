@@ -8,19 +8,21 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rapidindex.config import QueryOptions, VerifyOptions
-from rapidindex.errors import QueryError, UsageError
+from rapidindex.errors import QueryError, RapidIndexError, UsageError
 from rapidindex.evaluate.verify import verify
+from rapidindex.query.checkpoints import BEST, SUM, CheckpointsIndex
 from rapidindex.query.encode import EncodedQuery, example_of, generate_answer
 from rapidindex.query.events import Answered, Ranked, Scored
 from rapidindex.query.index import Index, model_work
 from rapidindex.query.questions import Query, as_query
 from rapidindex.results import Match, Result, Token
-from rapidindex.store import Store
+from rapidindex.store import Store, checkpoints_at
 from rapidindex.views import heatmap, trials, wording
 from rapidindex.views.sanitize import paragraph
 
@@ -35,6 +37,17 @@ MOST_TOKENS = 256
 """Tokens of an answer that the model gives."""
 
 
+@dataclass(frozen=True)
+class Posed:
+    """A question at one checkpoint, or at their sum."""
+
+    index: Index
+    """The index that answers it."""
+    checkpoint: str | None
+    """None where the index has one checkpoint."""
+    encoded: EncodedQuery
+
+
 class Desk:
     """Answers a page's questions to the index at `path`, which `reload` opens again. UsageError for embeddings."""
 
@@ -47,18 +60,22 @@ class Desk:
                 hint="Ask it with rapidindex query, or serve the index of gradients that the encoder learnt from.",
             )
         self.loaded, self.failed = threading.Event(), ""
-        self._encoded: OrderedDict[str, EncodedQuery] = OrderedDict()
+        self._posed: OrderedDict[str, Posed] = OrderedDict()
         self._results: OrderedDict[str, Result] = OrderedDict()
         self._matches: OrderedDict[str, tuple[str, dict[str, Match]]] = OrderedDict()
         """The level of a question, and its matches of both directions by `_name`."""
 
     def load(self) -> None:
-        """Load the model; where that fails, `state` says why."""
+        """Load the model, of several checkpoints the first's; where that fails, `state` says why.
+
+        Another checkpoint's model is loaded beside it by the first question that needs it.
+        """
         try:
             with model_work:
-                self.index.load(QueryOptions())
-                for level in self.index.store.levels:
-                    self.index.compressor_of(level)
+                first = _at(self.index, self._checkpoint({}))
+                first.load(QueryOptions())
+                for level in first.store.levels:
+                    first.compressor_of(level)
             self.loaded.set()
         except Exception as error:
             self.failed = self.public(str(error) or type(error).__name__)
@@ -68,9 +85,10 @@ class Desk:
         index, recipe = self.index, self.index.recipe
         return {
             "id": index.store.id,
-            "folder": Path(index.store.path).name,
+            "folder": _path(index).name,
             "model": _last(recipe.model.path),
             "adapter": _last(recipe.adapter.path),
+            "checkpoints": self._names,
             "examples": len(index),
             "levels": list(index.store.levels),
             "loaded": self.loaded.is_set(),
@@ -79,12 +97,14 @@ class Desk:
         }
 
     def reload(self) -> Piece:
-        """Open the index again, with the model that is loaded, and return the state."""
-        before, fresh = self.index, self._open()
-        if "loaded" in vars(before):
-            fresh = Index(fresh.store, before._model, before.loaded)
+        """Open the index again, with the models that are loaded and still its own, and return the state."""
+        fresh = self._open()
+        for name, before in self._opened().items():
+            with suppress(RapidIndexError):  # it is gone, or has another model, which its first question loads
+                if before.is_loaded:
+                    _at(fresh, name).use(before.loaded)
         self.index = fresh
-        self._encoded.clear()
+        self._posed.clear()
         self._results.clear()
         self._matches.clear()
         return self.state()
@@ -101,6 +121,9 @@ class Desk:
     def answer(self, asked: Piece) -> Iterator[Piece]:
         """Yield the model's own answer as it grows, and then its words; greedy, or drawn by the seed `seed`."""
         query, grown, stop = self._query(asked | {"answer": None}), queue.Queue(), threading.Event()
+        name = self._checkpoint(asked)
+        name = self._names[0] if name in (SUM, BEST) else name
+        index = _at(self.index, name)
         seed = asked.get("seed")
         if not (seed is None or type(seed) is int and 0 <= seed < 2**63):
             raise UsageError("A seed is a whole number from 0.")
@@ -112,12 +135,13 @@ class Desk:
         def work() -> None:
             try:
                 with model_work:
-                    loaded, template = self.index.loaded, self.index.template
+                    loaded, template = index.loaded, index.template
                     done = generate_answer(query, loaded, template, MOST_TOKENS, seed=seed, each=grow)
                 grown.put((done.text,))
             except Exception as error:
                 grown.put(error)
 
+        yield from self._loading(name)
         threading.Thread(target=work, daemon=True).start()
         try:
             while isinstance(piece := grown.get(), str):
@@ -127,7 +151,7 @@ class Desk:
         if isinstance(piece, Exception):
             raise piece
         text = piece[0]
-        yield {"kind": "answered", "text": text}
+        yield {"kind": "answered", "text": text, "checkpoint": name}
         if text.strip():
             yield self.words(asked | {"answer": text})
 
@@ -138,22 +162,23 @@ class Desk:
         those of the matches within chance, with `all`; what was computed before is not computed again.
         """
         options = self._options(asked)
-        key, encoded = self._pose(asked, options)
-        yield {"kind": "posed", "selection": encoded.info.selection, "key": key}
-        results = {}
+        yield from self._loading(options.checkpoint)
+        key, posed = self._pose(asked, options)
+        yield {"kind": "posed", "selection": posed.encoded.info.selection, "key": key, "checkpoint": posed.checkpoint}
+        options, results = replace(options, checkpoint=None), {}
         for opponents in (False, True):
             one = replace(options, opponents=opponents, heatmaps=False)
-            events = self.index.ask([encoded], one)
-            results[opponents] = next(event.result for event in events if isinstance(event, Ranked))
+            result = next(event.result for event in posed.index.ask([posed.encoded], one) if isinstance(event, Ranked))
+            results[opponents] = replace(result, checkpoint=posed.checkpoint)
             yield self._ranking(results[opponents])
         found = {_name(match): match for result in results.values() for match in result.matches}
         _keep(self._matches, key, (results[False].level, found))
         name = "opponents" if options.opponents else "proponents"
-        for event in self.index.ask([encoded], replace(options, answer_scores=True)):
+        for event in posed.index.ask([posed.encoded], replace(options, answer_scores=True)):
             if isinstance(event, Scored):
                 yield _scored(event, name)
             elif isinstance(event, Answered):
-                _keep(self._results, f"{key} {name}", event.result)
+                _keep(self._results, f"{key} {name}", replace(event.result, checkpoint=posed.checkpoint))
         yield {"kind": "done", "direction": name}
 
     def word(self, asked: Piece) -> Iterator[Piece]:
@@ -163,8 +188,8 @@ class Desk:
         """
         key, tokens = str(asked.get("key")), asked.get("tokens")
         level, matches = self._matches.get(key) or ("", {})
-        match, encoded = matches.get(str(asked.get("match"))), self._encoded.get(key)
-        if match is None or encoded is None:
+        match, posed = matches.get(str(asked.get("match"))), self._posed.get(key)
+        if match is None or posed is None:
             raise QueryError("This question is no longer kept.", hint="Ask again.")
         if not isinstance(tokens, list) or not all(type(one) is int for one in tokens):
             raise UsageError("The tokens of a word are a list of positions.")
@@ -172,7 +197,7 @@ class Desk:
         while not model_work.acquire(timeout=0.2):
             yield {"kind": "queued"}
         try:
-            scores = self.index.influence_of(tokens, match, encoded, level=level)
+            scores = posed.index.influence_of(tokens, match, posed.encoded, level=level)
         finally:
             model_work.release()
         yield {"kind": "pushed", "answer": scores}
@@ -194,27 +219,63 @@ class Desk:
 
     def verify(self, asked: Piece) -> Piece:
         """Return in words what a step on the matches does to the words of a question, beside other rows."""
-        encoded = self._encoded.get(str(asked.get("key")))
-        if encoded is None:
+        posed = self._posed.get(str(asked.get("key")))
+        if posed is None:
             raise QueryError("This question is no longer kept.", hint="Ask again.")
-        options = VerifyOptions(top=max(1, min(5, len(self.index) // 2)), draws=10)  # half: somebody waits
-        return {"verdict": paragraph(trials.verdict(verify(self.index, encoded, options)))}
+        if posed.checkpoint == SUM:
+            raise UsageError("A step of training starts from one checkpoint, not from their sum.", hint="Choose one.")
+        options = VerifyOptions(top=max(1, min(5, len(posed.index) // 2)), draws=10)  # half: somebody waits
+        verdict = paragraph(trials.verdict(verify(posed.index, posed.encoded, options)))
+        return {"verdict": f"At the checkpoint {posed.checkpoint}: {verdict}" if posed.checkpoint else verdict}
 
     def public(self, text: str) -> str:
         """Return a message in which the places of index, model and adapter are their last names."""
-        recipe = self.index.recipe
-        places = [str(self.index.store.path), recipe.model.path, recipe.adapter.path, str(Path.home())]
+        places = [str(_path(self.index)), str(Path.home())]
+        for one in self._opened().values():
+            places += [str(one.store.path), one.recipe.model.path, one.recipe.adapter.path]
         for place in sorted(filter(None, places), key=len, reverse=True):
             text = text.replace(place, _last(place))
         return text
 
-    def _pose(self, asked: Piece, options: QueryOptions) -> tuple[str, EncodedQuery]:
-        query = self._query(asked)
-        key = f"{abs(hash((query.text, query.turns, query.answer, query.span, options.k, options.level))):x}"
-        if key not in self._encoded:
-            (encoded,) = self.index.encode([query], options)
-            _keep(self._encoded, key, encoded)
-        return key, self._encoded[key]
+    @property
+    def _names(self) -> list[str]:
+        """The checkpoints, the first one first; empty where there is one without a name."""
+        return self.index.names if isinstance(self.index, CheckpointsIndex) else []
+
+    def _opened(self) -> dict[str | None, Index]:
+        """Return the indexes that are open, by their checkpoints' names."""
+        return self.index.opened if isinstance(self.index, CheckpointsIndex) else {None: self.index}
+
+    def _loading(self, checkpoint: str | None) -> Iterator[Piece]:
+        """Yield for whom a model is loaded first, where a question has to wait for that."""
+        names = self._names if checkpoint in (SUM, BEST) else [checkpoint]
+        waited = [name for name in names if not _at(self.index, name).is_loaded]
+        if waited:
+            yield {"kind": "loading", "checkpoints": waited}
+
+    def _pose(self, asked: Piece, options: QueryOptions) -> tuple[str, Posed]:
+        query, name = self._query(asked), options.checkpoint
+        key = f"{abs(hash((query.text, query.turns, query.answer, query.span, options.k, options.level, name))):x}"
+        if key not in self._posed:
+            alone = replace(options, checkpoint=None, opponents=False)
+            if name == BEST:
+                (at_each,) = self.index.encode([query], options)
+                name = self.index.best(at_each, alone)
+                posed = Posed(self.index.checkpoint(name), name, at_each.at[name])
+            else:
+                index = _at(self.index, name)
+                posed = Posed(index, name, index.encode([query], alone)[0])
+            _keep(self._posed, key, posed)
+        return key, self._posed[key]
+
+    def _checkpoint(self, asked: Piece) -> str | None:
+        """Return the checkpoint that is asked: the first by default. UsageError for one that there is not."""
+        name = asked.get("checkpoint")
+        if name is None:
+            return next(iter(self._names), None)
+        if not self._names or name not in (*self._names, SUM, BEST):
+            raise UsageError("The index has no such checkpoint.", hint="Load the page again, and choose another.")
+        return name
 
     def _query(self, asked: Piece) -> Query:
         fields = {name: asked.get(name) or None for name in ("prompt", "answer", "span", "system")}
@@ -233,12 +294,15 @@ class Desk:
         if direction not in ("proponents", "opponents"):
             raise UsageError("The direction is proponents or opponents.")
         every = asked.get("all") is True
-        return QueryOptions(k=k, opponents=direction == "opponents", level=asked.get("level"), all=every)
+        checkpoint = self._checkpoint(asked)
+        opponents = direction == "opponents"
+        return QueryOptions(k=k, opponents=opponents, level=asked.get("level"), all=every, checkpoint=checkpoint)
 
     def _ranking(self, result: Result) -> Piece:
         return {
             "kind": "ranked",
             "direction": result.direction,
+            "checkpoint": result.checkpoint,
             "n": result.index.n,
             "unit": wording.unit_name(result),
             "search": wording.search(result),
@@ -250,16 +314,30 @@ class Desk:
         }
 
     def _changed(self) -> bool:
-        store = self.index.store
+        listed = self.index.several if self._names else None
+        stores = [one.store for one in self._opened().values()]
         try:
-            there = Store.open(store.path)
+            there = [Store.open(store.path) for store in stores]
+            return checkpoints_at(_path(self.index)) != listed or list(map(_version, there)) != list(
+                map(_version, stores)
+            )
         except Exception:
             return True
-        return (there.id, there.manifest["revision"], there.removed) != (
-            store.id,
-            store.manifest["revision"],
-            store.removed,
-        )
+
+
+def _at(index: Index, checkpoint: str | None) -> Index:
+    """Return the index that answers at a checkpoint, at their sum, or where there is but one."""
+    if not isinstance(index, CheckpointsIndex):
+        return index
+    return index.sum if checkpoint == SUM else index.checkpoint(checkpoint)
+
+
+def _path(index: Index) -> Path:
+    return index.several.path if isinstance(index, CheckpointsIndex) else Path(index.store.path)
+
+
+def _version(store: Store) -> tuple[Any, ...]:
+    return store.id, store.manifest["revision"], store.removed
 
 
 def _match(result: Result, match: Match) -> Piece:

@@ -111,6 +111,23 @@ def test_the_sum_is_the_weighed_sum_over_all_rows(index, level, opponents):
     assert rescored.rescoring.candidates == min(12, len(scores))
 
 
+def test_words_of_a_match_push_the_answer_as_at_the_checkpoint_that_was_asked(index):
+    several, asked = Index.open(index), {"prompt": PROMPT, "answer": ANSWER, "token": "Japan"}
+    pushed, weights = {}, several.several.weights
+    for name in several.names:
+        (encoded,) = several.encode([asked], QueryOptions(checkpoint=name))
+        match = several.query(encoded, k=1, checkpoint="sum").matches[0]
+        own = several.checkpoint(name).encode([asked])[0]
+        pushed[name] = several.influence_of([0, 1], match, encoded, level="sentence")
+        assert pushed[name] == several.checkpoint(name).influence_of([0, 1], match, own, level="sentence")
+    (encoded,) = several.encode([asked], QueryOptions(checkpoint="sum"))
+    weighed = sum(weights[name] * np.array(pushed[name]) for name in weights)
+    summed = several.sum.influence_of([0, 1], match, encoded, level="sentence")
+    assert pushed["tuned"] != pushed["early"] and summed == pytest.approx(weighed, rel=1e-5)
+    shares = sum(match.token_scores[at] for at in (0, 1))
+    assert np.mean([summed[at] for at in encoded.info.selection]) == pytest.approx(shares, rel=1e-3, abs=1e-6)
+
+
 def test_the_best_is_where_the_matches_stand_out_most(index):
     several, chosen = Index.open(index), QueryOptions(k=10, heatmaps=False)
     asked = [{"prompt": f"Tell me about {word}", "answer": f"{word} is very nice"} for word in tiny.WORDS[:4]]

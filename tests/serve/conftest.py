@@ -1,6 +1,7 @@
 """A real server over a tiny index, some of whose training text is hostile."""
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -11,11 +12,13 @@ import uvicorn
 
 from rapidindex import Index
 from rapidindex.caching.build import build
-from rapidindex.config import GradientConfig
+from rapidindex.caching.checkpoints import build_checkpoints
+from rapidindex.config import GradientConfig, ModelConfig
 from rapidindex.serve.app import make_app
 from rapidindex.serve.desk import Desk
 from tests import tiny
 from tests.oracles import request as build_request
+from tests.query.test_checkpoints import save_adapter
 from tests.views.shown import HOSTILE
 
 TOKEN = "a-token-for-the-tests"
@@ -63,16 +66,32 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def served_index(tmp_path_factory, llama_folders):
-    folder = tmp_path_factory.mktemp("served")
+def data(tmp_path_factory):
     rows = [
         {"instruction": f"Tell me about {word}", "output": f"{word} is nice", "kind": "plain"} for word in tiny.WORDS
     ]
     rows += [{"instruction": "Say it", "output": HOSTILE, "kind": HOSTILE[:30]}]
     rows += [{"instruction": "Tell me about tea", "output": "tea is nice", "kind": "copy", "n": n} for n in range(2)]
-    data = folder / "data.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
-    build(build_request(data, folder / "index", llama_folders, gradient=GradientConfig(second_moment="none")))
+    file = tmp_path_factory.mktemp("asked") / "data.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def served_index(tmp_path_factory, data, llama_folders):
+    path = tmp_path_factory.mktemp("served") / "index"
+    build(build_request(data, path, llama_folders, gradient=GradientConfig(second_moment="none")))
+    return path
+
+
+@pytest.fixture(scope="session")
+def two_checkpoints(tmp_path_factory, data, llama_folders):
+    """An index of two checkpoints, `tuned` and `early`; read only."""
+    base, adapter = llama_folders
+    folder = tmp_path_factory.mktemp("two")
+    adapters = [shutil.copytree(adapter, folder / "tuned"), save_adapter(base, folder / "tuned" / "early", 5)]
+    request = build_request(data, folder / "index", llama_folders, gradient=GradientConfig(second_moment="none"))
+    build_checkpoints(request, [ModelConfig(str(base), str(one)) for one in adapters])
     return folder / "index"
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import bench
 from bench.screenshot import SIZE
+from rapidindex import Index
 from tests.serve.conftest import TOKEN, Server
 from tests.views.shown import HOSTILE
 from tests.views.test_html_browser import CHROMIUM, DESKTOP, PHONE, browser, pytestmark  # noqa: F401
@@ -46,12 +47,17 @@ def typed(page, answer=ANSWER):
     page.get_by_text("Type or paste the answer").click()
     page.get_by_label("Answer to explain").fill(answer)
     page.get_by_role("button", name="Use this answer").click()
-    page.get_by_role("option").first.wait_for()
+    words(page).first.wait_for()
     return page
 
 
+def words(page):
+    """The answer's words; a choice among checkpoints has options, too."""
+    return page.locator("#words").get_by_role("option")
+
+
 def typed_and_asked(page):
-    typed(page).get_by_role("option").nth(1).click()
+    words(typed(page)).nth(1).click()
     return page
 
 
@@ -175,6 +181,7 @@ def test_near_duplicates_are_grouped_and_marked_ones_go_into_the_command(visit):
 
 def test_two_answers_stand_side_by_side_with_their_common_matches_marked(visit):
     page = typed(visit())
+    assert page.locator("#checkpoints").is_hidden()  # of one
     page.get_by_role("option").first.click()
     complete(page)
     page.get_by_role("button", name="Compare with another answer").click()
@@ -188,6 +195,44 @@ def test_two_answers_stand_side_by_side_with_their_common_matches_marked(visit):
     page.get_by_role("button", name="End the comparison").click()
     complete(page)
     assert page.locator("#first").is_hidden()
+
+
+def test_two_checkpoints_stand_side_by_side_and_each_gives_its_own_answer(visit, two_checkpoints):
+    from axe_playwright_python.sync_playwright import Axe
+
+    server, several = Server(two_checkpoints), Index.open(two_checkpoints)
+    page = complete(typed_and_asked(visit(server)))
+    box = page.get_by_label("Checkpoint")
+    assert [one.get_attribute("value") for one in box.locator("option").all()] == ["tuned", "early", "sum", "best"]
+    assert "tuned and early on" in page.locator("#about").text_content()
+    page.get_by_role("button", name="Compare with another checkpoint or answer").click()
+    assert box.evaluate("one => one === document.activeElement")
+    box.select_option("early")  # the same words of the same answer are asked about at once
+    page.locator("#explain").get_by_text("At early, training on these").wait_for()
+    complete(page)
+    asked = {"answer": ANSWER, "token": words(page).nth(1).text_content(), "k": 10, "heatmaps": False}
+    ids = {
+        name: [m.id for m in several.query("Tell me about tea", **asked, checkpoint=name).matches]
+        for name in several.names
+    }
+    shown = page.locator("#list .match").evaluate_all("all => all.map((one) => one.dataset.name)")
+    common = len(set(ids["tuned"]) & set(ids["early"]))
+    assert set(shown) == set(ids["early"]) and page.locator("#first-list .match").count() == 10
+    assert page.locator("#first-head").text_content().endswith("at tuned")
+    assert page.locator("#first .common").count() == page.locator("#list .common").count() == common
+    assert f"{common} of 10 matches are in both columns" in page.locator("#state").text_content()
+    assert Axe().run(page).violations_count == 0
+    page.get_by_role("button", name="End the comparison").click()
+    complete(page)
+    assert page.locator("#first").is_hidden() and box.input_value() == "early"
+    for name in ("early", "tuned"):
+        box.select_option(name)
+        page.get_by_role("button", name="Ask the model").click()
+        page.get_by_role("heading", name=f"Answer of {name}").wait_for(timeout=120_000)
+        page.get_by_text("Choose a word.").wait_for()
+        said = Index.open(two_checkpoints / name).answer("Tell me about tea", max_new_tokens=256)
+        assert page.locator("#answer").input_value() == said
+    server.stop()
 
 
 def test_the_button_verifies(visit):

@@ -144,7 +144,7 @@ def test_a_word_that_nobody_waits_for_leaves_the_queue(server):
     posed, ranked = server.pieces("ask", QUESTION | {"prompt": "Tell me about rivers"})[:2]
     body = json.dumps({"key": posed["key"], "match": ranked["matches"][0]["name"], "tokens": [0]})
     headers = {"x-rapidindex-token": TOKEN, "content-type": "application/json", "host": f"localhost:{server.port}"}
-    computed = server.desk._encoded[posed["key"]].known
+    computed = server.desk._posed[posed["key"]].encoded.known
     with model_work:  # as a heat-map holds it
         connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
         connection.request("POST", "/api/word", body, headers)

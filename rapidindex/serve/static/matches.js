@@ -35,7 +35,7 @@ export function show(ranking, shared = new Set()) {
   $("verdict").hidden = !said;
   $("verdict").textContent = said;
   const made = ranking.direction === "proponents" ? "likelier" : "less likely";
-  $("explain").textContent = `Training on these is estimated to make the chosen words ${made}. `
+  $("explain").textContent = `${ranking.checkpoint ? `At ${ranking.checkpoint}, training` : "Training"} on these is estimated to make the chosen words ${made}. `
     + `${ranking.search[0].toUpperCase()}${ranking.search.slice(1)} over ${ranking.n.toLocaleString("en")} ${ranking.unit}.`;
   draw();
 }

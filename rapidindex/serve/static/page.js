@@ -43,13 +43,28 @@ async function look() {
     return;
   }
   document.title = `${said.folder} · rapidindex`;
-  $("about").textContent = `${said.examples.toLocaleString("en")} training examples of ${said.adapter ? said.adapter + " on " : ""}${said.model}`;
+  const trained = said.checkpoints.join(" and ") || said.adapter;
+  $("about").textContent = `${said.examples.toLocaleString("en")} training examples of ${[trained, said.adapter || !trained ? said.model : ""].filter(Boolean).join(" on ")}`;
+  offer(said.checkpoints);
   if (said.failed) banner(said.failed);
   else if (said.changed) banner("The index has changed on disk.", make("button", {type: "button", text: "Reload it", async onclick() { await post("reload", {}); banner(null); list.clear(); state("Reloaded."); }}));
   if (said.loaded && !ready) { ready = true; if (!running) state("Ready."); }
   if (!said.loaded && !said.failed) state("Loading the model …", true);
   setTimeout(look, said.loaded ? 5000 : 500);
 }
+
+// The checkpoints of an index of several, as on the command line; hidden where there is one.
+function offer(names) {
+  const all = names.length ? [...names, "sum", "best"] : [], box = $("checkpoint"), kept = box.value;
+  if ([...box.options].map(({value}) => value).join("\n") === all.join("\n")) return;
+  const meaning = {sum: "sum of all, weighed", best: "best: where matches stand out most"};
+  box.replaceChildren(...all.map((name) => make("option", {value: name, text: meaning[name] ?? name, selected: name === kept})));
+  $("checkpoints").hidden = !names.length;
+  ended();
+}
+const checkpoint = () => $("checkpoint").value || null;
+$("checkpoint").addEventListener("change", () => { if (words.some(chosen)) ask(); });
+function waiting({checkpoints}) { state(`Loading the model ${checkpoints[0] ? `of ${checkpoints.join(" and ")} ` : ""}…`, true); }
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); generate(); });
 $("prompt").addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("form").requestSubmit(); } });
@@ -64,11 +79,15 @@ function generate() {
     state("Answering …", true);
     $("stop").hidden = false;
     $("words").hidden = false;
-    for await (const piece of lines("answer", {prompt, seed}, signal)) {
+    for await (const piece of lines("answer", {prompt, seed, checkpoint: checkpoint()}, signal)) {
       if (!newest()) return;
-      if (piece.kind === "text") $("words").textContent = piece.text;
+      if (piece.kind === "loading") waiting(piece);
+      else if (piece.kind === "text") { state("Answering …", true); $("words").textContent = piece.text; }
       else if (piece.kind === "words") pose({prompt, answer: asked.answer}, piece.words);
-      else if (piece.kind === "answered") asked = {prompt, answer: piece.text};
+      else if (piece.kind === "answered") {
+        asked = {prompt, answer: piece.text};
+        if (piece.checkpoint) $("answer-head").textContent = `Answer of ${piece.checkpoint}`;
+      }
     }
     state(words.length ? "Choose a word." : "The model’s answer is empty: type one.");
   });
@@ -90,8 +109,10 @@ function empty() {
   asked = null;
   words = [];
   key = null;
+  rankings = {};
   list.clear();
   $("words").replaceChildren();
+  $("answer-head").textContent = "Answer";
   $("chosen").textContent = "";
   $("whole-row").hidden = true;
 }
@@ -144,7 +165,7 @@ document.addEventListener("pointerup", () => { if (dragging) { dragging = false;
 document.addEventListener("pointercancel", () => { dragging = false; });
 $("words").addEventListener("keydown", (event) => {
   if (!words.length || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === "Enter" || event.key === " ") { event.preventDefault(); if (!words.some(({option}) => option.ariaSelected === "true")) choose(to, to); ask(); return; }
+  if (event.key === "Enter" || event.key === " ") { event.preventDefault(); if (!words.some(chosen)) choose(to, to); ask(); return; }
   const rtl = getComputedStyle($("words")).direction === "rtl";
   const next = {ArrowRight: to + (rtl ? -1 : 1), ArrowLeft: to + (rtl ? 1 : -1), ArrowDown: to + 1, ArrowUp: to - 1, Home: 0, End: words.length - 1}[event.key];
   if (next === undefined) return;
@@ -163,7 +184,7 @@ function span() {
 // With `all` the question's list stays, and the heat-maps of the matches within chance come, too.
 function ask(all = false) {
   if (!asked || !words.length) return;
-  const question = {...asked, span: span(), direction, all};
+  const question = {...asked, span: span(), direction, all, checkpoint: checkpoint()};
   const text = words.slice(Math.min(from, to), Math.max(from, to) + 1).map(({option}) => option.textContent).join(" ");
   $("chosen").textContent = `The question is about “${text}”.`;
   run(async (signal, newest) => {
@@ -172,7 +193,8 @@ function ask(all = false) {
     if (!all) { list.clear(); light(null); }
     for await (const piece of lines("ask", question, signal)) {
       if (!newest()) return;
-      if (piece.kind === "posed") key = piece.key;
+      if (piece.kind === "loading") waiting(piece);
+      else if (piece.kind === "posed") { key = piece.key; state("Searching …", true); }
       else if (piece.kind === "ranked") { if (!all) ranked(piece); }
       else if (piece.kind === "scored") {
         list.scored(piece);
@@ -195,7 +217,7 @@ function drawFirst(ranking) {
   $("both").classList.toggle("two", Boolean(before));
   if (!before) return;
   const there = new Set(ranking.matches.map((match) => match.id));
-  $("first-head").textContent = `${before.direction} of “${before.answer}”, ${before.words}`;
+  $("first-head").textContent = `${before.direction} of “${before.answer}”, ${before.words}${before.checkpoint ? `, at ${before.checkpoint}` : ""}`;
   $("first-list").replaceChildren(...before.matches.map((match) => make("li", {class: "match"},
     make("div", {class: "head"}, make("span", {class: "score", text: `${match.rank}  ${match.score}`}), make("span", {text: match.place || match.id}),
       ...(there.has(match.id) ? [make("span", {class: "common", text: "in both columns"})] : [])),
@@ -208,11 +230,11 @@ function inBoth(ranking) {
 
 function finished(question, text) {
   const {matches} = rankings[direction];
-  const both = before ? ` ${inBoth(rankings[direction]).size} of ${matches.length} matches are those of the first answer, too.` : "";
+  const both = before ? ` ${inBoth(rankings[direction]).size} of ${matches.length} matches are in both columns.` : "";
   state(`${matches.length} ${direction}, complete.${both}`);
   const entry = triage.find((one) => one.prompt === question.prompt && one.answer === question.answer);
   if (!entry) return;
-  entry.found = {words: text, direction, matches: matches.map(({id, score, beyond}) => ({id, score: Number(score), beyond_chance: beyond}))};
+  entry.found = {words: text, direction, checkpoint: rankings[direction].checkpoint ?? undefined, matches: matches.map(({id, score, beyond}) => ({id, score: Number(score), beyond_chance: beyond}))};
   drawTriage();
 }
 
@@ -247,9 +269,9 @@ list.onPick(async (match, text, tokens, total) => {
     if (word === own) { word = null; $("stop").hidden = !running; }
   }
 });
+function chosen({option}) { return option.ariaSelected === "true"; }
 // The chosen words of the answer, and those that scores move most, three in all, in percent of the match's influence on the chosen words.
 function strongest(scores, total) {
-  const chosen = ({option}) => option.ariaSelected === "true";
   const each = words.map((word) => [word.option.textContent, word.positions.reduce((sum, one) => sum + scores[one], 0), chosen(word)]);
   return each.sort((a, b) => b[2] - a[2] || Math.abs(b[1]) - Math.abs(a[1])).slice(0, 3)
     .map(([text, score]) => `“${text}” by ${score < 0 ? "−" : "+"}${Math.round(100 * Math.abs(score / total))} %`).join(", ");
@@ -278,17 +300,22 @@ $("group").addEventListener("change", list.draw);
 
 $("compare").addEventListener("click", () => {
   if (before) {
-    before = null;
-    $("compare").textContent = "Compare with another answer";
-    if (rankings[direction]) ask();
+    ended();
+    if (key) ask();
     return;
   }
-  before = rankings[direction] ? {...rankings[direction], answer: asked.answer, words: $("chosen").textContent.match(/“.*”/s)?.[0] ?? ""} : null;
-  if (before) $("compare").textContent = "End the comparison";
-  $("own").open = true;
-  $("answer").focus();
-  state(before ? "Change the answer, use it, and choose the word again: matches in common are marked." : "Choose a word first.");
+  if (!key || !rankings[direction]) { state("Choose a word first."); return; }
+  before = {...rankings[direction], answer: asked.answer, words: $("chosen").textContent.match(/“.*”/s)?.[0] ?? ""};
+  $("compare").textContent = "End the comparison";
+  if (checkpoint()) $("checkpoint").focus();
+  else { $("own").open = true; $("answer").focus(); }
+  state(`${checkpoint() ? "Choose another checkpoint; or change" : "Change"} the answer, use it, and choose the word again: matches in common are marked.`);
 });
+function ended() {
+  before = null;
+  drawFirst();
+  $("compare").textContent = `Compare with another ${checkpoint() ? "checkpoint or answer" : "answer"}`;
+}
 
 function count() {
   const n = list.marked.size;
