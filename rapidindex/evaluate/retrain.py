@@ -16,7 +16,7 @@ import torch
 from rapidindex.caching.batches import batches_of
 from rapidindex.config import EncodingConfig, FinetuneConfig, ModelConfig, VerifyOptions, fingerprint
 from rapidindex.data.examples import Dataset, read_examples
-from rapidindex.errors import DataError, RapidIndexError, UsageError
+from rapidindex.errors import DataError, UsageError
 from rapidindex.gradients.losses import Batch, example_losses
 from rapidindex.model.files import FINETUNE_RECORD, read_json
 from rapidindex.model.finetune import finetune
@@ -110,11 +110,7 @@ class Training:
         folder = self.folder(without)
         self.runs.mkdir(parents=True, exist_ok=True)
         dataset = replace(self.dataset, masked=without)
-        try:
-            finetune(dataset, self.encoding, self.base, self._options, folder, progress=progress)
-        except RapidIndexError as error:
-            error.hint = error.hint.replace("--output", "--runs")  # verify has no other folder to give
-            raise
+        finetune(dataset, self.encoding, self.base, self._options, folder, progress=progress, option="--runs")
         place = str(folder / "early" if self.early else folder)
         places = {"model": place} if self.options.method == "full" else {"model": self.base.model, "adapter": place}
         return load(self.recipe.model_config(**places, device=self.base.device))

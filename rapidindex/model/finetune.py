@@ -61,11 +61,12 @@ def finetune(
     *,
     overwrite: bool = False,
     progress: Progress = silent,
+    option: str = Output.option,
 ) -> FinetuneSummary:
     """Train on `dataset` and write an adapter (or a whole model) with its tokenizer to the folder `output`.
 
     A run that was killed goes on from its last checkpoint when it is called again with the same settings. `progress`
-    gets ("fine-tune", step, steps, "loss 1.23") after each step.
+    gets ("fine-tune", step, steps, "loss 1.23") after each step. `option` is what errors call the option for `output`.
 
     Raises UsageError for options that exclude each other, ConfigMismatch where `output` was made with other settings,
     DataError if no response is left within `max_length`, ModelError for a model that cannot be trained or a loss that
@@ -76,8 +77,9 @@ def finetune(
     model_config, options = _check(model_config, options.complete())
     output = Path(output).absolute()
     settings = _settings(dataset, encoding, model_config, options)
-    with _OUTPUT.locked(output):
-        return _finetune(dataset, encoding, model_config, options, output, settings, overwrite, progress)
+    kept = replace(_OUTPUT, option=option)
+    with kept.locked(output):
+        return _finetune(dataset, encoding, model_config, options, output, settings, overwrite, progress, kept)
 
 
 def _finetune(
@@ -89,10 +91,11 @@ def _finetune(
     settings: dict[str, Any],
     overwrite: bool,
     progress: Progress,
+    kept: Output,
 ) -> FinetuneSummary:
     several = any(example.has_earlier_replies for example in dataset.examples)
     # Before there was --loss, the last turn alone was in it.
-    record = _OUTPUT.open(output, settings, overwrite, {"loss": "last" if several else encoding.loss, "overlap": None})
+    record = kept.open(output, settings, overwrite, {"loss": "last" if several else encoding.loss, "overlap": None})
     if record and record.get("summary"):
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
         return replace(FinetuneSummary(**record["summary"]), output=str(output), already_there=True)
@@ -101,9 +104,9 @@ def _finetune(
     with quiet_libraries():  # importing Trainer imports bitsandbytes, which logs what it does not find
         from rapidindex.model.training import train
     sources = _sources(dataset, encoding, model_config)
-    trained = train(dataset, encoding, model_config, options, output, progress)
+    trained = train(dataset, encoding, model_config, options, output, progress, kept.option)
     summary = FinetuneSummary(output=str(output), method=options.method, **trained)
-    _OUTPUT.write(output, {"settings": settings, "sources": sources, "summary": asdict(summary)})
+    kept.write(output, {"settings": settings, "sources": sources, "summary": asdict(summary)})
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return summary
 

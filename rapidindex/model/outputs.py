@@ -30,6 +30,8 @@ class Output:
     """The name of the record in the folder."""
     made: str
     """What a finished folder holds: `a model fine-tuned`."""
+    option: str = "--output"
+    """What the option is called that names the folder."""
 
     @contextmanager
     def locked(self, output: Path) -> Iterator[None]:
@@ -40,7 +42,7 @@ class Output:
         The operating system lets go of the folder when the process ends, however it ends.
         """
         if output.exists() and not output.is_dir():
-            raise UsageError(f"{output} is a file.", hint="Choose another --output.")
+            raise UsageError(f"{output} is a file.", hint=f"Choose another {self.option}.")
         output.mkdir(parents=True, exist_ok=True)
         folder = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -50,7 +52,7 @@ class Output:
                 except BlockingIOError as error:
                     raise ModelError(
                         f"Another run of {self.command} is writing to {output}.",
-                        hint="Wait for it, or choose another --output.",
+                        hint=f"Wait for it, or choose another {self.option}.",
                     ) from error
             with _room_errors(output):
                 yield
@@ -78,12 +80,14 @@ class Output:
             state = self.made if record.get("summary") else "an interrupted run"
             raise ConfigMismatch(
                 f"{output} holds {state} with other settings: {_differences(record['settings'], settings)}.",
-                hint="Give those settings, choose another --output, or give --overwrite to start again.",
+                hint=f"Give those settings, choose another {self.option}, or give --overwrite to start again.",
             )
         if record:
             self._clear(output)
         elif output.exists() and (not output.is_dir() or self._others(output)):
-            raise UsageError(f"{output} exists, and {self.command} did not write it.", hint="Choose another --output.")
+            raise UsageError(
+                f"{output} exists, and {self.command} did not write it.", hint=f"Choose another {self.option}."
+            )
         output.mkdir(parents=True, exist_ok=True)
         self.write(output, {"settings": settings})
         return None
@@ -121,13 +125,16 @@ def _room_errors(output: Path) -> Iterator[None]:
         ) from error
 
 
-def check_room(output: Path, needed: int, work: str) -> None:
-    """Raise ResourceError unless `output` has room for the bytes that the work, `Training`, needs there."""
+def check_room(output: Path, needed: int, work: str, option: str = Output.option) -> None:
+    """Raise ResourceError unless `output` has room for the bytes that the work, `Training`, needs there.
+
+    `option` is what the option is called that names the folder.
+    """
     free = shutil.disk_usage(output).free
     if free < needed:
         raise ResourceError(
             f"{work} needs {needed / 2**20:,.1f} MiB in {output}, and {free / 2**20:,.1f} MiB are free.",
-            hint="Free some space, or choose another --output.",
+            hint=f"Free some space, or choose another {option}.",
         )
 
 

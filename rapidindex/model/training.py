@@ -46,10 +46,12 @@ def train(
     options: FinetuneConfig,
     output: Path,
     progress: Progress,
+    option: str,
 ) -> dict[str, Any]:
     """Train, from the last checkpoint in `output` if there is one, and write the model there.
 
-    Returns the fields of `FinetuneSummary` that training decides. Raises the errors of `finetune`.
+    Returns the fields of `FinetuneSummary` that training decides. Raises the errors of `finetune`, in which `option` is
+    the name of the option for `output`.
     """
     files, device = find_model(model_config.model), resolve_device(model_config.device)
     with loading.quiet_libraries(), loading.translate_errors(model_config):
@@ -61,7 +63,7 @@ def train(
     rows, refused = _encode(dataset, template, Limits.of(base, tokenizer))
     with loading.quiet_libraries(), seeded(options.seed):
         model = _make_trainable(base, model_config, options)
-        _check_disk(output, model, options)
+        _check_disk(output, model, options, option)
         checkpoint = last_checkpoint(output / CHECKPOINTS)
         trainer = _Trainer(model, tokenizer, rows, options, output, progress)
         started = time.monotonic()
@@ -307,10 +309,10 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _check_disk(output: Path, model: nn.Module, options: FinetuneConfig) -> None:
+def _check_disk(output: Path, model: nn.Module, options: FinetuneConfig, option: str) -> None:
     """Raise ResourceError unless two checkpoints (weights and Adam's two moments) and the result fit into `output`."""
     size = sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
-    check_room(output, size * (7 + 2 * options.save_optimizer + bool(options.early)), "Training")
+    check_room(output, size * (7 + 2 * options.save_optimizer + bool(options.early)), "Training", option)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import pytest
 import bench
 from bench.screenshot import SIZE
 from rapidindex import Index
+from rapidindex.views import wording
 from tests.serve.conftest import TOKEN, Server
 from tests.views.shown import HOSTILE
 from tests.views.test_html_browser import CHROMIUM, DESKTOP, PHONE, browser, pytestmark  # noqa: F401
@@ -146,6 +147,22 @@ def test_a_training_word_shows_what_it_does_to_the_answer_by_mouse_and_keyboard(
     page.get_by_role("option").nth(2).click()
     complete(page)
     assert pushed.text_content() == "" and page.locator(".picked").count() == 0
+
+
+def test_a_percent_is_that_of_the_other_views_and_a_number_where_the_influence_is_0(visit):
+    page = visit()
+    for given in (
+        (0.2, 0.4),
+        (-0.2, 0.4),
+        (0.2, -0.4),
+        (0.0, 0.4),
+        (0.0, 0.0),
+        (0.125, 0.0),
+        (-3.0, 0.0),
+        (0.0123, 0.0),
+    ):
+        said = page.evaluate("given => import('/static/dom.js').then((dom) => dom.percent(...given))", given)
+        assert said.replace("−", "-") == wording.percent(*given)
 
 
 def test_dragging_selects_several_words_and_a_newer_question_wins(visit):

@@ -21,6 +21,12 @@ export function shade(element, score, full) {
   if (step) element.classList.add((score > 0 ? "p" : "n") + step);
 }
 
+// As wording.percent: in percent of an influence, or as a number where that is 0.
+export function percent(share, total) {
+  const size = Math.abs(share), number = size === 0 || size >= 0.1 ? size.toFixed(4) : Number(size.toPrecision(3));
+  return (share < 0 ? "−" : "+") + (total ? `${Math.round(100 * size / Math.abs(total))} %` : number);
+}
+
 export async function post(path, body, signal) {
   const answer = await fetch("/api/" + path, {
     method: "POST", signal, headers: {"content-type": "application/json"}, body: JSON.stringify(body),

@@ -1,5 +1,5 @@
 // Ask, choose words, and follow the answer as it comes. The newest question wins.
-import {$, download, lines, make, post, shade, stored} from "./dom.js";
+import {$, download, lines, make, percent, post, shade, stored} from "./dom.js";
 import * as list from "./matches.js";
 
 let asked = null;        // {prompt, answer} whose words are shown
@@ -274,7 +274,7 @@ function chosen({option}) { return option.ariaSelected === "true"; }
 function strongest(scores, total) {
   const each = words.map((word) => [word.option.textContent, word.positions.reduce((sum, one) => sum + scores[one], 0), chosen(word)]);
   return each.sort((a, b) => b[2] - a[2] || Math.abs(b[1]) - Math.abs(a[1])).slice(0, 3)
-    .map(([text, score]) => `“${text}” by ${score < 0 ? "−" : "+"}${Math.round(100 * Math.abs(score / total))} %`).join(", ");
+    .map(([text, score]) => `“${text}” by ${percent(score, total)}`).join(", ");
 }
 list.onUnfold(() => ask(true));
 
