@@ -868,7 +868,7 @@ def tokens_table(figures: Figures) -> str:
             [name, _spread(spent[name], 1), f"{tokens / median:.2f}", f"{median / medians[base]:.2f}"]
             for name, median in medians.items()
         ]
-        parts.append(markdown([label, "seconds (lowest–highest)", "tokens/s", f"of the {base}"], body))
+        parts.append(markdown([label, "processor seconds (lowest–highest)", "tokens/s", f"of the {base}"], body))
     build = figures["build"]
     seconds = f"{build['took_seconds']:.0f} s, --dry-run said {build['said_seconds']:.0f} s"
     size = f"{build['took_bytes']:,} bytes, said {build['said_bytes']:,}"

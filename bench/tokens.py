@@ -2,17 +2,20 @@
 
     python -m bench.tokens --data ../shared/data/alpaca_9k.jsonl --work FOLDER
 
-One run, threads pinned, the methods in turn and repeated, on SmolLM2-135M with a rank-16 LoRA on q, k, v and o.
-Caching: (a) the bare forward and backward pass over the prefixes, in the same batches; (b) ours, to RapidGrads; (c) the
-naive method, with one forward pass over a row and one backward pass for each of its tokens. Heat-maps: (d) a forward
-pass over some examples; (e) ours, every token's share in an influence; (f) a backward pass for each token. Last, a
-build of the token level beside its --dry-run.
+One run, threads pinned, the methods in turn and repeated, on SmolLM2-135M with a rank-16 LoRA on q, k, v and o. Times
+are processor seconds, which other work on the machine changes little. Caching: (a) the bare forward and backward pass
+over the prefixes, in the same batches; (b) ours, to RapidGrads; (c) the naive method, with one forward pass over a row
+and one backward pass for each of its tokens. Heat-maps: (d) a forward pass over some examples; (e) ours, every token's
+share in an influence; (f) a backward pass for each token. Last, a build of the token level beside its --dry-run, in
+seconds.
 """
 
 import argparse
 import copy
+import gc
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common import parser, save, seconds, timed
+from bench.common import parser, save, timed
 from bench.peers.measuring import Rows, bare
 from bench.setting import Setting, model_config
 from rapidindex.caching.batches import Item, as_batch, padded_tokens, plan_units
@@ -44,7 +47,7 @@ def main() -> None:
     add("--rows", type=int, default=3, help="whose tokens are cached")
     add("--candidates", type=int, default=6, help="examples that get a heat-map")
     add("--repeats", type=int, default=2)
-    add("--threads", type=int, default=2)
+    add("--threads", type=int, default=1)
     options = options.parse_args()
     if options.smoke:
         options.rows = options.candidates = options.repeats = 1
@@ -62,11 +65,11 @@ def main() -> None:
 
 
 def measure_caching(setting: Setting, rows: list[Item], repeats: int, progress: Progress) -> dict[str, Any]:
-    """Return the seconds that each method takes for the rows of all tokens of `rows`."""
+    """Return the processor seconds that each method takes for the rows of all tokens of `rows`."""
     tokens = [token for item in rows for token in tokens_of(item)]
     batches = [batch for unit in plan_units(tokens, 1024) for batch in unit]
     model, compressor = setting.model, setting.compressor
-    compressor(as_batch(batches[-1], "cpu"))  # once unmeasured: memory is taken, and the map of slots is made
+    compressor(as_batch(batches[-1], "cpu"))  # once unmeasured: memory is taken, the map of slots made, the way chosen
     methods = {
         "floor": lambda: [bare(model, *prefixes(batch).padded(list(range(len(batch))))) for batch in batches],
         "ours": lambda: [compressor(as_batch(batch, "cpu")) for batch in batches],
@@ -120,7 +123,9 @@ class Given:
 def largest_difference(compressor: Compressor, model: torch.nn.Module, item: Item) -> float:
     """Return the largest relative difference between the rows of the two methods, over the tokens of one row."""
     naive = one_by_one(compressor, model, item)
-    ours = torch.cat([compressor(as_batch([token], "cpu")).rows for token in tokens_of(item)])
+    batches = [batch for unit in plan_units(tokens_of(item), 1024) for batch in unit]
+    ours = torch.cat([compressor(as_batch(batch, "cpu")).rows for batch in batches])
+    naive = naive[[token.position for batch in batches for token in batch]]
     return float(((ours - naive).norm(dim=1) / naive.norm(dim=1)).max())
 
 
@@ -153,13 +158,16 @@ def forward(model: torch.nn.Module, batch: Batch) -> None:
 
 
 def in_turn(methods: dict[str, Callable], repeats: int, progress: Progress, stage: str) -> dict[str, list[float]]:
-    """Return the seconds of each method, repeat by repeat; each repeat begins with another method."""
+    """Return the processor seconds of each method, repeat by repeat; each repeat begins with another method."""
     spent: dict[str, list[float]] = {name: [] for name in methods}
     for repeat in range(repeats):
         first = repeat % len(methods)
         for number, name in enumerate([*methods][first:] + [*methods][:first]):
             progress(stage, repeat * len(methods) + number, repeats * len(methods))
-            spent[name].append(seconds(methods[name]))
+            gc.collect()
+            started = time.process_time()
+            methods[name]()
+            spent[name].append(time.process_time() - started)
     return spent
 
 

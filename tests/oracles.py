@@ -24,6 +24,12 @@ def examples(lengths=LENGTHS, seed=0):
     return ids, weights
 
 
+def prefixes(seed=0, lengths=(12, 11, 9, 5, 5)):
+    """Token ids and weights of the first tokens of a text, so many each, with the last of them alone in the loss."""
+    text = torch.randint(3, tiny.VOCABULARY, (max(lengths),), generator=torch.Generator().manual_seed(seed)).numpy()
+    return [text[:length] for length in lengths], [np.eye(length, dtype=np.float32)[-1] for length in lengths]
+
+
 def autograd(model, ids, weights):
     """The slow, obviously right way: one example at a time, the whole model, no padding."""
     tokens = torch.as_tensor(ids).long().unsqueeze(0)

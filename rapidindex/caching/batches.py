@@ -1,7 +1,7 @@
 """Examples, or single tokens of their responses, in batches of like length.
 
 Models are causal: the gradient of a token's own loss is that of the example cut after the token, with no other token in
-the loss. So tokens are cached as examples are.
+the loss. So tokens are cached as examples are; those of one example are batched together where there are several.
 """
 
 from collections.abc import Iterable, Sequence
@@ -64,6 +64,13 @@ def plan_batches(items: Sequence[Item], batch_tokens: int) -> list[list[Item]]:
     return batches
 
 
+def _plan_tokens(examples: Sequence[Sequence[Item]], batch_tokens: int) -> list[list[Item]]:
+    """Batch each example's tokens by themselves, since they share a forward pass; those left single, together."""
+    batches = [batch for tokens in examples for batch in plan_batches(tokens, batch_tokens)]
+    single = [batch[0] for batch in batches if len(batch) == 1]
+    return [batch for batch in batches if len(batch) > 1] + plan_batches(single, batch_tokens)
+
+
 def plan_units(items: Sequence[Item], batch_tokens: int) -> list[Unit]:
     """Divide the work into units, longest first: one batch of examples, or the tokens of examples of like length."""
     if all(item.position < 0 for item in items):
@@ -72,15 +79,15 @@ def plan_units(items: Sequence[Item], batch_tokens: int) -> list[Unit]:
     for item in items:
         examples.setdefault(item.example.id, []).append(item)
     work = {id: sum(item.tokens for item in tokens) for id, tokens in examples.items()}
-    groups: list[list[Item]] = []
+    groups: list[list[list[Item]]] = []
     filled = _UNIT_BATCHES * batch_tokens
     for id in sorted(examples, key=lambda id: (-work[id], id)):
         if filled + work[id] > _UNIT_BATCHES * batch_tokens:
             groups.append([])
             filled = 0
-        groups[-1] += examples[id]
+        groups[-1].append(examples[id])
         filled += work[id]
-    return [plan_batches(group, batch_tokens) for group in groups]
+    return [_plan_tokens(group, batch_tokens) for group in groups]
 
 
 def padded_tokens(batch: Sequence[Item]) -> int:

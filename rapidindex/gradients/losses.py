@@ -4,9 +4,10 @@ The loss of an example is Σ_t weight_t · cross-entropy_t, every token predicte
 weights 1/G on its G response tokens it is the paper's L(s) (below Eq. 1).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -61,6 +62,16 @@ class Batch:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @cached_property
+    def are_prefixes(self) -> bool:
+        """Whether the examples are several prefixes of the longest, each with its last token alone in the loss."""
+        lengths = self.attention.sum(1)
+        if len(self) == 1 or self.labels is not None or lengths.min() < 2:
+            return False
+        same = (self.input_ids == self.input_ids[lengths.argmax()]) | (self.attention == 0)
+        last = torch.arange(self.input_ids.shape[1], device=lengths.device) == lengths.unsqueeze(1) - 1
+        return bool(same.all()) and torch.equal(self.weights != 0, last)
+
     def example(self, row: int) -> "Batch":
         """Return one example alone, without its padding."""
         length = int(self.attention[row].sum())
@@ -100,6 +111,28 @@ def example_losses(model: nn.Module, batch: Batch, positions: Tensor | None = No
     """Return the loss of each example, float32; `positions` [examples, G] are those of the logits, if not all."""
     weights, entropies = token_losses(model, batch, positions)
     return torch.where(weights != 0, weights * entropies, 0.0).sum(1)
+
+
+def prefix_losses(
+    model: nn.Module, batch: Batch, part: Callable[[Tensor, Tensor], Tensor]
+) -> Float[Tensor, " examples"]:
+    """Return the loss of each example of a batch that `are_prefixes`, float32, by a forward pass of the longest.
+
+    `part` is given the last hidden states [1, T, width] and the positions before the prefixes' last tokens, int64
+    [examples]; the output layer sees what it returns, float [examples, 1, width]. ValueError where there is no output
+    layer.
+    """
+    head, last = model.get_output_embeddings(), batch.attention.sum(1) - 1
+    if head is None:
+        raise ValueError("the model has no output layer")
+    whole = batch.example(int(last.argmax()))
+    handle = head.register_forward_pre_hook(lambda _, inputs: (part(*inputs, last - 1),))
+    try:
+        logits = model(input_ids=whole.input_ids, attention_mask=whole.attention, use_cache=False).logits
+    finally:
+        handle.remove()
+    labels, weights = (values.gather(1, last.unsqueeze(1)).squeeze(1) for values in (batch.input_ids, batch.weights))
+    return weights * F.cross_entropy(logits[:, 0].float(), labels, reduction="none")
 
 
 def token_losses(model: nn.Module, batch: Batch, positions: Tensor | None) -> tuple[Tensor, Tensor]:

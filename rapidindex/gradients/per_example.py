@@ -5,9 +5,13 @@ gradients δ of its outputs. Embeddings and norms have rules of their own. `PerE
 autograd when a batch first reaches it, and when it first has a gradient. A zero is certain: a parameter that the loss
 depends on in a way that no hook sees is found in the graph. Where the comparison fails, or a trainable parameter has no
 rule, gradients are computed one example at a time: slower, and right for any model. Knows nothing of sketches or files.
+
+Prefixes of one text, each with the loss of its last token, share the text's forward pass where that is right: attention
+is causal, so a prefix has the text's own activations. One backward pass, vectorised over the prefixes, follows.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,8 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
 from rapidindex.errors import ModelError, RapidIndexError
@@ -28,6 +33,7 @@ from rapidindex.gradients.losses import (
     layers_of,
     only_logits_at,
     positions_used,
+    prefix_losses,
     trainable,
 )
 
@@ -64,6 +70,8 @@ class PerExampleGradients:
         self._unverified = set(range(len(self.layers)))
         self._reached: frozenset[int] = frozenset()
         self._checked = False
+        self._shares: bool | None = False if _turns_by_length(model) else None
+        """Whether prefixes of one text share its forward pass; None until some were tried."""
 
     @property
     def batched(self) -> bool:
@@ -80,7 +88,10 @@ class PerExampleGradients:
             self._attempt(self._check, batch, int(lengths.argmin()), int(lengths.argmax()))
             self._checked = True
         if self.batched and self._checked:
-            return self._verified(batch, consume, factored)
+            losses = self._verified(batch, consume, factored)
+            if self.batched and self._shares is None and batch.are_prefixes:
+                self._try_sharing(batch)
+            return losses
         return self._single(batch, consume) if len(batch) == 1 else self._one_by_one(batch, consume)
 
     @contextmanager
@@ -88,12 +99,20 @@ class PerExampleGradients:
         self, batch: Batch, consume: Consume, *, factored: bool = False
     ) -> Iterator[tuple[Tensor, "_Recorder"]]:
         """Yield the losses, float32 [examples], and keep what the batched backward pass needs within the block."""
-        positions = positions_used(batch.weights)
-        narrowed = only_logits_at(self.model, positions)
-        with torch.enable_grad(), _Recorder(self, batch, consume, factored) as recorder, narrowed as is_narrow:
-            losses = example_losses(self.model, batch, positions if is_narrow else None)
+        shared = bool(self._shares) and batch.are_prefixes
+        with torch.enable_grad(), _Recorder(self, batch, consume, factored, shared) as recorder:
+            losses = self._of_prefixes(batch, recorder) if shared else self._of_examples(batch)
             recorder.check_graph(losses)
             yield losses, recorder
+
+    def _of_examples(self, batch: Batch) -> Tensor:
+        positions = positions_used(batch.weights)
+        with only_logits_at(self.model, positions) as is_narrow:
+            return example_losses(self.model, batch, positions if is_narrow else None)
+
+    def _of_prefixes(self, batch: Batch, recorder: "_Recorder") -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels' backward passes cannot be vectorised
+            return prefix_losses(self.model, batch, recorder.part)
 
     def _batched(self, batch: Batch, consume: Consume, factored: bool = False, *, rehearsal: bool = False) -> Tensor:
         """Compute a batch; raise _Unseen, before anything is passed on, where it reaches layers that none has reached.
@@ -105,8 +124,7 @@ class PerExampleGradients:
             if not (rehearsal or reached <= self._reached):
                 raise _Unseen(reached - self._reached)
             self._reached |= reached
-            if losses.requires_grad:
-                losses.sum().backward()
+            recorder.backward(losses)
             recorder.flush()
         return losses.detach()
 
@@ -141,6 +159,23 @@ class PerExampleGradients:
         for number, gradient in unseen.items():
             consume(number, gradient)
         return losses
+
+    def _try_sharing(self, batch: Batch) -> None:
+        """Find out whether prefixes may share a forward pass: compare two, those of the largest losses, with autograd.
+
+        What the vectorised pass could only do in a loop counts as wrong, too.
+        """
+        self._shares, ours = True, {}
+
+        def compute() -> Tensor:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", ".*batching rule")
+                return self._batched(batch, lambda number, g: ours.__setitem__(number, _digest(g)), rehearsal=True)
+
+        losses = self._attempt(compute)
+        if losses is not None:
+            self._compare(ours, batch, losses.topk(2).indices.tolist())
+        self._shares, self.unbatched = self.batched, []
 
     def _attempt(self, compute: Callable, *arguments: Any) -> Any:
         """Compute something in batches; return None, and batch nothing any more, where no rule covers what is done.
@@ -340,12 +375,22 @@ class _Recorder:
 
     A parameter requires no gradient while a module with a rule for it runs, so that autograd spends nothing on the
     batch's summed gradients, which are not used. Everywhere else it does: a use that no rule sees is then in the graph.
+
+    Of prefixes that have `shared` a forward pass, the model sees one text up to its last hidden states, and the output
+    layer sees an example of one position for each.
     """
 
-    def __init__(self, owner: PerExampleGradients, batch: Batch, consume: Consume, factored: bool) -> None:
+    def __init__(
+        self, owner: PerExampleGradients, batch: Batch, consume: Consume, factored: bool, shared: bool = False
+    ) -> None:
         self.owner, self.consume, self.factored = owner, consume, factored
-        self.shape = batch.input_ids.shape
-        self.examples = len(batch)
+        self.shape = torch.Size([1, batch.input_ids.shape[1]]) if shared else batch.input_ids.shape
+        self.examples = self.shape[0]
+        self.in_text = shared
+        """Whether the calls that are recorded are those of one text for all of its prefixes."""
+        self.text: Tensor | None = None
+        """The last hidden states of the text, float [1, T, width]."""
+        self.starts: list[Tensor] = []
         self.numbers = {id(parameter): number for number, parameter in enumerate(owner._parameters)}
         self.calls = [0] * len(owner.layers)
         self.partial: list[Tensor | Factors | None] = [None] * len(owner.layers)
@@ -382,11 +427,29 @@ class _Recorder:
             return None
         if output.dim() == 2 and len(output) == self.shape[1]:  # positions, looked up without a batch
             output = output.unsqueeze(0)
-        return output.expand(self.examples, *output.shape[1:]).detach().requires_grad_().clone()
+        self.starts.append(output.expand(self.examples, *output.shape[1:]).detach().requires_grad_())
+        return self.starts[-1].clone()
+
+    def part(self, hidden: Float[Tensor, "1 T width"], positions: Int64[Tensor, " G"]) -> Float[Tensor, "G 1 width"]:
+        """Return the hidden states at the prefixes' `positions`, from which on each prefix is an example."""
+        self.text, self.positions, self.in_text = hidden, positions.to(hidden.device), False
+        self.ends = hidden.detach()[0, self.positions].unsqueeze(1).requires_grad_()
+        self.examples, self.shape = len(positions), self.ends.shape[:2]
+        return self.ends
+
+    def backward(self, losses: Float[Tensor, " examples"]) -> None:
+        """Run the backward pass; of prefixes, first that of the output layer, and then the text's for all of them."""
+        if losses.requires_grad:
+            losses.sum().backward()
+        if self.text is not None:
+            text, starts = self.text, self.starts
+            deltas = text.new_zeros(self.examples, *text.shape)
+            deltas[torch.arange(self.examples), 0, self.positions] = self.ends.grad[:, 0]
+            torch.vmap(lambda delta: _some(torch.autograd.grad(text, starts, delta, allow_unused=True)))(deltas)
 
     def check_graph(self, losses: Tensor) -> None:
         """Raise _NoRule where the losses depend on a parameter in a way that no recorded call tells."""
-        todo = [losses.grad_fn] if losses.grad_fn is not None else []
+        todo = [root.grad_fn for root in (losses, self.text) if root is not None and root.grad_fn is not None]
         seen = set(todo)
         while todo:
             node = todo.pop()
@@ -424,21 +487,25 @@ class _Recorder:
             x = x.unflatten(0, self.shape)
         elif len(output) != self.examples or (x.dim() == 2 and not isinstance(module, nn.Embedding)):
             raise _NoRule(f"a {type(module).__name__} that does not see the examples one after another")
-        self._await(module, x.expand(self.examples, *x.shape[1:]), output)
+        self._await(module, x, output)
 
     def _await(self, module: nn.Module, x: Any, output: Tensor) -> None:
         """Wait for the gradient of a call's output. `x` is its input, or all of its arguments: (inputs, options)."""
         for parameter in self.owner._rules[module]:
             self.calls[self.numbers[id(parameter)]] += 1
-        output.register_hook(lambda delta: self._receive(module, x, delta))
+        receive = partial(self._receive, module, x, self.shape)
+        output.register_hook(partial(_receive_all, receive) if self.in_text else receive)
 
-    def _receive(self, module: nn.Module, x: Any, delta: Tensor) -> None:
+    def _receive(self, module: nn.Module, x: Any, shape: torch.Size, delta: Tensor) -> None:
         if delta.dim() == 2:
-            delta = delta.unflatten(0, self.shape)
+            delta = delta.unflatten(0, shape)
+        if isinstance(x, Tensor):
+            x = x.expand(len(delta), *x.shape[1:])
         with torch.no_grad():
             for parameter, name in self.owner._rules[module].items():
                 number = self.numbers[id(parameter)]
-                self.partial[number] = _sum(self.partial[number], self._gradient(module, name, x, delta.detach()))
+                gradient = self._gradient(module, name, x, shape[0], delta.detach())
+                self.partial[number] = _sum(self.partial[number], gradient)
                 self.calls[number] -= 1
                 if self.calls[number] == 0:
                     self._emit(number, self.partial[number])
@@ -450,27 +517,62 @@ class _Recorder:
             gradient = gradient.dense()
         self.consume(number, gradient)
 
-    def _gradient(self, module: nn.Module, name: str, x: Any, delta: Tensor) -> Tensor | Factors:
+    def _gradient(self, module: nn.Module, name: str, x: Any, examples: int, delta: Tensor) -> Tensor | Factors:
+        """Return the gradients of a parameter; `examples` are those of the arguments in `x`, where it has several."""
         if type(module) is nn.Embedding:
             return _embedding(module, x, delta)
         if type(module) in (nn.Linear, Conv1D):
             return _linear(module, name, x.to(delta.dtype), delta)
-        inputs, options = x if isinstance(x, tuple) else ((x,), {})
+        (inputs, options), examples = (x, examples) if isinstance(x, tuple) else (((x,), {}), len(x))
         self.replaying = True
         try:
             calls = (
-                ([self._of(b, one) for one in inputs], {key: self._of(b, one) for key, one in options.items()})
-                for b in range(self.examples)
+                ([_of(b, one, examples) for one in inputs], {k: _of(b, one, examples) for k, one in options.items()})
+                for b in range(len(delta))
             )
             parts = [_replay(module, name, *call, delta[b : b + 1]) for b, call in enumerate(calls)]
-            return torch.cat(parts).reshape(self.examples, -1).float()
+            return torch.cat(parts).reshape(len(delta), -1).float()
         finally:
             self.replaying = False
 
-    def _of(self, example: int, argument: Any) -> Any:
-        """Return one example's part of a module's argument."""
-        parted = isinstance(argument, Tensor) and argument.dim() > 1 and len(argument) == self.examples
-        return argument[example : example + 1] if parted else argument
+
+class _ReceiveAll(torch.autograd.Function):
+    """Takes a gradient out of a vectorised backward pass: its rule for that sees the gradients of all prefixes."""
+
+    @staticmethod
+    def forward(delta: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+        raise _NoRule("a gradient that is the same for all prefixes")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, delta: Tensor, receive: Callable[[Tensor], None]) -> tuple[Tensor, None]:
+        rows = delta.movedim(in_dims[0], 0)
+        receive(rows.flatten(0, 1) if rows.dim() > 3 else rows)  # [prefixes, 1, T, …], or [prefixes, T, …]
+        return delta.new_empty(()), None
+
+
+def _receive_all(receive: Callable[[Tensor], None], delta: Tensor) -> None:
+    """Call `receive`, within a vectorised backward pass, with the gradients of all prefixes."""
+    _ReceiveAll.apply(delta, receive)
+
+
+def _some(gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    return tuple(gradient for gradient in gradients if gradient is not None)
+
+
+def _of(example: int, argument: Any, examples: int) -> Any:
+    """Return one example's part of a module's argument, which has one for each of `examples` or is the same for all."""
+    parted = examples > 1 and isinstance(argument, Tensor) and argument.dim() > 1 and len(argument) == examples
+    return argument[example : example + 1] if parted else argument
+
+
+def _turns_by_length(model: nn.Module) -> bool:
+    """Return whether a text's rotary positions depend on its length, so that its prefixes have others."""
+    kinds = " ".join(str(getattr(module, "rope_type", "")) for module in model.modules())
+    return "dynamic" in kinds or "longrope" in kinds
 
 
 def _rules_of(model: nn.Module) -> dict[nn.Module, dict[nn.Parameter, str]]:

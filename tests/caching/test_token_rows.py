@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rapidindex import Index
+from rapidindex.caching.batches import padded_tokens, plan_units
 from rapidindex.caching.build import build
 from rapidindex.caching.estimate import estimate
 from rapidindex.caching.job import prepare
@@ -284,6 +285,19 @@ def test_tokens_of_data_that_was_added_are_asked_for_by_name(data, tmp_path, lla
     assert tokens.without_tokens == [str(second)]
     assert add(tmp_path / "index", str(second)).without_tokens == []
     assert len({id for id, _ in token_rows(tmp_path / "index")[0]}) == 10
+
+
+def test_tokens_of_one_example_are_batched_together_and_single_ones_with_others(data, tmp_path, llama_folders):
+    items = prepare(asked(data, tmp_path / "index", llama_folders)).items
+    tokens = [replace(item, position=at) for item in items for at in range(len(item.encoding.tokens))]
+    batches = [batch for unit in plan_units(tokens, 1024) for batch in unit]
+    assert sorted((t.example.id, t.position) for batch in batches for t in batch) == sorted(
+        (t.example.id, t.position) for t in tokens
+    )
+    assert all(padded_tokens(batch) <= 1024 for batch in batches) and len(batches) < len(tokens) / 3
+    assert sum(len({token.example.id for token in batch}) > 1 for batch in batches) <= 2
+    first = [token for token in tokens if token.position == 0]
+    assert len(plan_units(first, 10_000)[0]) == 1
 
 
 @pytest.mark.parametrize("how", ["", "0", "content,", "content,0", "words", "-3", "3,content"])

@@ -14,7 +14,7 @@ from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.model.model import adopt
 from tests import tiny
-from tests.oracles import autograd, collected, examples
+from tests.oracles import autograd, collected, examples, prefixes
 
 ARCHITECTURES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 MOST_PARAMETERS = 6_000_000
@@ -246,21 +246,24 @@ def _takes(config, key):
 def verdict(model):
     """`batched`, `one by one` or `refused: …`, where every row equals autograd; AssertionError where one does not.
 
-    Two batches, so that layers which the first does not reach are seen.
+    Two batches, so that layers which the first does not reach are seen; then two of prefixes of one text each, of which
+    the second may share a forward pass.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             loaded = adopt(model, tiny.make_tokenizer())
             gradients = PerExampleGradients(loaded.model)
-            for seed, lengths in enumerate(([(3, 4), (9, 2)], [(5, 6), (1, 9), (6, 3)])):
-                ids, weights = examples(lengths, seed)
+            batches = [examples([(3, 4), (9, 2)], 0), examples([(5, 6), (1, 9), (6, 3)], 1), *map(prefixes, (0, 1))]
+            for number, (ids, weights) in enumerate(batches):
                 _, ours = collected(gradients, Batch.of(ids, weights))
                 for row in range(len(ids)):
                     _, parts = autograd(model, ids[row], weights[row])
                     truth = torch.cat([part.to_dense().flatten() for part in parts])
                     error = float((ours[row] - truth).norm() / truth.norm())
-                    assert truth.any() and error <= 1e-4, f"row {row} of batch {seed} is off by {error:.2g}"
+                    limit = 1e-4 if number < 2 else 1e-3  # a single token's gradient may be all but rounding
+                    assert truth.any() and error <= limit, f"row {row} of batch {number} is off by {error:.2g}"
         except ModelError as error:
             return f"refused: {error}"
+    print("prefixes share a forward pass" if gradients.batched and gradients._shares else "every prefix has its own")
     return "batched" if gradients.batched else f"one by one: {gradients.unbatched[0]}"
