@@ -22,6 +22,7 @@ RECIPES = {
     "estimate": {"second_moment": "estimate"},
     "paper": {"normalize": "layer", "second_moment": "none"},
     "kronecker": {"second_moment": "kronecker"},
+    "kronecker 16": {"second_moment": "kronecker", "moment_examples": 16},
     "kfac": {"second_moment": "kfac"},
     "two-sided factored": {"second_moment": "factored"},
     "two-sided kfac": {"second_moment": "kfac"},

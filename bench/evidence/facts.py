@@ -28,9 +28,9 @@ from torch import Tensor
 from bench.common import parser, results_folder, save, write_text
 from bench.evidence import metrics
 from bench.evidence.cached import Replay, compressor_of, example_batches
-from bench.evidence.curvature import of_sample
+from bench.evidence.curvature import KRONECKER, of_sample, scores_of
 from bench.evidence.lds import load_tokenizer
-from bench.evidence.lds_scores import DEFAULT, projected
+from bench.evidence.lds_scores import DEFAULT, projected, scores_of_indexes
 from bench.evidence.measured import of_both_models
 from bench.evidence.representations import representations
 from bench.evidence.retraining import Retrainer, Schedule
@@ -53,7 +53,7 @@ from rapidindex.gradients.curvature import (
     take_inverse_root,
     weight_at,
 )
-from rapidindex.gradients.losses import Batch, Layer, trainable
+from rapidindex.gradients.losses import Batch, Layer, trainable, with_drawn_labels
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.second_moment import correction
 from rapidindex.gradients.sketch import Sketch
@@ -70,7 +70,7 @@ PATCHED += tuple(f"K=65536/shuffles=20/{recipe}/int8" for recipe in ("none/layer
 PATCHED += tuple(f"R=none/{recipe}" for recipe in ("none/none", "none/unit", "estimate/unit"))
 PATCHED += tuple(f"R={which}/{correction}/unit" for which in ("train", "mixed") for correction in ("none", "estimate"))
 """The methods whose rows are put to the test: a step of each of three rates on every row that one of them finds."""
-ORDER = ("text", "full", "trackstar", "rapidin", "kronecker", "representations", "limit", "ekfac")
+ORDER = ("text", "full", "trackstar", "rapidin", "kronecker", "task", "representations", "limit", "ekfac", "product")
 """The methods that are scored, those that take longest last."""
 TOP = 10
 RATES = (0.3, 1.0, 3.0)
@@ -326,7 +326,7 @@ class Facts(Seed):
     @cached_property
     def task_rows(self) -> Replay:
         """The gradients of all facts' third paraphrases, which stand for the task."""
-        return self._gradients("task", [([number], batch) for number, batch in enumerate(self.questions)])
+        return self.gradients_of("task", [([number], batch) for number, batch in enumerate(self.questions)])
 
     @cached_property
     def truth(self) -> np.ndarray:
@@ -407,6 +407,28 @@ def trak(queries: Tensor, rows: Tensor) -> np.ndarray:
     gram = (rows.T @ rows).double() / len(rows)
     gram += PAPERS_DAMPING * gram.diagonal().mean() * torch.eye(len(gram))
     return (torch.linalg.solve(gram, queries.double().T).T @ rows.double().T).float().numpy()
+
+
+# --- curvature of the task, where it costs least ---
+
+
+def task_scores(facts: Facts) -> Scores:
+    """Score whole gradients corrected by `kronecker`, half of whose sample are the task's questions."""
+    drawn, half = facts.drawn_sample, len(facts.drawn_sample) // 2
+    model = facts.job.loaded.model
+    chosen = np.random.default_rng([facts.seed, 10]).permutation(len(facts.questions))[:half]
+    batches = [
+        ([place], with_drawn_labels(model, facts.questions[number], 2**20 * facts.seed + int(number)))
+        for place, number in enumerate(chosen)
+    ]
+    task = facts.gradients_of("task-sample", batches)
+    scores: Scores = {}
+    for name, parts in {"half": (drawn.rows[:half],), "mixed": (drawn.rows[:half], task.rows)}.items():
+        bases = of_sample(Replay(drawn.layers, np.concatenate(parts)))
+        powers = {f"kronecker-{name}": KRONECKER["kronecker"]}
+        found = scores_of(bases, powers, facts.rows, facts.posed, SketchConfig(K, seed=facts.seed), (K,), facts.bars)
+        scores |= {method: values for method, values in found.items() if method.startswith("full/")}
+    return scores
 
 
 # --- what the rows do ---
@@ -557,6 +579,8 @@ def bytes_of(name: str, size: int) -> int:
             if rest.endswith("1bit")
             else length * np.dtype("int8" if "int8" in rest else rest[-7:]).itemsize
         )
+    if kind == "product":
+        return K
     widths = {"random": 0, "bm25": 0, "perfect": 0, "embedding": 384, "repsim": 576, "rept": 1152, "trak": TRAK_K}
     width = R_K if kind.startswith("R=") else widths.get(kind.removesuffix("-response"), size)
     return 4 * width
@@ -592,13 +616,34 @@ def tops(scores: Scores) -> np.ndarray:
 
 
 def measure(facts: Facts, options: argparse.Namespace) -> Path:
-    """Write the figures of all scores that are there, and again after every rate of the tail-patch."""
+    """Write the figures of all scores that are there, and again after every rate of the tail-patch.
+
+    What the file holds of the same queries and model stays; without a method in PATCHED no step is taken.
+    """
     scores, seconds = of_both_models(facts.folder)
     patch = {name: values for name, values in scores.items() if name in PATCHED}
+    wanted = tops(patch) | facts.truth if patch else np.zeros_like(facts.truth)
     scores["perfect"] = facts.truth.astype(np.float32)
-    for changes in patched(facts, tops(patch) | facts.truth):
-        path = save("facts", _figures(facts, scores, seconds, changes), options)
+    before = options.results_folder / "facts.json"
+    earlier = json.loads(before.read_text())["figures"] if before.exists() else {}
+    for changes in patched(facts, wanted):
+        path = save("facts", _added(earlier, _figures(facts, scores, seconds, changes)), options)
     return path
+
+
+SETTING = ("choice", "training", "seed", "rows", "facts", "queries", "right", "relations")
+"""The figures that say what was asked, and of which model."""
+
+
+def _added(earlier: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures and those of `earlier`, which stay, if its queries and its model are the same."""
+    if any(earlier.get(name) != figures[name] for name in SETTING):
+        return figures
+    methods = {row["method"]: row for row in (*figures["methods"], *earlier["methods"])}
+    merged = {name: figures[name] | earlier[name] for name in ("seconds", "notes")}
+    if None in figures["tail_patch_of_right_rows"].values():
+        merged["tail_patch_of_right_rows"] = earlier["tail_patch_of_right_rows"]
+    return figures | merged | {"methods": list(methods.values())}
 
 
 def _figures(facts: Facts, scores: Scores, seconds: dict[str, float], changes: np.ndarray) -> dict[str, Any]:
@@ -622,6 +667,14 @@ def _figures(facts: Facts, scores: Scores, seconds: dict[str, float], changes: n
     }
 
 
+OWN: dict[str, Callable[[Facts], Scores]] = {
+    "trackstar": trackstar_scores,
+    "task": task_scores,
+    "product": scores_of_indexes,
+}
+"""The stages that the other tasks lack, or have otherwise."""
+
+
 def main() -> None:
     options = parse()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -632,8 +685,8 @@ def main() -> None:
         if not facts.asked:
             raise SystemExit("The model has learnt no fact that the base does not know: train it longer (--epochs).")
         for method in options.only:
-            if method == "trackstar":
-                facts.scores(method, lambda: trackstar_scores(facts))
+            if method in OWN:
+                facts.scores(method, lambda make=OWN[method]: make(facts))
             else:
                 STAGES[method](facts)
         bars.say(f"written to {measure(facts, options)}")

@@ -83,12 +83,12 @@ def score(options: argparse.Namespace, bars: Bars) -> None:
         bars.say(f"written to {measure(bank.folder, options)}")
 
 
-def scores_of_indexes(bank: Bank) -> Scores:
+def scores_of_indexes(seed: Seed) -> Scores:
     """Score rows by the product's own indexes, scanned whole."""
-    where = (bank.data, bank.adapter, bank.encoding, bank.queries, bank.folder)
+    where = (seed.data, seed.adapter, seed.encoding, seed.queries, seed.folder)
     recipes = [name for name in RECIPES if name != "paper"]
-    how = {"recipes": recipes, "seed": bank.seed, "most": len(bank.chosen.rows)}
-    found = product_scores(*where, **how, progress=bank.bars)
+    how = {"recipes": recipes, "seed": seed.seed, "most": len(seed.examples)}
+    found = product_scores(*where, **how, progress=seed.bars)
     return {name: scores for name, scores in found.items() if name.endswith("/exact")}
 
 

@@ -25,6 +25,7 @@ from bench.evidence.end_to_end import RECIPES, product_scores
 from bench.evidence.influence import RandomHessians, datainf, limit, lissa
 from bench.evidence.representations import representation_scores
 from bench.evidence.sketched import ROTATED_K, Scores, sketched, uncompressed
+from rapidindex.caching.batches import Item
 from rapidindex.caching.job import Job, prepare
 from rapidindex.caching.moment import moment_sample
 from rapidindex.config import (
@@ -186,7 +187,7 @@ class Seed:
     @cached_property
     def rows(self) -> Replay:
         """The gradients of the examples."""
-        seconds, rows = timed(lambda: self._gradients("rows", example_batches(self.job.items)))
+        seconds, rows = timed(lambda: self.gradients_of("rows", example_batches(self.job.items)))
         self.note("gradients", {"seconds": seconds, "bytes": 4 * rows.rows.shape[1]}, keep=True)
         lengths = self.folder / "lengths.npy"
         if not lengths.exists():
@@ -196,7 +197,7 @@ class Seed:
     @cached_property
     def posed(self) -> Replay:
         """The gradients of the queries: of the mean loss of the chosen tokens."""
-        return self._gradients("queries", [([number], batch) for number, batch in enumerate(self.query_batches)])
+        return self.gradients_of("queries", [([number], batch) for number, batch in enumerate(self.query_batches)])
 
     @cached_property
     def query_batches(self) -> list[Batch]:
@@ -204,24 +205,29 @@ class Seed:
         template = Template(self.sizes.template, self.job.loaded.tokenizer, self.sizes.max_length)
         return [encode_query(query, template) for query in self.queries]
 
-    def _gradients(self, name: str, batches: list[tuple[list[int], Batch]]) -> Replay:
+    def gradients_of(self, name: str, batches: list[tuple[list[int], Batch]]) -> Replay:
+        """The gradients of numbered batches, kept in the folder by name."""
         return Replay(self.job.layers, compute(self.job.gradients, batches, self.folder / f"{name}.f32", self.bars))
 
     @cached_property
     def factors(self) -> torch.Tensor:
         """The correction of `estimate`, from the sample that a build would draw."""
         number = {item.example.id: row for row, item in enumerate(self.job.items)}
-        sample = [numbered([number[item.example.id]]) for item in moment_sample(self.job)]
+        sample = [numbered([number[item.example.id]]) for item in self._sample("estimate")]
         return correction(estimate_second_moment(self.rows, sample))
 
     @cached_property
     def drawn_sample(self) -> Replay:
-        """The gradients of that sample's examples with tokens drawn from the model."""
+        """The gradients of the sample of a build with `kronecker`: its examples, with tokens drawn from the model."""
         batches = [
             (numbers, with_drawn_labels(self.job.loaded.model, batch, 2**20 * self.seed + number))
-            for number, (numbers, batch) in enumerate(example_batches(moment_sample(self.job)))
+            for number, (numbers, batch) in enumerate(example_batches(self._sample("kronecker")))
         ]
-        return self._gradients("sample", batches)
+        return self.gradients_of("sample", batches)
+
+    def _sample(self, second_moment: str) -> list[Item]:
+        request = replace(self.job.request, gradient=GradientConfig(second_moment=second_moment, seed=self.seed))
+        return moment_sample(replace(self.job, request=request))
 
     def note(self, name: str, value: Any, *, keep: bool = False) -> None:
         """Remember a stage's seconds and the like; `keep` leaves the note of an earlier call."""

@@ -168,7 +168,11 @@ def test_the_bench_runs_and_goes_on(tmp_path):
     steps = (tmp_path / "facts" / "patched.npy").read_bytes()
     again = run(tmp_path, "bench.evidence.facts", *options, results=["facts"])["facts"]
     assert again["methods"] == first["methods"] and (tmp_path / "facts" / "patched.npy").read_bytes() == steps
-    assert "quiet" not in json.dumps(first)
+    more = run(tmp_path, "bench.evidence.facts", *options[:2], "--only", "task,product", results=["facts"])["facts"]
+    names = {row["method"] for row in more["methods"]} - set(found)
+    assert {"full/kronecker-mixed/unit", "product/kronecker 16/exact", "product/two-sided kfac/exact"} <= names
+    assert [row for row in more["methods"] if row["method"] in found] == first["methods"]
+    assert "quiet" not in json.dumps(more)
     page = facts_page(first)
     assert "TrackStar" in page and "| RepT, last layer |" in page
 
@@ -176,5 +180,5 @@ def test_the_bench_runs_and_goes_on(tmp_path):
 def test_bytes_are_those_of_the_numbers_kept():
     names = {"K=4096/shuffles=20/none/unit/int8": 4096, "K=4096/shuffles=20/none/unit/1bit": 512, "rept/half": 4608}
     names |= {"K=64/shuffles=20/none/unit/float16": 128, "K=64/shuffles=20/none/unit/float32": 256, "bm25-response": 0}
-    names |= {"full/none/unit": 400, "R=mixed/adam/unit/0.1": 4 * 2**16, "embedding-response": 1536}
+    names |= {"product/kronecker/exact": 65_536, "full/none/unit": 400, "R=mixed/adam/unit/0.1": 4 * 2**16, "embedding-response": 1536}
     assert {name: bytes_of(name, 100) for name in names} == names
