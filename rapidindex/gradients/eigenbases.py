@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rapidindex.errors import ModelError
+from rapidindex.gradients.factors import Factors
 from rapidindex.gradients.losses import Batch, Layer
 
 LEADING = 64
@@ -195,9 +196,7 @@ def estimate_eigenbases(
     P = Σ g gᵀ of a long side is known by Y = P Ω alone, with Ω [side, 128] random by `seed`: its approximation
     Y (Ωᵀ Y)^-1 Yᵀ (Nyström's) has nearly P's leading eigenvectors, in memory that is linear in the side.
     """
-    layers = gradients.layers
-    longest = max((side.length for layer in layers for side in sides_of(layer, kept) if side.kept), default=0)
-    random = torch.randn(longest, _COLUMNS, generator=torch.Generator().manual_seed(seed))
+    layers, random = gradients.layers, random_columns(gradients.layers, seed, kept)
     products: dict[tuple[int, int], Tensor] = {}
 
     def add(number: int, values: Tensor) -> None:
@@ -205,30 +204,68 @@ def estimate_eigenbases(
         g = values[values.isfinite().all(1)].float().view(-1, rows.length, columns.length)
         for key, side, one in (((number, 0), rows, g), ((number, 1), columns, g.transpose(1, 2))):
             if side.kept:
-                product = _times_its_transpose(one, random)
+                product = times_its_transpose(one, random)
                 products[key] = products[key] + product if key in products else product
 
     for batch in batches:
         gradients(batch, add)
     vectors, first = torch.empty(vector_entries(layers, kept)), 0
     for key in sorted(products):
-        columns = _leading(products.pop(key), sides_of(layers[key[0]], kept)[key[1]].kept, random)
+        columns, _ = leading_eigenvectors(products.pop(key), sides_of(layers[key[0]], kept)[key[1]].kept, random)
         vectors[first : first + columns.numel()] = columns.flatten()
         first += columns.numel()
     return vectors
 
 
-def _times_its_transpose(g: Float[Tensor, "n side other"], random: Tensor) -> Float[Tensor, "side columns"]:
-    """Return Σ g gᵀ, or its product with the random columns where these are fewer."""
+def random_columns(layers: Sequence[Layer], seed: int, kept: Kept) -> Float[Tensor, "longest columns"]:
+    """Draw Ω for the longest side with eigenvectors; a shorter one takes its first rows."""
+    longest = max((side.length for layer in layers for side in sides_of(layer, kept) if side.kept), default=0)
+    return torch.randn(longest, _COLUMNS, generator=torch.Generator().manual_seed(seed))
+
+
+def products_of_sides(
+    values: Float[Tensor, "examples size"] | Factors, layer: Layer, kept: Kept, random: Float[Tensor, "longest columns"]
+) -> Float[Tensor, " entries"]:
+    """Return Σ g gᵀ, Σ gᵀ g and Σ ‖g‖² of one layer over the examples, one after the other: `sizes_of_sides`.
+
+    A long side's product comes times Ω; of a side that keeps its axes there is the diagonal.
+    """
+    rows, columns = sides_of(layer, kept)
+    if isinstance(values, Factors) and not (rows.kept and columns.kept and values.smaller):
+        # One example after another: all of them may not fit into memory.
+        dense = (values.example(number).dense() for number in range(len(values)))
+        return sum(products_of_sides(one, layer, kept, random) for one in dense)
+    if isinstance(values, Factors):
+        parts = [times_its_transpose(values, random), times_its_transpose(values, random, transposed=True)]
+        return torch.cat([*(part.flatten() for part in parts), values.lengths().square().sum()[None]])
+    g, parts = values.float().view(-1, rows.length, columns.length), []
+    for side, one in ((rows, g), (columns, g.transpose(1, 2))):
+        parts.append(times_its_transpose(one, random).flatten() if side.kept else one.square().sum((0, 2)))
+    return torch.cat([*parts, g.square().sum()[None]])
+
+
+def sizes_of_sides(layer: Layer, kept: Kept) -> list[int]:
+    """Count the entries of the three parts of `products_of_sides`."""
+    return [side.length * min(side.length, _COLUMNS) ** bool(side.kept) for side in sides_of(layer, kept)] + [1]
+
+
+def times_its_transpose(
+    g: Float[Tensor, "n side other"] | Factors, random: Tensor, *, transposed: bool = False
+) -> Float[Tensor, "side columns"]:
+    """Return Σ g gᵀ, or its product with the random columns where these are fewer; of factors also Σ gᵀ g."""
+    if isinstance(g, Factors):
+        side = g.shape[transposed]
+        columns = (random[:side] if side > _COLUMNS else torch.eye(side)).to(g.pairs[0][1].device)
+        return g.times(g.times(columns, transposed=not transposed), transposed=transposed).sum(0)
     if g.shape[1] <= _COLUMNS:
         return torch.einsum("nij,nkj->ik", g, g)
     return torch.einsum("nij,njk->ik", g, g.transpose(1, 2) @ random[: g.shape[1]].to(g.device))
 
 
-def _leading(
+def leading_eigenvectors(
     product: Float[Tensor, "side columns"], count: int, random: Float[Tensor, "longest columns"]
-) -> Float[Tensor, "side count"]:
-    """Return the leading eigenvectors of Σ g gᵀ from what `_times_its_transpose` sums."""
+) -> tuple[Float[Tensor, "side count"], Float[Tensor, " count"]]:
+    """Return the leading eigenvectors of Σ g gᵀ, and its eigenvalues, from what `times_its_transpose` sums; float64."""
     hint = "Build with --second-moment estimate."
     if not product.isfinite().all():
         raise ModelError("The gradients of the sample are so large that their products overflow.", hint=hint)
@@ -237,6 +274,7 @@ def _leading(
         if len(root) > _COLUMNS:
             values, Q = torch.linalg.eigh(random[: len(root)].double().T @ root)
             root = root @ (Q * torch.where(values > _ROUNDING * values.max(), values, torch.inf).rsqrt())
-        return torch.linalg.svd(root, full_matrices=False).U[:, :count]
+        U, found, _ = torch.linalg.svd(root, full_matrices=False)
+        return U[:, :count], (found.square() if len(root) > _COLUMNS else found)[:count]
     except torch.linalg.LinAlgError as error:
         raise ModelError("The eigenvectors of the sample's gradients cannot be found.", hint=hint) from error

@@ -86,11 +86,32 @@ class Factors:
         )
         return squares.clamp_min(0).sqrt().float()
 
+    def times(self, x: Tensor, *, transposed: bool = False) -> Float[Tensor, "examples m k"]:
+        """Return g x, or gᵀ x, float32, of each example's gradient g; x is [n, k], or [examples, n, k]."""
+        found = 0
+        for left, right in self.pairs:
+            if transposed:
+                found = found + right.float().transpose(1, 2) @ _rows_of(left, x)
+            elif _is_ids(left):
+                values = right.float() @ x
+                places = left.unsqueeze(2).expand_as(values)
+                found = found + values.new_zeros(len(self), self.shape[0], x.shape[-1]).scatter_add_(1, places, values)
+            else:
+                found = found + left.float().transpose(1, 2) @ (right.float() @ x)
+        return found
+
     def projected(
         self, left_of: Callable[[Tensor], Tensor], right_of: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "examples m n"]:
         """Return Σ_t l'_t ⊗ r'_t, float32, where `left_of` and `right_of` give l' and r'."""
         return sum(left_of(left).transpose(1, 2) @ right_of(right) for left, right in self.pairs)
+
+
+def _rows_of(left: Tensor, x: Tensor) -> Tensor:
+    """Return l x for every l, which picks a row of x where it is an id."""
+    if not _is_ids(left):
+        return left.float() @ x
+    return x[left] if x.dim() == 2 else x.gather(1, left.unsqueeze(2).expand(-1, -1, x.shape[2]))
 
 
 def _is_ids(left: Tensor) -> bool:

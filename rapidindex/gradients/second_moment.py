@@ -23,11 +23,15 @@ from rapidindex.gradients.eigenbases import (
     Kept,
     estimate_eigenbases,
     leading,
+    leading_eigenvectors,
     moment_entries,
     moment_sizes,
     of_short,
     product_entries,
+    products_of_sides,
+    random_columns,
     sides_of,
+    sizes_of_sides,
     vector_entries,
     whole,
 )
@@ -164,9 +168,7 @@ class Eigenbasis(Preconditioner):
 
         With the data's own tokens the correction would take out of the gradients what the sample itself taught.
         """
-        batches: list[Batch] = []
-        for batch in track(sample, "draw tokens"):
-            batches.append(with_drawn_labels(gradients.model, batch, seed, first=sum(map(len, batches))))
+        batches = drawn_sample(gradients, sample, seed, track)
         once, layers = _Kept(gradients, batches), gradients.layers
         vectors = estimate_eigenbases(once, track(batches, "eigenvectors"), seed, cls.kept)
         bases = Eigenbases(layers, vectors.to(batches[0].input_ids.device), cls.kept)
@@ -178,6 +180,14 @@ class Eigenbasis(Preconditioner):
         return self.bases.multiply(number, gradients, self._parts[number])
 
 
+def drawn_sample(gradients: PerExampleGradients, sample: Sequence[Batch], seed: int, track: Track) -> list[Batch]:
+    """Return the sample with tokens that the model draws in the loss, the same however it is batched."""
+    batches: list[Batch] = []
+    for batch in track(sample, "draw tokens"):
+        batches.append(with_drawn_labels(gradients.model, batch, seed, first=sum(map(len, batches))))
+    return batches
+
+
 class Kfac(Eigenbasis):
     """Multiplies rows by (G + 2 · its mean eigenvalue)^-½ and columns by (A + 2 · its mean eigenvalue)^-½.
 
@@ -187,6 +197,7 @@ class Kfac(Eigenbasis):
     side keeps its axes.
     """
 
+    sample_passes = 1
     takes_factors = True
     kept = staticmethod(of_short)
 
@@ -211,18 +222,42 @@ class Kfac(Eigenbasis):
             parts.append((C / mean + KFAC_DAMPING).rsqrt() if mean > 0 else torch.ones_like(C))
         return torch.cat(parts)
 
+    @staticmethod
+    def sample_bytes(layers: Sequence[Layer], examples: int) -> int:
+        """Return the bytes of the products that eigenvectors are found from: a batch's, and their sum."""
+        return 2 * 4 * sum(sum(sizes_of_sides(layer, of_short)) for layer in layers)
+
     @classmethod
     def estimate(
         cls, gradients: PerExampleGradients, sample: Sequence[Batch], seed: int, track: Track
     ) -> tuple[Float[Tensor, " entries"], Float[Tensor, " entries"]]:
-        """Return the mean of v over each row's and each column's group, and the eigenvectors, as `Eigenbasis` does."""
-        layers, means = gradients.layers, []
-        v, vectors = super().estimate(gradients, sample, seed, track)
-        for part, layer in zip(v.split(moment_sizes(layers, of_short)), layers, strict=True):
+        """Return the mean of v over each row's and each column's group, and the eigenvectors, of drawn tokens.
+
+        An eigenvalue of a side's product is the sum of v along its eigenvector, so that one pass does.
+        """
+        layers, drawn = gradients.layers, drawn_sample(gradients, sample, seed, track)
+        random, sizes = random_columns(layers, seed, of_short), [sizes_of_sides(layer, of_short) for layer in layers]
+
+        def measure(number: int, values: Tensor | Factors) -> Tensor:
+            return products_of_sides(values, layers[number], of_short, random)
+
+        batches = track(drawn, "second moment")
+        found = mean_over_sample(gradients, batches, measure, [sum(size) for size in sizes], factored=True)
+        means, vectors = [], []
+        for layer, part, size in zip(layers, found.split([sum(size) for size in sizes]), sizes, strict=True):
+            *products, squares = part.split(size)
             rows, columns = sides_of(layer, of_short)
-            table = part.view(rows.groups, columns.groups)
-            means += [table @ columns.counts / columns.length, rows.counts @ table / rows.length]
-        return torch.cat(means), vectors
+            for side, other, product in ((rows, columns.length, products[0]), (columns, rows.length, products[1])):
+                if not side.kept:
+                    means.append(product / other)
+                    continue
+                U, own = leading_eigenvectors(product.view(side.length, -1), side.kept, random)
+                vectors.append(U.flatten().float())
+                means.append(own.float() / other)
+                if side.groups > side.own:
+                    rest = (squares.double() - own.sum()).clamp_min(0)
+                    means.append((rest / (side.length - side.own) / other).float())
+        return torch.cat(means), torch.cat(vectors) if vectors else torch.empty(0)
 
     def apply(self, number: int, gradients: Float[Tensor, "examples n"] | Factors) -> Tensor | Factors:
         """Return the corrected gradients of layer `number`; a tensor is corrected in place."""

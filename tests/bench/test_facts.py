@@ -180,5 +180,10 @@ def test_the_bench_runs_and_goes_on(tmp_path):
 def test_bytes_are_those_of_the_numbers_kept():
     names = {"K=4096/shuffles=20/none/unit/int8": 4096, "K=4096/shuffles=20/none/unit/1bit": 512, "rept/half": 4608}
     names |= {"K=64/shuffles=20/none/unit/float16": 128, "K=64/shuffles=20/none/unit/float32": 256, "bm25-response": 0}
-    names |= {"product/kronecker/exact": 65_536, "full/none/unit": 400, "R=mixed/adam/unit/0.1": 4 * 2**16, "embedding-response": 1536}
+    names |= {
+        "product/kronecker/exact": 65_536,
+        "full/none/unit": 400,
+        "R=mixed/adam/unit/0.1": 4 * 2**16,
+        "embedding-response": 1536,
+    }
     assert {name: bytes_of(name, 100) for name in names} == names

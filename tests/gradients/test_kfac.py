@@ -7,7 +7,7 @@ import torch
 from rapidindex.config import SketchConfig
 from rapidindex.gradients import eigenbases
 from rapidindex.gradients.factors import Factors
-from rapidindex.gradients.losses import Batch, trainable, with_drawn_labels
+from rapidindex.gradients.losses import Batch, Layer, trainable, with_drawn_labels
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor, projection_of
 from rapidindex.gradients.second_moment import Kfac
@@ -122,6 +122,28 @@ def test_heat_maps_average_to_the_uncompressed_influence(way, projection, sides)
     whole = [literal(model, *one, pairs, "unit", compressor.sketch)[0] for one in zip(ids, weights, strict=True)]
     for row, scores in enumerate(shares(TokenScores(model), compressor, direction, everything, norms)):
         assert float(scores.mean()) == pytest.approx(float(whole[0] @ whole[row]), abs=1e-4)
+
+
+@pytest.mark.parametrize("longest", [30, 16_384])
+@pytest.mark.parametrize("columns", [5, 1000], ids=["sketched", "whole"])
+def test_products_of_factors_are_those_of_the_gradients(longest, columns, monkeypatch):
+    monkeypatch.setattr(eigenbases, "_LONGEST_SHORT", longest)
+    monkeypatch.setattr(eigenbases, "_COLUMNS", columns)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 50, (3, 2), generator=draw), torch.randn(3, 2, 20, generator=draw)
+    head = torch.randn(3, 4, 50, generator=draw), torch.randn(3, 4, 20, generator=draw)
+    factors, layer = Factors((50, 20), [ids, head]), Layer("w", 0, 1000, (50, 20))
+    assert factors.smaller
+    for transposed, x in ((False, torch.randn(20, 7, generator=draw)), (True, torch.randn(3, 50, 7, generator=draw))):
+        g = factors.dense().view(3, 50, 20)
+        truth = (g.mT if transposed else g) @ x
+        torch.testing.assert_close(factors.times(x, transposed=transposed), truth, rtol=1e-4, atol=1e-4)
+    random = eigenbases.random_columns([layer], 0, eigenbases.of_short)
+    ours, truth = (
+        eigenbases.products_of_sides(one, layer, eigenbases.of_short, random) for one in (factors, factors.dense())
+    )
+    assert len(ours) == sum(eigenbases.sizes_of_sides(layer, eigenbases.of_short))
+    torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4 * float(truth.abs().max()))
 
 
 @pytest.mark.parametrize("longest", [30, 16_384])
