@@ -1,25 +1,28 @@
 """How well does a distilled encoder rank examples as their gradients do, and what does it cost?
 
-Takes an index of gradients. Encoders are distilled into WORK, one for each number of anchors and seed; what is there is
-not made again. Every ranking is compared with that of the stored rows, on anchors and a pool that no encoder of that
-seed was trained on; candidates are looked for among all rows, because that is how a first stage is used.
+Takes an index of gradients. Every ranking is compared with that of the stored rows, on anchors and a pool that nothing
+of that seed has learnt from; candidates are looked for among all rows, because that is how a first stage is used. What
+a text is read as (embeddings, hidden states) is computed once and kept in WORK. `--carry-over` takes indexes of other
+texts, made with the same model, adapter and second moment.
 """
 
 import argparse
-import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bench.common import parser, save, timed
-from rapidindex.caching.batches import Item, as_batch
+from rapidindex.caching.batches import Item, as_batch, plan_batches
 from rapidindex.config import DistillConfig, EncoderConfig
 from rapidindex.data.examples import Example
-from rapidindex.encoder.blocks import Part, Text, agreement, bm25_scores, read_parts, targets
-from rapidindex.encoder.distill import distill
+from rapidindex.encoder.distill import choose_head, distill
 from rapidindex.encoder.embed import Encoder
+from rapidindex.encoder.head import coordinates
+from rapidindex.encoder.parts import Part, Text, agreement, bm25_scores, read_parts, targets
 from rapidindex.progress import Bars
 from rapidindex.query.index import Index
 from rapidindex.search.vector_index import fold
@@ -27,23 +30,29 @@ from rapidindex.store import Rows
 
 FOLDS = (256, 1024, 4096)
 CANDIDATES = (50, 200)
+BEST = 10
 TIMED = 16
 """Examples whose gradients are computed to see how long one takes."""
+CARRIED = 100
+"""Anchors of an index that nothing was learnt from."""
+DEPTHS = {"quarter": 0.25, "half": 0.5, "three quarters": 0.75, "last": 1.0}
+HALVES = ("whole", "response")
+Scores = dict[str, np.ndarray]
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
+    options.work.mkdir(parents=True, exist_ok=True)
     index = Index.open(options.index, device="cpu")
     rows = index.rows_of("sentence")
-    runs = [tuple(map(int, run.split(":"))) for run in options.runs.split(",")]
-    figures: dict[str, Any] = {"examples": len(rows), "runs": [], "ranks": {}}
-    for anchors, seed in runs:
-        figures["runs"].append(_distilled(options, anchors, seed))
+    figures: dict[str, Any] = {"examples": len(rows), "distilled": _distilled(options, *options.runs[0]), "ranks": {}}
+    read = Read(options, index, rows)
+    figures["seconds"] = read.seconds
+    for seed in sorted({seed for _, seed in options.runs}):
+        figures["ranks"][seed] = _ranks(read, seed, [count for count, other in options.runs if other == seed])
         save("influcoder", figures, options)
-    for seed in sorted({seed for _, seed in runs}):
-        figures["ranks"][seed] = _ranks(options, rows, seed)
-        save("influcoder", figures, options)
-    figures["candidates"] = [_recall(options, rows, anchors, seed) for anchors, seed in runs]
+    folder = _folder(options, *options.runs[0])
+    figures["carry_over"] = {path.name: _carried(options, path, folder) for path in options.carry_over}
     figures["cost"] = _cost(options, index, rows)
     print(save("influcoder", figures, options))
 
@@ -51,14 +60,15 @@ def main(arguments: list[str] | None = None) -> None:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     it = parser(__doc__)
     it.add_argument("--index", type=Path, required=True, help="an index of gradients")
-    it.add_argument("--encoder", default=EncoderConfig.model, help="what is trained")
-    it.add_argument("--runs", default="125:0,125:1,125:2,250:0,500:0", help="anchors:seed of each distillation")
-    it.add_argument("--epochs", type=int, default=3)
+    it.add_argument("--encoder", default=EncoderConfig.model, help="what reads texts")
+    runs = "2000:0,1000:0,500:0,125:0,2000:1,1000:1,2000:2,1000:2"
+    it.add_argument("--runs", type=_runs, default=_runs(runs), help="anchors:seed of each head; the first is distilled")
+    it.add_argument("--carry-over", type=Path, nargs="*", default=[], help="indexes of other texts")
     return it.parse_args(arguments)
 
 
-def _config(options: argparse.Namespace, anchors: int, seed: int) -> DistillConfig:
-    return DistillConfig(anchors=anchors, seed=seed, epochs=options.epochs)
+def _runs(text: str) -> list[tuple[int, int]]:
+    return [(int(anchors), int(seed)) for anchors, seed in (run.split(":") for run in text.split(","))]
 
 
 def _folder(options: argparse.Namespace, anchors: int, seed: int) -> Path:
@@ -66,84 +76,185 @@ def _folder(options: argparse.Namespace, anchors: int, seed: int) -> Path:
 
 
 def _distilled(options: argparse.Namespace, anchors: int, seed: int) -> dict[str, Any]:
-    config, encoder = _config(options, anchors, seed), EncoderConfig(options.encoder, "cpu")
+    """Distil once as a user does, for the time that it takes."""
+    config, encoder = DistillConfig(anchors=anchors, seed=seed), EncoderConfig(options.encoder, "cpu")
     with Bars() as bars:
         summary = distill(options.index, _folder(options, anchors, seed), config, encoder=encoder, progress=bars)
     kept = replace(summary, output=_folder(options, anchors, seed).name, index="", encoder=Path(summary.encoder).name)
-    return {"anchors": anchors, "seed": seed, **asdict(kept)}
+    return {"seed": seed, **asdict(kept)}
 
 
-def _ranks(options: argparse.Namespace, rows: Rows, seed: int) -> dict[str, Any]:
-    """Compare rankings that need no distillation with the gradients', on the held-out part of a seed."""
-    part = read_parts(rows, (), _config(options, 8, seed))["held out"]
-    responses = Part(*[[replace(t, prompt="") for t in texts] for texts in (part.anchors, part.pool)], part.targets)
-    found = {"BM25": bm25_scores(part), "BM25, responses": bm25_scores(responses)}
-    found["length of the response"] = np.tile([len(text.response) for text in part.pool], (len(part.anchors), 1))
-    found |= _text_scores(part)
-    ours, theirs = (rows.take([text.number for text in texts]) for texts in (part.anchors, part.pool))
-    found |= {f"RapidGrads, K = {K:,}": fold(ours, K) @ fold(theirs, K).T for K in FOLDS}
-    sizes = {"anchors": len(part.anchors), "pool": len(part.pool)}
+class Read:
+    """The texts of an index, and what each is read as, in the order of the rows."""
+
+    def __init__(self, options: argparse.Namespace, index: Index, rows: Rows) -> None:
+        self.index, self.rows = index, rows
+        self.texts = [_text(rows, row) for row in range(len(rows))]
+        self.encoder = Encoder.load(EncoderConfig(options.encoder, "cpu"))
+        self.encodings = [self.encoder.encode_text(text.prompt, text.response) for text in self.texts]
+        self.seconds: dict[str, float] = {}
+        features = self._kept(options, "features", lambda: {"rows": self.encoder.features(self.encodings).numpy()})
+        self.features = torch.from_numpy(features["rows"])
+        self.untrained = self._kept(options, "untrained", lambda: {"rows": self.encoder.embed(self.encodings)})["rows"]
+        self.states = self._kept(options, "states", self._states)
+        self.stored = rows.take(range(len(rows)))
+
+    def _kept(self, options: argparse.Namespace, name: str, compute: Callable[[], Scores]) -> Scores:
+        """Return what lies in WORK by this name, with the seconds that it took; compute it where it is missing."""
+        file = options.work / f"{name}.npz"
+        if not file.exists():
+            seconds, found = timed(compute)
+            np.savez(options.work / f"{name}.part.npz", seconds=np.array(seconds), **found)
+            (options.work / f"{name}.part.npz").rename(file)
+        with np.load(file) as kept:
+            self.seconds[name] = float(kept["seconds"])
+            return {key: kept[key] for key in kept.files if key != "seconds"}
+
+    def _states(self) -> Scores:
+        """Return the language model's mean hidden states over each whole text and over its response, by depth.
+
+        In bfloat16: only their cosines and a regression are asked of them.
+        """
+        model = self.index.loaded.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        decoder = getattr(base, base.base_model_prefix)
+        examples = [self.index.template.encode(_example(self.rows, row)) for row in range(len(self.rows))]
+        items = [Item(Example("", "", "", {}, row, ()), encoding) for row, encoding in enumerate(examples)]
+        found: Scores = {}
+        for batch in plan_batches(items, 2048):
+            padded, numbers = as_batch(batch, "cpu"), [item.example.line for item in batch]
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                states = decoder(
+                    input_ids=padded.input_ids, attention_mask=padded.attention, output_hidden_states=True
+                ).hidden_states
+            for depth, share in DEPTHS.items():
+                state = states[round(share * (len(states) - 1))].float()
+                for part, mask in zip(HALVES, (padded.attention, padded.weights != 0), strict=True):
+                    mean = (state * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+                    kept = found.setdefault(f"{depth} {part}", np.zeros((len(items), mean.shape[1]), np.float32))
+                    kept[numbers] = mean.numpy()
+        return found
+
+
+def _ranks(read: Read, seed: int, anchors: Sequence[int]) -> dict[str, Any]:
+    """Compare rankings with the gradients', on the held-out part of a seed; candidates are all rows."""
+    parts = read_parts(read.rows, (), DistillConfig(anchors=max(anchors), seed=seed))
+    part = parts["held out"]
+    ours, pool = ([text.number for text in texts] for texts in (part.anchors, part.pool))
+    truth = read.stored[ours] @ read.stored.T
+    rankings = {name: found[ours] @ found.T for name, found in _learnt(read, parts, anchors).items()}
+    rankings |= {name: found[ours] @ found.T for name, found in _unlearnt(read).items()}
+    rankings |= _by_words(part.anchors, read.texts)
+    rankings["length of the response"] = np.tile([float(len(text.response)) for text in read.texts], (len(ours), 1))
+    for scores in (truth, *rankings.values()):
+        scores[np.arange(len(ours)), ours] = -np.inf
+    sizes = {"anchors": len(part.anchors), "pool": len(part.pool), "rows": len(read.texts)}
+    return sizes | {
+        name: {**asdict(agreement(scores[:, pool], part)), "candidates": _recall(scores, truth)}
+        for name, scores in rankings.items()
+    }
+
+
+def _learnt(read: Read, parts: dict[str, Part], anchors: Sequence[int]) -> Scores:
+    """Return what heads make of the rows' features, and where the gradients themselves lie in few directions."""
+    states = {depth: [torch.from_numpy(read.states[f"{depth} {part}"]) for part in HALVES] for depth in DEPTHS}
+    width = (read.features.shape[1] - 2) // 2
+    first, second, lengths = read.features.split([width, width, 2], dim=1)
+    found = {f"distilled, {count:,} anchors": _head(parts, read.features, count) for count in anchors}
+    most = max(anchors)
+    found["a head on lengths alone"] = _head(parts, lengths, most)
+    for depth in ("half", "last"):
+        found[f"a head on hidden states, {depth}"] = _head(parts, torch.cat([*states[depth], lengths], 1), most)
+    whole, response = states["half"]
+    both = torch.cat([first, whole, second, response, lengths], 1)
+    found["a head on embeddings and hidden states, half"] = _head(parts, both, most)
+    landmarks = [text.number for text in parts["train"].anchors]
+    exact = coordinates(read.stored[landmarks] @ read.stored.T, landmarks).astype(np.float32)
+    return found | {f"gradients along {width} directions": exact[:, :width] for width in (32, 128)}
+
+
+def _head(parts: dict[str, Part], features: torch.Tensor, anchors: int) -> np.ndarray:
+    """Return the rows that the head of so many anchors makes of features [rows, features]."""
+    train = parts["train"]
+    fewer = Part(train.anchors[:anchors], train.pool, train.targets[:anchors])
+    head, _ = choose_head(
+        {**parts, "train": fewer}, lambda texts: features[torch.tensor([text.number for text in texts])]
+    )
+    return head(features).numpy()
+
+
+def _unlearnt(read: Read) -> Scores:
+    """Return vectors that learn nothing: untrained embeddings, hidden states (RepSim), RapidGrads of fewer bytes."""
+    found = {"untrained encoder": read.untrained}
+    for depth in DEPTHS:
+        state = read.states[f"{depth} whole"]
+        found[f"RepSim, {depth}"] = state / np.linalg.norm(state, axis=1, keepdims=True)
+    return found | {f"RapidGrads, K = {K:,}": fold(read.stored, K) for K in FOLDS}
+
+
+def _by_words(anchors: Sequence[Text], texts: Sequence[Text]) -> Scores:
+    """Return the scores of BM25 and TF-IDF."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    part = Part(list(anchors), list(texts), np.empty((0, 0), np.float32))
+    responses = Part(*[[replace(t, prompt="") for t in some] for some in (anchors, texts)], part.targets)
+    written = [[f"{text.prompt}\n{text.response}" for text in some] for some in (anchors, texts)]
+    tfidf = TfidfVectorizer(sublinear_tf=True).fit(written[1])
+    asked, pool = map(tfidf.transform, written)
+    found = {"BM25": bm25_scores(part), "BM25, responses": bm25_scores(responses), "TF-IDF": (asked @ pool.T).toarray()}
+    return {name: np.asarray(scores, np.float32) for name, scores in found.items()}
+
+
+def _recall(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Return the share of the ten best by full gradients that are among so many candidates."""
+    best = np.argsort(-truth, axis=1)[:, :BEST]
+    ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
+    inside = np.take_along_axis(ranks, best, 1)
+    return {str(count): float((inside < count).mean()) for count in CANDIDATES}
+
+
+def _carried(options: argparse.Namespace, path: Path, folder: Path) -> dict[str, Any]:
+    """Compare rankings with the gradients' on an index of other texts."""
+    rows = Index.open(path, device="cpu").rows_of("sentence")
+    texts = [_text(rows, row) for row in range(len(rows))]
+    anchors = sorted(texts, key=lambda text: text.share(0))[:CARRIED]
+    part = Part(anchors, texts, targets(rows, anchors, texts))
+    found = {"BM25": bm25_scores(part)}
+    for name, place in (("untrained encoder", options.encoder), ("distilled", str(folder))):
+        encoder = Encoder.load(EncoderConfig(place, "cpu"))
+        vectors = encoder.embed([encoder.encode_text(text.prompt, text.response) for text in texts])
+        found[name] = vectors[[text.number for text in anchors]] @ vectors.T
+    ours = rows.take([text.number for text in anchors])
+    found |= {f"RapidGrads, K = {K:,}": fold(ours, K) @ fold(rows.take(range(len(rows))), K).T for K in FOLDS}
+    sizes = {"anchors": len(anchors), "pool": len(texts)}
     return sizes | {name: asdict(agreement(np.asarray(scores), part)) for name, scores in found.items()}
 
 
-def _text_scores(part: Part) -> dict[str, np.ndarray]:
-    """TF-IDF, and static embeddings of words."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    anchors, pool = ([f"{text.prompt}\n{text.response}" for text in texts] for texts in (part.anchors, part.pool))
-    tfidf = TfidfVectorizer(sublinear_tf=True).fit(pool)
-    found = {"TF-IDF": (tfidf.transform(anchors) @ tfidf.transform(pool).T).toarray()}
-    try:
-        import wordllama
-
-        model = wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
-        found["wordllama"] = model.embed(anchors, norm=True) @ model.embed(pool, norm=True).T
-    except (ImportError, OSError, ValueError) as error:
-        print(f"wordllama is left out: {error}")
-    return found
-
-
-def _recall(options: argparse.Namespace, rows: Rows, anchors: int, seed: int) -> dict[str, Any]:
-    """Return the share of the ten best of all rows, by full gradients, that are among an encoder's candidates."""
-    held_out = read_parts(rows, (), _config(options, anchors, seed))["held out"].anchors
-    everything = [_text(rows, row) for row in range(len(rows))]
-    truth = np.nan_to_num(targets(rows, held_out, everything), nan=-np.inf)
-    best = np.argsort(-truth, axis=1)[:, :10]
-    found = {"anchors": anchors, "seed": seed, "rows": len(rows), "questions": len(held_out)}
-    for name, place in (("untrained", options.encoder), ("distilled", str(_folder(options, anchors, seed)))):
-        encoder = Encoder.load(EncoderConfig(place, "cpu"))
-        asked = encoder.embed([encoder.encode_text(text.prompt, text.response, anchor=True) for text in held_out])
-        scores = asked @ encoder.embed([encoder.encode_text(text.prompt, text.response) for text in everything]).T
-        scores[np.isinf(truth)] = -np.inf
-        ranks = np.argsort(np.argsort(-scores, axis=1), axis=1)
-        inside = np.take_along_axis(ranks, best, 1)
-        found[name] = {str(count): float((inside < count).mean()) for count in CANDIDATES}
-    return found
-
-
 def _text(rows: Rows, row: int) -> Text:
-    example = Example.from_record(rows.record(int(rows.example[row])))
+    example = _example(rows, row)
     return Text(example.prompt, example.response, row)
+
+
+def _example(rows: Rows, row: int) -> Example:
+    return Example.from_record(rows.record(int(rows.example[row])))
 
 
 def _cost(options: argparse.Namespace, index: Index, rows: Rows) -> dict[str, Any]:
     """Time a few examples one after the other by both ways, in one run, and count the bytes of a row."""
     chosen = np.linspace(0, len(rows) - 1, TIMED).astype(int)
-    examples = [Example.from_record(rows.record(int(rows.example[row]))) for row in chosen]
-    encoder = Encoder.load(EncoderConfig(options.encoder, "cpu"))
+    examples = [_example(rows, row) for row in chosen]
+    anchors, seed = options.runs[0]
+    encoder = Encoder.load(EncoderConfig(str(_folder(options, anchors, seed)), "cpu"))
     compressor = index.compressor_of("sentence")
     items = [Item(example, index.template.encode(example)) for example in examples]
     compressor(as_batch(items[:1], "cpu"))  # compares with autograd, once
     encoder.embed([encoder.encode(examples[0])])
     gradient = timed(lambda: [compressor(as_batch([item], "cpu")) for item in items])[0] / TIMED
     embedding = timed(lambda: [encoder.embed([encoder.encode(example)]) for example in examples])[0] / TIMED
-    started = time.perf_counter()
-    encoder.encode_text("What is yoga?", "It comes from India.", anchor=True)
     return {
         "examples": TIMED,
         "gradient_seconds": gradient,
         "embedding_seconds": embedding,
-        "tokenize_seconds": time.perf_counter() - started,
         "gradient_bytes": rows.row_bytes,
         "embedding_bytes": encoder.width,
         "embedding_reads": encoder.max_length,

@@ -1,6 +1,8 @@
 """All tables and plots of bench/results, from the JSON there alone.
 
-    python -m bench.render [evidence] [retrieval] [caching] [lds] [facts] [verify] [retrained] [--results FOLDER]
+    python -m bench.render [PART …] [--results FOLDER]
+
+Parts: evidence, retrieval, caching, lds, facts, verify, retrained, influcoder.
 
 All but `caching` write Markdown (and SVG) beside their JSON; `caching` prints the tables of caching and of token rows.
 Plots need matplotlib. The same JSON gives the same files, byte for byte.
@@ -28,9 +30,7 @@ WAYS = ("proponents", "opponents")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "parts", nargs="*", metavar="PART", help="evidence, retrieval, caching, lds, facts, verify or retrained"
-    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON is, and where the files go")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
@@ -1059,6 +1059,32 @@ def _taken_out(name: str, rows: int) -> str:
     return f"{rows} at random, draw {number}" if number else f"{rows} by {TRIED[method].replace('*', '')}"
 
 
+def influcoder_page(figures: Figures) -> str:
+    """Return how encoders, and rankings beside them, agree with the gradients'."""
+    ranks = figures["ranks"]
+    sizes = next(iter(ranks.values()))
+    names = dict.fromkeys(name for found in ranks.values() for name, one in found.items() if isinstance(one, dict))
+    ways = ("per_anchor", "aggregated", *(("candidates", count) for count in ("50", "200")))
+    body = [[name, *(_by_seed(ranks, name, way) for way in ways)] for name in names]
+    head = ["ranking", "per anchor", "all pairs", *(f"best ten among {way[1]}" for way in ways[2:])]
+    parts = [
+        f"# {figures['examples']:,} examples; {sizes['anchors']} held-out anchors × {sizes['pool']} examples; "
+        f"seeds {', '.join(ranks)}\n",
+        markdown(head, body) + "\n",
+    ]
+    for index, found in figures["carry_over"].items():
+        measured = {name: one for name, one in found.items() if isinstance(one, dict)}
+        rows = [[name, *(f"{one[way]:.3f}" for way in ways[:2])] for name, one in measured.items()]
+        title = f"## {index}: {found['anchors']} anchors × {found['pool']} examples\n"
+        parts += [title, markdown(head[:3], rows) + "\n"]
+    return "\n".join(parts)
+
+
+def _by_seed(ranks: Figures, name: str, way: str | tuple[str, str]) -> str:
+    found = [one[name] for one in ranks.values() if name in one]
+    return " ".join(f"{one[way] if isinstance(way, str) else one[way[0]][way[1]]:.3f}" for one in found)
+
+
 def render_page(name: str, page: Callable[[Figures], str], folder: Path) -> None:
     """Write NAME.md, which `page` returns, from NAME.json."""
     write(folder / f"{name}.md", page(read(folder, name)[name]["figures"]))
@@ -1071,6 +1097,7 @@ PARTS = {
     "lds": partial(render_page, "lds", lds_page),
     "facts": partial(render_page, "facts", facts_page),
     "verify": partial(render_page, "verify", verify_page),
+    "influcoder": partial(render_page, "influcoder", influcoder_page),
     "retrained": partial(render_page, "verify_retrained", retrained_page),
 }
 

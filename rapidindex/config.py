@@ -102,42 +102,20 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How an encoder learns the ranking of an index (Influcoder; its ablation has α = 1 best and steadiest)."""
+    """How an encoder learns the ranking of an index."""
 
-    anchors: int = 1000
-    """Examples that others are ranked for, at most; 0 for the questions of a file alone."""
+    anchors: int = 2000
+    """Examples that all others are compared with, at most; 0 for the questions of a file alone."""
     pool: int = 20_000
-    """Examples that are ranked, at most."""
-    epochs: int = 10
-    """Times that each anchor is trained on."""
-    alpha: float = 1.0
-    """Share of 1 - Pearson in the loss; the rest is the KL divergence of the rows' softmax at `temperature`."""
-    temperature: float = 0.05
-    """The softmax's τ."""
-    hard: float = 0.25
-    """Share of a block's candidates that are among the best for one of its anchors."""
-    block_anchors: int = 8
-    """Anchors of a block, which is a training step."""
-    block_candidates: int = 16
-    """Candidates of a block, each compared with all of its anchors."""
-    learning_rate: float = 5e-5
-    """AdamW's peak, reached after the warm-up, from where it falls linearly to 0."""
-    warmup_ratio: float = 0.1
-    """Share of the steps over which the learning rate rises."""
+    """Examples to learn from, at most."""
     held_out: float = 0.2
-    """Share of the examples that the figures are measured on; half as many choose the epoch. Neither is trained on."""
+    """Share of the examples that the figures are measured on; half as many choose the head. Neither is learnt from."""
     seed: int = 0
-    """Draws the split, the blocks and the order."""
+    """Draws the split."""
 
     def __post_init__(self) -> None:
         _at_least("--anchors", self.anchors, 0)
-        _at_least("--pool", self.pool, 2 * self.block_candidates)
-        _at_least("--epochs", self.epochs, 1)
-        for flag, share in (("--alpha", self.alpha), ("--hard", self.hard)):
-            if not 0 <= share <= 1:
-                raise UsageError(f"{flag} must lie between 0 and 1, not at {share}.")
-        if not 0 < self.learning_rate < 1:
-            raise UsageError(f"--learning-rate must lie between 0 and 1, not at {self.learning_rate}.")
+        _at_least("--pool", self.pool, 32)
         if not 0.05 <= self.held_out <= 0.5:
             raise UsageError(f"--held-out must lie between 0.05 and 0.5, not at {self.held_out}.")
         _seed(self.seed, 32)

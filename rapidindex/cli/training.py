@@ -107,30 +107,23 @@ def distill(
         Path, opt.in_output("--output", "-o", **opt.PATH, help="Folder for the encoder.", show_default=False)
     ],
     encoder: Annotated[
-        str, opt.in_model(**opt.PLACE, help="What is trained: a model of sentence-transformers, by folder or hub name.")
+        str,
+        opt.in_model(**opt.PLACE, help="What reads texts: a model of sentence-transformers, by folder or hub name."),
     ] = EncoderConfig.model,
     anchors: Annotated[
-        int, opt.in_data(help="Examples that others are ranked for, at most; 0: questions alone.")
+        int, opt.in_data(help="Examples that all others are compared with, at most; 0: questions alone.")
     ] = DistillConfig.anchors,
-    pool: Annotated[int, opt.in_data(help="Examples that are ranked, at most.")] = DistillConfig.pool,
+    pool: Annotated[int, opt.in_data(help="Examples to learn from, at most.")] = DistillConfig.pool,
     queries: Annotated[
         Path | None,
         opt.in_data(
             **opt.PATH, help="JSONL of questions, as query takes it: further anchors, each of which costs a gradient."
         ),
     ] = None,
-    epochs: Annotated[int, opt.in_training(help="Times that each anchor is trained on.")] = DistillConfig.epochs,
-    alpha: Annotated[
-        float, opt.in_training(help="Share of 1 - Pearson in the loss; the rest is KL.")
-    ] = DistillConfig.alpha,
-    hard: Annotated[
-        float, opt.in_training(help="Share of candidates among the best for an anchor.")
-    ] = DistillConfig.hard,
-    learning_rate: Annotated[float, opt.in_training(help="Peak of the learning rate.")] = DistillConfig.learning_rate,
     held_out: Annotated[
         float, opt.in_data(help="Share of the examples that the figures are measured on.")
     ] = DistillConfig.held_out,
-    seed: Annotated[int, opt.in_training(help="Draws the split and the blocks.")] = DistillConfig.seed,
+    seed: Annotated[int, opt.in_data(help="Draws the split.")] = DistillConfig.seed,
     model: opt.MovedModel = None,
     adapter: opt.MovedAdapter = None,
     device: opt.Device = ModelConfig.device,
@@ -138,14 +131,10 @@ def distill(
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Train an encoder to rank texts as the index's gradients do. Given again, it goes on where it stopped."""
+    """Teach an encoder to rank texts as the index's gradients do. No gradient is computed again."""
     options = DistillConfig(
         anchors=anchors,
         pool=pool,
-        epochs=epochs,
-        alpha=alpha,
-        hard=hard,
-        learning_rate=learning_rate,
         held_out=held_out,
         seed=seed,
     )

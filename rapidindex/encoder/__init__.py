@@ -1,7 +1,7 @@
-"""Influcoder: a small encoder that ranks texts as their gradients do (Influcoder, arXiv 2606.13668).
+"""Influcoder: a small encoder that ranks texts as their gradients do, after arXiv 2606.13668.
 
-embed     a distilled encoder: texts become embeddings of unit length, and how the rows of its index were made
-blocks    the split of an index's examples, the exact targets, and the blocks of anchors and candidates
-training  the loss, and sentence-transformers' trainer with it
-distill   options, the output folder, resuming, the figures on the held-out part
+embed     a distilled encoder: texts become embeddings, and how the rows of its index were made
+parts     the split of an index's examples, and the exact targets
+head      the targets' leading coordinates, and the ridge regression that finds them from an encoder's hidden states
+distill   options, the output folder, the figures on the held-out part
 """

@@ -1,26 +1,31 @@
-"""Distil the ranking of an index of gradients into an encoder (Influcoder, arXiv 2606.13668).
+"""Distil the ranking of an index of gradients into an encoder, after Influcoder (arXiv 2606.13668).
 
-Nothing is computed with the language model: the targets are inner products of stored rows. The folder of the encoder:
+Nothing is computed with the language model: the targets are inner products of stored rows. The paper trains the
+encoder's model; here a head learns in seconds, and ranks better (docs/influcoder.md). The folder of the encoder:
 
 rapidindex-encoder.json   the settings; written again as the very last file, with the figures, when it is finished
-checkpoints/              the trainer's own, until then: an interrupted run goes on from the last one
 gradients/                the recipe and the second moment of the index, for true gradients of what the encoder finds
+head.safetensors          the head
 README.md                 the card
 *                         the model, as sentence-transformers saves it
 """
 
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float32
+from torch import Tensor
+
 from rapidindex.config import DistillConfig, EncoderConfig, fingerprint
-from rapidindex.encoder.blocks import Agreement, Part, Text, agreement, bm25_scores, read_parts
-from rapidindex.encoder.embed import PREFIX, RECORD, Encoder, copy_recipe
+from rapidindex.data.templates import Encoding
+from rapidindex.encoder.embed import RECORD, Encoder, copy_recipe
+from rapidindex.encoder.head import Head, fit
+from rapidindex.encoder.parts import Agreement, Part, Text, agreement, bm25_scores, read_parts
 from rapidindex.errors import UsageError
-from rapidindex.model.files import CHECKPOINTS
 from rapidindex.model.outputs import Output, check_room
 from rapidindex.progress import Progress, silent
 from rapidindex.store import GRADIENTS, Store
@@ -36,29 +41,27 @@ class DistillSummary:
     index: str
     index_id: str
     encoder: str
-    """The model that was trained."""
+    """The model that texts are read by."""
     width: int
     examples: int
     """Examples in the index."""
     anchors: dict[str, int]
-    """Anchors of each part: those trained on, those that choose the epoch, and those that are held out."""
+    """Anchors of each part: those learnt from, those that choose the head, and those that are held out."""
     pool: dict[str, int]
-    """Examples that are ranked for them."""
+    """Texts that are compared with them."""
     questions: int
     """Questions of a file among the anchors."""
     truncated: int
-    """Texts that are longer than the encoder reads; their response was kept, and their prompt cut."""
+    """Texts whose prompt or response is longer than the encoder reads, and was cut."""
     per_anchor: dict[str, float]
     """Mean Spearman over the held-out anchors with the gradients' ranking of the held-out pool: `distilled`,
     `untrained` and `bm25`."""
     aggregated: dict[str, float]
     """Spearman over all of their pairs together."""
-    epoch_spearman: list[float]
-    """Per anchor, on the part that chooses, after each epoch."""
-    best_epoch: int
+    chosen_spearman: float
+    """Per anchor, on the part that chooses, of the head that was chosen."""
     seconds: float
     """Time of this call."""
-    resumed_at: int | None = None
     already_there: bool = False
 
 
@@ -72,11 +75,11 @@ def distill(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> DistillSummary:
-    """Train `encoder` to rank the examples of `index` as their gradients do, and write it to the folder `output`.
+    """Teach `encoder` to rank the examples of `index` as their gradients do, and write it to the folder `output`.
 
     `questions` are anchors beside the examples, each with its RapidGrad. Raises UsageError for an index that holds too
     few examples or whose rows are embeddings, StoreError for one without rows of whole examples, ConfigMismatch where
-    `output` was made with other settings, and ModelError or ResourceError for an encoder that cannot be trained.
+    `output` was made with other settings, and ModelError for an encoder that cannot be loaded.
     """
     started = time.perf_counter()
     options, config, output = options or DistillConfig(), encoder or EncoderConfig(), Path(output).absolute()
@@ -99,11 +102,11 @@ def distill(
     with _OUTPUT.locked(output):
         record = _OUTPUT.open(output, settings, overwrite)
         if record and record.get("summary"):
-            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
             return replace(DistillSummary(**record["summary"]), output=str(output), already_there=True)
         _check_disk(output, loaded)
         copy_recipe(store, output / GRADIENTS)
-        found = _train(loaded, parts, options, output, progress)
+        found = _learn(loaded, parts, progress)
+        loaded.save(output)
         summary = DistillSummary(
             output=str(output),
             index=str(store.path.absolute()),
@@ -119,33 +122,48 @@ def distill(
         )
         (output / "README.md").write_text(_card(summary, store, options), encoding="utf-8")
         _OUTPUT.write(output, {"settings": settings, "summary": asdict(summary)})
-        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return summary
 
 
-def _train(
-    encoder: Encoder, parts: dict[str, Part], options: DistillConfig, output: Path, progress: Progress
-) -> dict[str, Any]:
-    """Train, save the model, and measure it on the held-out part beside the untrained one and BM25."""
-    from rapidindex.model.loading import quiet_libraries
-
-    with quiet_libraries():
-        from rapidindex.encoder.training import Measure, train
-
-        held_out = parts["held out"]
-        measure = Measure(encoder, held_out)
-        figures = {
-            "untrained": agreement(measure.scores(), held_out),
-            "bm25": agreement(bm25_scores(held_out), held_out),
-        }
-        trained = train(encoder, parts, options, output, progress)
-        figures = {"distilled": agreement(measure.scores(), held_out), **figures}
-        encoder.model.prompts = {"query": PREFIX, "document": ""}
-        encoder.model.save_pretrained(str(output), create_model_card=False)
-    texts = {text.number: text for part in parts.values() for text in part.pool}
-    cut = sum(encoder.encode_text(text.prompt, text.response).truncated for text in texts.values())
+def _learn(encoder: Encoder, parts: dict[str, Part], progress: Progress) -> dict[str, Any]:
+    """Give the encoder its head, and measure it on the held-out part beside the untrained encoder and BM25."""
+    held_out = parts["held out"]
+    encoder.head = None
+    figures = {
+        "untrained": agreement(_scores(encoder, held_out), held_out),
+        "bm25": agreement(bm25_scores(held_out), held_out),
+    }
+    head, spearman = choose_head(parts, lambda texts: encoder.features(_encodings(encoder, texts), progress).cpu())
+    encoder.head = head.to(encoder.device)
+    figures = {"distilled": agreement(_scores(encoder, held_out), held_out), **figures}
     by_name = {field: _of(figures, field) for field in ("per_anchor", "aggregated")}
-    return {"truncated": cut, **by_name, **trained}
+    texts = {id(text): text for part in parts.values() for text in part.pool}
+    cut = sum(encoding.truncated for encoding in _encodings(encoder, list(texts.values())))
+    return {"truncated": cut, **by_name, "chosen_spearman": spearman}
+
+
+def choose_head(
+    parts: dict[str, Part], features: Callable[[Sequence[Text]], Float32[Tensor, "texts features"]]
+) -> tuple[Head, float]:
+    """Fit heads to the part that is learnt from; return the best on the part that chooses, and its Spearman there."""
+    train, choose = parts["train"], parts["choose"]
+    anchors, pool = features(choose.anchors), features(choose.pool)
+
+    def quality(head: Head) -> float:
+        return agreement((head(anchors) @ head(pool).T).numpy(), choose).per_anchor
+
+    place = {id(text): number for number, text in enumerate(train.pool)}
+    return fit(train.targets, features(train.pool), [place[id(text)] for text in train.anchors], quality)
+
+
+def _scores(encoder: Encoder, part: Part) -> np.ndarray:
+    """Return the inner products of the embeddings of anchors and pool, float32 [anchors, pool]."""
+    anchors, pool = (encoder.embed(_encodings(encoder, texts)) for texts in (part.anchors, part.pool))
+    return anchors @ pool.T
+
+
+def _encodings(encoder: Encoder, texts: Sequence[Text]) -> list[Encoding]:
+    return [encoder.encode_text(text.prompt, text.response) for text in texts]
 
 
 def _of(figures: dict[str, Agreement], field: str) -> dict[str, float]:
@@ -153,9 +171,9 @@ def _of(figures: dict[str, Agreement], field: str) -> dict[str, float]:
 
 
 def _check_disk(output: Path, encoder: Encoder) -> None:
-    """Raise ResourceError unless two checkpoints (weights and Adam's two moments) and the model fit into `output`."""
+    """Raise ResourceError unless the model and its head fit into `output`."""
     size = sum(value.numel() * value.element_size() for value in encoder.model.parameters())
-    check_room(output, 7 * size, "Distilling")
+    check_room(output, 2 * size, "Distilling")
 
 
 def _card(summary: DistillSummary, store: Store, options: DistillConfig) -> str:
@@ -177,15 +195,14 @@ Two texts' embeddings have a large inner product where the gradients of a langua
 {store.config["model"]["path"]} with the adapter {store.config["adapter"]["path"]}, second moment
 {gradient["second_moment"]}, normalize {gradient["normalize"]}.
 
-A question (its prompt and answer) comes after the prefix "{PREFIX}"; a training example has none.
+The model is that of {summary.encoder}, unchanged. `head.safetensors` turns its embeddings of a prompt and of a response
+into one; `rapidindex build --encoder` applies both, sentence-transformers the model alone.
 
 | part | anchors | pool |
 |---|---|---|
 {parts}
 
-Loss: {options.alpha} (1 - Pearson) + {1 - options.alpha:g} KL at {options.temperature}; blocks of
-{options.block_anchors} anchors and {options.block_candidates} candidates, {options.hard:.0%} of them hard; AdamW
-{options.learning_rate:g}; epoch {summary.best_epoch} of {options.epochs}; seed {options.seed}.
+Seed {options.seed}; Spearman's correlation of the head on the part that chose it: {summary.chosen_spearman:.3f}.
 
 Spearman's correlation with the ranking by gradients, on held-out anchors and a held-out pool:
 

@@ -1,12 +1,13 @@
 """A distilled encoder: texts become embeddings whose inner products rank examples as their gradients do.
 
-An encoder is a folder of sentence-transformers. Beside the model lies `gradients/`, an index without rows: the recipe
-and the second moment by which true gradients are compared with the encoder's answers. Knows no rows of other indexes.
+An encoder is a folder of sentence-transformers with a head beside the model, and `gradients/`, an index without rows:
+the recipe and the second moment by which true gradients are compared with the encoder's answers. Knows no rows of other
+indexes.
 """
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,28 +15,33 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rapidindex.config import EncoderConfig, fingerprint
 from rapidindex.data.examples import Example
 from rapidindex.data.templates import Encoding
+from rapidindex.encoder.head import HEAD, Head
 from rapidindex.errors import ModelError, NotAnIndex, UsageError
 from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.rapidgrad import RapidGrads
 from rapidindex.model.files import content_digest
 from rapidindex.model.loading import quiet_libraries
 from rapidindex.model.model import resolve_device
+from rapidindex.progress import Progress, silent
 from rapidindex.recipe import Recipe
 from rapidindex.store import GRADIENTS, Store
 
-PREFIX = "Find the training examples that influence this answer: "
-"""Stands before the text of an anchor or a question, and before no candidate."""
 BATCH_TOKENS = 4096
 """Padded tokens of texts that are embedded together."""
-_NOT_WEIGHTS = ("README.md", "checkpoints", GRADIENTS)
+_NOT_WEIGHTS = ("README.md", GRADIENTS)
 
 
 class Encoder:
-    """An encoder in memory. To the caching stage it stands for a model and its gradients, and has no layers."""
+    """An encoder in memory. To the caching stage it stands for a model and its gradients, and has no layers.
+
+    Without a head it is the untrained one: its embedding is the model's own, of length 1.
+    """
 
     layers: Sequence[Any] = ()
     batched = True
@@ -43,9 +49,10 @@ class Encoder:
     def __init__(self, model: Any, config: EncoderConfig, device: torch.device) -> None:
         self.model, self.config, self.device = model.eval(), config, device
         self.tokenizer = model.tokenizer
-        self.width: int = model.get_embedding_dimension()
+        self.head: Head | None = None
         self.max_length = min(model.max_seq_length or 512, 8192)
         self._left, self._right = _special_tokens(self.tokenizer)
+        self._specials = len(self._left) + len(self._right)
 
     @classmethod
     def load(cls, config: EncoderConfig) -> "Encoder":
@@ -57,8 +64,20 @@ class Encoder:
             path = find_encoder(config.model)
             model = SentenceTransformer(path, device=str(device), local_files_only=Path(path).exists())
             if getattr(model.tokenizer, "is_fast", False) and hasattr(model[0], "auto_model"):
-                return cls(model, config, device)
+                encoder = cls(model, config, device)
+                encoder.head = Head.load(Path(path), device)
+                if encoder.head is None and (Path(path) / RECORD).exists():
+                    raise ModelError(
+                        f"{config.model} was distilled by an earlier version, or not to the end: it has no {HEAD}.",
+                        hint="Distil it anew: rapidindex distill INDEX -o ENCODER --overwrite",
+                    )
+                return encoder
         raise ModelError(f"{config.model} is no transformer with a fast tokenizer.", hint="Take another --encoder.")
+
+    @property
+    def width(self) -> int:
+        """The number of entries of an embedding."""
+        return self.head.weights.shape[1] if self.head else self.model.get_embedding_dimension()
 
     @property
     def path(self) -> str:
@@ -92,26 +111,29 @@ class Encoder:
         chosen = [name for name in names if name.parts[0] not in (*_NOT_WEIGHTS, RECORD)]
         return fingerprint({str(name): content_digest(folder / name) for name in chosen})
 
+    def save(self, folder: Path) -> None:
+        """Write the model and the head."""
+        with quiet_libraries():
+            self.model.save_pretrained(str(folder), create_model_card=False)
+        if self.head:
+            self.head.save(folder)
+
     def encode(self, example: Example) -> Encoding:
         """Return the token ids of an example's text, as `Template.encode` does: see `encode_text`."""
         return self.encode_text(example.prompt, example.response)
 
-    def encode_text(self, prompt: str, response: str, *, anchor: bool = False) -> Encoding:
-        """Return the token ids of prompt and response; of an `anchor` or question, with the prefix before them.
+    def encode_text(self, prompt: str, response: str) -> Encoding:
+        """Return the token ids of prompt and response, each by itself between the tokenizer's special tokens.
 
-        Where they are longer than the encoder reads, the response is kept and the prompt is cut at its end; a response
-        that is too long by itself is cut too.
+        Each is cut where it is longer than the encoder reads. The special tokens are not in `response_mask`.
         """
-        head = self._ids(PREFIX) if anchor else []
-        room = max(0, self.max_length - len(self._left) - len(self._right) - len(head))
+        room = max(0, self.max_length - self._specials)
         before, after = self._ids(prompt), self._ids(response)
-        kept = after[:room]
-        body = [*head, *before[: room - len(kept)], *kept]
-        ids = np.array([*self._left, *body, *self._right], np.int32)
+        head = [*self._left, *before[:room], *self._right, *self._left]
+        ids = np.array([*head, *after[:room], *self._right], np.int32)
         mask = np.zeros(len(ids), bool)
-        end = len(ids) - len(self._right)
-        mask[end - len(kept) : end] = True
-        return Encoding(ids, mask, [], len(before) + len(after) > room, len(before), response)
+        mask[len(head) : len(ids) - len(self._right)] = True
+        return Encoding(ids, mask, [], max(len(before), len(after)) > room, len(before), response)
 
     def check_whole(self, example: Example) -> None:
         """Accept every example, as a template does that can write it."""
@@ -125,22 +147,63 @@ class Encoder:
         return "the encoder's tokenizer leaves nothing of its response"
 
     def __call__(self, batch: Batch) -> RapidGrads:
-        """Return the embeddings of a batch as rows of unit length, float32 [examples, width]; there are no norms."""
+        """Return the embeddings of a batch as rows, float32 [examples, width]; there are no norms."""
         with torch.inference_mode():
-            rows = embeddings(self.model, batch.input_ids, batch.attention)
+            rows = self.head(self._features(batch)) if self.head else self._untrained(batch)
         return RapidGrads(rows, rows.new_zeros(len(rows), 0), rows.new_zeros(len(rows)))
 
     def rows(self, encodings: Sequence[Encoding]) -> RapidGrads:
         """Return the embeddings of a few texts, in one batch."""
-        ids = [encoding.input_ids for encoding in encodings]
-        return self(Batch.of(ids, [np.zeros(len(one)) for one in ids], self.device))
+        return self(self._batch(encodings))
 
     def embed(self, encodings: Sequence[Encoding]) -> Float32[np.ndarray, "texts width"]:
         """Return the embeddings of texts in their order."""
-        rows = np.empty((len(encodings), self.width), np.float32)
-        for chosen in _batches([len(encoding.input_ids) for encoding in encodings]):
-            rows[chosen] = self.rows([encodings[number] for number in chosen]).rows.cpu().numpy()
-        return rows
+        return self._in_batches(encodings, lambda batch: self(batch).rows, silent).cpu().numpy()
+
+    def features(self, encodings: Sequence[Encoding], progress: Progress = silent) -> Float32[Tensor, "texts features"]:
+        """Return what a head is given of texts, in their order: see `head`."""
+        return self._in_batches(encodings, self._features, progress)
+
+    def _in_batches(
+        self, encodings: Sequence[Encoding], compute: Callable[[Batch], Tensor], progress: Progress
+    ) -> Tensor:
+        numbers, found = [], []
+        with torch.inference_mode():
+            for chosen in _batches([len(encoding.input_ids) for encoding in encodings]):
+                found.append(compute(self._batch([encodings[number] for number in chosen])))
+                numbers += chosen
+                progress("embed texts", len(numbers), len(encodings))
+        return torch.cat(found)[torch.tensor(numbers).argsort()]
+
+    def _batch(self, encodings: Sequence[Encoding]) -> Batch:
+        ids = [encoding.input_ids for encoding in encodings]
+        return Batch.of(ids, [encoding.response_mask for encoding in encodings], self.device)
+
+    def _features(self, batch: Batch) -> Tensor:
+        texts = self._halves(batch)
+        lengths = [torch.tensor([len(ids) - self._specials for ids in half], device=self.device) for half in texts]
+        return torch.cat([*map(self._read, texts), torch.stack(lengths, 1).float().log1p()], 1)
+
+    def _untrained(self, batch: Batch) -> Tensor:
+        """Return the model's own embeddings of prompt and response together, of length 1."""
+        prompts, responses = self._halves(batch)
+        ends = [len(ids) - len(self._right) for ids in prompts]
+        both = [torch.cat([a[:end], b[len(self._left) :]]) for a, b, end in zip(prompts, responses, ends, strict=True)]
+        return torch.nn.functional.normalize(self._read([ids[: self.max_length] for ids in both]), dim=1)
+
+    def _halves(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the token ids of the prompts and of the responses, with their special tokens."""
+        ends = batch.attention.sum(1).tolist()
+        lengths = ((batch.weights != 0).sum(1) + self._specials).tolist()
+        rows = list(zip(batch.input_ids, ends, lengths, strict=True))
+        return [ids[: end - length] for ids, end, length in rows], [
+            ids[end - length : end] for ids, end, length in rows
+        ]
+
+    def _read(self, texts: list[Tensor]) -> Tensor:
+        """Return the model's own embeddings, float32 [texts, width]."""
+        ids, attention = (pad_sequence(one, True) for one in (texts, [torch.ones_like(text) for text in texts]))
+        return self.model({"input_ids": ids, "attention_mask": attention})["sentence_embedding"].float()
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
@@ -148,12 +211,6 @@ class Encoder:
 
 RECORD = "rapidindex-encoder.json"
 """The settings of `distill`, and when it is finished its figures."""
-
-
-def embeddings(model: Any, input_ids: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-    """Return the embeddings of a padded batch, scaled to length 1, float32 [examples, width]."""
-    output = model({"input_ids": input_ids, "attention_mask": attention})["sentence_embedding"]
-    return torch.nn.functional.normalize(output.float(), dim=1)
 
 
 def find_encoder(name: str) -> str:

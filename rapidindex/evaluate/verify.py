@@ -17,7 +17,7 @@ import numpy as np
 
 from rapidindex.caching.batches import batches_of
 from rapidindex.config import QueryOptions, VerifyOptions
-from rapidindex.encoder.blocks import correlation
+from rapidindex.encoder.parts import correlation
 from rapidindex.errors import DataError, UsageError
 from rapidindex.evaluate.controls import Pool
 from rapidindex.evaluate.retrain import Announce, Training, read

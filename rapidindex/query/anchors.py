@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from rapidindex.config import DistillConfig, EncoderConfig, QueryOptions
-from rapidindex.encoder.blocks import Text
 from rapidindex.encoder.distill import DistillSummary
 from rapidindex.encoder.distill import distill as distill_index
+from rapidindex.encoder.parts import Text
 from rapidindex.errors import DataError, QueryError, UsageError
 from rapidindex.progress import Progress, silent
 from rapidindex.query.encode import EncodedQuery

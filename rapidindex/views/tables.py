@@ -57,11 +57,10 @@ def distill_tables(summary: Any) -> Tables:
     lines = {
         "encoder": f"{summary.encoder}, {summary.width} entries a row",
         "anchors × pool": "; ".join(parts),
-        "best epoch": f"{summary.best_epoch} of {len(summary.epoch_spearman)}",
         "time": "done before" if summary.already_there else f"{summary.seconds:.0f} s",
     }
     if summary.truncated:
-        lines["truncated"] = f"{summary.truncated:,} texts: their response was kept, and their prompt cut"
+        lines["truncated"] = f"{summary.truncated:,} texts: their prompt or response is longer than the encoder reads"
     lines["next"] = shlex.join(["rapidindex", "build", "DATA", "--encoder", summary.output, "-o", "INDEX2"])
     ranks = {
         name: f"{value:.3f} per anchor, {summary.aggregated[name]:.3f} aggregated"

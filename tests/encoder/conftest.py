@@ -11,7 +11,7 @@ from rapidindex.encoder.distill import distill
 from rapidindex.model.loading import quiet_libraries
 from tests import tiny
 
-OPTIONS = DistillConfig(epochs=4, learning_rate=3e-3)
+OPTIONS = DistillConfig()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Distilling: the loss, resuming, the folder, and what is refused."""
+"""Distilling: the embeddings, the folder, and what is refused."""
 
 import json
 import shutil
@@ -6,53 +6,57 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 from rapidindex.caching.build import build
 from rapidindex.config import BuildRequest, DistillConfig, EncoderConfig, ModelConfig, SketchConfig
-from rapidindex.encoder.blocks import read_parts
 from rapidindex.encoder.distill import distill
-from rapidindex.encoder.embed import PREFIX, Encoder, copy_recipe
-from rapidindex.encoder.training import Measure, block_loss
+from rapidindex.encoder.embed import Encoder, copy_recipe
+from rapidindex.encoder.parts import agreement, read_parts
 from rapidindex.errors import ConfigMismatch, ModelError, UsageError
 from rapidindex.store import Store, check
 from tests.encoder.conftest import OPTIONS
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_the_loss_is_pearson_and_kl_written_out(alpha):
-    rng = np.random.default_rng(0)
-    scores, targets = rng.normal(size=(2, 8, 16))
-    pearson = scipy.stats.pearsonr(scores.ravel(), targets.ravel()).statistic
-    p, q = (scipy.special.softmax(x / 0.05, axis=1) for x in (targets, scores))
-    expected = alpha * (1 - pearson) + (1 - alpha) * scipy.stats.entropy(p, q, axis=1).mean()
-    loss = block_loss(torch.tensor(scores), torch.tensor(targets), DistillConfig(alpha=alpha))
-    assert float(loss) == pytest.approx(expected)
-
-
-def test_training_brings_the_encoder_nearer_to_the_gradients_ranking(distilled, gradient_index, plain_encoder):
+def test_the_encoder_ranks_what_it_has_learnt_nearer_to_the_gradients(distilled, gradient_index, plain_encoder):
     part = read_parts(Store.open(gradient_index).rows("sentence"), (), OPTIONS)["train"]
-    before, after = (Encoder.load(EncoderConfig(str(path), "cpu")) for path in (plain_encoder, distilled.output))
-    untrained, trained = (Measure(encoder, part)()["spearman"] for encoder in (before, after))
-    assert trained > untrained + 0.1
+    np.fill_diagonal(part.targets, np.nan)
+    found = []
+    for path in (plain_encoder, distilled.output):
+        encoder = Encoder.load(EncoderConfig(str(path), "cpu"))
+        rows = encoder.embed([encoder.encode_text(text.prompt, text.response) for text in part.pool])
+        found.append(agreement(rows @ rows.T, part).per_anchor)
+    assert found[1] > found[0] + 0.1
 
 
-def test_the_summary_counts_the_parts_and_names_the_best_epoch(distilled):
+def test_the_summary_counts_the_parts(distilled):
     assert distilled.anchors == {"train": 84, "choose": 12, "held out": 24} == distilled.pool
-    assert len(distilled.epoch_spearman) == 4
-    assert distilled.epoch_spearman[distilled.best_epoch - 1] == max(distilled.epoch_spearman)
+    assert distilled.truncated == 0 and set(distilled.per_anchor) == {"distilled", "untrained", "bm25"}
 
 
-def test_the_encoder_is_an_ordinary_folder_of_sentence_transformers(distilled):
+def test_an_embedding_is_the_head_of_the_models_embeddings_of_prompt_and_response(distilled):
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(distilled.output, device="cpu")
+    model = SentenceTransformer(distilled.output, device="cpu")  # the folder is one of its own
     encoder = Encoder.load(EncoderConfig(distilled.output, "cpu"))
-    ours = encoder.embed([encoder.encode_text("Say tea", "tea is nice", anchor=True)])[0]
-    theirs = model.encode_query("Say tea tea is nice", normalize_embeddings=True)
-    assert model.prompts["query"] == PREFIX and ours @ theirs == pytest.approx(1, abs=1e-5)
-    assert np.linalg.norm(ours) == pytest.approx(1, abs=1e-5)
+    texts = [("Say tea", "tea is nice"), ("Say", "yoga sun and rice is nice")]
+    ours = encoder.embed([encoder.encode_text(*text) for text in texts])
+    for row, text in zip(ours, texts, strict=True):
+        lengths = np.log1p([len(model.tokenizer(half, add_special_tokens=False)["input_ids"]) for half in text])
+        features = np.concatenate([*model.encode(list(text)), lengths]).astype(np.float32)
+        np.testing.assert_allclose(row, encoder.head(torch.from_numpy(features)[None])[0], atol=1e-4)
+    assert ours.shape == (2, encoder.width)
+
+
+def test_without_a_head_an_embedding_is_that_of_the_whole_text(plain_encoder):
+    from sentence_transformers import SentenceTransformer
+
+    model, encoder = (
+        SentenceTransformer(str(plain_encoder), device="cpu"),
+        Encoder.load(EncoderConfig(str(plain_encoder), "cpu")),
+    )
+    ours = encoder.embed([encoder.encode_text("Say tea", "tea is nice")])[0]
+    np.testing.assert_allclose(ours, model.encode("Say tea tea is nice", normalize_embeddings=True), atol=1e-5)
 
 
 def test_the_card_says_where_the_encoder_comes_from(distilled, gradient_index):
@@ -62,37 +66,40 @@ def test_the_card_says_where_the_encoder_comes_from(distilled, gradient_index):
     assert f"| distilled | {distilled.per_anchor['distilled']:.3f} |" in card and "| bm25 |" in card
 
 
-def test_an_interrupted_distillation_goes_on_to_the_same_encoder(distilled, gradient_index, plain_encoder, tmp_path):
+def test_a_distillation_that_was_stopped_begins_again_and_a_finished_one_is_kept(
+    distilled, gradient_index, plain_encoder, tmp_path
+):
     class Stopped(Exception):
         pass
 
     def stop(stage, done, total, note=""):
-        if stage == "distil" and done == total - 2:
+        if stage == "embed texts" and total > 60:
             raise Stopped
 
     config, output = EncoderConfig(str(plain_encoder), "cpu"), tmp_path / "encoder"
     with pytest.raises(Stopped):
         distill(gradient_index, output, OPTIONS, encoder=config, progress=stop)
-    resumed = distill(gradient_index, output, OPTIONS, encoder=config)
-    assert resumed.resumed_at == 33
-    assert resumed.epoch_spearman == pytest.approx(distilled.epoch_spearman, abs=1e-4)
-    assert not (output / "checkpoints").exists()
+    whole = distill(gradient_index, output, OPTIONS, encoder=config)
+    assert whole.per_anchor == pytest.approx(distilled.per_anchor, abs=1e-6)
     again = distill(gradient_index, output, OPTIONS, encoder=config)
-    assert again.already_there and replace(again, already_there=False) == resumed
-    with pytest.raises(ConfigMismatch, match="epochs 4, now 5"):
-        distill(gradient_index, output, replace(OPTIONS, epochs=5), encoder=config)
+    assert again.already_there and replace(again, already_there=False) == whole
+    with pytest.raises(ConfigMismatch, match="seed 0, now 5"):
+        distill(gradient_index, output, replace(OPTIONS, seed=5), encoder=config)
+    (output / "head.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no head\.safetensors"):
+        Encoder.load(EncoderConfig(str(output), "cpu"))
 
 
-def test_where_a_text_is_too_long_the_response_is_kept(plain_encoder):
+def test_a_prompt_and_a_response_are_cut_each_by_itself(plain_encoder):
     encoder = Encoder.load(EncoderConfig(str(plain_encoder), "cpu"))
     assert encoder.max_length == 48
     short = encoder.encode_text("tea", "rice")
-    assert not short.truncated and encoder.tokenizer.decode(short.input_ids) == "[CLS] tea rice [SEP]"
+    assert not short.truncated and encoder.tokenizer.decode(short.input_ids) == "[CLS] tea [SEP] [CLS] rice [SEP]"
+    assert encoder.tokenizer.decode(short.input_ids[short.response_mask]) == "rice"
     cut = encoder.encode_text("tea " * 60, "rice " * 5)
     text = encoder.tokenizer.decode(cut.input_ids)
-    assert cut.truncated and len(cut.input_ids) == 48 and text.count("rice") == 5 == cut.response_mask.sum()
-    longer = encoder.encode_text("tea " * 60, "rice " * 60, anchor=True)
-    assert len(longer.input_ids) == 48 and "tea" not in encoder.tokenizer.decode(longer.input_ids)
+    assert cut.truncated and text.count("tea") == 46 and text.count("rice") == 5 == cut.response_mask.sum()
+    assert encoder.encode_text("tea", "rice " * 60).truncated and not encoder.encode_text("tea", "").response_mask.any()
 
 
 def test_what_cannot_be_distilled_is_refused(embedded, gradient_index, tmp_path, plain_encoder, llama_folders):
@@ -105,8 +112,8 @@ def test_what_cannot_be_distilled_is_refused(embedded, gradient_index, tmp_path,
     (tmp_path / "c" / "mine.txt").write_text("precious")
     with pytest.raises(UsageError, match="distill did not write it"):
         distill(gradient_index, tmp_path / "c", encoder=config)
-    with pytest.raises(UsageError, match="--alpha must lie between 0 and 1"):
-        DistillConfig(alpha=2)
+    with pytest.raises(UsageError, match="--held-out must lie between"):
+        DistillConfig(held_out=2)
 
 
 def test_an_encoder_keeps_the_row_and_column_means_of_its_index(many, tmp_path, llama_folders):
@@ -126,7 +133,7 @@ def test_questions_of_a_file_are_anchors(gradient_index, plain_encoder, tmp_path
     found = with_questions(
         gradient_index,
         tmp_path / "encoder",
-        DistillConfig(anchors=0, epochs=1),
+        DistillConfig(anchors=0),
         str(plain_encoder),
         tmp_path / "asked.jsonl",
         device="cpu",

@@ -70,7 +70,7 @@ def test_the_first_stage_ranks_by_embeddings_and_loads_no_model(embedded, many, 
     result = Index.open(embedded, device="cpu").query(PROMPT, answer=ANSWER, k=7)
     examples = read_examples(many).examples
     rows = encoder.embed([encoder.encode(example) for example in examples])
-    asked = encoder.embed([encoder.encode_text(PROMPT, ANSWER, anchor=True)])[0]
+    asked = encoder.embed([encoder.encode_text(PROMPT, ANSWER)])[0]
     scores = {example.id: score for example, score in zip(examples, rows @ asked, strict=True)}
     assert [match.score for match in result.matches] == pytest.approx(sorted(scores.values())[:-8:-1], abs=0.01)
     assert all(match.exact_score is None for match in result.matches)

@@ -1,4 +1,4 @@
-"""What an encoder learns from: the split of an index's examples, the exact targets, and blocks of texts.
+"""What an encoder learns from: the split of an index's examples, and the exact targets.
 
 A target is the inner product of two stored rows: the influence that an index of gradients would report. A text lies in
 one part, whatever the ids of the examples that hold it, so that no part has a text of another.
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32
 
 from rapidindex.config import DistillConfig
 from rapidindex.data.bm25 import BM25
@@ -18,13 +18,13 @@ from rapidindex.errors import UsageError
 from rapidindex.store import Rows
 
 PARTS = ("train", "choose", "held out")
-"""What is trained on, what chooses the epoch, and what the figures are measured on."""
+"""What is learnt from, what chooses among the heads, and what the figures are measured on."""
 LEAST = 100
 """Examples that an index must hold: fewer leave parts of a few texts."""
 _MEASURED = {"choose": (50, 300), "held out": (100, 1000)}
 """Anchors and pool of a part that is measured, at most."""
-_BEST = 50
-"""A hard candidate is among so many best for an anchor."""
+_LEAST_ANCHORS = 8
+"""Anchors to learn from, at least."""
 _GROUP = 64
 """Rows that are read, and anchors that are compared with them, at a time."""
 
@@ -48,12 +48,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Part:
-    """Anchors, and the pool that is ranked for each of them."""
+    """Anchors, and the pool that is ranked for each of them, or learnt from with them as landmarks."""
 
     anchors: list[Text]
     pool: list[Text]
     targets: Float32[np.ndarray, "anchors pool"]
-    """Inner products of the stored rows; NaN where an anchor is itself the candidate."""
+    """Inner products of the stored rows; in parts that are measured, NaN where an anchor is itself the candidate."""
 
 
 @dataclass(frozen=True)
@@ -104,55 +104,41 @@ def _ends(options: DistillConfig) -> tuple[float, float]:
 def _part(rows: Rows, texts: list[Text], asked: list[Text], name: str, options: DistillConfig) -> Part:
     most_anchors, most_pool = _MEASURED.get(name, (options.anchors, options.pool))
     anchors = [*texts[: most_anchors if options.anchors else 0], *asked]
-    least = options.block_anchors if name == "train" else 1
+    least = _LEAST_ANCHORS if name == "train" else 1
     if len(anchors) < least:
         raise UsageError(
             f"{len(anchors)} anchors are left in the part {name!r}, and {least} are needed.",
             hint="Give more questions, or --anchors.",
         )
     pool = texts[:most_pool]
+    if name == "train":
+        pool = [*pool, *asked]
+        return Part(anchors, pool, products(rows, anchors, pool))
     return Part(anchors, pool, targets(rows, anchors, pool))
 
 
 def targets(rows: Rows, anchors: Sequence[Text], pool: Sequence[Text]) -> Float32[np.ndarray, "anchors pool"]:
     """Return the inner products of the rows of anchors and pool; NaN where both are the same row."""
-    products = np.empty((len(anchors), len(pool)), np.float32)
-    for first in range(0, len(anchors), _GROUP * 4):
-        queries = np.stack([_row(rows, anchor) for anchor in anchors[first : first + _GROUP * 4]])
-        for start in range(0, len(pool), _GROUP):
-            block = rows.take([text.number for text in pool[start : start + _GROUP]])
-            products[first : first + len(queries), start : start + len(block)] = queries @ block.T
+    found = products(rows, anchors, pool)
     same = np.array([a.number for a in anchors])[:, None] == np.array([text.number for text in pool])[None]
-    products[same] = np.nan
-    return products
+    found[same] = np.nan
+    return found
 
 
-def _row(rows: Rows, anchor: Text) -> Float32[np.ndarray, " K"]:
-    return rows.take([anchor.number])[0] if anchor.row is None else anchor.row
+def products(rows: Rows, anchors: Sequence[Text], pool: Sequence[Text]) -> Float32[np.ndarray, "anchors pool"]:
+    """Return the inner products of the rows of anchors and pool."""
+    found = np.empty((len(anchors), len(pool)), np.float32)
+    for first in range(0, len(anchors), _GROUP * 4):
+        queries = _rows(rows, anchors[first : first + _GROUP * 4])
+        for start in range(0, len(pool), _GROUP):
+            block = _rows(rows, pool[start : start + _GROUP])
+            found[first : first + len(queries), start : start + len(block)] = queries @ block.T
+    return found
 
 
-def draw_blocks(
-    part: Part, options: DistillConfig
-) -> tuple[Int64[np.ndarray, "blocks anchors"], Int64[np.ndarray, "blocks candidates"]]:
-    """Draw the blocks of all epochs: in each epoch every anchor once, with candidates of which some are hard.
-
-    No anchor is among the candidates of its own block.
-    """
-    rng = np.random.default_rng(options.seed)
-    size, hard = options.block_anchors, round(options.hard * options.block_candidates)
-    ranked = np.where(np.isnan(part.targets), -np.inf, part.targets)
-    best = np.argsort(-ranked, axis=1)[:, :_BEST]
-    anchors, candidates = [], []
-    for _ in range(options.epochs):
-        order = rng.permutation(len(part.anchors))
-        order = np.resize(order, -(-len(order) // size) * size)
-        for block in order.reshape(-1, size):
-            free = np.flatnonzero(~np.isnan(part.targets[block]).any(axis=0))
-            near = rng.permutation(np.intersect1d(best[block], free))[:hard]
-            others = rng.permutation(np.setdiff1d(free, near))[: options.block_candidates - len(near)]
-            anchors.append(block)
-            candidates.append(np.concatenate([near, others]))
-    return np.array(anchors), np.array(candidates)
+def _rows(rows: Rows, texts: Sequence[Text]) -> Float32[np.ndarray, "texts K"]:
+    stored = iter(rows.take([text.number for text in texts if text.row is None]))
+    return np.stack([next(stored) if text.row is None else text.row for text in texts])
 
 
 def agreement(scores: np.ndarray, part: Part) -> Agreement:
