@@ -7,6 +7,8 @@ import socket
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -101,6 +103,77 @@ def test_a_node_that_is_gone_costs_its_units_under_way_and_the_others_do_them(zy
     assert largest_difference(index, plain) < 1e-2
     refused = zygote.run(*command, index, "--ray", cluster.address, "--workers", 9)
     assert refused.code == 1 and "CPUs, too few for 9 actors" in " ".join(refused.err.split()), refused.err
+
+
+class Numbers:
+    """Units that are numbers, of one shard each, as `RayPool` needs them."""
+
+    def __init__(self, count):
+        self.left, self.shards, self.notes = list(range(count)), [], []
+        self.batched = True
+        self.record = self.shards.append
+
+    def begin(self):
+        pass
+
+    def cached(self, tokens):
+        pass
+
+    def take(self):
+        return [self.left.pop(0)] if self.left else None
+
+    def lost(self, held, note):
+        self.notes.append(note)
+        self.left += [unit[0] for unit in held if unit[0] not in self.shards]
+
+
+def test_an_actor_that_hangs_is_killed_and_its_units_go_to_others(cluster, tmp_path, monkeypatch):
+    from rapidindex.caching import actors as module
+    from rapidindex.cluster import connect
+
+    @dataclass
+    class Spec:  # as WorkerSpec, which an actor would import torch for
+        number: int = 0
+        model: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(device="cpu"))
+        threads: int = 1
+
+    hung = tmp_path / "hung"
+
+    class Stops:
+        def __init__(self, spec):
+            pass
+
+        def open(self):
+            return 0, [], True
+
+        def write(self):
+            return 0, [], True
+
+        def cache(self, unit):
+            if unit == [1] and not hung.exists():
+                hung.write_text(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return 1, unit, True
+
+    monkeypatch.setattr(module, "_Actor", Stops)
+    monkeypatch.setattr(module, "_SECONDS_SILENT", 3.0)
+    monkeypatch.setattr(module, "_TIMES_SLOWEST", 1)
+    units = Numbers(6)
+    connect(cluster.address)
+    pool = module.RayPool(units, [Spec()], {})
+    try:
+        pool.start()
+        pool.serve()
+        gone = int(hung.read_text())
+        deadline = time.monotonic() + 60
+        while psutil.pid_exists(gone) and psutil.Process(gone).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline  # it could write shards when it goes on
+            time.sleep(0.1)
+    finally:
+        pool.kill()
+        ray.shutdown()
+    assert sorted(units.shards) == [0, 1, 2, 3, 4, 5]
+    assert set(units.notes) == {"actor 1 hung; its units go to others"}
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@
        └── the sketch's map and the correction's factors: in the object store, once a node
 
 An actor that dies costs its units under way: the driver lists what it wrote, puts the rest back, and starts another.
+One that hangs is killed first: it is silent for ten minutes, and ten times as long as any unit has taken.
 Ray restarts no actor and repeats no call by itself, since only the driver knows which rows are in a shard.
 """
 
@@ -33,6 +34,10 @@ _DEATHS = 3
 """Actors that may die one after another with no unit computed in between: an example may kill each in turn."""
 _SECONDS_TO_START = 600.0
 """Seconds within which some actor must have loaded its model."""
+_SECONDS_SILENT = 600.0
+"""Seconds that an actor with work may always be silent, whatever units have taken so far."""
+_TIMES_SLOWEST = 10
+"""An actor may be silent for so many times as long as the slowest unit has taken."""
 
 
 @contextmanager
@@ -120,6 +125,8 @@ class _Member:
         self.held: list[Unit] = []
         """Every unit that it was given: those of no shard go to others when it dies."""
         self.unwritten = False
+        self.since = time.monotonic()
+        """When it answered last, or was given work after it had none."""
 
 
 class RayPool:
@@ -131,6 +138,9 @@ class RayPool:
         self._calls: dict[Any, tuple[_Member, Unit | None]] = {}
         self._members: list[_Member] = []
         self._deaths = 0
+        self._slowest = 0.0
+        """Seconds that the slowest unit has taken."""
+        self._patience = _SECONDS_SILENT
 
     def start(self) -> None:
         """Start the actors. ResourceError where the object store is too small for what they share."""
@@ -168,6 +178,7 @@ class RayPool:
                 with uninterrupted():
                     if call in self._calls:  # and its actor has not died meanwhile
                         self._receive(call)
+            self._end_hung()
             if any(member.ready for member in self._members):
                 deadline = time.monotonic() + _SECONDS_TO_START
             elif time.monotonic() > deadline:
@@ -181,6 +192,8 @@ class RayPool:
         for member in self._members:
             under_way = sum(other is member for other, _ in self._calls.values())
             while member.ready and under_way < _AHEAD and (unit := self.units.take()):
+                if not under_way:
+                    member.since = time.monotonic()
                 self._calls[member.actor.cache.remote(unit)] = member, unit
                 member.held.append(unit)
                 member.unwritten, under_way = True, under_way + 1
@@ -191,6 +204,7 @@ class RayPool:
         writing = {id(member) for member, _ in self._calls.values()}
         for member in self._members:
             if member.unwritten and id(member) not in writing:
+                member.since = time.monotonic()
                 self._calls[self._last_rows(member)] = member, None
         return any(member.unwritten for member in self._members)
 
@@ -203,7 +217,7 @@ class RayPool:
         try:
             answer = self._ray.get(call)
         except self._ray.exceptions.RayError as error:
-            self._replace(member, error)
+            self._replace(member, "died", str(error).strip().partition("\n")[0])
             return
         if isinstance(answer[0], Exception):
             raise answer[0]
@@ -213,25 +227,42 @@ class RayPool:
             self.units.record(shard)
         if unit is not None:
             self._deaths = 0
+            self._slowest = max(self._slowest, time.monotonic() - member.since)
             self.units.cached(tokens)
         elif member.ready:
             member.unwritten = False
-        member.ready = True
+        member.ready, member.since = True, time.monotonic()
 
-    def _replace(self, member: _Member, error: Exception) -> None:
-        """Put back the units of an actor that died, and start another in its place."""
+    def _end_hung(self) -> None:
+        """Replace the actors that have had work and been silent for too long.
+
+        Each makes the driver twice as patient: a unit that honestly takes that long is then computed by a later actor.
+        """
+        for member in list(self._members):
+            calls = [call for call, (other, _) in self._calls.items() if other is member]
+            silent = time.monotonic() - member.since
+            if not member.ready or not calls or silent <= max(self._patience, _TIMES_SLOWEST * self._slowest):
+                continue
+            if self._ray.wait(calls, timeout=1.0)[0]:  # it was the driver that slept
+                continue
+            self._patience *= 2
+            with uninterrupted():
+                self._replace(member, "hung", f"it was silent for {silent:.0f} seconds")
+
+    def _replace(self, member: _Member, how: str, why: str) -> None:
+        """Put back the units of an actor that died or hung, kill it, and start another in its place."""
         self._deaths += 1
-        number, why = member.spec.number + 1, str(error).strip().partition("\n")[0]
+        number = member.spec.number + 1
         if self._deaths > _DEATHS:
             raise ResourceError(
-                f"Actor {number} died, as {_DEATHS} before it, with no unit computed in between: {why}",
+                f"Actor {number} {how}, the last of {self._deaths} with no unit computed in between: {why}",
                 hint="What was finished is kept: type the same command again, with fewer --workers if memory ran out.",
             )
         self._calls = {call: entry for call, entry in self._calls.items() if entry[0] is not member}
         self._members.remove(member)
         with suppress(Exception):
             self._ray.kill(member.actor)
-        self.units.lost(member.held, f"actor {number} died; its units go to others")
+        self.units.lost(member.held, f"actor {number} {how}; its units go to others")
         self._begin(member.spec)
 
     def stop(self, seconds: float) -> None:
