@@ -10,8 +10,9 @@ from typing import Any
 from rapidindex.errors import ResourceError, UsageError
 
 _SECONDS_TO_CONNECT = 5.0
-_STORE_BYTES = 2**30
-"""The object store of a cluster that is started here."""
+_STORE_BYTES = 80 * 2**20
+"""The object store of a cluster that is started here: just above Ray's minimum, since containers often have 64 MB of
+/dev/shm. What does not fit, as the map of a large model, lies in a file that all actors map."""
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -174,6 +176,34 @@ def test_an_actor_that_hangs_is_killed_and_its_units_go_to_others(cluster, tmp_p
         ray.shutdown()
     assert sorted(units.shards) == [0, 1, 2, 3, 4, 5]
     assert set(units.notes) == {"actor 1 hung; its units go to others"}
+
+
+SMALL = """
+import numpy, ray
+from rapidindex.cluster import connect
+connect("local")
+whole = numpy.arange(2**25, dtype="f4")
+read = ray.remote(lambda array: (len(array), float(array[-1])))
+assert ray.get(read.remote(ray.put(whole))) == (len(whole), float(whole[-1]))
+print("read", int(ray.cluster_resources()["object_store_memory"]))
+"""
+
+
+def in_a_container(*command):
+    """Run a command with 64 MB of /dev/shm, as containers have it; skip the test where that cannot be tried."""
+    own = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m none /dev/shm && exec "$@"', "sh"]
+    try:
+        possible = subprocess.run([*own, "true"], capture_output=True).returncode == 0
+    except OSError:
+        possible = False
+    if not possible:
+        pytest.skip("another /dev/shm cannot be mounted here")
+    return subprocess.run([*own, sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300)
+
+
+def test_a_cluster_that_is_started_here_shares_arrays_larger_than_its_memory_and_dev_shm():
+    done = in_a_container("-c", SMALL)
+    assert done.stdout.split() == ["read", str(80 * 2**20)], done.stderr
 
 
 @pytest.mark.slow

@@ -147,11 +147,11 @@ class RayPool:
         ray = self._ray
         try:
             self._shared = {name: ray.put(array) for name, array in self.shared.items()}
-        except ray.exceptions.ObjectStoreFullError as error:
+        except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
             size = sum(array.nbytes for array in self.shared.values())
             raise ResourceError(
-                f"Ray's object store has no room for {size / 2**20:,.0f} MiB that the actors of a node share.",
-                hint="Give `ray start` a larger --object-store-memory.",
+                f"Ray has no room for {size / 2**20:,.0f} MiB that the actors of a node share, in memory or on disk.",
+                hint="Free some disk where Ray keeps its files (/tmp/ray), or give `ray start` another --temp-dir.",
             ) from error
         kind, _, self._nodes = _size(ray, self.specs[0].model.device)
         needs = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
