@@ -306,8 +306,14 @@ class Index:
         return PerExampleGradients(self.loaded.model)
 
     @property
-    def _search_device(self) -> str:
-        return str(self.loaded.device)
+    def _named_device(self) -> str:
+        """The device that was named for model and search alike, or `auto`."""
+        return "auto" if self.loaded.config.device == "auto" else str(self.loaded.device)
+
+    @property
+    def _scan_device(self) -> str:
+        """Where rows are scanned: the CPU where no device was named, since a scan reads rows no faster than a copy."""
+        return self._named_device.replace("auto", "cpu")
 
     @cached_property
     def influence(self) -> Influence:
@@ -388,12 +394,12 @@ class Index:
             return partial(self._spread[level].search, vectors, k, largest=largest)
         index = None if options.exact else self._vector_index(level)
         if index is None:
-            return partial(exact_search, rows, vectors, k, largest=largest, device=self._search_device)
+            return partial(exact_search, rows, vectors, k, largest=largest, device=self._scan_device)
         return partial(index.search, vectors, k, largest=largest)
 
     def _vector_index(self, level: str) -> VectorIndex | None:
         if level not in self._vector_indexes:
-            self._vector_indexes[level] = index = VectorIndex.open(self.rows_of(level), device=self._search_device)
+            self._vector_indexes[level] = index = VectorIndex.open(self.rows_of(level), device=self._named_device)
             self.not_on_gpu = index and index.not_on_gpu
         return self._vector_indexes[level]
 

@@ -180,8 +180,8 @@ class EncoderIndex(Index):
         return Candidate(row, encoding, replace(match, tokens=encoding.tokens))
 
     @property
-    def _search_device(self) -> str:
-        return str(self.encoder.device)
+    def _named_device(self) -> str:
+        return "auto" if self.encoder.config.device == "auto" else str(self.encoder.device)
 
 
 def _whole_answer(query: Query, options: QueryOptions) -> QueryInfo:

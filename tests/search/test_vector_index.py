@@ -20,6 +20,7 @@ from rapidindex.search.vector_index import (
     default_factory,
     fold,
     search_index_bytes,
+    suited_device,
 )
 from rapidindex.store import Store
 from rapidindex.store.folder import read_json, write_json
@@ -498,6 +499,36 @@ def test_factories_that_faiss_has_on_no_gpu_are_named(monkeypatch):
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
     assert all(not_on_gpu(factory) is None for factory in ("Flat", "SQ8", "IVF16,Flat", "IVF1k,PQ8"))
     assert all(factory in not_on_gpu(factory) for factory in ("HR,RaBitQ", "HNSW32"))
+
+
+def test_where_no_device_is_named_size_and_factory_decide(monkeypatch):
+    import faiss
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    sizes = (0, 2**28 - 1, 2**28, 2**34)
+    assert [suited_device("IVF16,Flat", size) for size in sizes] == ["cpu", "cpu", "cuda", "cuda"]
+    assert [suited_device("HR,RaBitQ", size) for size in sizes] == ["cpu"] * 4
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0, raising=False)
+    assert suited_device("Flat", 2**34) == "cpu"
+
+
+@pytest.mark.parametrize("factory", ["Flat", "exact"])
+def test_a_small_index_is_searched_on_the_cpu_where_no_device_is_named(store, queries, factory):
+    rows = store.rows("sentence")
+    VectorIndex.build(rows, factory=factory, dim=DIM, target_recall=0.9)
+    index = VectorIndex.open(rows, device="auto")
+    assert index.search(queries, 10).device == "cpu" and index.not_on_gpu is None
+
+
+@pytest.mark.gpu
+def test_a_large_index_is_searched_on_the_gpu_where_no_device_is_named(store, queries, monkeypatch):
+    faiss = pytest.importorskip("faiss")
+    if not getattr(faiss, "get_num_gpus", lambda: 0)():
+        pytest.skip("FAISS sees no GPU")
+    rows = store.rows("sentence")
+    VectorIndex.build(rows, factory="Flat", dim=DIM, target_recall=0.95)
+    monkeypatch.setattr("rapidindex.search.vector_index.GPU_BYTES", 1)
+    assert VectorIndex.open(rows, device="auto").search(queries, 10).device == "cuda"
 
 
 # Growing
