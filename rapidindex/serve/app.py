@@ -1,18 +1,18 @@
 """The routes of the page, and the server that listens for it."""
 
+import asyncio
 import json
 import os
 import secrets
 import socket
 import threading
 import webbrowser
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.resources import files
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -20,8 +20,8 @@ from starlette.routing import Route
 from rapidindex.errors import RapidIndexError, UsageError
 from rapidindex.gradients.losses import is_out_of_memory
 from rapidindex.query.index import Index
-from rapidindex.serve.desk import Desk, Piece
-from rapidindex.serve.guard import Guard
+from rapidindex.serve.desk import Desk, Piece, started_thread
+from rapidindex.serve.guard import MOST_STREAMS, Guard
 from rapidindex.views import html
 
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
@@ -37,7 +37,7 @@ def make_app(desk: Desk, *, token: str, host: str, port: int) -> Guard:
     routes += [Route(f"/api/{name}", _stream(work), methods=["POST"]) for name, work in streams.items()]
     routes += [Route("/api/report", _report, methods=["POST"]), Route("/api/json", _json, methods=["POST"])]
     app = Starlette(routes=routes)
-    app.state.desk = desk
+    app.state.desk, app.state.crew = desk, _Crew()
     guard = Guard(app, token=token, host=host, port=port)
     app.state.cookie = guard.cookie, token
     return guard
@@ -66,7 +66,7 @@ def _once(work: Callable[[Desk, Piece], Any]) -> Callable:
         desk = request.app.state.desk
         try:
             asked = await _asked(request) if request.method == "POST" else {}
-            return JSONResponse(await run_in_threadpool(work, desk, asked))
+            return JSONResponse(await request.app.state.crew(work, desk, asked))
         except Exception as error:
             return JSONResponse(_said(desk, error), 400)
 
@@ -83,13 +83,17 @@ def _stream(work: Callable[[Desk, Piece], Iterator[Piece]]) -> Callable:
         except Exception as error:
             yield json.dumps(_said(desk, error)) + "\n"
 
+    async def pieces(crew: _Crew, lines: Iterator[str]) -> AsyncIterator[str]:
+        while (line := await crew(next, lines, None)) is not None:
+            yield line
+
     async def answer(request: Request) -> Response:
         desk = request.app.state.desk
         try:
             asked = await _asked(request)
         except RapidIndexError as error:
             return JSONResponse(_said(desk, error), 400)
-        return StreamingResponse(lines(desk, asked), media_type="application/x-ndjson")
+        return StreamingResponse(pieces(request.app.state.crew, lines(desk, asked)), media_type="application/x-ndjson")
 
     return answer
 
@@ -108,7 +112,7 @@ async def _json(request: Request) -> Response:
 async def _download(request: Request, work: Callable[[Desk, Piece], str], kind: str, name: str) -> Response:
     desk = request.app.state.desk
     try:
-        text = await run_in_threadpool(work, desk, await _asked(request))
+        text = await request.app.state.crew(work, desk, await _asked(request))
     except RapidIndexError as error:
         return JSONResponse(_said(desk, error), 400)
     return Response(text, media_type=kind, headers={"content-disposition": f'attachment; filename="{name}"'})
@@ -136,6 +140,25 @@ def _said(desk: Desk, error: Exception) -> Piece:
     else:
         message, hint = f"The server met an unexpected {type(error).__name__}.", "Ask again, or start it anew."
     return {"kind": "error", "error": type(error).__name__, "message": message, "hint": hint}
+
+
+class _Crew:
+    """Threads in which requests are answered, so that the server goes on listening. They run from the start.
+
+    The one that was idle last works next: memory that the C library keeps for a thread is used again.
+    """
+
+    def __init__(self) -> None:
+        self.idle = [started_thread() for _ in range(MOST_STREAMS + 4)]
+
+    async def __call__(self, work: Callable[..., Any], *given: Any) -> Any:
+        """Do some work in a thread, and return what it returns."""
+        while not self.idle:
+            await asyncio.sleep(0.01)
+        thread = self.idle.pop()
+        done = thread.submit(work, *given)
+        done.add_done_callback(lambda _: self.idle.append(thread))  # also where nobody waits for it any more
+        return await asyncio.wrap_future(done)
 
 
 class _Server(uvicorn.Server):

@@ -8,6 +8,7 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -60,6 +61,8 @@ class Desk:
                 hint="Ask it with rapidindex query, or serve the index of gradients that the encoder learnt from.",
             )
         self.loaded, self.failed = threading.Event(), ""
+        self._answers = started_thread()
+        """Where the model answers."""
         self._posed: OrderedDict[str, Posed] = OrderedDict()
         self._results: OrderedDict[str, Result] = OrderedDict()
         self._matches: OrderedDict[str, tuple[str, dict[str, Match]]] = OrderedDict()
@@ -142,7 +145,7 @@ class Desk:
                 grown.put(error)
 
         yield from self._loading(name)
-        threading.Thread(target=work, daemon=True).start()
+        self._answers.submit(work)
         try:
             while isinstance(piece := grown.get(), str):
                 yield {"kind": "text", "text": paragraph(piece)}
@@ -323,6 +326,16 @@ class Desk:
             )
         except Exception:
             return True
+
+
+def started_thread() -> ThreadPoolExecutor:
+    """Return a thread for work to come, running already.
+
+    Where memory is short, a thread may end before it says that it has begun, and `Thread.start` waits for ever.
+    """
+    thread = ThreadPoolExecutor(1)
+    thread.submit(bool).result()
+    return thread
 
 
 def _at(index: Index, checkpoint: str | None) -> Index:
