@@ -12,6 +12,8 @@ from importlib.resources import files
 from typing import Any
 
 import uvicorn
+from anyio import CancelScope
+from anyio.lowlevel import checkpoint
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -153,12 +155,15 @@ class _Crew:
 
     async def __call__(self, work: Callable[..., Any], *given: Any) -> Any:
         """Do some work in a thread, and return what it returns."""
+        await checkpoint()  # where nobody listens any more, this ends here
         while not self.idle:
             await asyncio.sleep(0.01)
         thread = self.idle.pop()
-        done = thread.submit(work, *given)
-        done.add_done_callback(lambda _: self.idle.append(thread))  # also where nobody waits for it any more
-        return await asyncio.wrap_future(done)
+        try:
+            with CancelScope(shield=True):  # what is under way keeps its thread until it is done
+                return await asyncio.wrap_future(thread.submit(work, *given))
+        finally:
+            self.idle.append(thread)
 
 
 class _Server(uvicorn.Server):

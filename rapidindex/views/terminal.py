@@ -217,7 +217,7 @@ def _card_head(result: Result, match: Match) -> Text:
     if match.position is not None:
         head.append(f"   token {line(wording.matched_token(match))}", "bold")
     for name, value in wording.meta(match).items():
-        head.append(f"   {_shorten(name, 30)} ", "dim").append(_shorten(value, 60))
+        head.append(f"   {_shorten(name, 30)}\u00a0", "dim").append(_shorten(value, 60))  # on one line
     return head.append(f"\n   {_where(match)}", "dim")
 
 

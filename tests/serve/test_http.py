@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from http.client import HTTPConnection
 
@@ -166,6 +167,15 @@ def test_the_models_answer_comes_token_by_token_and_by_seed(server):
 
     assert said() == said() == server.desk.index.answer(PROMPT, max_new_tokens=256)
     assert said(seed=1) == said(seed=1) != said(seed=2)
+
+
+def test_no_request_starts_a_thread(server):  # where memory is short, `Thread.start` may wait for ever
+    before = set(threading.enumerate())
+    key = server.pieces("ask", QUESTION)[0]["key"]
+    assert server.pieces("answer", {"prompt": PROMPT})[-1]["kind"] == "words"
+    for name in ("words", "json", "reload"):
+        assert server.ask("POST", f"/api/{name}", QUESTION | {"key": key, "direction": "proponents"})[0] == 200
+    assert set(threading.enumerate()) == before
 
 
 def test_an_answer_that_nobody_reads_on_is_cancelled(server):

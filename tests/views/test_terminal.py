@@ -131,7 +131,7 @@ def test_a_card_says_rank_scores_percentile_metadata_prompt_and_response():
     text = printed(shown.result(matches=[match]), colour=False)
     uncompressed = re.escape(wording.signed(match.exact_score))
     numbers = rf"score \+0\.3900   uncompressed {uncompressed}   6\.5 σ   percentile 98\.7"
-    assert re.search(rf"1\.  {numbers}   perturbed True", text)
+    assert re.search(rf"1\.  {numbers}   perturbed\u00a0True", text)  # a name and its value stay on one line
     assert "Prompt    What is yoga?" in text
     assert "Response  Yoga comes from Japan." in text
 
