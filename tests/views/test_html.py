@@ -55,6 +55,12 @@ def both():
     return html.page(shown.result(), shown.result("opponents"), shown.COMMAND)
 
 
+def test_the_report_of_one_checkpoint_of_several_names_it():
+    named = Page(html.page(shown.result(checkpoint="early"), None, shown.COMMAND)).of("div")
+    assert "checkpointearly" in [text for _, text in named]
+    assert not any(text.startswith("checkpoint") for _, text in Page(both()).of("div"))
+
+
 @pytest.mark.parametrize("html", [both(), shown.result()._repr_html_()], ids=["page", "fragment"])
 def test_text_of_the_data_is_text_and_nothing_else(html):
     page = Page(html)
