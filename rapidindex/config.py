@@ -102,20 +102,50 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How an encoder learns the ranking of an index."""
+    """How an encoder learns the ranking of an index: a head on what it reads, or, Influcoder's way, all of it."""
 
-    anchors: int = 2000
-    """Examples that all others are compared with, at most; 0 for the questions of a file alone."""
+    method: str = "head"
+    """`head`: a regression on the encoder's embeddings; `train`: the encoder itself is trained (arXiv 2606.13668)."""
+    anchors: int | None = None
+    """Examples that all others are compared with, at most; 0 for the questions of a file alone; None: 2,000 for a head,
+    1,000 to train on."""
     pool: int = 20_000
     """Examples to learn from, at most."""
+    epochs: int = 10
+    """Times that each anchor is trained on."""
+    alpha: float = 1.0
+    """Share of 1 - Pearson in the loss; the rest is the KL divergence of the rows' softmax at `temperature`. The
+    paper's ablation has 1 best and steadiest."""
+    temperature: float = 0.05
+    """The softmax's τ."""
+    hard: float = 0.25
+    """Share of a block's candidates that are among the best for one of its anchors."""
+    block_anchors: int = 8
+    """Anchors of a block, which is a training step."""
+    block_candidates: int = 16
+    """Candidates of a block, each compared with all of its anchors."""
+    learning_rate: float = 5e-5
+    """AdamW's peak, reached after the warm-up, from where it falls linearly to 0."""
+    warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises."""
     held_out: float = 0.2
-    """Share of the examples that the figures are measured on; half as many choose the head. Neither is learnt from."""
+    """Share of the examples that the figures are measured on; half as many choose the head or the epoch. Neither is
+    learnt from."""
     seed: int = 0
-    """Draws the split."""
+    """Draws the split, and the blocks of a training."""
 
     def __post_init__(self) -> None:
+        _one_of("--method", self.method, ("head", "train"))
+        if self.anchors is None:
+            object.__setattr__(self, "anchors", 2000 if self.method == "head" else 1000)
         _at_least("--anchors", self.anchors, 0)
         _at_least("--pool", self.pool, 32)
+        _at_least("--epochs", self.epochs, 1)
+        for flag, share in (("--alpha", self.alpha), ("--hard", self.hard)):
+            if not 0 <= share <= 1:
+                raise UsageError(f"{flag} must lie between 0 and 1, not at {share}.")
+        if not 0 < self.learning_rate < 1:
+            raise UsageError(f"--learning-rate must lie between 0 and 1, not at {self.learning_rate}.")
         if not 0.05 <= self.held_out <= 0.5:
             raise UsageError(f"--held-out must lie between 0.05 and 0.5, not at {self.held_out}.")
         _seed(self.seed, 32)

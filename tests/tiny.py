@@ -208,6 +208,7 @@ def save_encoder(folder: Path, *, max_length: int = 48) -> Path:
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     torch.manual_seed(0)
+    prefix = "find the training examples that influence this answer".split()
     letters = [chr(code) for code in range(33, 127)]
     vocabulary = [
         "[PAD]",
@@ -218,6 +219,7 @@ def save_encoder(folder: Path, *, max_length: int = 48) -> Path:
         *letters,
         *(f"##{letter}" for letter in letters),
         *WORDS,
+        *prefix,
     ]
     (folder / "raw").mkdir(parents=True)
     (folder / "raw" / "vocab.txt").write_text("\n".join(vocabulary))

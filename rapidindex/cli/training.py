@@ -7,6 +7,7 @@ from rapidindex.cli import options as opt
 from rapidindex.cli.app import command
 from rapidindex.cli.printing import print_plain
 from rapidindex.config import DistillConfig, EncoderConfig, EncodingConfig, FinetuneConfig, ModelConfig
+from rapidindex.errors import UsageError
 from rapidindex.views.tables import distill_tables, finetune_tables
 
 
@@ -100,6 +101,7 @@ def finetune(
     "Make",
     "rapidindex distill index -o encoder",
     "rapidindex distill index --queries questions.jsonl --anchors 500 -o encoder",
+    "rapidindex distill index --method train --epochs 3 -o encoder",
 )
 def distill(
     path: opt.IndexPath,
@@ -111,8 +113,12 @@ def distill(
         opt.in_model(**opt.PLACE, help="What reads texts: a model of sentence-transformers, by folder or hub name."),
     ] = EncoderConfig.model,
     anchors: Annotated[
-        int, opt.in_data(help="Examples that all others are compared with, at most; 0: questions alone.")
-    ] = DistillConfig.anchors,
+        int | None,
+        opt.in_data(
+            help="Examples that all others are compared with, at most; 0: questions alone."
+            " [default: 2000, to train 1000]"
+        ),
+    ] = None,
     pool: Annotated[int, opt.in_data(help="Examples to learn from, at most.")] = DistillConfig.pool,
     queries: Annotated[
         Path | None,
@@ -120,10 +126,29 @@ def distill(
             **opt.PATH, help="JSONL of questions, as query takes it: further anchors, each of which costs a gradient."
         ),
     ] = None,
+    method: Annotated[
+        str,
+        opt.in_training(
+            help="head: a regression on what the encoder reads, in seconds; train: Influcoder's training of all of it."
+        ),
+    ] = DistillConfig.method,
+    epochs: Annotated[
+        int | None, opt.in_training(help="With train: times that each anchor is trained on. [default: 10]")
+    ] = None,
+    alpha: Annotated[
+        float | None, opt.in_training(help="With train: share of 1 - Pearson in the loss; the rest is KL. [default: 1]")
+    ] = None,
+    hard: Annotated[
+        float | None,
+        opt.in_training(help="With train: share of candidates among the best for an anchor. [default: 0.25]"),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, opt.in_training(help="With train: peak of the learning rate. [default: 5e-5]")
+    ] = None,
     held_out: Annotated[
         float, opt.in_data(help="Share of the examples that the figures are measured on.")
     ] = DistillConfig.held_out,
-    seed: Annotated[int, opt.in_data(help="Draws the split.")] = DistillConfig.seed,
+    seed: Annotated[int, opt.in_training(help="Draws the split and the blocks.")] = DistillConfig.seed,
     model: opt.MovedModel = None,
     adapter: opt.MovedAdapter = None,
     device: opt.Device = ModelConfig.device,
@@ -132,12 +157,12 @@ def distill(
     quiet: opt.Quiet = False,
 ) -> None:
     """Teach an encoder to rank texts as the index's gradients do. No gradient is computed again."""
-    options = DistillConfig(
-        anchors=anchors,
-        pool=pool,
-        held_out=held_out,
-        seed=seed,
-    )
+    trained = {"epochs": epochs, "alpha": alpha, "hard": hard, "learning_rate": learning_rate}
+    trained = {name: value for name, value in trained.items() if value is not None}
+    options = DistillConfig(method, anchors, pool, held_out=held_out, seed=seed, **trained)
+    if trained and method == "head":
+        flags = ", ".join("--" + name.replace("_", "-") for name in trained)
+        raise UsageError(f"{flags}: a head is not trained.", hint="Give --method train, or leave it out.")
 
     from rapidindex.progress import Bars
     from rapidindex.query.anchors import distill as run  # takes seconds: wrong options are refused before

@@ -1,18 +1,21 @@
 """Distil the ranking of an index of gradients into an encoder, after Influcoder (arXiv 2606.13668).
 
-Nothing is computed with the language model: the targets are inner products of stored rows. The paper trains the
-encoder's model; here a head learns in seconds, and ranks better (docs/influcoder.md). The folder of the encoder:
+Nothing is computed with the language model: the targets are inner products of stored rows. By default a head learns
+them in seconds; the paper trains the encoder itself, which takes longer and ranks less well (docs/influcoder.md). The
+folder of the encoder:
 
 rapidindex-encoder.json   the settings; written again as the very last file, with the figures, when it is finished
 gradients/                the recipe and the second moment of the index, for true gradients of what the encoder finds
-head.safetensors          the head
+head.safetensors          the head, if one was fitted
+checkpoints/              the trainer's own, until then: an interrupted training goes on from the last one
 README.md                 the card
 *                         the model, as sentence-transformers saves it
 """
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,12 @@ from torch import Tensor
 
 from rapidindex.config import DistillConfig, EncoderConfig, fingerprint
 from rapidindex.data.templates import Encoding
-from rapidindex.encoder.embed import RECORD, Encoder, copy_recipe
+from rapidindex.encoder.embed import PREFIX, RECORD, Encoder, copy_recipe
 from rapidindex.encoder.head import Head, fit
 from rapidindex.encoder.parts import Agreement, Part, Text, agreement, bm25_scores, read_parts
 from rapidindex.errors import UsageError
+from rapidindex.model.files import CHECKPOINTS
+from rapidindex.model.loading import quiet_libraries
 from rapidindex.model.outputs import Output, check_room
 from rapidindex.progress import Progress, silent
 from rapidindex.store import GRADIENTS, Store
@@ -59,9 +64,13 @@ class DistillSummary:
     aggregated: dict[str, float]
     """Spearman over all of their pairs together."""
     chosen_spearman: float
-    """Per anchor, on the part that chooses, of the head that was chosen."""
+    """Per anchor, on the part that chooses, of the head or the epoch that was chosen."""
     seconds: float
     """Time of this call."""
+    epoch_spearman: list[float] = field(default_factory=list)
+    """Of a training, per anchor on the part that chooses, after each epoch."""
+    resumed_at: int | None = None
+    """Of a training, the step after which it went on."""
     already_there: bool = False
 
 
@@ -79,7 +88,8 @@ def distill(
 
     `questions` are anchors beside the examples, each with its RapidGrad. Raises UsageError for an index that holds too
     few examples or whose rows are embeddings, StoreError for one without rows of whole examples, ConfigMismatch where
-    `output` was made with other settings, and ModelError for an encoder that cannot be loaded.
+    `output` was made with other settings, and ModelError or ResourceError for an encoder that cannot be loaded or
+    trained.
     """
     started = time.perf_counter()
     options, config, output = options or DistillConfig(), encoder or EncoderConfig(), Path(output).absolute()
@@ -102,10 +112,11 @@ def distill(
     with _OUTPUT.locked(output):
         record = _OUTPUT.open(output, settings, overwrite)
         if record and record.get("summary"):
+            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
             return replace(DistillSummary(**record["summary"]), output=str(output), already_there=True)
-        _check_disk(output, loaded)
+        _check_disk(output, loaded, options)
         copy_recipe(store, output / GRADIENTS)
-        found = _learn(loaded, parts, progress)
+        found = _learn(loaded, parts, options, output, progress)
         loaded.save(output)
         summary = DistillSummary(
             output=str(output),
@@ -122,24 +133,34 @@ def distill(
         )
         (output / "README.md").write_text(_card(summary, store, options), encoding="utf-8")
         _OUTPUT.write(output, {"settings": settings, "summary": asdict(summary)})
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return summary
 
 
-def _learn(encoder: Encoder, parts: dict[str, Part], progress: Progress) -> dict[str, Any]:
-    """Give the encoder its head, and measure it on the held-out part beside the untrained encoder and BM25."""
+def _learn(
+    encoder: Encoder, parts: dict[str, Part], options: DistillConfig, output: Path, progress: Progress
+) -> dict[str, Any]:
+    """Give the encoder its head, or train it, and measure it on the held-out part beside the untrained one and BM25."""
     held_out = parts["held out"]
-    encoder.head = None
+    encoder.head, encoder.trained = None, options.method == "train"
     figures = {
         "untrained": agreement(_scores(encoder, held_out), held_out),
         "bm25": agreement(bm25_scores(held_out), held_out),
     }
-    head, spearman = choose_head(parts, lambda texts: encoder.features(_encodings(encoder, texts), progress).cpu())
-    encoder.head = head.to(encoder.device)
+    if encoder.trained:
+        from rapidindex.encoder.training import train
+
+        with quiet_libraries():
+            learnt = train(encoder, parts, options, output, progress)
+        encoder.model.prompts = {"query": PREFIX, "document": ""}
+    else:
+        head, spearman = choose_head(parts, lambda texts: encoder.features(_encodings(encoder, texts), progress).cpu())
+        encoder.head, learnt = head.to(encoder.device), {"chosen_spearman": spearman}
     figures = {"distilled": agreement(_scores(encoder, held_out), held_out), **figures}
-    by_name = {field: _of(figures, field) for field in ("per_anchor", "aggregated")}
+    by_name = {name: _of(figures, name) for name in ("per_anchor", "aggregated")}
     texts = {id(text): text for part in parts.values() for text in part.pool}
     cut = sum(encoding.truncated for encoding in _encodings(encoder, list(texts.values())))
-    return {"truncated": cut, **by_name, "chosen_spearman": spearman}
+    return {"truncated": cut, **by_name, **learnt}
 
 
 def choose_head(
@@ -158,22 +179,22 @@ def choose_head(
 
 def _scores(encoder: Encoder, part: Part) -> np.ndarray:
     """Return the inner products of the embeddings of anchors and pool, float32 [anchors, pool]."""
-    anchors, pool = (encoder.embed(_encodings(encoder, texts)) for texts in (part.anchors, part.pool))
-    return anchors @ pool.T
+    anchors = encoder.embed(_encodings(encoder, part.anchors, anchor=True))
+    return anchors @ encoder.embed(_encodings(encoder, part.pool)).T
 
 
-def _encodings(encoder: Encoder, texts: Sequence[Text]) -> list[Encoding]:
-    return [encoder.encode_text(text.prompt, text.response) for text in texts]
+def _encodings(encoder: Encoder, texts: Sequence[Text], *, anchor: bool = False) -> list[Encoding]:
+    return [encoder.encode_text(text.prompt, text.response, anchor=anchor) for text in texts]
 
 
 def _of(figures: dict[str, Agreement], field: str) -> dict[str, float]:
     return {name: getattr(found, field) for name, found in figures.items()}
 
 
-def _check_disk(output: Path, encoder: Encoder) -> None:
-    """Raise ResourceError unless the model and its head fit into `output`."""
+def _check_disk(output: Path, encoder: Encoder, options: DistillConfig) -> None:
+    """Raise ResourceError unless the model and its head fit into `output`, or two checkpoints with Adam's moments."""
     size = sum(value.numel() * value.element_size() for value in encoder.model.parameters())
-    check_room(output, 2 * size, "Distilling")
+    check_room(output, (7 if options.method == "train" else 2) * size, "Distilling")
 
 
 def _card(summary: DistillSummary, store: Store, options: DistillConfig) -> str:
@@ -195,14 +216,13 @@ Two texts' embeddings have a large inner product where the gradients of a langua
 {store.config["model"]["path"]} with the adapter {store.config["adapter"]["path"]}, second moment
 {gradient["second_moment"]}, normalize {gradient["normalize"]}.
 
-The model is that of {summary.encoder}, unchanged. `head.safetensors` turns its embeddings of a prompt and of a response
-into one; `rapidindex build --encoder` applies both, sentence-transformers the model alone.
+{_how(summary, options)}
 
 | part | anchors | pool |
 |---|---|---|
 {parts}
 
-Seed {options.seed}; Spearman's correlation of the head on the part that chose it: {summary.chosen_spearman:.3f}.
+Seed {options.seed}; Spearman's correlation on the part that chose among heads or epochs: {summary.chosen_spearman:.3f}.
 
 Spearman's correlation with the ranking by gradients, on held-out anchors and a held-out pool:
 
@@ -210,3 +230,14 @@ Spearman's correlation with the ranking by gradients, on held-out anchors and a 
 |---|---|---|
 {rows}
 """
+
+
+def _how(summary: DistillSummary, options: DistillConfig) -> str:
+    if options.method == "head":
+        return f"""The model is that of {summary.encoder}, unchanged. `head.safetensors` turns its embeddings of a
+prompt and of a response into one; `rapidindex build --encoder` applies both, sentence-transformers the model alone."""
+    return f"""A question (its prompt and answer) comes after the prefix "{PREFIX}"; a training example has none.
+
+Loss: {options.alpha} (1 - Pearson) + {1 - options.alpha:g} KL at {options.temperature}; blocks of
+{options.block_anchors} anchors and {options.block_candidates} candidates, {options.hard:.0%} of them hard; AdamW
+{options.learning_rate:g}; epoch {summary.epoch_spearman.index(summary.chosen_spearman) + 1} of {options.epochs}."""

@@ -1,12 +1,14 @@
 """A distilled encoder: texts become embeddings whose inner products rank examples as their gradients do.
 
-An encoder is a folder of sentence-transformers with a head beside the model, and `gradients/`, an index without rows:
-the recipe and the second moment by which true gradients are compared with the encoder's answers. Knows no rows of other
+An encoder is a folder of sentence-transformers: the model itself was trained, or a head lies beside it that turns the
+model's embeddings of a prompt and of a response into one. Beside them lies `gradients/`, an index without rows: the
+recipe and the second moment by which true gradients are compared with the encoder's answers. Knows no rows of other
 indexes.
 """
 
 import contextlib
 import importlib.util
+import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,26 +23,28 @@ from torch.nn.utils.rnn import pad_sequence
 from rapidindex.config import EncoderConfig, fingerprint
 from rapidindex.data.examples import Example
 from rapidindex.data.templates import Encoding
-from rapidindex.encoder.head import HEAD, Head
+from rapidindex.encoder.head import Head
 from rapidindex.errors import ModelError, NotAnIndex, UsageError
 from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.rapidgrad import RapidGrads
-from rapidindex.model.files import content_digest
+from rapidindex.model.files import CHECKPOINTS, content_digest
 from rapidindex.model.loading import quiet_libraries
 from rapidindex.model.model import resolve_device
 from rapidindex.progress import Progress, silent
 from rapidindex.recipe import Recipe
 from rapidindex.store import GRADIENTS, Store
 
+PREFIX = "Find the training examples that influence this answer: "
+"""Of a trained encoder: stands before the text of an anchor or a question, and before no candidate."""
 BATCH_TOKENS = 4096
 """Padded tokens of texts that are embedded together."""
-_NOT_WEIGHTS = ("README.md", GRADIENTS)
+_NOT_WEIGHTS = ("README.md", CHECKPOINTS, GRADIENTS)
 
 
 class Encoder:
     """An encoder in memory. To the caching stage it stands for a model and its gradients, and has no layers.
 
-    Without a head it is the untrained one: its embedding is the model's own, of length 1.
+    Without a head its embedding is the model's own, of length 1.
     """
 
     layers: Sequence[Any] = ()
@@ -50,6 +54,8 @@ class Encoder:
         self.model, self.config, self.device = model.eval(), config, device
         self.tokenizer = model.tokenizer
         self.head: Head | None = None
+        self.trained = False
+        """Whether its model was trained: it reads prompt and response as one text, and a question's after `PREFIX`."""
         self.max_length = min(model.max_seq_length or 512, 8192)
         self._left, self._right = _special_tokens(self.tokenizer)
         self._specials = len(self._left) + len(self._right)
@@ -66,11 +72,7 @@ class Encoder:
             if getattr(model.tokenizer, "is_fast", False) and hasattr(model[0], "auto_model"):
                 encoder = cls(model, config, device)
                 encoder.head = Head.load(Path(path), device)
-                if encoder.head is None and (Path(path) / RECORD).exists():
-                    raise ModelError(
-                        f"{config.model} was distilled by an earlier version, or not to the end: it has no {HEAD}.",
-                        hint="Distil it anew: rapidindex distill INDEX -o ENCODER --overwrite",
-                    )
+                encoder.trained = encoder.head is None and _is_distilled(Path(path))
                 return encoder
         raise ModelError(f"{config.model} is no transformer with a fast tokenizer.", hint="Take another --encoder.")
 
@@ -122,11 +124,15 @@ class Encoder:
         """Return the token ids of an example's text, as `Template.encode` does: see `encode_text`."""
         return self.encode_text(example.prompt, example.response)
 
-    def encode_text(self, prompt: str, response: str) -> Encoding:
+    def encode_text(self, prompt: str, response: str, *, anchor: bool = False) -> Encoding:
         """Return the token ids of prompt and response, each by itself between the tokenizer's special tokens.
 
-        Each is cut where it is longer than the encoder reads. The special tokens are not in `response_mask`.
+        Each is cut where it is longer than the encoder reads. The special tokens are not in `response_mask`. A trained
+        encoder reads both as one text, where the response is kept and the prompt is cut at its end, and before the text
+        of an `anchor` or a question the prefix.
         """
+        if self.trained:
+            return self._encode_whole(prompt, response, self._ids(PREFIX) if anchor else [])
         room = max(0, self.max_length - self._specials)
         before, after = self._ids(prompt), self._ids(response)
         head = [*self._left, *before[:room], *self._right, *self._left]
@@ -134,6 +140,16 @@ class Encoder:
         mask = np.zeros(len(ids), bool)
         mask[len(head) : len(ids) - len(self._right)] = True
         return Encoding(ids, mask, [], max(len(before), len(after)) > room, len(before), response)
+
+    def _encode_whole(self, prompt: str, response: str, prefix: list[int]) -> Encoding:
+        room = max(0, self.max_length - self._specials - len(prefix))
+        before, after = self._ids(prompt), self._ids(response)
+        kept = after[:room]
+        body = [*self._left, *prefix, *before[: room - len(kept)], *kept]
+        mask = np.zeros(len(body) + len(self._right), bool)
+        mask[len(body) - len(kept) : len(body)] = True
+        ids = np.array([*body, *self._right], np.int32)
+        return Encoding(ids, mask, [], len(before) + len(after) > room, len(before), response)
 
     def check_whole(self, example: Example) -> None:
         """Accept every example, as a template does that can write it."""
@@ -149,7 +165,10 @@ class Encoder:
     def __call__(self, batch: Batch) -> RapidGrads:
         """Return the embeddings of a batch as rows, float32 [examples, width]; there are no norms."""
         with torch.inference_mode():
-            rows = self.head(self._features(batch)) if self.head else self._untrained(batch)
+            if self.trained:
+                rows = self.unit(batch.input_ids, batch.attention)
+            else:
+                rows = self.head(self._features(batch)) if self.head else self._untrained(batch)
         return RapidGrads(rows, rows.new_zeros(len(rows), 0), rows.new_zeros(len(rows)))
 
     def rows(self, encodings: Sequence[Encoding]) -> RapidGrads:
@@ -182,14 +201,14 @@ class Encoder:
     def _features(self, batch: Batch) -> Tensor:
         texts = self._halves(batch)
         lengths = [torch.tensor([len(ids) - self._specials for ids in half], device=self.device) for half in texts]
-        return torch.cat([*map(self._read, texts), torch.stack(lengths, 1).float().log1p()], 1)
+        return torch.cat([*(self._read(*_padded(half)) for half in texts), torch.stack(lengths, 1).float().log1p()], 1)
 
     def _untrained(self, batch: Batch) -> Tensor:
         """Return the model's own embeddings of prompt and response together, of length 1."""
         prompts, responses = self._halves(batch)
         ends = [len(ids) - len(self._right) for ids in prompts]
         both = [torch.cat([a[:end], b[len(self._left) :]]) for a, b, end in zip(prompts, responses, ends, strict=True)]
-        return torch.nn.functional.normalize(self._read([ids[: self.max_length] for ids in both]), dim=1)
+        return self.unit(*_padded([ids[: self.max_length] for ids in both]))
 
     def _halves(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
         """Return the token ids of the prompts and of the responses, with their special tokens."""
@@ -200,17 +219,35 @@ class Encoder:
             ids[end - length : end] for ids, end, length in rows
         ]
 
-    def _read(self, texts: list[Tensor]) -> Tensor:
+    def unit(self, input_ids: Tensor, attention: Tensor) -> Float32[Tensor, "texts width"]:
+        """Return the model's own embeddings of a padded batch, int64 [texts, T], at length 1."""
+        return torch.nn.functional.normalize(self._read(input_ids, attention), dim=1)
+
+    def _read(self, input_ids: Tensor, attention: Tensor) -> Tensor:
         """Return the model's own embeddings, float32 [texts, width]."""
-        ids, attention = (pad_sequence(one, True) for one in (texts, [torch.ones_like(text) for text in texts]))
-        return self.model({"input_ids": ids, "attention_mask": attention})["sentence_embedding"].float()
+        return self.model({"input_ids": input_ids, "attention_mask": attention})["sentence_embedding"].float()
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
 
+def _padded(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the padded token ids of texts, and which of them are there, int64 [texts, T]."""
+    ids, attention = (pad_sequence(one, True) for one in (texts, [torch.ones_like(text) for text in texts]))
+    return ids, attention
+
+
 RECORD = "rapidindex-encoder.json"
 """The settings of `distill`, and when it is finished its figures."""
+
+
+def _is_distilled(folder: Path) -> bool:
+    """Return whether `distill` wrote the encoder. ModelError where it did not get to the end."""
+    if not (folder / RECORD).exists():
+        return False
+    if not json.loads((folder / RECORD).read_text(encoding="utf-8")).get("summary"):
+        raise ModelError(f"{folder} was not distilled to the end.", hint="Give its rapidindex distill command again.")
+    return True
 
 
 def find_encoder(name: str) -> str:

@@ -18,7 +18,7 @@ from rapidindex.errors import UsageError
 from rapidindex.store import Rows
 
 PARTS = ("train", "choose", "held out")
-"""What is learnt from, what chooses among the heads, and what the figures are measured on."""
+"""What is learnt from, what chooses the head or the epoch, and what the figures are measured on."""
 LEAST = 100
 """Examples that an index must hold: fewer leave parts of a few texts."""
 _MEASURED = {"choose": (50, 300), "held out": (100, 1000)}
@@ -53,7 +53,7 @@ class Part:
     anchors: list[Text]
     pool: list[Text]
     targets: Float32[np.ndarray, "anchors pool"]
-    """Inner products of the stored rows; in parts that are measured, NaN where an anchor is itself the candidate."""
+    """Inner products of the stored rows; but for a head's landmarks NaN where an anchor is itself the candidate."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _part(rows: Rows, texts: list[Text], asked: list[Text], name: str, options: 
             hint="Give more questions, or --anchors.",
         )
     pool = texts[:most_pool]
-    if name == "train":
+    if name == "train" and options.method == "head":
         pool = [*pool, *asked]
         return Part(anchors, pool, products(rows, anchors, pool))
     return Part(anchors, pool, targets(rows, anchors, pool))

@@ -86,7 +86,7 @@ class EncoderIndex(Index):
         if options.rescore:
             (asked,) = self.gradients.encode([query], options)
         info = asked.info if asked else _whole_answer(as_query(query), options)
-        encoding = self.encoder.encode_text(info.prompt, info.answer)
+        encoding = self.encoder.encode_text(info.prompt, info.answer, anchor=True)
         row = self.encoder.rows([encoding])
         return EmbeddedQuery(info, encoding, row, time.perf_counter() - started, asked)
 

@@ -58,6 +58,7 @@ def test_options_that_are_wrong_by_their_form_alone_are_refused_before_anything_
         "build DATA -m MODEL -o INDEX --level word",
         "finetune DATA -m MODEL -o ADAPTER --epochs 0",
         "distill INDEX -o ENCODER --held-out 0",
+        "distill INDEX -o ENCODER --epochs 3",
         "specialize INDEX --queries QUERIES -o TASK --block 3",
         "add INDEX DATA --workers 0",
         "index INDEX --level word",
