@@ -13,6 +13,7 @@ Files whose names end in `.part` are unfinished. Knows names and bytes, not thei
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -40,6 +41,8 @@ ANN = "ann"  # INDEX/<level>/ann.*: the vector index, which `search` derives fro
 SHARD = re.compile(r"shard-([0-9]{5,18})\.h5")
 _PART = re.compile(r".+\.[0-9a-f]{8}\.part")
 _ASIDE = re.compile(r"((sentence|token)-shard-[0-9]{5,18}\.h5|manifest\.json|removed\.json|second_moment\.h5)(\.\d+)?")
+_KEPT = re.compile(r"\.(nfs|fuse_hidden)[0-9a-f]+")
+"""What NFS and FUSE call a file that was deleted while it was open, until it is closed."""
 _JOB = re.compile(r"\.job-([0-9]+)-of-([0-9]+)")
 _LOCK_SECONDS = 0.3  # `check` holds the lock for a moment; a writer holds it for hours
 
@@ -301,7 +304,7 @@ def create(path: Path) -> None:
         if path.is_symlink() or path.exists():
             if not path.is_dir():
                 raise StoreError(f"{path} is a file, not a folder.", hint="Choose another name for the index.")
-            foreign = [name for name in sorted(os.listdir(path)) if name != LOCK and not _PART.fullmatch(name)]
+            foreign = [name for name in sorted(os.listdir(path)) if name != LOCK and not _is_left_over(path / name)]
             if foreign:
                 raise StoreError(
                     f"{path} holds other files, such as {foreign[0]}.", hint="Choose a new folder for the index."
@@ -326,11 +329,21 @@ def destroy(path: Path) -> None:
             if file not in last:
                 file.unlink(missing_ok=True)
         for subfolder in folders:
-            subfolder.rmdir()
+            _remove_folder(subfolder)
         for file in last:
             file.unlink(missing_ok=True)
-        if not path.is_symlink():
-            path.rmdir()
+    if not path.is_symlink():  # the lock is closed by now, and its file gone on NFS and FUSE, too
+        with write_errors(path, 0):
+            _remove_folder(path)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove a folder, unless it holds files that are open, which NFS and FUSE keep, or another process was here."""
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+            raise
 
 
 def _own_files(path: Path) -> tuple[list[Path], list[Path]]:
@@ -341,6 +354,8 @@ def _own_files(path: Path) -> tuple[list[Path], list[Path]]:
         inside = Path(folder).relative_to(path)
         for name in (*names, *subfolders):
             entry = Path(folder, name)
+            if _KEPT.fullmatch(name):
+                continue
             if not _is_own(inside, name, entry.is_dir()) or entry.is_symlink():
                 raise StoreError(
                     f"{path} holds a file that does not belong to the index: {entry}. Nothing was deleted.",
@@ -348,6 +363,13 @@ def _own_files(path: Path) -> tuple[list[Path], list[Path]]:
                 )
             (folders if entry.is_dir() else files).append(entry)
     return files, folders
+
+
+def _is_left_over(entry: Path) -> bool:
+    """Return whether an entry of a folder is no more than what the file system keeps, or a killed process left."""
+    if entry.is_dir() and not entry.is_symlink():
+        return _is_own(Path(), entry.name, True) and all(_KEPT.fullmatch(name) for name in os.listdir(entry))
+    return bool(_PART.fullmatch(entry.name) or _KEPT.fullmatch(entry.name))
 
 
 def _is_own(inside: Path, name: str, is_folder: bool) -> bool:

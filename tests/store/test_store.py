@@ -114,6 +114,39 @@ def test_an_index_is_destroyed_without_a_trace(path):
     assert not path.exists()
 
 
+def test_what_nfs_and_fuse_keep_of_open_files_stops_neither_deletion_nor_a_new_index(path):
+    make(path, "abc")
+    kept = [path / ".fuse_hidden0000000300000001", path / "sentence" / ".nfs00000000012c4f7b00000001"]
+    for file in kept:
+        file.write_text("open")
+    Store.destroy(path)
+    assert files(path) == sorted(str(file.relative_to(path)) for file in kept) and not Store.exists(path)
+    make(path, "def")
+    assert Store.open(path).rows("sentence").ids == ["d", "e", "f"]
+    Store.destroy(path)
+    for file in kept:
+        file.unlink()
+
+
+def test_an_index_whose_files_are_open_is_destroyed_and_made_anew_on_fuse(path):
+    path.mkdir()
+    mounted = path.parent / "mounted"
+    mounted.mkdir()
+    if not shutil.which("bindfs") or subprocess.run(["bindfs", path, mounted], capture_output=True).returncode:
+        pytest.skip("bindfs cannot be mounted here")
+    try:
+        store = make(mounted / "index", "abc")
+        rows = store.rows("sentence")
+        assert len(rows.take([0])) == 1  # maps the shard
+        Store.destroy(mounted / "index")
+        assert not Store.exists(mounted / "index")
+        again = make(mounted / "index", "def")
+        assert again.rows("sentence").ids == ["d", "e", "f"]
+        del store, rows, again
+    finally:
+        subprocess.run(["umount", "--lazy", mounted], check=True)
+
+
 def test_an_index_behind_a_link_is_emptied_and_made_anew(path, tmp_path):
     (tmp_path / "large disk").mkdir()
     path.symlink_to(tmp_path / "large disk")
