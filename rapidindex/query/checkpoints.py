@@ -50,7 +50,7 @@ class CheckpointsIndex(Index):
         self.several = several
         self._places = {"model": model, "adapter": adapter, "tokenizer": tokenizer, "device": device}
         self._members: dict[str, Index] = {}
-        self._opening = threading.Lock()
+        self._opening, self._ray = threading.Lock(), None
         first = next((name for name, place in several.folders.items() if place.is_dir()), next(iter(several.weights)))
         self._first = self.checkpoint(first)
         super().__init__(self._first.store, self._first._model)
@@ -80,8 +80,20 @@ class CheckpointsIndex(Index):
                     f"{opened.store.path} is not of the same training as {self._first.store.path}.",
                     hint=f"Ask it alone: rapidindex query {quote(str(opened.store.path))} …",
                 )
+            opened.ray = self._ray
             self._members[name] = opened
         return self._members[name]
+
+    @property
+    def ray(self) -> str | None:
+        """The Ray cluster whose nodes search together, for each checkpoint."""
+        return self._ray
+
+    @ray.setter
+    def ray(self, address: str | None) -> None:
+        self._ray = address
+        for index in self._members.values():
+            index.ray = address
 
     @property
     def loaded(self) -> LoadedModel:

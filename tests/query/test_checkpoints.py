@@ -111,6 +111,12 @@ def test_the_sum_is_the_weighed_sum_over_all_rows(index, level, opponents):
     assert rescored.rescoring.candidates == min(12, len(scores))
 
 
+def test_each_checkpoint_is_searched_on_the_cluster_that_is_given(index):
+    several = Index.open(index)
+    several.ray = "a-cluster:6379"
+    assert several.ray == several.checkpoint("tuned").ray == several.checkpoint("early").ray == "a-cluster:6379"
+
+
 def test_words_of_a_match_push_the_answer_as_at_the_checkpoint_that_was_asked(index):
     several, asked = Index.open(index), {"prompt": PROMPT, "answer": ANSWER, "token": "Japan"}
     pushed, weights = {}, several.several.weights
