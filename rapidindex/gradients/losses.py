@@ -81,8 +81,10 @@ class Batch:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory does not suffice: on a CPU torch has no type for it."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Return whether an error says that memory does not suffice: torch on a CPU and mapped files have no type."""
+    said = str(error).lower()
+    told = "can't allocate memory" in said or "cannot allocate memory" in said
+    return told or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,8 +1,11 @@
 """Memory that gradients take, by the live tensors."""
 
+import mmap
+
+import pytest
 import torch
 
-from rapidindex.gradients.losses import Batch
+from rapidindex.gradients.losses import Batch, is_out_of_memory
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.second_moment import correction
 from tests import tiny
@@ -21,6 +24,14 @@ def test_a_live_tensor_counts_once_and_until_it_is_freed():
         del b
         assert meter.now == 4000
     assert len(c) == 7
+
+
+def test_too_little_memory_is_known_whoever_says_it():
+    for take in (lambda: bytearray(2**46), lambda: torch.empty(2**46), lambda: mmap.mmap(-1, 2**46)):
+        with pytest.raises((MemoryError, RuntimeError, OSError)) as said:
+            take()
+        assert is_out_of_memory(said.value)
+    assert not is_out_of_memory(OSError(2, "No such file or directory"))
 
 
 def test_the_first_batch_whose_gradients_are_compared_takes_no_more_than_a_later_one():
