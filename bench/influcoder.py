@@ -1,12 +1,13 @@
 """How well does a distilled encoder rank examples as their gradients do, and what does it cost?
 
 Takes an index of gradients. Every ranking is compared with that of the stored rows, on anchors and a pool that nothing
-of that seed has learnt from; candidates are looked for among all rows, because that is how a first stage is used. What
-a text is read as (embeddings, hidden states) is computed once and kept in WORK. `--carry-over` takes indexes of other
+of that seed has learnt from; candidates are looked for there and among all rows, of which heads know the most. What a
+text is read as (embeddings, hidden states) is computed once and kept in WORK. `--carry-over` takes indexes of other
 texts, made with the same model, adapter and second moment.
 """
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.common import parser, save, timed
+from bench.common import parser, results_folder, save, timed
 from rapidindex.caching.batches import Item, as_batch, plan_batches
 from rapidindex.config import DistillConfig, EncoderConfig
 from rapidindex.data.examples import Example
@@ -30,6 +31,9 @@ from rapidindex.store import Rows
 
 FOLDS = (256, 1024, 4096)
 CANDIDATES = (50, 200)
+"""Of all rows, most of which heads have learnt from."""
+HELD_OUT = (10, 40)
+"""Of the held-out pool: of 480 of 2,400 rows, the same shares."""
 BEST = 10
 TIMED = 16
 """Examples whose gradients are computed to see how long one takes."""
@@ -45,15 +49,22 @@ def main(arguments: list[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     index = Index.open(options.index, device="cpu")
     rows = index.rows_of("sentence")
-    figures: dict[str, Any] = {"examples": len(rows), "distilled": _distilled(options, *options.runs[0]), "ranks": {}}
-    read = Read(options, index, rows)
-    figures["seconds"] = read.seconds
-    for seed in sorted({seed for _, seed in options.runs}):
-        figures["ranks"][seed] = _ranks(read, seed, [count for count, other in options.runs if other == seed])
+    before = json.loads((results_folder(options) / "influcoder.json").read_text())["figures"] if options.add else {}
+    figures: dict[str, Any] = {"examples": len(rows), "ranks": {}, "carry_over": {}, **before}
+    if "distilled" not in figures:
+        figures["distilled"] = _distilled(options, *options.runs[0])
+    read: Read | None = None
+    missing = sorted({seed for _, seed in options.runs} - {int(seed) for seed in figures["ranks"]})
+    for seed in missing:
+        read = read or Read(options, index, rows)
+        figures["seconds"] = read.seconds
+        figures["ranks"][str(seed)] = _ranks(read, seed, [count for count, other in options.runs if other == seed])
         save("influcoder", figures, options)
-    folder = _folder(options, *options.runs[0])
-    figures["carry_over"] = {path.name: _carried(options, path, folder) for path in options.carry_over}
-    figures["cost"] = _cost(options, index, rows)
+    for path in options.carry_over:
+        figures["carry_over"][path.name] = _carried(options, path, _folder(options, *options.runs[0]))
+        save("influcoder", figures, options)
+    if "cost" not in figures:
+        figures["cost"] = _cost(options, index, rows)
     print(save("influcoder", figures, options))
 
 
@@ -63,6 +74,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     it.add_argument("--encoder", default=EncoderConfig.model, help="what reads texts")
     runs = "2000:0,1000:0,500:0,125:0,2000:1,1000:1,2000:2,1000:2"
     it.add_argument("--runs", type=_runs, default=_runs(runs), help="anchors:seed of each head; the first is distilled")
+    it.add_argument("--add", action="store_true", help="keep the earlier results, and measure what they lack")
     it.add_argument("--carry-over", type=Path, nargs="*", default=[], help="indexes of other texts")
     return it.parse_args(arguments)
 
@@ -95,7 +107,6 @@ class Read:
         self.seconds: dict[str, float] = {}
         features = self._kept(options, "features", lambda: {"rows": self.encoder.features(self.encodings).numpy()})
         self.features = torch.from_numpy(features["rows"])
-        self.untrained = self._kept(options, "untrained", lambda: {"rows": self.encoder.embed(self.encodings)})["rows"]
         self.states = self._kept(options, "states", self._states)
         self.stored = rows.take(range(len(rows)))
 
@@ -137,7 +148,7 @@ class Read:
 
 
 def _ranks(read: Read, seed: int, anchors: Sequence[int]) -> dict[str, Any]:
-    """Compare rankings with the gradients', on the held-out part of a seed; candidates are all rows."""
+    """Compare rankings with the gradients' on the held-out part of a seed, and as first stages for its anchors."""
     parts = read_parts(read.rows, (), DistillConfig(anchors=max(anchors), seed=seed))
     part = parts["held out"]
     ours, pool = ([text.number for text in texts] for texts in (part.anchors, part.pool))
@@ -150,22 +161,24 @@ def _ranks(read: Read, seed: int, anchors: Sequence[int]) -> dict[str, Any]:
         scores[np.arange(len(ours)), ours] = -np.inf
     sizes = {"anchors": len(part.anchors), "pool": len(part.pool), "rows": len(read.texts)}
     return sizes | {
-        name: {**asdict(agreement(scores[:, pool], part)), "candidates": _recall(scores, truth)}
+        name: {
+            **asdict(agreement(scores[:, pool], part)),
+            "candidates": _recall(scores, truth, CANDIDATES),
+            "held_out": _recall(scores[:, pool], truth[:, pool], HELD_OUT),
+        }
         for name, scores in rankings.items()
     }
 
 
 def _learnt(read: Read, parts: dict[str, Part], anchors: Sequence[int]) -> Scores:
     """Return what heads make of the rows' features, and where the gradients themselves lie in few directions."""
-    states = {depth: [torch.from_numpy(read.states[f"{depth} {part}"]) for part in HALVES] for depth in DEPTHS}
     width = (read.features.shape[1] - 2) // 2
     first, second, lengths = read.features.split([width, width, 2], dim=1)
     found = {f"distilled, {count:,} anchors": _head(parts, read.features, count) for count in anchors}
     most = max(anchors)
     found["a head on lengths alone"] = _head(parts, lengths, most)
-    for depth in ("half", "last"):
-        found[f"a head on hidden states, {depth}"] = _head(parts, torch.cat([*states[depth], lengths], 1), most)
-    whole, response = states["half"]
+    whole, response = (torch.from_numpy(read.states[f"half {part}"]) for part in HALVES)
+    found["a head on hidden states, half"] = _head(parts, torch.cat([whole, response, lengths], 1), most)
     both = torch.cat([first, whole, second, response, lengths], 1)
     found["a head on embeddings and hidden states, half"] = _head(parts, both, most)
     landmarks = [text.number for text in parts["train"].anchors]
@@ -185,7 +198,7 @@ def _head(parts: dict[str, Part], features: torch.Tensor, anchors: int) -> np.nd
 
 def _unlearnt(read: Read) -> Scores:
     """Return vectors that learn nothing: untrained embeddings, hidden states (RepSim), RapidGrads of fewer bytes."""
-    found = {"untrained encoder": read.untrained}
+    found = {"untrained embeddings of prompt and response": read.features[:, :-2].numpy()}
     for depth in DEPTHS:
         state = read.states[f"{depth} whole"]
         found[f"RepSim, {depth}"] = state / np.linalg.norm(state, axis=1, keepdims=True)
@@ -205,12 +218,12 @@ def _by_words(anchors: Sequence[Text], texts: Sequence[Text]) -> Scores:
     return {name: np.asarray(scores, np.float32) for name, scores in found.items()}
 
 
-def _recall(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+def _recall(scores: np.ndarray, truth: np.ndarray, counts: Sequence[int]) -> dict[str, float]:
     """Return the share of the ten best by full gradients that are among so many candidates."""
     best = np.argsort(-truth, axis=1)[:, :BEST]
     ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
     inside = np.take_along_axis(ranks, best, 1)
-    return {str(count): float((inside < count).mean()) for count in CANDIDATES}
+    return {str(count): float((inside < count).mean()) for count in counts}
 
 
 def _carried(options: argparse.Namespace, path: Path, folder: Path) -> dict[str, Any]:

@@ -107,6 +107,9 @@ NAMES = {
     "product/kronecker/exact": "the product's index, `kronecker`",
     "product/kronecker/ann": "the product's index, `kronecker`, through FAISS",
     "product/kronecker 16/exact": "the product's index, `kronecker` of 16 examples",
+    "encoder/kronecker": "the product's index, `kronecker`, once more",
+    "encoder/first": "an encoder distilled from it, alone",
+    "encoder/second": "the same, `--rescore 200`",
     "product/kfac/exact": "the product's index, `kfac`",
     "product/two-sided factored/exact": "the product's index, two-sided, `factored`",
     "product/two-sided kfac/exact": "the product's index, two-sided, `kfac`",
@@ -1064,9 +1067,16 @@ def influcoder_page(figures: Figures) -> str:
     ranks = figures["ranks"]
     sizes = next(iter(ranks.values()))
     names = dict.fromkeys(name for found in ranks.values() for name, one in found.items() if isinstance(one, dict))
-    ways = ("per_anchor", "aggregated", *(("candidates", count) for count in ("50", "200")))
+    of = {"held_out": sizes["pool"], "candidates": sizes["rows"]}
+    first = sizes[next(iter(names))]
+    ways = ("per_anchor", "aggregated", *((kind, count) for kind in of for count in first.get(kind, ())))
     body = [[name, *(_by_seed(ranks, name, way) for way in ways)] for name in names]
-    head = ["ranking", "per anchor", "all pairs", *(f"best ten among {way[1]}" for way in ways[2:])]
+    head = [
+        "ranking",
+        "per anchor",
+        "all pairs",
+        *(f"best ten of {of[kind]:,} among {count}" for kind, count in ways[2:]),
+    ]
     parts = [
         f"# {figures['examples']:,} examples; {sizes['anchors']} held-out anchors × {sizes['pool']} examples; "
         f"seeds {', '.join(ranks)}\n",
@@ -1082,7 +1092,8 @@ def influcoder_page(figures: Figures) -> str:
 
 def _by_seed(ranks: Figures, name: str, way: str | tuple[str, str]) -> str:
     found = [one[name] for one in ranks.values() if name in one]
-    return " ".join(f"{one[way] if isinstance(way, str) else one[way[0]][way[1]]:.3f}" for one in found)
+    values = [one[way] if isinstance(way, str) else one.get(way[0], {}).get(way[1]) for one in found]
+    return " ".join("—" if value is None else f"{value:.3f}" for value in values)
 
 
 def render_page(name: str, page: Callable[[Figures], str], folder: Path) -> None:

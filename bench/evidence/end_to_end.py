@@ -6,6 +6,7 @@ no count of the first or last k sees.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,19 @@ from bench.evidence.sketched import Scores
 from bench.evidence.tasks import TaskQuery
 from rapidindex import Index, Query
 from rapidindex.caching.build import build
-from rapidindex.config import BuildRequest, EncodingConfig, GradientConfig, ModelConfig, SketchConfig
+from rapidindex.config import (
+    BuildRequest,
+    DistillConfig,
+    EncoderConfig,
+    EncodingConfig,
+    GradientConfig,
+    ModelConfig,
+    SketchConfig,
+)
+from rapidindex.encoder.distill import distill
+from rapidindex.encoder.parts import LEAST
 from rapidindex.progress import Progress
+from rapidindex.query.two_stages import CANDIDATES
 from rapidindex.search.vector_index import DEFAULT_FACTORY, VectorIndex
 
 RECIPES = {
@@ -64,6 +76,41 @@ def product_scores(
             Index.open(folder_of_index), queries, ANN_TOP, exact=False
         )
     return scores
+
+
+def encoder_scores(
+    data: str,
+    model: ModelConfig,
+    encoding: EncodingConfig,
+    queries: Sequence[TaskQuery],
+    folder: Path,
+    *,
+    seed: int,
+    progress: Progress,
+    encoder: str = EncoderConfig.model,
+) -> Scores:
+    """Return scores `encoder/kronecker`, `encoder/first` and `encoder/second`, of an encoder distilled from the rows.
+
+    They are those of the index of gradients, of the encoder alone, which ignores a query's word, and of the gradients
+    of the encoder's `CANDIDATES` best: what `--rescore` orders by, before the uncompressed influence of the first few.
+    Nothing where the rows are too few to distil from.
+    """
+    gradient, sketch = GradientConfig(**RECIPES["kronecker"], seed=seed), SketchConfig(seed=seed)
+    gradients, distilled, embeddings = (str(folder / name) for name in ("index-kronecker", "encoder", "index-encoder"))
+    build(BuildRequest(data, gradients, model, encoding, gradient, sketch), progress=progress)
+    full = Index.open(gradients)
+    count = len(full.rows_of("sentence"))
+    if count < LEAST:
+        return {}
+    distill(gradients, distilled, DistillConfig(seed=seed), encoder=EncoderConfig(encoder, "cpu"), progress=progress)
+    build(BuildRequest(data, embeddings, EncoderConfig(distilled, "cpu")), progress=progress)
+    second, _ = _ask(full, queries, count, exact=True)
+    whole = [replace(query, word=None) for query in queries]
+    first, _ = _ask(Index.open(embeddings, device="cpu"), whole, count, exact=True)
+    ranks = np.argsort(np.argsort(-first, axis=1, kind="stable"), axis=1)
+    dropped = second.min(axis=1, keepdims=True) - 1 - ranks
+    rescored = np.where(ranks < CANDIDATES, second, dropped).astype(np.float32)
+    return {"encoder/kronecker": second, "encoder/first": first, "encoder/second": rescored}
 
 
 def _ask(index: Index, queries: Sequence[TaskQuery], most: int, *, exact: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from bench.common import timed, write_text
 from bench.evidence import tasks
 from bench.evidence.cached import Replay, compute, example_batches, numbered
 from bench.evidence.curvature import EKFAC, KRONECKER, Eigenbasis, of_sample, scores_of
-from bench.evidence.end_to_end import RECIPES, product_scores
+from bench.evidence.end_to_end import RECIPES, encoder_scores, product_scores
 from bench.evidence.influence import RandomHessians, datainf, limit, lissa
 from bench.evidence.representations import representation_scores
 from bench.evidence.sketched import ROTATED_K, Scores, sketched, uncompressed
@@ -344,6 +344,12 @@ def _product(seed: Seed) -> None:
         _product(seed.early)
 
 
+def _encoder(seed: Seed) -> None:
+    where = (seed.data, seed.adapter, seed.encoding, seed.queries, seed.folder)
+    make = partial(encoder_scores, *where, seed=seed.seed, progress=seed.bars)
+    seed.scores("encoder", make, gradients=False)
+
+
 def _early(seed: Seed) -> None:
     for name in ("full", "rapidin", "datainf", "limit", "kronecker", "representations"):
         STAGES[name](seed.early)
@@ -362,6 +368,7 @@ STAGES: dict[str, Callable[[Seed], None]] = {
     "limit": _stage("limit", lambda seed: {"limit": limit(seed.rows, seed.posed, seed.bars)}),
     "early": _early,
     "product": _product,
+    "encoder": _encoder,
     "lissa": _stage("lissa", _lissa_scores),
     "ekfac": _stage("ekfac", _ekfac_scores),
     "kronecker": _stage("kronecker", _kronecker_scores),

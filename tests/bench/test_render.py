@@ -31,6 +31,11 @@ def test_the_page_of_the_lds_is_rendered_from_its_json_byte_for_byte():
     assert render.lds_page(figures) == (RESULTS / "lds.md").read_text()
 
 
+def test_the_page_of_encoders_is_rendered_from_its_json_byte_for_byte():
+    figures = json.loads((RESULTS / "influcoder.json").read_text())["figures"]
+    assert render.influcoder_page(figures) == (RESULTS / "influcoder.md").read_text()
+
+
 @pytest.mark.parametrize("name, page", [("verify", render.verify_page), ("verify_retrained", render.retrained_page)])
 def test_the_page_of_verification_is_rendered_from_its_json_byte_for_byte_and_its_tables_are_in_the_readme(name, page):
     made = page(json.loads((RESULTS / f"{name}.json").read_text())["figures"])

@@ -15,7 +15,8 @@ import torch
 
 import bench
 from rapidindex.caching.build import build
-from rapidindex.config import BuildRequest, ModelConfig, SketchConfig
+from rapidindex.config import BuildRequest, EncodingConfig, ModelConfig, SketchConfig
+from rapidindex.progress import silent
 from tests import tiny
 
 BENCH = Path(bench.__file__).parent
@@ -266,6 +267,34 @@ def test_an_encoder_is_distilled_ranked_and_timed(tmp_path, llama_folders):
     assert set(ranks) == {"0", "1"} and ranks["0"]["RapidGrads, K = 4,096"]["per_anchor"] > 0.99
     distilled = ranks["0"]["distilled, 84 anchors"]
     assert distilled["per_anchor"] == pytest.approx(figures["distilled"]["per_anchor"]["distilled"], abs=1e-3)
-    assert all(found["candidates"]["200"] == 1.0 for found in ranks["1"].values() if isinstance(found, dict))
+    assert all(
+        found["candidates"]["200"] == found["held_out"]["40"] == 1.0
+        for found in ranks["1"].values()
+        if isinstance(found, dict)
+    )
     assert figures["carry_over"]["index"]["RapidGrads, K = 4,096"]["per_anchor"] > 0.99
     assert figures["cost"]["embedding_seconds"] > 0
+    influcoder.main([*inputs, "--work", str(tmp_path / "work"), "--smoke", "--add"])
+    again = json.loads((tmp_path / "work" / "results" / "influcoder.json").read_text())["figures"]
+    assert again == figures
+
+
+@lacks("sentence_transformers", "sklearn")
+def test_an_encoder_brings_up_candidates_and_gradients_order_them(tmp_path, llama_folders, monkeypatch):
+    from bench.evidence import end_to_end
+    from bench.evidence.tasks import TaskQuery
+
+    monkeypatch.setattr(end_to_end, "CANDIDATES", 20)
+    data = write_lines(tmp_path / "data.jsonl", examples(110, 0))
+    queries = [TaskQuery("What grows?", "rice and wide fields", "", word, False) for word in (None, "rice")]
+    model, encoding = ModelConfig(*map(str, llama_folders), device="cpu"), EncodingConfig("plain")
+    how = {"seed": 0, "progress": silent, "encoder": str(tiny.save_encoder(tmp_path / "plain"))}
+    scores = end_to_end.encoder_scores(str(data), model, encoding, queries, tmp_path, **how)
+    full, first, second = (scores[f"encoder/{name}"] for name in ("kronecker", "first", "second"))
+    assert full.shape == first.shape == second.shape == (2, 110)
+    assert np.array_equal(first[0], first[1]) and not np.array_equal(full[0], full[1])
+    for row in range(2):
+        found, best = np.argsort(-second[row])[:20], np.argsort(-first[row])[:20]
+        assert set(found) == set(best) and list(found) == sorted(best, key=lambda number: -full[row, number])
+    few = str(write_lines(tmp_path / "few.jsonl", examples(20, 0)))
+    assert end_to_end.encoder_scores(few, model, encoding, queries, tmp_path / "few", **how) == {}
