@@ -3,25 +3,27 @@
     python -m bench.scale --work /tmp/scale
 
 Real processes of `rapidindex build` over one data file and a tiny Llama with random weights: plain, `--shard` with its
-jobs at once, and `--ray local`. With more processes than cores this shows what the machinery costs, not what it gains.
-Then the seconds that a row takes to be searched: by an exhaustive scan of rows of 65,536 entries and of 384 (an
-encoder's), and by FAISS's scan of one bit a dimension over 16,384. From these `scale.md` computes what larger indexes
-take. Ray starts no more actors than there are cores.
+jobs at once, and `--ray` on a cluster of one node that says it has a core for each actor. With more processes than
+cores this shows what the machinery costs, not what it gains. Then `scale.md` computes what larger indexes take: from
+the scan's processor seconds a row in `retrieval_scan.json` (`bench.retrieval --stage scan`) for rows of 65,536 entries,
+from the index's for one bit a dimension over 16,384, and from a scan of rows of 384, an encoder's, that is made here.
 """
 
 import json
-import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.common import parser, pin, results_folder, save, seconds, timed, write_text
+from bench.common import RESULTS, parser, pin, results_folder, save, timed, write_text
 from bench.crash import largest_difference, write_data, write_model
+from rapidindex.cluster import import_ray
 from rapidindex.search.exact import exact_search
-from rapidindex.search.faiss_index import AnnIndex
 from rapidindex.store import ShardContent, Store
 
 FULL, FOLD, ENCODER = 65_536, 16_384, 384
@@ -35,17 +37,22 @@ def main() -> None:
     add = (options := parser(__doc__)).add_argument
     add("--examples", type=int, default=2000)
     add("--counts", type=int, nargs="+", default=[1, 2, 4], help="jobs, and actors")
-    add("--rows", type=int, default=4000, help="rows of each kind that are searched")
+    add("--rows", type=int, default=500_000, help="rows of an encoder's length that are searched")
+    add("--stage", choices=["builds", "slopes"], help="one of the two; by default both")
     options = options.parse_args()
     if options.smoke:
-        options.examples, options.rows = 30, 40
+        options.examples, options.rows = 30, 1000
     options.work.mkdir(parents=True)  # the builds must not find an earlier one
     counts = (1,) if options.smoke else tuple(options.counts)
-    figures = {"builds": builds(options.work, options.examples, counts, ray=not options.smoke)}
-    figures["seconds a row and query, one thread"] = searches(options.work, options.rows)
-    save("scale", figures, options)
-    write_text(results_folder(options) / "scale.md", table(figures))
-    print(json.dumps(figures, indent=1), table(figures), sep="\n")
+    if options.stage in (None, "builds"):
+        save("scale", {"builds": builds(options.work, options.examples, counts, ray=not options.smoke)}, options)
+    if options.stage in (None, "slopes"):
+        save("scale_slopes", slopes(short_rows(options.work, options.rows)), options)
+    folder = results_folder(options)
+    read = (json.loads((folder / f"{name}.json").read_text())["figures"] for name in ("scale", "scale_slopes"))
+    text = table(next(read)["builds"], next(read))
+    write_text(folder / "scale.md", text)
+    print(text)
 
 
 def builds(work: Path, examples: int, counts: tuple[int, ...], *, ray: bool) -> list[dict[str, Any]]:
@@ -62,33 +69,53 @@ def builds(work: Path, examples: int, counts: tuple[int, ...], *, ray: bool) -> 
             raise RuntimeError("a build failed: its message is above")
 
     found = [{"how": "plain", "seconds": timed(lambda: finish(run(plain)))[0], "difference": 0.0}]
-    for count in counts:
-        ways = {f"{count} jobs": [["--shard", f"{part}/{count}"] for part in range(1, count + 1)]}
-        if ray and count <= (os.cpu_count() or 1):
-            ways[f"{count} actors"] = [["--ray", "local", "--workers", str(count)]]
-        for how, processes in ways.items():
-            index = work / how.replace(" ", "-")
-            taken, _ = timed(lambda: finish(*[run(index, *options) for options in processes]))  # noqa: B023
-            found.append({"how": how, "seconds": taken, "difference": largest_difference(index, plain)})
+    with cluster(max(counts)) if ray else nullcontext() as address:
+        for count in counts:
+            ways = {f"{count} jobs": [["--shard", f"{part}/{count}"] for part in range(1, count + 1)]}
+            if address:
+                ways[f"{count} actors"] = [["--ray", address, "--workers", str(count)]]
+            for how, processes in ways.items():
+                index = work / how.replace(" ", "-")
+                taken, _ = timed(lambda: finish(*[run(index, *options) for options in processes]))  # noqa: B023
+                found.append({"how": how, "seconds": taken, "difference": largest_difference(index, plain)})
     return found
 
 
-def searches(work: Path, count: int) -> dict[str, float]:
-    """Return the seconds that one row takes for one query on one thread, rows being in memory."""
+@contextmanager
+def cluster(cpus: int) -> Iterator[str]:
+    """Start a Ray cluster of one node that says it has so many CPUs; yield its address."""
+    import_ray()
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": cpus, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    started = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        yield started.address
+    finally:
+        started.shutdown()
+
+
+def slopes(encoder: float) -> dict[str, float]:
+    """Return the processor seconds that a row takes for a query on one thread, by kind; `encoder` was measured here."""
+    scanned = json.loads((RESULTS / "retrieval_scan.json").read_text())["figures"]
+    most = scanned[max((n for n in scanned if n.isdecimal()), key=int)]
+    spent, entries = most["threads"]["1"], most["rows"] * most["K"]
+    ways = {"full": ("one", FULL), "one bit": ("index", FOLD)}
+    found = {name: spent[method]["processor"] / entries * length for name, (method, length) in ways.items()}
+    return {**found, "encoder": encoder}
+
+
+def short_rows(work: Path, count: int) -> float:
+    """Return the processor seconds that a row of an encoder's length takes for a query on one thread, in memory."""
     pin(1)
-    draw, found = np.random.default_rng(0), {}
-    for name, K in (("full", FULL), ("encoder", ENCODER)):
-        rows_here = count * (1 if name == "full" else 25)
-        rows = _store(work / name, K, rows_here, draw).rows("sentence")
-        query = draw.standard_normal((1, K), np.float32)
-        found[name] = min(seconds(lambda: exact_search(rows, query, 10)) for _ in range(3)) / rows_here  # noqa: B023
-    ann = AnnIndex.create("HR,RaBitQ", FOLD, threads=1)
-    rows = draw.standard_normal((count, FOLD), np.float32)
-    ann.train(rows[: min(count, 1000)])
-    ann.add(rows, np.arange(count))
-    query = rows[:1] / np.linalg.norm(rows[0])
-    found["one bit"] = min(seconds(lambda: ann.search(query, 10, None)) for _ in range(3)) / count
-    return found
+    draw = np.random.default_rng(0)
+    rows, query = _store(work / "encoder", ENCODER, count, draw).rows("sentence"), draw.standard_normal((1, ENCODER))
+    spent = []
+    for _ in range(5):
+        started = time.process_time()
+        exact_search(rows, query, 10)
+        spent.append(time.process_time() - started)
+    return min(spent) / count
 
 
 def _store(path: Path, K: int, count: int, draw: np.random.Generator) -> Store:
@@ -111,16 +138,15 @@ def _store(path: Path, K: int, count: int, draw: np.random.Generator) -> Store:
     return store
 
 
-def table(figures: dict[str, Any]) -> str:
-    """Return what 1 million, 100 million and 1 billion examples take, as Markdown."""
-    slopes = figures["seconds a row and query, one thread"]
+def table(builds: list[dict[str, Any]], slopes: dict[str, float]) -> str:
+    """Return what the builds took, and what 1 million, 100 million and 1 billion examples take, as Markdown."""
     kinds = {
         "full rows": ("full", FULL + 4),
         "one bit over 16,384": ("one bit", FOLD // 8),
         "encoder": ("encoder", 388),
     }
     lines = ["| how | s | largest difference |", "|---|---|---|"]
-    lines += [f"| {one['how']} | {one['seconds']:.0f} | {one['difference']:.1e} |" for one in figures["builds"]]
+    lines += [f"| {one['how']} | {one['seconds']:.0f} | {one['difference']:.1e} |" for one in builds]
     lines += ["", "| examples | CPU hours | GPU hours | rows | bytes | s a query, 1 node | 8 | 64 |", "|" + "---|" * 8]
     for n in (10**6, 10**8, 10**9):
         hours = [f"{n * per / 3600:,.0f}" for per in SECONDS_PER_EXAMPLE.values()]

@@ -444,7 +444,7 @@ class _Recorder:
         if self.text is not None:
             text, starts = self.text, self.starts
             deltas = text.new_zeros(self.examples, *text.shape)
-            deltas[torch.arange(self.examples), 0, self.positions] = self.ends.grad[:, 0]
+            deltas[torch.arange(self.examples, device=text.device), 0, self.positions] = self.ends.grad[:, 0]
             torch.vmap(lambda delta: _some(torch.autograd.grad(text, starts, delta, allow_unused=True)))(deltas)
 
     def check_graph(self, losses: Tensor) -> None:

@@ -180,7 +180,7 @@ def test_crash(tmp_path):
 
 @pytest.mark.slow
 def test_scale(tmp_path):
-    figures = run(tmp_path / "work", "bench.scale", results=["scale"])["scale"]
+    figures = run(tmp_path / "work", "bench.scale", results=["scale", "scale_slopes"])["scale"]
     assert [build["how"] for build in figures["builds"]] == ["plain", "1 jobs"]
     assert figures["builds"][1]["difference"] < 1e-2
     assert "| 1,000,000,000 |" in (tmp_path / "work" / "results" / "scale.md").read_text()

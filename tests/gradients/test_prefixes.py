@@ -3,19 +3,21 @@
 import pytest
 import torch
 
+from rapidindex.config import ModelConfig
 from rapidindex.gradients.factors import Factors
 from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.per_example import PerExampleGradients
+from rapidindex.model.model import load
 from tests import tiny
 from tests.oracles import LiveTensorMeter, autograd, collected, examples, make, prefixes
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
 
 
-def tried(model):
+def tried(model, device="cpu"):
     """Gradients that have had a batch, by which they decide what is right for the model."""
     gradients = PerExampleGradients(model)
-    collected(gradients, Batch.of(*prefixes(seed=1)))
+    collected(gradients, Batch.of(*prefixes(seed=1), device))
     return gradients
 
 
@@ -51,6 +53,28 @@ def test_prefixes_have_the_gradients_of_autograd_from_one_forward_pass(name, way
     for row in range(len(ids)):
         assert losses[row] == pytest.approx(float(autograd(model, ids[row], weights[row])[0]), rel=LIMIT[dtype])
     assert error(model, ours, ids, weights) <= LIMIT[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("way", ["lora", "full"])
+def test_prefixes_have_the_gradients_of_autograd_on_a_gpu(way):
+    model, (ids, weights) = make("llama", way), prefixes()
+    truth = collected(PerExampleGradients(model), Batch.of(ids, weights))[1]
+    gradients = tried(model.to("cuda"), "cuda")
+    (_, ours), sizes = passes(model, lambda: collected(gradients, Batch.of(ids, weights, "cuda")))
+    assert sizes == [[1, 12]] and (ours.cpu() - truth).norm() <= 1e-4 * truth.norm()
+
+
+@pytest.mark.parametrize(("quantize", "limit"), [("4bit", 1e-4), ("8bit", 0.1)])
+def test_prefixes_over_a_quantized_base_have_the_gradients_of_autograd(wide_folders, quantize, limit):
+    base, adapter = map(str, wide_folders)
+    model = load(ModelConfig(base, adapter, quantize=quantize, device="cpu")).model
+    gradients = tried(model)
+    ids, weights = prefixes()
+    (_, ours), sizes = passes(model, lambda: collected(gradients, Batch.of(ids, weights)))
+    assert error(model, ours, ids, weights) <= limit
+    assert sizes == [[1, 12]] or quantize == "8bit"
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
