@@ -241,12 +241,12 @@ def in_recipe(
     """Return the options with the recipe's values in the place of None. UsageError if the recipe is unknown.
 
     Where not an `adapter`, but every parameter is trained, `estimate` stands for `kronecker`, whose products would
-    double the time; beside a two-sided projection, `factored` does, which goes into the factors of a gradient.
+    double the time; beside a two-sided projection, `kfac` does, which goes into the factors of a gradient.
     """
     _one_of("--recipe", recipe, tuple(RECIPES))
     values = dict(RECIPES[recipe])
     if values["second_moment"] == "kronecker" and sketch.projection == "two-sided":
-        values["second_moment"] = "factored"
+        values["second_moment"] = "kfac"
     elif values["second_moment"] == "kronecker" and not adapter:
         values["second_moment"] = "estimate"
     gradient = _filled(gradient, values)

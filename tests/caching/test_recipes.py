@@ -35,9 +35,9 @@ def test_a_value_that_is_given_stands_even_where_it_is_the_default_of_another_re
     ("model", "projection", "moment"),
     [
         (ModelConfig("model", "adapter"), None, "kronecker"),
-        (ModelConfig("model", "adapter"), "two-sided", "factored"),
+        (ModelConfig("model", "adapter"), "two-sided", "kfac"),
         (ModelConfig("model"), None, "estimate"),
-        ("model", "two-sided", "factored"),
+        ("model", "two-sided", "kfac"),
     ],
 )
 def test_the_default_correction_is_the_strongest_that_the_model_and_the_projection_allow(model, projection, moment):

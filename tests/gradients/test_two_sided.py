@@ -336,11 +336,11 @@ def test_shuffles_are_refused():
         SketchConfig(K, shuffles=5, projection="two-sided")
 
 
-def test_two_sided_rows_take_the_factored_second_moment_unless_another_is_given():
+def test_two_sided_rows_take_kfac_unless_another_is_given():
     def moment(recipe="default", **given):
         options = {name: given[name] for name in ("gradient",) if name in given}
         sketch = SketchConfig(projection=given.get("projection", "two-sided"))
         return BuildRequest("data", "index", "model", recipe=recipe, sketch=sketch, **options).gradient.second_moment
 
-    assert moment() == moment("trackstar") == "factored" and moment("tracin") == "none"
+    assert moment() == "kfac" and moment("trackstar") == "factored" and moment("tracin") == "none"
     assert moment(projection="rapidgrad") == moment(gradient=GradientConfig(second_moment="estimate")) == "estimate"
