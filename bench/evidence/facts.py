@@ -640,7 +640,7 @@ def _added(earlier: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
     if any(earlier.get(name) != figures[name] for name in SETTING):
         return figures
     methods = {row["method"]: row for row in (*figures["methods"], *earlier["methods"])}
-    merged = {name: figures[name] | earlier[name] for name in ("seconds", "notes")}
+    merged = {name: figures[name] | earlier[name] for name in ("seconds", "notes", "cpu_seconds_a_row")}
     if None in figures["tail_patch_of_right_rows"].values():
         merged["tail_patch_of_right_rows"] = earlier["tail_patch_of_right_rows"]
     return figures | merged | {"methods": list(methods.values())}
