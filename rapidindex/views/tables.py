@@ -20,7 +20,6 @@ def finetune_tables(
         "examples": f"{summary.examples:,}, {summary.steps:,} steps",
         "trained": f"{summary.trainable_parameters:,} parameters ({summary.method})",
         "loss": " → ".join(f"{loss:.3f}" for loss in summary.epoch_losses),
-        "learnt": f"{len(summary.epoch_spearman)} epochs of training" if summary.epoch_spearman else "a head",
         "time": "done before" if summary.already_there else f"{summary.seconds:.0f} s",
     }
     if summary.skipped or unusable:
@@ -78,7 +77,6 @@ def specialize_tables(summary: Any) -> Tables:
         "rows": f"{summary.rows:,} of {summary.examples:,} examples of {summary.source}",
         "λ": f"{summary.weight:.4f}, {by}, for {summary.queries:,} queries",
         "blocks": f"{summary.K // summary.block:,} of {summary.block:,} entries, damping {summary.damping:g}",
-        "learnt": f"{len(summary.epoch_spearman)} epochs of training" if summary.epoch_spearman else "a head",
         "time": "done before" if summary.already_there else f"{summary.seconds:.0f} s",
     }
     if summary.rows < summary.fewest_rows:

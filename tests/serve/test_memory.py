@@ -55,6 +55,7 @@ def limit(child, more):
     resource.prlimit(child.pid, resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
 
 
+@pytest.mark.slow  # how much the heap has left is not the same on every machine
 def test_too_little_memory_is_said_and_the_server_goes_on(server):
     assert last("ask", SHORT)["kind"] == "done"
     limit(server, 20 * 2**20)
