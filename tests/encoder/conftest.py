@@ -53,3 +53,17 @@ def embedded(distilled, many, tmp_path_factory):
     path = tmp_path_factory.mktemp("embedded") / "index"
     build(BuildRequest(str(many), path, EncoderConfig(distilled.output, "cpu")))
     return path
+
+
+def interrupted(index, output, options, encoder, at):
+    """Distil, and stop at the first report of progress for which `at(stage, done, total)` is true."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(stage, done, total, note=""):
+        if at(stage, done, total):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        distill(index, output, options, encoder=encoder, progress=stop)

@@ -15,7 +15,7 @@ from rapidindex.encoder.embed import Encoder, copy_recipe
 from rapidindex.encoder.parts import agreement, read_parts
 from rapidindex.errors import ConfigMismatch, ModelError, UsageError
 from rapidindex.store import Store, check
-from tests.encoder.conftest import OPTIONS
+from tests.encoder.conftest import OPTIONS, interrupted
 
 
 def test_the_encoder_ranks_what_it_has_learnt_nearer_to_the_gradients(distilled, gradient_index, plain_encoder):
@@ -69,16 +69,10 @@ def test_the_card_says_where_the_encoder_comes_from(distilled, gradient_index):
 def test_a_distillation_that_was_stopped_begins_again_and_a_finished_one_is_kept(
     distilled, gradient_index, plain_encoder, tmp_path
 ):
-    class Stopped(Exception):
-        pass
-
-    def stop(stage, done, total, note=""):
-        if stage == "embed texts" and total > 60:
-            raise Stopped
-
     config, output = EncoderConfig(str(plain_encoder), "cpu"), tmp_path / "encoder"
-    with pytest.raises(Stopped):
-        distill(gradient_index, output, OPTIONS, encoder=config, progress=stop)
+    interrupted(
+        gradient_index, output, OPTIONS, config, lambda stage, done, total: stage == "embed texts" and total > 60
+    )
     whole = distill(gradient_index, output, OPTIONS, encoder=config)
     assert whole.per_anchor == pytest.approx(distilled.per_anchor, abs=1e-6)
     again = distill(gradient_index, output, OPTIONS, encoder=config)

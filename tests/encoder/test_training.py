@@ -15,6 +15,7 @@ from rapidindex.encoder.parts import Part, Text, agreement, read_parts
 from rapidindex.encoder.training import block_loss, draw_blocks
 from rapidindex.errors import ConfigMismatch, ModelError
 from rapidindex.store import Store
+from tests.encoder.conftest import interrupted
 
 OPTIONS = DistillConfig("train", epochs=4, learning_rate=3e-3)
 
@@ -85,16 +86,10 @@ def test_the_encoder_is_an_ordinary_folder_of_sentence_transformers(trained):
 
 
 def test_an_interrupted_distillation_goes_on_to_the_same_encoder(trained, gradient_index, plain_encoder, tmp_path):
-    class Stopped(Exception):
-        pass
-
-    def stop(stage, done, total, note=""):
-        if stage == "distil" and done == total - 2:
-            raise Stopped
-
     config, output = EncoderConfig(str(plain_encoder), "cpu"), tmp_path / "encoder"
-    with pytest.raises(Stopped):
-        distill(gradient_index, output, OPTIONS, encoder=config, progress=stop)
+    interrupted(
+        gradient_index, output, OPTIONS, config, lambda stage, done, total: stage == "distil" and done == total - 2
+    )
     with pytest.raises(ModelError, match="was not distilled to the end"):
         shutil.copytree(trained.output, unfinished := tmp_path / "unfinished")
         shutil.copy(output / "rapidindex-encoder.json", unfinished)
