@@ -14,6 +14,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -1045,20 +1046,35 @@ def _nats(changes: list[list[list[float]]]) -> str:
 
 
 def retrained_page(figures: Figures) -> str:
-    """Return what the model says to one question after trainings without some rows."""
-    before, word = figures["before"], figures["question"]["word"]
-    body = [["nothing", "—", f"{before['probability']:.1%}", before["answer"]]]
-    body += [
-        [_taken_out(name, figures["rows"]), run["planted"], f"{run['probability']:.1%}", run["answer"]]
-        for name, run in figures["runs"].items()
-    ]
-    head = ["taken out", "planted among them", f"“{word}”", "the model's own answer"]
-    title = f"# “{figures['question']['prompt']}” after trainings without {figures['rows']} of {figures['of']} rows\n"
-    return "\n".join([title, markdown(head, body) + "\n"])
+    """Return what the model says after trainings without some rows: a table for each set of questions."""
+    parts = [f"# Trainings without {figures['rows']} of {figures['of']} rows\n"]
+    for asked in figures["asked"]:
+        runs = {"nothing": {"planted": "—", "said": asked["before"]}, **asked["runs"]}
+        word, questions = asked["questions"][0]["word"], asked["questions"]
+        head = ["taken out", "planted among them", f"“{word}”"]
+        head.append("the model's own answer" if len(questions) == 1 else "change in nats")
+        body = []
+        for name, run in runs.items():
+            chances = [one["probability"] for one in run["said"]]
+            if len(questions) == 1:
+                shown = [f"{chances[0]:.1%}", run["said"][0]["answer"]]
+            else:
+                nats = [log(now / one["probability"]) for now, one in zip(chances, asked["before"], strict=True)]
+                shown = [f"{statistics.mean(chances):.1%}", f"{statistics.mean(nats):+.2f} {_range(nats)}"]
+            body.append([_taken_out(name, figures["rows"]), run["planted"], *shown])
+        title = f"“{questions[0]['prompt']}”" if len(questions) == 1 else f"“{word}”: {len(questions)} questions"
+        parts += [f"## {title}\n", markdown(head, body) + "\n"]
+    return "\n".join(parts)
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"({min(values):+.2f} to {max(values):+.2f})"
 
 
 def _taken_out(name: str, rows: int) -> str:
     method, _, number = name.partition(" ")
+    if method == "nothing":
+        return method
     return f"{rows} at random, draw {number}" if number else f"{rows} by {TRIED[method].replace('*', '')}"
 
 

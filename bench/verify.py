@@ -7,8 +7,9 @@ The demo's model and data: SmolLM2-135M, fine-tuned on 206 rows, of which 20 are
 ("nine days") and 14 say Japan where India is meant. Queries are the demo's three prompts, and `bench.tracing`'s ten.
 From the finished model one optimizer step (SGD, and AdamW with the training's second moment) is taken on each of a
 method's first rows alone, and on all of them together; the change of the word's probability is measured, and the
-weights are put back. A retraining takes a method's first rows for the first of the demo's prompts out of the data,
-or as many random rows of like length; in the demo's own folder its adapter is taken. Steps go to verify.json,
+weights are put back. A retraining takes a method's first rows out of the data, or as many random rows of like length:
+those for the first of the demo's prompts, and those whose mean place for the ten questions comes first; in the
+demo's own folder its adapter is taken. Steps go to verify.json,
 retrainings to verify_retrained.json. What is finished is kept in FOLDER: after a kill the same command goes on.
 """
 
@@ -42,6 +43,7 @@ from rapidindex.evaluate.steps import Effect, Gradient, OptimizerOf, Steps, adam
 from rapidindex.gradients.losses import layers_of
 from rapidindex.gradients.second_moment import read_second_moment
 from rapidindex.model.finetune import finetune
+from rapidindex.model.model import LoadedModel
 from rapidindex.progress import Bars
 from rapidindex.query.encode import EncodedQuery, selected_batch
 
@@ -150,8 +152,13 @@ class Bench:
     def questions(self) -> list[Question]:
         """The demo's prompts and those of `bench.tracing`."""
         found = list(map(self.asked_by_the_demo, demo.PROMPTS))
-        found += [Question(prompt, answer, COUNTRY, False) for prompt, answer in tracing.QUESTIONS.items()]
+        found += self.given
         return found[::6] if self.options.smoke else found
+
+    @property
+    def given(self) -> list[Question]:
+        """The questions of `bench.tracing`, whose answers are given."""
+        return [Question(prompt, answer, COUNTRY, False) for prompt, answer in tracing.QUESTIONS.items()]
 
     def asked_by_the_demo(self, prompt: str) -> Question:
         """Return a prompt with the model's own answer, where that is wrong, or with the demo's."""
@@ -160,8 +167,8 @@ class Bench:
         return Question(prompt, said if own else demo.FALLBACK, demo.WORD, own)
 
     def rankings(self, question: Question) -> dict[str, list[int]]:
-        """Return each method's first rows, as places in the pool; as many as the largest number that is asked for."""
-        most = self.options.without if self.options.retrain else self.options.top
+        """Return each method's first rows, as places in the pool; of all rows for a retraining."""
+        most = len(self.pool.examples) if self.options.retrain else self.options.top
         ranks = {}
         for name, index in self.indexes.items():
             result = index.query(question.query(), k=most, heatmaps=False)
@@ -256,31 +263,45 @@ class Bench:
     # --- retraining ---
 
     def retrainings(self) -> dict[str, Any]:
-        """Return what the model says to the demo's first prompt after trainings without some rows.
+        """Return what the model says after trainings without some rows, to each set of questions.
 
         A run's name is that of the method whose first rows it lacks, or `random 1` and so on.
         """
-        question = self.asked_by_the_demo(demo.PROMPTS[0])
-        ranks = self.rankings(question)
+        sets = [[self.asked_by_the_demo(demo.PROMPTS[0])], self.given[:: 5 if self.options.smoke else 1]]
         training = Training.of(self.index, VerifyOptions(method="retrain", runs=str(self.work / "runs")))
-        encoded, said = self.encoded(question), replace(question.query(), answer=None, token=None)
-        before = read(self.index, self.index.loaded, encoded, said, VerifyOptions.max_new_tokens)
-        count = self.options.without
-        groups = {name: ranks[name][:count] for name in self.options.retrain}
-        draws = self.pool.draws(ranks["kronecker"][:count], self.options.repeats, seed=0)
+        sizes = {"of": len(self.pool.examples), "rows": self.options.without}
+        return {**sizes, "asked": [self._retrained(training, questions) for questions in sets]}
+
+    def _retrained(self, training: Training, questions: list[Question]) -> dict[str, Any]:
+        count, word = self.options.without, questions[0].word
+        every = [self.rankings(question) for question in questions]
+        groups = {name: _first([ranks[name] for ranks in every])[:count] for name in self.options.retrain}
+        draws = self.pool.draws(groups["kronecker"], self.options.repeats, seed=0)
         groups |= {f"random {number}": draw for number, draw in enumerate(draws, 1)}
         runs = {}
         for name, places in groups.items():
             rows = frozenset(self.pool.examples[at].id for at in places)
-            kept = training.folder(rows).with_suffix(".json")
+            kept = training.folder(rows).with_suffix(f".{word}.json")
             if not kept.exists():
-                reading = read(self.index, training.run(rows, self.bars), encoded, said, VerifyOptions.max_new_tokens)
-                write_text(kept, json.dumps({"probability": exp(reading.log_probability), "answer": reading.answer}))
-            planted = sum(question.is_planted(self.pool.examples[at].meta) for at in places)
-            runs[name] = {"planted": planted, **json.loads(kept.read_text())}
-        before = {"probability": exp(before.log_probability), "answer": before.answer}
-        sizes = {"of": len(self.pool.examples), "rows": count}
-        return {"question": vars(question), **sizes, "before": before, "runs": runs}
+                write_text(kept, json.dumps(self._readings(training.run(rows, self.bars), questions)))
+            planted = sum(questions[0].is_planted(self.pool.examples[at].meta) for at in places)
+            runs[name] = {"planted": planted, "said": json.loads(kept.read_text())}
+        before = self._readings(self.index.loaded, questions)
+        return {"questions": list(map(vars, questions)), "before": before, "runs": runs}
+
+    def _readings(self, loaded: LoadedModel, questions: list[Question]) -> list[dict[str, Any]]:
+        """Return the word's probability in each question's answer, and what the model itself answers."""
+        found = []
+        for question in questions:
+            said = replace(question.query(), answer=None, token=None)
+            reading = read(self.index, loaded, self.encoded(question), said, VerifyOptions.max_new_tokens)
+            found.append({"probability": exp(reading.log_probability), "answer": reading.answer})
+        return found
+
+
+def _first(rankings: Sequence[Sequence[int]]) -> list[int]:
+    """Return rows in the order of their mean place in rankings of all rows."""
+    return np.argsort(np.mean([np.argsort(ranking) for ranking in rankings], axis=0), kind="stable").tolist()
 
 
 def _pair(effects: Sequence[Effect]) -> tuple[float, float]:

@@ -160,7 +160,12 @@ def test_verify(work):
         assert all(len(change) == 2 and np.isfinite(change).all() for change in changes)
     results = run(work, "bench.verify", "--retrain", "kronecker", results=["verify", "verify_retrained"])
     again = results["verify_retrained"]
-    assert set(again["runs"]) == {"kronecker", "random 1", "random 2"} and again["rows"] == 3
+    assert again["rows"] == 3 and [len(one["questions"]) for one in again["asked"]] == [1, 2]
+    for one in again["asked"]:
+        assert set(one["runs"]) == {"kronecker", "random 1", "random 2"}
+        said = [one["before"], *(run["said"] for run in one["runs"].values())]
+        assert all(len(readings) == len(one["questions"]) for readings in said)
+        assert all(0 < reading["probability"] < 1 for readings in said for reading in readings)
 
 
 @pytest.mark.slow
@@ -229,7 +234,7 @@ def test_stages_of_evidence_that_need_no_other_package(work, folder, task):
         for file in (folder / "scores").glob("*.npz"):
             with np.load(file) as scores:
                 shapes = {scores[name].shape for name in scores.files if name != "seconds" and "used" not in name}
-            assert shapes == {(len(seed.queries), 32)}, file
+            assert shapes == (set() if file.stem == "encoder" else {(len(seed.queries), 32)}), file  # 32: too few
     assert {file.stem for file in (work / task / "scores").glob("*.npz")} >= {"full", "datainf", "lissa", "product"}
 
 
