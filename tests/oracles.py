@@ -30,15 +30,27 @@ def prefixes(seed=0, lengths=(12, 11, 9, 5, 5)):
     return [text[:length] for length in lengths], [np.eye(length, dtype=np.float32)[-1] for length in lengths]
 
 
-def autograd(model, ids, weights):
+def autograd(model, ids, weights, labels=None):
     """The slow, obviously right way: one example at a time, the whole model, no padding."""
     tokens = torch.as_tensor(ids).long().unsqueeze(0)
     logits = model(input_ids=tokens).logits[0, :-1].float()
-    losses = F.cross_entropy(logits, tokens[0, 1:], reduction="none")
+    losses = F.cross_entropy(logits, tokens[0, 1:] if labels is None else labels[1:], reduction="none")
     loss = (losses * torch.as_tensor(weights)[1:]).sum()
     found = torch.autograd.grad(loss, list(trainable(model).values()), allow_unused=True)
     shapes = trainable(model).values()
     return loss.detach(), [torch.zeros_like(p) if g is None else g for g, p in zip(found, shapes, strict=True)]
+
+
+def drawn(model, ids, weights, seed, number=0):
+    """One example's labels, drawn by a pass of their own, and its weights in the drawn loss: int64 [T], float [T]."""
+    tokens, weights = torch.as_tensor(ids).long(), torch.as_tensor(weights)
+    with torch.no_grad():
+        logits = model(input_ids=tokens.unsqueeze(0)).logits[0]
+    places = weights.nonzero()[:, 0]
+    sums = logits[places - 1].float().softmax(-1).double().cumsum(-1)
+    points = torch.from_numpy(np.random.default_rng((seed, number)).random((len(places), 1)))
+    found = torch.searchsorted(sums, points * sums[:, -1:], right=True)[:, 0]
+    return tokens.index_copy(0, places, found), weights.sqrt()
 
 
 def collected(gradients, batch):

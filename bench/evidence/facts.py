@@ -53,7 +53,7 @@ from rapidindex.gradients.curvature import (
     take_inverse_root,
     weight_at,
 )
-from rapidindex.gradients.losses import Batch, Layer, trainable, with_drawn_labels
+from rapidindex.gradients.losses import Batch, Layer, trainable
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.second_moment import correction
 from rapidindex.gradients.sketch import Sketch
@@ -415,10 +415,9 @@ def trak(queries: Tensor, rows: Tensor) -> np.ndarray:
 def task_scores(facts: Facts) -> Scores:
     """Score whole gradients corrected by `kronecker`, half of whose sample are the task's questions."""
     drawn, half = facts.drawn_sample, len(facts.drawn_sample) // 2
-    model = facts.job.loaded.model
     chosen = np.random.default_rng([facts.seed, 10]).permutation(len(facts.questions))[:half]
     batches = [
-        ([place], with_drawn_labels(model, facts.questions[number], 2**20 * facts.seed + int(number)))
+        ([place], facts.questions[number].with_drawn_labels(2**20 * facts.seed + int(number)))
         for place, number in enumerate(chosen)
     ]
     task = facts.gradients_of("task-sample", batches)

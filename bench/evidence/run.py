@@ -40,7 +40,7 @@ from rapidindex.config import (
 from rapidindex.data.examples import Example, read_examples
 from rapidindex.data.templates import Template
 from rapidindex.data.tokens import select_tokens
-from rapidindex.gradients.losses import Batch, with_drawn_labels
+from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.second_moment import correction, estimate_second_moment
 from rapidindex.model.finetune import finetune
 from rapidindex.model.model import LoadedModel, generate, load
@@ -220,7 +220,7 @@ class Seed:
     def drawn_sample(self) -> Replay:
         """The gradients of the sample of a build with `kronecker`: its examples, with tokens drawn from the model."""
         batches = [
-            (numbers, with_drawn_labels(self.job.loaded.model, batch, 2**20 * self.seed + number))
+            (numbers, batch.with_drawn_labels(2**20 * self.seed + number))
             for number, (numbers, batch) in enumerate(example_batches(self._sample("kronecker")))
         ]
         return self.gradients_of("sample", batches)

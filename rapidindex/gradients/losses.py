@@ -36,9 +36,11 @@ class Batch:
     weights: Float[Tensor, "examples T"]
     """Weight of each token's cross-entropy in its example's loss; 0 for the prompt and the padding."""
     labels: Int64[Tensor, "examples T"] | None = None
-    """The tokens whose cross-entropy counts, where they are not those of `input_ids`."""
+    """The tokens whose cross-entropy counts, where they are not those of `input_ids`; negative until they are drawn."""
     names: tuple[str, ...] = ()
     """What errors call the examples."""
+    seed: tuple[int, int] = (0, 0)
+    """The seed of drawn labels, and the first example's number among those that draw by it."""
 
     @classmethod
     def of(
@@ -73,11 +75,21 @@ class Batch:
         return bool(same.all()) and torch.equal(self.weights != 0, last)
 
     def example(self, row: int) -> "Batch":
-        """Return one example alone, without its padding."""
+        """Return one example alone, without its padding; a label that either draws, both have."""
         length = int(self.attention[row].sum())
         parts = (self.input_ids, self.attention, self.weights, self.labels)
         parts = (None if part is None else part[row : row + 1, :length] for part in parts)
-        return Batch(*parts, names=self.names[row : row + 1])
+        return Batch(*parts, self.names[row : row + 1], (self.seed[0], self.seed[1] + row))
+
+    def with_drawn_labels(self, seed: int, first: int = 0) -> "Batch":
+        """Return the batch with labels that its first forward pass draws from the model's own predictions.
+
+        Later passes keep them. Example b draws by `seed` and its number, `first` + b, whatever else is in the batch.
+        The mean product of such gradients is the Fisher matrix. Each weight becomes its square root: drawn tokens are
+        independent, so that each then counts in a product as it does in the loss.
+        """
+        labels = self.input_ids.masked_fill(self.weights != 0, -1)
+        return replace(self, weights=self.weights.sqrt(), labels=labels, seed=(seed, first))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -138,45 +150,46 @@ def prefix_losses(
 
 
 def token_losses(model: nn.Module, batch: Batch, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the weight and the cross-entropy of the token after each position, both float32 [examples, G]."""
+    """Return the weight and the cross-entropy of the token after each position, both float32 [examples, G].
+
+    Labels that are to be drawn are drawn from this pass.
+    """
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention, use_cache=False).logits
     if positions is None:
         positions = torch.arange(batch.input_ids.shape[1] - 1, device=logits.device).expand(len(batch), -1)
         logits = logits[:, :-1]
-    labels = (batch.input_ids if batch.labels is None else batch.labels).gather(1, positions + 1)
     weights = batch.weights.gather(1, positions + 1)
     # A filler repeats position 0, which counts only where it stands first and has a weight.
     repeated = (positions == 0) & (torch.arange(positions.shape[1], device=positions.device) > 0)
     weights = weights.masked_fill(repeated, 0.0)
+    if batch.labels is not None:
+        _draw(batch, logits.detach(), positions, weights != 0)
+    labels = (batch.input_ids if batch.labels is None else batch.labels).gather(1, positions + 1)
     entropies = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(weights)
     return weights, entropies
 
 
-@torch.no_grad()
-def with_drawn_labels(model: nn.Module, batch: Batch, seed: int, first: int = 0) -> Batch:
-    """Replace the tokens of the loss by tokens drawn from the model's own predictions.
-
-    Example b draws by `seed` and its number, `first` + b, whatever else is in the batch. The mean product of such
-    gradients is the Fisher matrix. Each weight becomes its square root: drawn tokens are independent, so that each then
-    counts in a product as it does in the loss.
-    """
-    positions = positions_used(batch.weights)
-    with only_logits_at(model, positions) as narrowed:
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention, use_cache=False).logits
-    if not narrowed:
-        logits = logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
-    drawn = torch.stack([_draw(scores, (seed, first + row)) for row, scores in enumerate(logits.cpu())])
-    drawn = torch.where(positions == 0, drawn[:, :1].to(positions.device), drawn.to(positions.device))  # fillers, too
-    labels = torch.where(batch.weights != 0, batch.input_ids.scatter(1, positions + 1, drawn), batch.input_ids)
-    return replace(batch, weights=batch.weights.sqrt(), labels=labels)
+def _draw(
+    batch: Batch,
+    logits: Float[Tensor, "examples G vocabulary"],
+    positions: Int64[Tensor, "examples G"],
+    wanted: Bool[Tensor, "examples G"],
+) -> None:
+    """Draw the labels after the positions that are `wanted`, in the examples that have not drawn theirs."""
+    seed, first = batch.seed
+    for row, mask in enumerate(wanted):
+        places = positions[row, mask] + 1
+        if (batch.labels[row, places] < 0).any():
+            points = np.random.default_rng((seed, first + row)).random(len(places))
+            drawn = [_token_at(point, scores) for point, scores in zip(points, logits[row, mask].cpu(), strict=True)]
+            batch.labels[row, places] = torch.stack(drawn).to(batch.labels.device)
 
 
-def _draw(logits: Float[Tensor, "G vocabulary"], seed: tuple[int, int]) -> Int64[Tensor, " G"]:
-    """Draw a token from each row's distribution: the first rows draw the same whatever follows them."""
+def _token_at(point: float, logits: Float[Tensor, " vocabulary"]) -> Int64[Tensor, ""]:
+    """Return the token at a point between 0 and 1 of the cumulative distribution."""
     chances = logits.float().softmax(-1).nan_to_num_(1.0)  # its gradient will not be finite
     sums = chances.double().cumsum(-1)
-    points = torch.from_numpy(np.random.default_rng(seed).random((len(sums), 1))) * sums[:, -1:]
-    return torch.searchsorted(sums, points, right=True).squeeze(1).clamp_max(logits.shape[-1] - 1)
+    return torch.searchsorted(sums, point * sums[-1], right=True).clamp_max(len(sums) - 1)
 
 
 def weighted_token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

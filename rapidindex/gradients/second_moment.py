@@ -10,6 +10,7 @@ preconditioner applies the correction; `preconditioner_of` names its class.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from rapidindex.gradients.eigenbases import (
     whole,
 )
 from rapidindex.gradients.factors import Factors
-from rapidindex.gradients.losses import Batch, Layer, trainable, with_drawn_labels
+from rapidindex.gradients.losses import Batch, Layer, trainable
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.recipe import Recipe
 
@@ -168,7 +169,7 @@ class Eigenbasis(Preconditioner):
 
         With the data's own tokens the correction would take out of the gradients what the sample itself taught.
         """
-        batches = drawn_sample(gradients, sample, seed, track)
+        batches = drawn_sample(sample, seed)
         once, layers = _Kept(gradients, batches), gradients.layers
         vectors = estimate_eigenbases(once, track(batches, "eigenvectors"), seed, cls.kept)
         bases = Eigenbases(layers, vectors.to(batches[0].input_ids.device), cls.kept)
@@ -180,12 +181,10 @@ class Eigenbasis(Preconditioner):
         return self.bases.multiply(number, gradients, self._parts[number])
 
 
-def drawn_sample(gradients: PerExampleGradients, sample: Sequence[Batch], seed: int, track: Track) -> list[Batch]:
-    """Return the sample with tokens that the model draws in the loss, the same however it is batched."""
-    batches: list[Batch] = []
-    for batch in track(sample, "draw tokens"):
-        batches.append(with_drawn_labels(gradients.model, batch, seed, first=sum(map(len, batches))))
-    return batches
+def drawn_sample(sample: Sequence[Batch], seed: int) -> list[Batch]:
+    """Return the sample with labels that its first pass draws from the model, the same however it is batched."""
+    firsts = accumulate(map(len, sample), initial=0)
+    return [batch.with_drawn_labels(seed, first) for batch, first in zip(sample, firsts, strict=False)]
 
 
 class Kfac(Eigenbasis):
@@ -235,13 +234,13 @@ class Kfac(Eigenbasis):
 
         An eigenvalue of a side's product is the sum of v along its eigenvector, so that one pass does.
         """
-        layers, drawn = gradients.layers, drawn_sample(gradients, sample, seed, track)
+        layers = gradients.layers
         random, sizes = random_columns(layers, seed, of_short), [sizes_of_sides(layer, of_short) for layer in layers]
 
         def measure(number: int, values: Tensor | Factors) -> Tensor:
             return products_of_sides(values, layers[number], of_short, random)
 
-        batches = track(drawn, "second moment")
+        batches = track(drawn_sample(sample, seed), "second moment")
         found = mean_over_sample(gradients, batches, measure, [sum(size) for size in sizes], factored=True)
         means, vectors = [], []
         for layer, part, size in zip(layers, found.split([sum(size) for size in sizes]), sizes, strict=True):

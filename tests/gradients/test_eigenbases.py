@@ -13,7 +13,7 @@ from rapidindex.config import BuildConfig, GradientConfig, SketchConfig
 from rapidindex.errors import DamagedIndex
 from rapidindex.gradients import eigenbases, second_moment
 from rapidindex.gradients.eigenbases import Eigenbases, estimate_eigenbases
-from rapidindex.gradients.losses import Batch, with_drawn_labels
+from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.second_moment import Eigenbasis, mean_over_sample
@@ -21,7 +21,7 @@ from rapidindex.gradients.sketch import Sketch
 from rapidindex.gradients.token_scores import TokenScores, shares
 from rapidindex.store import Store, check
 from tests import tiny
-from tests.oracles import all_rows, autograd, examples, make, request
+from tests.oracles import all_rows, autograd, drawn, examples, make, request
 
 KRONECKER = GradientConfig(second_moment="kronecker", moment_examples=6)
 
@@ -240,7 +240,11 @@ def test_a_sample_is_computed_once_where_its_gradients_can_be_kept_and_gives_the
     v, vectors = Eigenbasis.estimate(gradients, sample, 0, lambda batches, _: batches)
     assert len(computed) == (2 if room else 4)
     assert Eigenbasis.sample_bytes(gradients.layers, 4) >= (4 * 4 * len(v) if room else 1)
-    drawn = [with_drawn_labels(model, sample[0], 0), with_drawn_labels(model, sample[1], 0, first=2)]
+    of_own_pass = [drawn(model, *one, 0, number) for number, one in enumerate(zip(ids, weights, strict=True))]
+    batches = [
+        replace(Batch.of([one], [root]), labels=labels[None])
+        for one, (labels, root) in zip(ids, of_own_pass, strict=True)
+    ]
     bases = Eigenbases(gradients.layers, vectors)
     sizes = eigenbases.moment_sizes(gradients.layers)
-    torch.testing.assert_close(v, mean_over_sample(gradients, drawn, bases.squares, sizes))
+    torch.testing.assert_close(v, mean_over_sample(gradients, batches, bases.squares, sizes))

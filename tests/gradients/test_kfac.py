@@ -7,14 +7,14 @@ import torch
 from rapidindex.config import SketchConfig
 from rapidindex.gradients import eigenbases
 from rapidindex.gradients.factors import Factors
-from rapidindex.gradients.losses import Batch, Layer, trainable, with_drawn_labels
+from rapidindex.gradients.losses import Batch, Layer, trainable
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.gradients.rapidgrad import Compressor, projection_of
 from rapidindex.gradients.second_moment import Kfac
 from rapidindex.gradients.token_scores import TokenScores, shares
 from tests import tiny
 from tests.gradients.test_two_sided import projected
-from tests.oracles import autograd, examples, make
+from tests.oracles import autograd, drawn, examples, make
 
 DAMPING = 2.0
 
@@ -32,13 +32,8 @@ def drawn_gradients(model, ids, weights):
     """Every layer's gradients of the examples, with drawn tokens in their loss: float32 [examples, rows, columns]."""
     found = []
     for number, (one, weight) in enumerate(zip(ids, weights, strict=True)):
-        batch = with_drawn_labels(model, Batch.of([one], [weight]), 0, first=number)
-        logits = model(input_ids=batch.input_ids).logits[0, :-1]
-        losses = torch.nn.functional.cross_entropy(logits, batch.labels[0, 1:], reduction="none")
-        parameters = list(trainable(model).values())
-        parts = torch.autograd.grad((losses * batch.weights[0, 1:]).sum(), parameters, allow_unused=True)
-        pairs = zip(parts, parameters, strict=True)
-        found.append([torch.zeros_like(p) if g is None else g.to_dense() for g, p in pairs])
+        labels, roots = drawn(model, one, weight, 0, number)
+        found.append([g.to_dense() for g in autograd(model, one, roots, labels)[1]])
     return [torch.stack(each).view(len(each), *as_two(each[0])) for each in zip(*found, strict=True)]
 
 

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from rapidindex.gradients.losses import Batch, example_losses, layers_of, with_drawn_labels
+from rapidindex.gradients.losses import Batch, example_losses, layers_of, weighted_token_losses
 from rapidindex.gradients.per_example import TOLERANCE, PerExampleGradients
 from tests import tiny
+from tests.gradients.zoo import assert_draws
 from tests.oracles import LENGTHS, autograd, collected, examples, make
 
 # Relative error of the whole gradient, and of each layer that has one.
@@ -196,33 +197,57 @@ def test_a_table_of_tolerances_covers_every_dtype_a_model_may_compute_in():
 
 
 @pytest.mark.parametrize("way", ["lora", "full"])
-def test_drawn_labels_are_the_models_own_and_the_loss_is_of_them(way):
-    model = make("llama", way)
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_labels_drawn_in_a_pass_and_its_gradients_are_those_of_a_pass_of_their_own(name, way):
+    gradients = PerExampleGradients(make(name, way))
+    assert_draws(gradients, *examples())
+    assert gradients.batched
+
+
+@pytest.mark.parametrize("headless", [False, True])
+def test_labels_are_drawn_where_examples_are_computed_one_by_one_and_where_no_output_layer_is_known(
+    headless, monkeypatch
+):
+    model = tiny.make_model("llama") if headless else tiny.with_lora(tiny.make_model("llama"), use_dora=True)
+    if headless:
+        monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    gradients = PerExampleGradients(model)
+    assert_draws(gradients, *examples())
+    assert gradients.batched == headless
+
+
+def test_labels_are_drawn_once_and_shared_by_a_batch_and_its_examples():
+    model = make("llama", "lora")
     ids, weights = examples()
-    batch = Batch.of(ids, weights)
-    found = with_drawn_labels(model, batch, seed=5)
-    wanted = batch.weights != 0
-    assert torch.equal(found.labels, with_drawn_labels(model, batch, seed=5).labels)
-    assert not torch.equal(found.labels, with_drawn_labels(model, batch, seed=6).labels)
-    assert not torch.equal(found.labels[wanted], batch.input_ids[wanted])
-    torch.testing.assert_close(found.weights, batch.weights.sqrt())
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention).logits.float()
-    chances = logits.log_softmax(-1)
-    for row in range(len(batch)):
-        places = batch.weights[row].nonzero()[:, 0]
-        own = -chances[row, places - 1, found.labels[row, places]]
-        truth = (batch.weights[row, places].sqrt() * own).sum()
-        torch.testing.assert_close(example_losses(model, found)[row], truth, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(example_losses(model, found.example(row))[0], truth, rtol=1e-4, atol=1e-5)
+    batch = Batch.of(ids, weights).with_drawn_labels(5)
+    alone = batch.example(2)
+    example_losses(model, alone)
+    first = alone.labels.clone()
+    assert (batch.labels[:2] < 0).any()
+    example_losses(model, batch)
+    all_of_them = batch.labels.clone()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(-1)
+    example_losses(model, batch)
+    assert torch.equal(batch.labels, all_of_them) and torch.equal(alone.labels, first) and (first >= 0).all()
+    assert torch.equal(batch.labels[2, : len(ids[2])], first[0])
+    again, other = (Batch.of(ids, weights).with_drawn_labels(seed) for seed in (5, 6))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(-1)
+    for each in (again, other):
+        example_losses(model, each)
+    assert torch.equal(again.labels, all_of_them) and not torch.equal(other.labels, all_of_them)
 
 
 def test_an_example_draws_the_same_labels_whatever_is_batched_with_it():
     model = make("llama", "full")
     ids, weights = examples()
     weights = [np.array([0, *[1] * (len(each) - 1)]) for each in ids[:-1]] + list(weights[-1:])  # token 1 counts, too
-    together = with_drawn_labels(model, Batch.of(ids, weights), seed=5)
+    together = Batch.of(ids, weights).with_drawn_labels(5)
+    example_losses(model, together)
     for row in range(len(ids)):
-        alone = with_drawn_labels(model, Batch.of([ids[row]], [weights[row]]), seed=5, first=row)
+        alone = Batch.of([ids[row]], [weights[row]]).with_drawn_labels(5, first=row)
+        weighted_token_losses(model, alone)  # its logits are of other positions
         assert torch.equal(alone.labels, together.example(row).labels)
 
 
@@ -233,7 +258,10 @@ def test_labels_are_drawn_as_often_as_the_model_says():
     ids, weights = examples()
     batch = Batch.of([np.tile(ids[0], 1)] * 50, [weights[0]] * 50)
     place = int(weights[0].nonzero()[0][-1])
-    drawn = torch.cat([with_drawn_labels(model, batch, seed=seed).labels[:, place] for seed in range(40)])
+    batches = [batch.with_drawn_labels(seed) for seed in range(40)]
+    for each in batches:
+        example_losses(model, each)
+    drawn = torch.cat([each.labels[:, place] for each in batches])
     chances = model(input_ids=batch.input_ids[:1]).logits[0, place - 1].float().softmax(-1)
     often = torch.bincount(drawn, minlength=len(chances)) / len(drawn)
     assert (often - chances).abs().sum() / 2 < 0.15

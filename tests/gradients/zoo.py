@@ -14,7 +14,7 @@ from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.per_example import PerExampleGradients
 from rapidindex.model.model import adopt
 from tests import tiny
-from tests.oracles import autograd, collected, examples, prefixes
+from tests.oracles import autograd, collected, drawn, examples, prefixes
 
 ARCHITECTURES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 MOST_PARAMETERS = 6_000_000
@@ -247,7 +247,7 @@ def verdict(model):
     """`batched`, `one by one` or `refused: …`, where every row equals autograd; AssertionError where one does not.
 
     Two batches, so that layers which the first does not reach are seen; then two of prefixes of one text each, of which
-    the second may share a forward pass.
+    the second may share a forward pass. The first once more with labels that its pass draws.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -263,7 +263,20 @@ def verdict(model):
                     error = float((ours[row] - truth).norm() / truth.norm())
                     limit = 1e-4 if number < 2 else 1e-3  # a single token's gradient may be all but rounding
                     assert truth.any() and error <= limit, f"row {row} of batch {number} is off by {error:.2g}"
+            assert_draws(gradients, *batches[0])
         except ModelError as error:
             return f"refused: {error}"
     print("prefixes share a forward pass" if gradients.batched and gradients._shares else "every prefix has its own")
     return "batched" if gradients.batched else f"one by one: {gradients.unbatched[0]}"
+
+
+def assert_draws(gradients, ids, weights):
+    """Hold the gradients of labels that are drawn in the same pass to those of labels that autograd's pass drew."""
+    batch = Batch.of(ids, weights).with_drawn_labels(5)
+    _, ours = collected(gradients, batch)
+    for row in range(len(ids)):
+        labels, roots = drawn(gradients.model, ids[row], weights[row], 5, row)
+        assert torch.equal(batch.example(row).labels[0, 1:], labels[1:]), f"row {row} draws other tokens"
+        _, parts = autograd(gradients.model, ids[row], roots, labels)
+        truth = torch.cat([part.to_dense().flatten() for part in parts])
+        assert (ours[row] - truth).norm() <= 1e-4 * truth.norm(), f"row {row} of drawn tokens is off"
