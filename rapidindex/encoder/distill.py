@@ -143,6 +143,8 @@ def _learn(
     """Give the encoder its head, or train it, and measure it on the held-out part beside the untrained one and BM25."""
     held_out = parts["held out"]
     encoder.head, encoder.trained = None, options.method == "train"
+    texts = {id(text): text for part in parts.values() for text in (*part.anchors, *part.pool)}
+    read = dict(zip(texts, _encodings(encoder, list(texts.values())), strict=True))
     figures = {
         "untrained": agreement(_scores(encoder, held_out), held_out),
         "bm25": agreement(bm25_scores(held_out), held_out),
@@ -154,12 +156,13 @@ def _learn(
             learnt = train(encoder, parts, options, output, progress)
         encoder.model.prompts = {"query": PREFIX, "document": ""}
     else:
-        head, spearman = choose_head(parts, lambda texts: encoder.features(_encodings(encoder, texts), progress).cpu())
+        head, spearman = choose_head(
+            parts, lambda texts: encoder.features([read[id(text)] for text in texts], progress).cpu()
+        )
         encoder.head, learnt = head.to(encoder.device), {"chosen_spearman": spearman}
     figures = {"distilled": agreement(_scores(encoder, held_out), held_out), **figures}
     by_name = {name: _of(figures, name) for name in ("per_anchor", "aggregated")}
-    texts = {id(text): text for part in parts.values() for text in part.pool}
-    cut = sum(encoding.truncated for encoding in _encodings(encoder, list(texts.values())))
+    cut = sum(encoding.truncated for encoding in read.values())
     return {"truncated": cut, **by_name, **learnt}
 
 

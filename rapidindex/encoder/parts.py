@@ -103,15 +103,16 @@ def _ends(options: DistillConfig) -> tuple[float, float]:
 
 def _part(rows: Rows, texts: list[Text], asked: list[Text], name: str, options: DistillConfig) -> Part:
     most_anchors, most_pool = _MEASURED.get(name, (options.anchors, options.pool))
-    anchors = [*texts[: most_anchors if options.anchors else 0], *asked]
+    pool, landmarks = texts[:most_pool], name == "train" and options.method == "head"
+    candidates = pool if landmarks else texts  # a head's anchors are among the texts that it learns from
+    anchors = [*candidates[: most_anchors if options.anchors else 0], *asked]
     least = _LEAST_ANCHORS if name == "train" else 1
     if len(anchors) < least:
         raise UsageError(
             f"{len(anchors)} anchors are left in the part {name!r}, and {least} are needed.",
             hint="Give more questions, or --anchors.",
         )
-    pool = texts[:most_pool]
-    if name == "train" and options.method == "head":
+    if landmarks:
         pool = [*pool, *asked]
         return Part(anchors, pool, products(rows, anchors, pool))
     return Part(anchors, pool, targets(rows, anchors, pool))

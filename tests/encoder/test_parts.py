@@ -83,3 +83,10 @@ def test_an_index_that_is_too_small_says_how_many_examples_are_needed(rows, monk
     with pytest.raises(UsageError, match="0 anchors are left"):
         monkeypatch.setattr("rapidindex.encoder.parts.LEAST", 1)
         read_parts(rows, (), DistillConfig(anchors=0))
+
+
+def test_a_heads_anchors_are_among_the_texts_that_it_learns_from(rows):
+    part = read_parts(rows, (), DistillConfig(pool=32))["train"]
+    assert len(part.pool) == 32 and part.anchors == part.pool
+    trained = read_parts(rows, (), DistillConfig("train", pool=32))["train"]
+    assert len(trained.pool) == 32 and len(trained.anchors) == 84
