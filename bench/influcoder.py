@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,18 +106,23 @@ class Read:
         self.encoder = Encoder.load(EncoderConfig(options.encoder, "cpu"))
         self.encodings = [self.encoder.encode_text(text.prompt, text.response) for text in self.texts]
         self.seconds: dict[str, float] = {}
-        features = self._kept(options, "features", lambda: {"rows": self.encoder.features(self.encodings).numpy()})
+        self.work: Path = options.work
+        features = self.kept("features", lambda: {"rows": self.encoder.features(self.encodings).numpy()})
         self.features = torch.from_numpy(features["rows"])
-        self.states = self._kept(options, "states", self._states)
         self.stored = rows.take(range(len(rows)))
 
-    def _kept(self, options: argparse.Namespace, name: str, compute: Callable[[], Scores]) -> Scores:
+    @cached_property
+    def states(self) -> Scores:
+        """The language model's mean hidden states, by depth and part of the text."""
+        return self.kept("states", self._states)
+
+    def kept(self, name: str, compute: Callable[[], Scores]) -> Scores:
         """Return what lies in WORK by this name, with the seconds that it took; compute it where it is missing."""
-        file = options.work / f"{name}.npz"
+        file = self.work / f"{name}.npz"
         if not file.exists():
             seconds, found = timed(compute)
-            np.savez(options.work / f"{name}.part.npz", seconds=np.array(seconds), **found)
-            (options.work / f"{name}.part.npz").rename(file)
+            np.savez(self.work / f"{name}.part.npz", seconds=np.array(seconds), **found)
+            (self.work / f"{name}.part.npz").rename(file)
         with np.load(file) as kept:
             self.seconds[name] = float(kept["seconds"])
             return {key: kept[key] for key in kept.files if key != "seconds"}
@@ -129,7 +135,7 @@ class Read:
         model = self.index.loaded.model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder = getattr(base, base.base_model_prefix)
-        examples = [self.index.template.encode(_example(self.rows, row)) for row in range(len(self.rows))]
+        examples = [self.index.template.encode(example_of(self.rows, row)) for row in range(len(self.rows))]
         items = [Item(Example("", "", "", {}, row, ()), encoding) for row, encoding in enumerate(examples)]
         found: Scores = {}
         for batch in plan_batches(items, 2048):
@@ -163,8 +169,8 @@ def _ranks(read: Read, seed: int, anchors: Sequence[int]) -> dict[str, Any]:
     return sizes | {
         name: {
             **asdict(agreement(scores[:, pool], part)),
-            "candidates": _recall(scores, truth, CANDIDATES),
-            "held_out": _recall(scores[:, pool], truth[:, pool], HELD_OUT),
+            "candidates": recall(scores, truth, CANDIDATES),
+            "held_out": recall(scores[:, pool], truth[:, pool], HELD_OUT),
         }
         for name, scores in rankings.items()
     }
@@ -218,7 +224,7 @@ def _by_words(anchors: Sequence[Text], texts: Sequence[Text]) -> Scores:
     return {name: np.asarray(scores, np.float32) for name, scores in found.items()}
 
 
-def _recall(scores: np.ndarray, truth: np.ndarray, counts: Sequence[int]) -> dict[str, float]:
+def recall(scores: np.ndarray, truth: np.ndarray, counts: Sequence[int]) -> dict[str, float]:
     """Return the share of the ten best by full gradients that are among so many candidates."""
     best = np.argsort(-truth, axis=1)[:, :BEST]
     ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
@@ -244,18 +250,18 @@ def _carried(options: argparse.Namespace, path: Path, folder: Path) -> dict[str,
 
 
 def _text(rows: Rows, row: int) -> Text:
-    example = _example(rows, row)
+    example = example_of(rows, row)
     return Text(example.prompt, example.response, row)
 
 
-def _example(rows: Rows, row: int) -> Example:
+def example_of(rows: Rows, row: int) -> Example:
     return Example.from_record(rows.record(int(rows.example[row])))
 
 
 def _cost(options: argparse.Namespace, index: Index, rows: Rows) -> dict[str, Any]:
     """Time a few examples one after the other by both ways, in one run, and count the bytes of a row."""
     chosen = np.linspace(0, len(rows) - 1, TIMED).astype(int)
-    examples = [_example(rows, row) for row in chosen]
+    examples = [example_of(rows, row) for row in chosen]
     anchors, seed = options.runs[0]
     encoder = Encoder.load(EncoderConfig(str(_folder(options, anchors, seed)), "cpu"))
     compressor = index.compressor_of("sentence")

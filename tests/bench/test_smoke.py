@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import bench
+from rapidindex import Index, Query
 from rapidindex.caching.build import build
 from rapidindex.config import BuildRequest, EncodingConfig, ModelConfig, SketchConfig
 from rapidindex.progress import silent
@@ -257,7 +258,7 @@ def test_peers(peer, work, folder):
 
 
 @lacks("sentence_transformers", "sklearn")
-def test_an_encoder_is_distilled_ranked_and_timed(tmp_path, llama_folders):
+def test_an_encoder_is_distilled_ranked_timed_and_asked_about_words(tmp_path, llama_folders, monkeypatch):
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, 4)) for _ in range(110)]
     data = write_lines(tmp_path / "data.jsonl", [{"instruction": f"Say {n}", "output": t} for n, t in enumerate(texts)])
@@ -282,6 +283,20 @@ def test_an_encoder_is_distilled_ranked_and_timed(tmp_path, llama_folders):
     influcoder.main([*inputs, "--work", str(tmp_path / "work"), "--smoke", "--add"])
     again = json.loads((tmp_path / "work" / "results" / "influcoder.json").read_text())["figures"]
     assert again == figures
+    words = importlib.import_module("bench.words")
+    monkeypatch.setattr(words, "COMMON", 1.0)
+    words.main([*inputs[:4], "--work", str(tmp_path / "work"), "--smoke", "--seeds", "1"])
+    figures = json.loads((tmp_path / "work" / "results" / "words.json").read_text())["figures"]
+    asked = np.load(tmp_path / "work" / "words-2.npz")
+    assert len(asked["row"]) == figures["questions"] > 200
+    assert figures["seeds"]["0"]["encoder, its context"]["candidates"]["200"] == 1.0
+    index = Index.open(tmp_path / "index", device="cpu")
+    rows = index.rows_of("sentence")
+    example = influcoder.example_of(rows, asked["row"][9])
+    query = Query(example.prompt, example.response, str(asked["word"][9]))
+    found = {match.id: match.score for match in index.query(query, k=110, exact=True, heatmaps=False).matches}
+    expected = [found[rows.ids[number]] for number in rows.example]
+    np.testing.assert_allclose(asked["products"][9], expected, atol=1e-4)
 
 
 @lacks("sentence_transformers", "sklearn")
