@@ -265,20 +265,22 @@ class Bench:
     def retrainings(self) -> dict[str, Any]:
         """Return what the model says after trainings without some rows, to each set of questions.
 
-        A run's name is that of the method whose first rows it lacks, or `random 1` and so on.
+        A run's name is that of the method whose first rows it lacks, or `random 1` and so on; those are the same rows
+        for all sets.
         """
-        sets = [[self.asked_by_the_demo(demo.PROMPTS[0])], self.given[:: 5 if self.options.smoke else 1]]
         training = Training.of(self.index, VerifyOptions(method="retrain", runs=str(self.work / "runs")))
-        sizes = {"of": len(self.pool.examples), "rows": self.options.without}
-        return {**sizes, "asked": [self._retrained(training, questions) for questions in sets]}
+        count, asked, draws = self.options.without, [], {}
+        for questions in ([self.asked_by_the_demo(demo.PROMPTS[0])], self.given[:: 5 if self.options.smoke else 1]):
+            every = [self.rankings(question) for question in questions]
+            groups = {name: _first([ranks[name] for ranks in every])[:count] for name in self.options.retrain}
+            if not draws:
+                drawn = self.pool.draws(groups[self.options.retrain[0]], self.options.repeats, seed=0)
+                draws = {f"random {number}": places for number, places in enumerate(drawn, 1)}
+            asked.append(self._retrained(training, questions, groups | draws))
+        return {"of": len(self.pool.examples), "rows": count, "asked": asked}
 
-    def _retrained(self, training: Training, questions: list[Question]) -> dict[str, Any]:
-        count, word = self.options.without, questions[0].word
-        every = [self.rankings(question) for question in questions]
-        groups = {name: _first([ranks[name] for ranks in every])[:count] for name in self.options.retrain}
-        draws = self.pool.draws(groups["kronecker"], self.options.repeats, seed=0)
-        groups |= {f"random {number}": draw for number, draw in enumerate(draws, 1)}
-        runs = {}
+    def _retrained(self, training: Training, questions: list[Question], groups: dict[str, list[int]]) -> dict[str, Any]:
+        word, runs = questions[0].word, {}
         for name, places in groups.items():
             rows = frozenset(self.pool.examples[at].id for at in places)
             kept = training.folder(rows).with_suffix(f".{word}.json")
