@@ -49,11 +49,13 @@ class Bars:
             self.live.stop()
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Show that `done` of `total` units of the stage are done."""
+        """Show that `done` of `total` units of the stage are done; one that had ended begins anew."""
         if self.live:
             if stage not in self.tasks:
                 self.tasks[stage] = self.live.add_task(stage, total=total, left="")
             task = self.tasks[stage]
+            if done < total and self.live.tasks[task].finished:
+                self.live.reset(task)
             self.live.update(task, completed=done, total=total, description=f"{stage} {note}")
             seconds = None if done >= total else self.live.tasks[task].time_remaining
             self.live.update(task, left="" if seconds is None else f"{timedelta(seconds=round(seconds))} left")
@@ -70,6 +72,8 @@ class Bars:
     def _print(self, stage: str, done: int, total: int, note: str) -> None:
         """Print the stage's share and time left: at its start, at its end (once), and every `seconds` between."""
         now = time.monotonic()
+        if done < total and self.printed.get(stage) == float("inf"):
+            del self.printed[stage], self.started[stage]
         started = self.started.setdefault(stage, now)
         next_line = self.printed.get(stage, 0.0) + self.seconds
         if stage in self.printed and (next_line == float("inf") if done == total else now < next_line):

@@ -64,7 +64,7 @@ def actors():
 
 
 def wait_for(condition, running):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < deadline and running.pid, running.err
         time.sleep(0.02)

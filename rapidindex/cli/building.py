@@ -1,5 +1,6 @@
 """The command that caches the gradients of training data."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -188,7 +189,7 @@ def build(
         several.create()
     with Bars(quiet=quiet) as bars:
         each = {name: run(own, overwrite=overwrite, progress=bars) for name, own in requests.items()}
-    print_members(each, as_json, estimate_tables if dry_run else build_tables)
+    print_members(each, as_json, estimate_tables if dry_run else partial(build_tables, asked=str(output)))
 
 
 def checkpoints_of(

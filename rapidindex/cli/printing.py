@@ -59,8 +59,11 @@ def print_members(values: dict[str, Any], as_json: bool, tables: Callable[[Any],
     if as_json and len(values) > 1:
         print_plain(plain, True, {})
         return
-    for value in values.values():
-        print_plain(value, as_json, tables(value))
+    shown = list(map(tables, values.values()))
+    for lines in [lines for one in shown[:-1] for lines in one.values()]:
+        lines.pop("next", None)  # what comes next comes once
+    for value, one in zip(values.values(), shown, strict=True):
+        print_plain(value, as_json, one)
 
 
 def show(*parts: Any) -> None:

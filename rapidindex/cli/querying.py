@@ -212,8 +212,10 @@ def _answer(index: Any, encoded: list[Any], options: QueryOptions, theme: Theme 
             if early:
                 show(terminal.result(event.result, every=options.all))
             results.append(_completed(events, quiet=quiet or not theme))
-            if theme:
-                show((terminal.cards if early else terminal.result)(results[-1], theme, every=options.all))
+            if early and any(match.token_scores for match in results[-1].matches):  # an encoder alone gives none
+                show(terminal.cards(results[-1], theme, every=options.all))
+            elif theme and not early:
+                show(terminal.result(results[-1], theme, every=options.all))
     return results
 
 

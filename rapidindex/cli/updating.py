@@ -1,6 +1,7 @@
 """The commands that add to an index and take out of it."""
 
 import shlex
+from functools import partial
 from typing import Annotated, Any
 
 from rapidindex.cli import options as opt
@@ -50,7 +51,7 @@ def add(
         )
     with Bars(quiet=quiet) as bars:
         each = {one.name: run(one, str(data), **moved, work=work, limit=limit, progress=bars) for one in indexes}
-    print_members(each, as_json, build_tables)
+    print_members(each, as_json, partial(build_tables, asked=str(path)))
 
 
 @command(

@@ -89,13 +89,14 @@ def specialize_tables(summary: Any) -> Tables:
     return {f"Index {summary.index}": lines}
 
 
-def build_tables(summary: Any) -> Tables:
-    """Return one table about a finished build, from its BuildSummary."""
+def build_tables(summary: Any, asked: str | None = None) -> Tables:
+    """Return one table about a finished build, from its BuildSummary; `asked` is the index to ask, if not this one."""
     lines = {
         "data": summary.data,
         "examples": f"{summary.examples:,} ({summary.computed:,} computed now, in {summary.seconds:.0f} s)",
-        "gradient": f"{summary.gradient_size:,} entries in {summary.layers} layers" if summary.layers else "none",
     }
+    if summary.layers:
+        lines["gradient"] = f"{summary.gradient_size:,} entries in {summary.layers} layers"
     if summary.at_work:
         lines["others"] = f"{summary.at_work} The last one to end lists what all have written."
     if summary.restored:
@@ -112,8 +113,10 @@ def build_tables(summary: Any) -> Tables:
     if summary.without_tokens:
         commands = "; ".join(shlex.join(["rapidindex", "add", summary.index, path]) for path in summary.without_tokens)
         lines["no tokens"] = f"of data that was added: {commands}"
-    option = "" if summary.tokens is None else " --level token"
-    lines["next"] = f'rapidindex query {shlex.quote(summary.index)} "PROMPT" --token WORD{option}'
+    about = f"--token WORD{'' if summary.tokens is None else ' --level token'}"
+    if not summary.layers:
+        about = '--answer "ANSWER"'  # embeddings are of whole answers, and no model is there to give one
+    lines["next"] = f'rapidindex query {shlex.quote(asked or summary.index)} "PROMPT" {about}'
     return {f"Index {summary.index}": lines}
 
 

@@ -18,6 +18,7 @@ from rapidindex.results import Result
 from rapidindex.search.check import check
 from rapidindex.serve.desk import Desk
 from rapidindex.store import Store
+from tests.cli.conftest import typed  # noqa: F401
 from tests.oracles import all_rows
 
 PROMPT, ANSWER = "Say tea yoga sun", "tea yoga sun is nice"
@@ -76,6 +77,12 @@ def test_the_first_stage_ranks_by_embeddings_and_loads_no_model(embedded, many, 
     assert all(match.exact_score is None for match in result.matches)
     assert result.index.encoder == encoder.path
     assert Result.from_json(result.to_json()) == result
+
+
+def test_on_the_command_line_the_first_stage_lists_matches_once(embedded, typed):  # noqa: F811
+    code, out, said = typed("query", embedded, PROMPT, "--answer", ANSWER, "-k", 1, "--all")
+    assert code == 0 and "percentile" not in out and "influence" not in out, said
+    assert out.count(Index.open(embedded, device="cpu").query(PROMPT, answer=ANSWER, k=1).matches[0].id) == 1
 
 
 @pytest.mark.parametrize("opponents", [False, True])

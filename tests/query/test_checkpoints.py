@@ -268,7 +268,9 @@ def test_the_command_line_builds_asks_adds_removes_and_checks_them_all(
     code, out, said = typed(*asked, "--checkpoint", "sum", "--html", tmp_path / "sum.html")
     assert code == 0 and "Checkpoint: sum." in said and (tmp_path / "sum.html").exists()
     assert json.loads(typed(*asked, "--checkpoint", "best", "--json")[1])["checkpoint"] in ("tuned", "early")
-    assert typed("add", path, more, "-q")[0] == 0 and len(indexes_at(path)) == 2
+    code, out, _ = typed("add", path, more, "-q")
+    assert code == 0 and len(indexes_at(path)) == 2
+    assert out.count("next:") == 1 and f'next: rapidindex query {path} "PROMPT" --token WORD' in out
     assert all(len(Store.open(one).rows("sentence")) == 10 for one in indexes_at(path))
     assert typed("add", path, more, "-a", adapters[0])[0] == 2
     assert typed("remove", path, "--where", "number=3", "-q")[0] == 0

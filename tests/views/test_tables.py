@@ -89,6 +89,7 @@ def test_a_build_says_what_it_did_and_the_query_to_type_next():
         ({"tokens": 1}, "next", "--token WORD --level token"),
         ({"without_tokens": ["a", "b c"]}, "no tokens", "rapidindex add out a; rapidindex add out 'b c'"),
         ({"index": "my index"}, "next", "rapidindex query 'my index' "),
+        ({"layers": 0, "gradient_size": 0}, "next", 'rapidindex query out "PROMPT" --answer "ANSWER"'),
     ],
 )
 def test_a_build_says_what_was_unusual(changes, name, text):
