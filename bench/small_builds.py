@@ -25,7 +25,7 @@ from rapidindex.gradients.losses import example_losses
 from rapidindex.model.model import load
 from rapidindex.progress import Bars
 
-CORRECTIONS = ("none", "estimate", "kronecker")
+CORRECTIONS = ("none", "estimate", "kronecker", "kfac")
 
 
 def main() -> None:
