@@ -9,7 +9,7 @@ data read to the last shard.
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,17 +31,19 @@ CORRECTIONS = ("none", "estimate", "kronecker", "kfac")
 def main() -> None:
     add = (options := parser(__doc__, data=True)).add_argument
     add("--rows", type=int, default=160)
+    add("--only", nargs="+", default=CORRECTIONS, choices=CORRECTIONS, help="corrections to build with")
     options = options.parse_args()
     if options.smoke:
         options.rows = 4
     torch.set_num_threads(1)
     with Bars() as bars:
         make_model(options.work, bars)
-        path = save("small_builds", measure(options, bars), options)
-        bars.say(f"written to {path}")
+        for figures in measure(options, bars):
+            bars.say(f"written to {save('small_builds', figures, options)}")
 
 
-def measure(options: Any, bars: Bars) -> dict[str, Any]:
+def measure(options: Any, bars: Bars) -> Iterator[dict[str, Any]]:
+    """Yield the figures so far after each build and, the bare passes measured again, at the end."""
     config = model_config(options.work, False, "float32")
     loaded = load(config)
     template = Template("alpaca", loaded.tokenizer, 512)
@@ -53,15 +55,18 @@ def measure(options: Any, bars: Bars) -> dict[str, Any]:
             example_losses(loaded.model, batch).sum().backward()
 
     bare, builds = [processor_seconds(passes)], {}
-    for correction in CORRECTIONS:
+    figures = {"rows": len(items), "tokens": sum(item.tokens for item in items), "bare": bare, "builds": builds}
+    bars.say(f"bare: {bare}")
+    for correction in options.only:
         folder, clock = options.work / "small-build", Stages()
         shutil.rmtree(folder, ignore_errors=True)
         gradient = GradientConfig(normalize="unit", second_moment=correction)
         build(BuildRequest(options.data, folder, config, gradient=gradient, limit=options.rows), progress=clock)
         builds[correction] = clock.seconds
         bars.say(f"{correction}: {clock.seconds}")
+        yield figures
     bare.append(processor_seconds(passes))
-    return {"rows": len(items), "tokens": sum(item.tokens for item in items), "bare": bare, "builds": builds}
+    yield figures
 
 
 class Stages:

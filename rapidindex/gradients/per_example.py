@@ -40,6 +40,9 @@ from rapidindex.gradients.losses import (
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Relative error from which a batched gradient counts as wrong (a wrong rule is off by about 1)."""
 
+_CHECKED = (48, 64)
+"""Tokens of the two examples with which the first batch is compared with autograd: one is padded."""
+
 _SUMS = 4096
 """Numbers that stand for a layer's gradient in the comparison: they give an error's length within a few per cent."""
 
@@ -85,7 +88,7 @@ class PerExampleGradients:
         """
         if self.batched and not self._checked and len(batch) > 1:
             lengths = batch.attention.sum(1)
-            self._attempt(self._check, batch, int(lengths.argmin()), int(lengths.argmax()))
+            self._attempt(self._check, batch, int(lengths.argmin()), int(lengths.argmax()), _CHECKED)
             self._checked = True
         if self.batched and self._checked:
             losses = self._verified(batch, consume, factored)
@@ -244,16 +247,18 @@ class PerExampleGradients:
         for row in sorted({int(length.argmax()) for length in lengths.values()}):
             self._check(batch, row, row)
 
-    def _check(self, batch: Batch, first: int, second: int) -> None:
-        """Compare the batched gradients of two examples with autograd's, layer by layer.
+    def _check(self, batch: Batch, first: int, second: int, most: tuple[int, ...] = ()) -> None:
+        """Compare the batched gradients of two examples, or of so many of their tokens at most, with autograd's.
 
         The loss is of all tokens: the gradient of a single token that is all but certain is mostly rounding.
         """
         rows = [first, second if second != first else (first + 1) % len(batch)]
-        length = int(batch.attention[rows].sum(1).max())
-        pair = _of_all_tokens(
-            Batch(*(part[rows, :length] for part in (batch.input_ids, batch.attention, batch.weights)))
-        )
+        attention = batch.attention[rows]
+        for row, tokens in enumerate(most):
+            attention[row, tokens:] = 0
+        length = int(attention.sum(1).max())
+        attention = attention[:, :length]
+        pair = _of_all_tokens(Batch(batch.input_ids[rows, :length], attention, attention))
         ours: dict[int, Tensor] = {}
         self._batched(pair, lambda number, gradient: ours.__setitem__(number, _digest(gradient)), rehearsal=True)
         self._compare(ours, pair, [0, 1])

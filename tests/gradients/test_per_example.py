@@ -99,6 +99,20 @@ def test_a_model_whose_examples_mix_in_the_batch_is_found_out():
     assert (ours[2] - flat).norm() <= 1e-5 * flat.norm()
 
 
+def test_the_first_comparison_is_of_the_starts_of_long_examples_of_which_one_is_padded():
+    model, seen = make("llama", "lora"), []
+    model.register_forward_pre_hook(
+        lambda _, __, options: seen.append(options["attention_mask"].sum(1).tolist()), with_kwargs=True
+    )
+    ids, weights = examples([(60, 30), (5, 20), (70, 10)])
+    _, ours = collected(PerExampleGradients(model), Batch.of(ids, weights))
+    assert seen == [[25, 64], [25], [64], [90, 25, 80]]
+    ids, weights = ([part[row] for row in (0, 2)] for part in (ids, weights))
+    seen.clear()
+    collected(PerExampleGradients(model), Batch.of(ids, weights))
+    assert seen == [[48, 64], [48], [64], [90, 80]]
+
+
 RARE = 77
 """A token that the first batches lack."""
 

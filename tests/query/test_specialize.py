@@ -10,20 +10,22 @@ import torch
 
 from rapidindex import Index, QueryOptions, add, check, remove
 from rapidindex.caching.build import build
-from rapidindex.config import BuildConfig, SketchConfig, SpecializeOptions, TokenConfig
+from rapidindex.config import BuildConfig, GradientConfig, SketchConfig, SpecializeOptions, TokenConfig
 from rapidindex.errors import ConfigMismatch, DamagedIndex, DataError, ResourceError, StoreError, UsageError
 from rapidindex.gradients import curvature
 from rapidindex.query import specialize as module
 from rapidindex.query.encode import stack_rows
 from rapidindex.query.specialize import specialize
 from rapidindex.store import Store
-from tests.oracles import ANSWER, PROMPT, RECIPES, all_rows, request
+from tests import oracles
+from tests.oracles import ANSWER, PROMPT, all_rows, request
 
 QUERIES = [
     {"prompt": f"Tell me about {word}", "answer": f"{word} is from {place}"}
     for word, place in zip("tea rice fish sun sky".split(), "Japan India Peru Spain Cuba".split(), strict=True)
 ]
 K = 64
+RECIPES = oracles.RECIPES | {"kfac": GradientConfig("unit", "kfac", moment_examples=8)}
 
 
 @pytest.fixture(scope="module")
