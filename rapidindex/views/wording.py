@@ -157,7 +157,8 @@ def rescored(result: Result) -> str:
         )
     correlation = result.rescoring.rank_correlation
     agreement = "" if correlation is None else f" The two orders have a rank correlation of {correlation:.2f};"
+    moved = result.rescoring.largest_move
     return (
         f"Ordered by uncompressed influence among {result.rescoring.candidates:,} candidates.{agreement} "
-        f"{'a' if agreement else 'A'} candidate moved by {result.rescoring.largest_move:,} places at most."
+        f"{'a' if agreement else 'A'} candidate moved by {moved:,} {'place' if moved == 1 else 'places'} at most."
     )

@@ -151,17 +151,19 @@ def test_the_weight_is_where_the_spectra_cross(index, queries, tmp_path):
         specialize(index, queries, tmp_path / "other", SpecializeOptions(component=21, block=16))
 
 
+@pytest.mark.parametrize("recipe", ["plain TracIn", "kfac"])
 def test_what_is_added_is_multiplied_by_the_same_root_and_what_is_removed_is_gone(
-    index_of, data, llama_folders, queries, tmp_path
+    data, llama_folders, queries, tmp_path, recipe
 ):
     lines = data.read_text().splitlines()
     (tmp_path / "a.jsonl").write_text("\n".join(lines[:6]))
     source, target = tmp_path / "source", tmp_path / "index"
-    sketch = SketchConfig(K=K, projection="two-sided")
-    build(request(tmp_path / "a.jsonl", source, llama_folders, gradient=RECIPES["plain TracIn"], sketch=sketch))
+    asked = {"gradient": RECIPES[recipe], "sketch": SketchConfig(K=K, projection="two-sided")}
+    build(request(tmp_path / "a.jsonl", source, llama_folders, **asked))
     specialize(source, queries, target)
     assert add(target, str(data), work=BuildConfig(batch_tokens=64, workers=2)).computed == 4
-    whole = all_rows(index_of())
+    add(source, str(data))
+    whole = all_rows(source)
     root = curvature.Curvature.of(Store.open(target).roots())
     for id, row in all_rows(target).items():
         expected = root(torch.from_numpy(whole[id])[None])[0][0].numpy()
@@ -171,7 +173,7 @@ def test_what_is_added_is_multiplied_by_the_same_root_and_what_is_removed_is_gon
     remove(target, ids=[gone])
     assert gone not in [match.id for match in Index.open(target).query(PROMPT, answer=ANSWER, k=10).matches]
     with pytest.raises(ConfigMismatch, match="is no build"):
-        build(request(data, target, llama_folders, gradient=RECIPES["plain TracIn"], sketch=sketch))
+        build(request(data, target, llama_folders, **asked))
 
 
 def test_removed_examples_of_the_source_are_left_out(index, queries, tmp_path):

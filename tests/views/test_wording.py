@@ -64,6 +64,7 @@ def test_a_rescored_order_is_explained_and_does_not_hide_what_stands_out():
     assert sentence in wording.rescored(result)
     assert "moved by 7 places at most" in result.to_html()
     assert "candidates. A candidate" in wording.rescored(shown.result(rescoring=Rescoring(1, None, 0)))
+    assert "moved by 1 place at most" in wording.rescored(shown.result(rescoring=Rescoring(2, 1.0, 1)))
 
 
 def test_without_a_summary_only_the_sign_is_judged():
