@@ -8,6 +8,7 @@ part, and candidates are looked for among all rows, too, of which heads know the
 """
 
 import argparse
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -37,6 +38,8 @@ HELD_OUT = (10, 20, 40)
 """Candidates of the held-out pool."""
 CANDIDATES = (40, 100, 200)
 """Candidates of all rows."""
+BATCH = 8
+"""Questions whose gradients are computed together."""
 COMMON = 0.1
 """Share of the responses that a word stands in at most."""
 GAMMAS = (0.15, 0.3, 0.6, 1.2)
@@ -91,25 +94,22 @@ def word_products(read: Read, each: int, progress: Progress) -> Scores:
 
     A word's loss is what `--token` asks about, the mean over its tokens.
     """
-    compressor, found = read.index.compressor_of("sentence"), []
-    drawn = draw_words([text.response for text in read.texts], each)
-    for number, (row, word) in enumerate(drawn):
-        progress("gradients of words", number, len(drawn))
+    compressor, questions, products = read.index.compressor_of("sentence"), [], []
+    for row, word in draw_words([text.response for text in read.texts], each):
         encoding = read.index.template.encode(example_of(read.rows, row), end=False)
-        try:
+        with contextlib.suppress(TokenNotFound):  # beyond --max-length
             chosen = select_tokens(encoding.tokens, encoding.response, token=word).positions
-        except TokenNotFound:  # beyond --max-length
-            continue
-        vector = compressor(_until_last(selected_batch(encoding, chosen, compressor.device))).rows[0].cpu().numpy()
-        found.append((row, word, read.stored @ vector))
-    rows, words, products = zip(*found, strict=True)
-    return {"row": np.array(rows), "word": np.array(words), "products": np.array(products)}
-
-
-def _until_last(batch: Batch) -> Batch:
-    """Leave out what comes after the last token of the loss, which knows nothing of it."""
-    end = int(batch.weights[0].nonzero().max()) + 1
-    return Batch(batch.input_ids[:, :end], batch.attention[:, :end], batch.weights[:, :end])
+            weights = selected_batch(encoding, chosen, "cpu").weights[0].numpy()
+            end = weights.nonzero()[0].max() + 1  # what comes after the word says nothing of it
+            questions.append((row, word, encoding.input_ids[:end], weights[:end]))
+    questions.sort(key=lambda question: len(question[2]))
+    for first in range(0, len(questions), BATCH):
+        progress("gradients of words", first, len(questions))
+        _, _, ids, weights = zip(*questions[first : first + BATCH], strict=True)
+        vectors = compressor(Batch.of(ids, weights, compressor.device)).rows.cpu().numpy()
+        products.append(vectors @ read.stored.T)
+    rows, words, _, _ = zip(*questions, strict=True)
+    return {"row": np.array(rows), "word": np.array(words), "products": np.concatenate(products)}
 
 
 def word_features(read: Read, asked: Scores) -> Scores:
