@@ -57,7 +57,7 @@ def distill_tables(summary: Any) -> Tables:
     lines = {
         "encoder": f"{summary.encoder}, {summary.width} entries a row",
         "anchors × pool": "; ".join(parts),
-        "learnt": f"{len(summary.epoch_spearman)} epochs of training" if summary.epoch_spearman else "a head",
+        "learnt": f"in {len(summary.epoch_spearman)} epochs" if summary.epoch_spearman else "a head",
         "time": "done before" if summary.already_there else f"{summary.seconds:.0f} s",
     }
     if summary.truncated:

@@ -48,6 +48,29 @@ def test_an_embedding_is_the_head_of_the_models_embeddings_of_prompt_and_respons
     assert ours.shape == (2, encoder.width)
 
 
+def test_a_static_encoder_is_the_head_of_the_means_of_its_tokens_vectors(gradient_index, plain_encoder, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    tokenizer = Encoder.load(EncoderConfig(str(plain_encoder), "cpu")).tokenizer.backend_tokenizer
+    tokenizer.enable_truncation(2)  # a limit in its file is not ours
+    vectors = np.random.default_rng(0).standard_normal((tokenizer.get_vocab_size(), 8), np.float32)
+    static = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=vectors)], device="cpu")
+    static.save_pretrained(str(tmp_path / "static"), create_model_card=False)
+    config = EncoderConfig(str(tmp_path / "static"), "cpu")
+    done = distill(gradient_index, tmp_path / "encoder", OPTIONS, encoder=config)
+    assert done.per_anchor["distilled"] > done.per_anchor["untrained"] and done.truncated == 0
+    encoder, texts = Encoder.load(EncoderConfig(done.output, "cpu")), [("Say tea yoga", "tea is nice"), ("", "yoga")]
+    tokenizer.no_truncation()
+    for row, text in zip(encoder.embed([encoder.encode_text(*text) for text in texts]), texts, strict=True):
+        ids = [tokenizer.encode(half, add_special_tokens=False).ids for half in text]
+        means = [vectors[half].mean(0) if half else np.zeros(8) for half in ids]
+        features = np.concatenate([*means, np.log1p([len(half) for half in ids])]).astype(np.float32)
+        np.testing.assert_allclose(row, encoder.head(torch.from_numpy(features)[None])[0], atol=1e-4)
+    options = DistillConfig("train", epochs=1, learning_rate=3e-3)
+    assert distill(gradient_index, tmp_path / "trained", options, encoder=config).width == 8
+
+
 def test_without_a_head_an_embedding_is_that_of_the_whole_text(plain_encoder):
     from sentence_transformers import SentenceTransformer
 
