@@ -33,7 +33,7 @@ from rapidindex.caching.moment import ESTIMATES, moment_sample
 from rapidindex.config import BuildRequest
 from rapidindex.errors import ResourceError
 from rapidindex.gradients.rapidgrad import Compressor, RapidGrads
-from rapidindex.gradients.second_moment import preconditioner_of
+from rapidindex.gradients.second_moment import kept_bytes, preconditioner_of
 from rapidindex.progress import Progress, silent
 from rapidindex.search.vector_index import search_index_bytes
 from rapidindex.store import Store, disk_bytes, encode_rows
@@ -311,7 +311,8 @@ class _Timing:
         kind = preconditioner_of(job.recipe)
         if lacks_moment and job.recipe.gradient.second_moment in ESTIMATES:
             sample = plan_batches(moment_sample(job), job.request.work.batch_tokens)
-            parts["second moment"] = kind.sample_passes * self._caching_seconds(sample)
+            passes = min(kind.sample_passes, 1 if kept_bytes(job.layers, sum(map(len, sample))) else 2)
+            parts["second moment"] = passes * self._caching_seconds(sample)
         if workers > 1:
             starting = _IMPORT_SECONDS * max(1, workers / (psutil.cpu_count() or 1)) + loading
             parts[f"start workers, {level}"] = starting

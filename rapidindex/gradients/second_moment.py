@@ -154,7 +154,7 @@ class Eigenbasis(Preconditioner):
     @classmethod
     def sample_bytes(cls, layers: Sequence[Layer], examples: int) -> int:
         """Return the bytes of the products that eigenvectors are found from, and of the gradients that are kept."""
-        return 4 * product_entries(layers, cls.kept) + _kept_bytes(layers, examples)
+        return 4 * product_entries(layers, cls.kept) + kept_bytes(layers, examples)
 
     @staticmethod
     def factors_of(v: Float[Tensor, " entries"], layers: Sequence[Layer]) -> Float[Tensor, " entries"]:
@@ -283,7 +283,7 @@ class _Kept:
 
     def __init__(self, gradients: PerExampleGradients, batches: Sequence[Batch]) -> None:
         self.layers, self._gradients = gradients.layers, gradients
-        fits = _kept_bytes(self.layers, sum(map(len, batches))) > 0
+        fits = kept_bytes(self.layers, sum(map(len, batches))) > 0
         self._of: dict[int, list[tuple[int, Tensor]]] = {id(batch): [] for batch in batches} if fits else {}
 
     def __call__(self, batch: Batch, consume: Callable[[int, Tensor], None]) -> None:
@@ -301,7 +301,7 @@ class _Kept:
         self._gradients(batch, keep)
 
 
-def _kept_bytes(layers: Sequence[Layer], examples: int) -> int:
+def kept_bytes(layers: Sequence[Layer], examples: int) -> int:
     """Return the bytes of a sample's gradients; 0 where they are more than may be kept."""
     size = 4 * examples * sum(layer.size for layer in layers)
     return size if size <= KEPT_BYTES else 0
