@@ -76,6 +76,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     runs = "2000:0,1000:0,500:0,125:0,2000:1,1000:1,2000:2,1000:2"
     it.add_argument("--runs", type=_runs, default=_runs(runs), help="anchors:seed of each head; the first is distilled")
     it.add_argument("--add", action="store_true", help="keep the earlier results, and measure what they lack")
+    it.add_argument("--beside", type=Path, nargs="*", default=[], help="other encoders that heads are given")
     it.add_argument("--carry-over", type=Path, nargs="*", default=[], help="indexes of other texts")
     return it.parse_args(arguments)
 
@@ -104,12 +105,16 @@ class Read:
         self.index, self.rows = index, rows
         self.texts = [_text(rows, row) for row in range(len(rows))]
         self.encoder = Encoder.load(EncoderConfig(options.encoder, "cpu"))
-        self.encodings = [self.encoder.encode_text(text.prompt, text.response) for text in self.texts]
         self.seconds: dict[str, float] = {}
         self.work: Path = options.work
-        features = self.kept("features", lambda: {"rows": self.encoder.features(self.encodings).numpy()})
-        self.features = torch.from_numpy(features["rows"])
+        self.features = self._features("features", self.encoder)
+        others = ((path.name, Encoder.load(EncoderConfig(str(path), "cpu"))) for path in options.beside)
+        self.others = {name: self._features(name, encoder) for name, encoder in others}
         self.stored = rows.take(range(len(rows)))
+
+    def _features(self, name: str, encoder: Encoder) -> torch.Tensor:
+        encodings = [encoder.encode_text(text.prompt, text.response) for text in self.texts]
+        return torch.from_numpy(self.kept(name, lambda: {"rows": encoder.features(encodings).numpy()})["rows"])
 
     @cached_property
     def states(self) -> Scores:
@@ -128,10 +133,7 @@ class Read:
             return {key: kept[key] for key in kept.files if key != "seconds"}
 
     def _states(self) -> Scores:
-        """Return the language model's mean hidden states over each whole text and over its response, by depth.
-
-        In bfloat16: only their cosines and a regression are asked of them.
-        """
+        """Return the language model's mean hidden states over each whole text and over its response, by depth."""
         model = self.index.loaded.model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder = getattr(base, base.base_model_prefix)
@@ -140,12 +142,12 @@ class Read:
         found: Scores = {}
         for batch in plan_batches(items, 2048):
             padded, numbers = as_batch(batch, "cpu"), [item.example.line for item in batch]
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            with torch.inference_mode():
                 states = decoder(
                     input_ids=padded.input_ids, attention_mask=padded.attention, output_hidden_states=True
                 ).hidden_states
             for depth, share in DEPTHS.items():
-                state = states[round(share * (len(states) - 1))].float()
+                state = states[round(share * (len(states) - 1))]
                 for part, mask in zip(HALVES, (padded.attention, padded.weights != 0), strict=True):
                     mean = (state * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
                     kept = found.setdefault(f"{depth} {part}", np.zeros((len(items), mean.shape[1]), np.float32))
@@ -182,6 +184,7 @@ def _learnt(read: Read, parts: dict[str, Part], anchors: Sequence[int]) -> Score
     first, second, lengths = read.features.split([width, width, 2], dim=1)
     found = {f"distilled, {count:,} anchors": _head(parts, read.features, count) for count in anchors}
     most = max(anchors)
+    found |= {f"a head on {name}": _head(parts, features, most) for name, features in read.others.items()}
     found["a head on lengths alone"] = _head(parts, lengths, most)
     whole, response = (torch.from_numpy(read.states[f"half {part}"]) for part in HALVES)
     found["a head on hidden states, half"] = _head(parts, torch.cat([whole, response, lengths], 1), most)

@@ -265,13 +265,14 @@ def test_an_encoder_is_distilled_ranked_timed_and_asked_about_words(tmp_path, ll
     build(BuildRequest(str(data), tmp_path / "index", ModelConfig(*map(str, llama_folders)), sketch=SketchConfig(4096)))
     encoder = tiny.save_encoder(tmp_path / "plain")
     influcoder = importlib.import_module("bench.influcoder")
-    runs = ["--runs", "84:0,16:0,16:1", "--carry-over", str(tmp_path / "index")]
+    runs = ["--runs", "84:0,16:0,16:1", "--carry-over", str(tmp_path / "index"), "--beside", str(encoder)]
     inputs = ["--index", str(tmp_path / "index"), "--encoder", str(encoder), *runs]
     influcoder.main([*inputs, "--work", str(tmp_path / "work"), "--smoke"])
     figures = json.loads((tmp_path / "work" / "results" / "influcoder.json").read_text())["figures"]
     ranks = figures["ranks"]
     assert set(ranks) == {"0", "1"} and ranks["0"]["RapidGrads, K = 4,096"]["per_anchor"] > 0.99
     distilled = ranks["0"]["distilled, 84 anchors"]
+    assert ranks["0"]["a head on encoder"] == distilled
     assert distilled["per_anchor"] == pytest.approx(figures["distilled"]["per_anchor"]["distilled"], abs=1e-3)
     assert all(
         found["candidates"]["200"] == found["held_out"]["40"] == 1.0
