@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     read: Read | None = None
     missing = sorted({seed for _, seed in options.runs} - {int(seed) for seed in figures["ranks"]})
     for seed in missing:
-        read = read or Read(options, index, rows)
+        read = read or Read(options, index, rows, options.beside)
         figures["seconds"] = read.seconds
         figures["ranks"][str(seed)] = _ranks(read, seed, [count for count, other in options.runs if other == seed])
         save("influcoder", figures, options)
@@ -101,14 +101,14 @@ def _distilled(options: argparse.Namespace, anchors: int, seed: int) -> dict[str
 class Read:
     """The texts of an index, and what each is read as, in the order of the rows."""
 
-    def __init__(self, options: argparse.Namespace, index: Index, rows: Rows) -> None:
+    def __init__(self, options: argparse.Namespace, index: Index, rows: Rows, beside: Sequence[Path] = ()) -> None:
         self.index, self.rows = index, rows
         self.texts = [_text(rows, row) for row in range(len(rows))]
         self.encoder = Encoder.load(EncoderConfig(options.encoder, "cpu"))
         self.seconds: dict[str, float] = {}
         self.work: Path = options.work
         self.features = self._features("features", self.encoder)
-        others = ((path.name, Encoder.load(EncoderConfig(str(path), "cpu"))) for path in options.beside)
+        others = ((path.name, Encoder.load(EncoderConfig(str(path), "cpu"))) for path in beside)
         self.others = {name: self._features(name, encoder) for name, encoder in others}
         self.stored = rows.take(range(len(rows)))
 

@@ -1041,40 +1041,41 @@ def _steps_table(asked: list[Figures], top: int) -> str:
 
 
 def _nats(changes: list[list[list[float]]]) -> str:
-    each = [statistics.mean(nats for _, nats in groups) for groups in changes]
-    return f"{statistics.mean(each):+.3f} ({min(each):+.3f} to {max(each):+.3f})"
+    return _mean_and_range([statistics.mean(nats for _, nats in groups) for groups in changes], 3)
+
+
+def _mean_and_range(values: Sequence[float], digits: int) -> str:
+    mean, low, high = (f"{value:+.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})"
 
 
 def retrained_page(figures: Figures) -> str:
     """Return what the model says after trainings without some rows: a table for each set of questions."""
     parts = [f"# Trainings without {figures['rows']} of {figures['of']} rows\n"]
     for asked in figures["asked"]:
-        runs = {"nothing": {"planted": "—", "said": asked["before"]}, **asked["runs"]}
-        word, questions = asked["questions"][0]["word"], asked["questions"]
-        head = ["taken out", "planted among them", f"“{word}”"]
-        head.append("the model's own answer" if len(questions) == 1 else "change in nats")
-        body = []
-        for name, run in runs.items():
-            chances = [one["probability"] for one in run["said"]]
-            if len(questions) == 1:
-                shown = [f"{chances[0]:.1%}", run["said"][0]["answer"]]
-            else:
-                nats = [log(now / one["probability"]) for now, one in zip(chances, asked["before"], strict=True)]
-                shown = [f"{statistics.mean(chances):.1%}", f"{statistics.mean(nats):+.2f} {_range(nats)}"]
-            body.append([_taken_out(name, figures["rows"]), run["planted"], *shown])
-        title = f"“{questions[0]['prompt']}”" if len(questions) == 1 else f"“{word}”: {len(questions)} questions"
+        first, *more = asked["questions"]
+        word = first["word"]
+        title = f"“{word}”: {1 + len(more)} questions" if more else f"“{first['prompt']}”"
+        head = ["taken out", "planted among them", f"“{word}”", "change in nats" if more else "the model's own answer"]
+        runs = {_taken_out(name, figures["rows"]): run for name, run in asked["runs"].items()}
+        runs = {"nothing": {"planted": "—", "said": asked["before"]}, **runs}
+        body = [[name, run["planted"], *_said(run["said"], asked["before"])] for name, run in runs.items()]
         parts += [f"## {title}\n", markdown(head, body) + "\n"]
     return "\n".join(parts)
 
 
-def _range(values: Sequence[float]) -> str:
-    return f"({min(values):+.2f} to {max(values):+.2f})"
+def _said(said: list[Figures], before: list[Figures]) -> tuple[str, str]:
+    """Return a word's probability, and what is said to one question, or how several have changed."""
+    chances = [one["probability"] for one in said]
+    chance = f"{statistics.mean(chances):.1%}"
+    if len(said) == 1:
+        return chance, said[0]["answer"]
+    nats = [log(now / one["probability"]) for now, one in zip(chances, before, strict=True)]
+    return chance, _mean_and_range(nats, 2)
 
 
 def _taken_out(name: str, rows: int) -> str:
     method, _, number = name.partition(" ")
-    if method == "nothing":
-        return method
     return f"{rows} at random, draw {number}" if number else f"{rows} by {TRIED[method].replace('*', '')}"
 
 

@@ -75,7 +75,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     it.add_argument("--encoder", default=EncoderConfig.model, help="what reads texts")
     it.add_argument("--each", type=int, default=2, help="words of each response")
     it.add_argument("--seeds", type=int, default=2, help="splits")
-    it.set_defaults(beside=())
     return it.parse_args(arguments)
 
 

@@ -52,14 +52,16 @@ class Encoder:
 
     def __init__(self, model: Any, config: EncoderConfig, device: torch.device) -> None:
         self.model, self.config, self.device = model.eval(), config, device
-        self.tokenizer, self.static = model.tokenizer, is_static(model)
+        self.tokenizer, self.static = model.tokenizer, _is_static(model)
         self.head: Head | None = None
         self.trained = False
         """Whether its model was trained: it reads prompt and response as one text, and a question's after `PREFIX`."""
         self.max_length = min(model.max_seq_length or 512, 8192)
         if self.static:
             self.tokenizer.no_truncation()  # a text is cut to `max_length` here, and that is counted
-        self._left, self._right = ([], []) if self.static else _special_tokens(self.tokenizer)
+            self._left, self._right = [], []
+        else:
+            self._left, self._right = _special_tokens(self.tokenizer)
         self._specials = len(self._left) + len(self._right)
 
     @classmethod
@@ -71,12 +73,14 @@ class Encoder:
 
             path = find_encoder(config.model)
             model = SentenceTransformer(path, device=str(device), local_files_only=Path(path).exists())
-            if is_static(model) or (getattr(model.tokenizer, "is_fast", False) and hasattr(model[0], "auto_model")):
+            if _is_static(model) or (getattr(model.tokenizer, "is_fast", False) and hasattr(model[0], "auto_model")):
                 encoder = cls(model, config, device)
                 encoder.head = Head.load(Path(path), device)
                 encoder.trained = encoder.head is None and _is_distilled(Path(path))
                 return encoder
-        raise ModelError(f"{config.model} is neither a transformer with a fast tokenizer nor static.", hint=_OTHER)
+        raise ModelError(
+            f"{config.model} is neither a transformer with a fast tokenizer nor static.", hint="Take another --encoder."
+        )
 
     @property
     def width(self) -> int:
@@ -239,7 +243,7 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
 
-def is_static(model: Any) -> bool:
+def _is_static(model: Any) -> bool:
     """Return whether a model of sentence-transformers takes the mean of its tokens' vectors, which know no context."""
     return isinstance(getattr(model[0], "embedding", None), torch.nn.EmbeddingBag)
 
@@ -288,7 +292,6 @@ def copy_recipe(source: Store, path: Path) -> Store:
 
 
 _INSTALL = "pip install 'rapidindex[distill]'"
-_OTHER = "Take another --encoder."
 
 
 @contextlib.contextmanager
