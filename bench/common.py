@@ -97,9 +97,11 @@ def pin(threads: int) -> int:
 
 
 def _module(started: Path) -> str:
-    """Return the name that `python -m` was given, from the file that it ran."""
-    parts = started.absolute().with_suffix("").relative_to(Path(__file__).parents[1]).parts
-    return ".".join(parts).removesuffix(".__main__")
+    """Return the name that `python -m` was given, from the file that it ran; of a file elsewhere, the file's name."""
+    root = Path(__file__).parents[1]
+    if not started.absolute().is_relative_to(root):
+        return started.name
+    return ".".join(started.absolute().with_suffix("").relative_to(root).parts).removesuffix(".__main__")
 
 
 def _portable(argument: str) -> str:

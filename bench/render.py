@@ -259,6 +259,10 @@ def title(name: str) -> str:
     if name.startswith("two-sided="):
         K, corrected, normalize = name.removeprefix("two-sided=").split("/")
         return f"two-sided, K = {int(K):,}, correction {corrected}, normalise {normalize}, float32"
+    if name.startswith("full/ekfac-cg-"):
+        _, steps, normalize = name.replace("full/ekfac-cg-", "cg/").split("/")
+        kind = "" if normalize == "none" else " / length of the gradient"
+        return f"EK-FAC with {steps} steps of conjugate gradients{kind}"
     if name.startswith("full/"):
         return f"uncompressed, correction {name.split('/')[1]}, normalise {name.split('/')[2]}"
     _, shuffles, corrected, normalize, kind = name.split("/")
@@ -889,11 +893,6 @@ def _spread(values: list[float], digits: int = 2) -> str:
 
 def lds_page(figures: Figures) -> str:
     """Return the LDS of every method, the best first."""
-    best = sorted(figures["methods"], key=lambda row: -row["lds"])
-    body = [
-        [title(row["method"]), f"{row['lds']:.3f}", _ends(row["interval"]), _ends(row.get("less_estimate"))]
-        for row in best
-    ]
     agreement = [
         f"- {name}: Spearman {found['spearman']:.3f} ({_ends(found['interval'])}), Pearson {found['pearson']:.3f}, over"
         f" {found['subsets']} subsets. Standard deviation of a query's loss over the subsets"
@@ -908,10 +907,21 @@ def lds_page(figures: Figures) -> str:
         f" {schedule['learning_rate']:g}, LoRA of rank {schedule['rank']} on the last {schedule['layers']} layers.\n",
         "The losses of the same subsets trained otherwise agree with the bank's:\n",
         "\n".join(agreement) + "\n",
-        markdown(["method", "LDS", "95 %", "less `estimate`'s, 95 %"], body) + "\n",
-        markdown(["stage", "seconds"], [[name, f"{spent:.0f}"] for name, spent in figures["seconds"].items()]) + "\n",
+        *_scored(figures),
     ]
+    for dtype, other in figures.get("other_models", {}).items():
+        parts += [f"Of a model that was trained on all rows in {dtype}, by the same retrainings:\n", *_scored(other)]
     return "\n".join(parts)
+
+
+def _scored(figures: Figures) -> list[str]:
+    body = [
+        [title(row["method"]), f"{row['lds']:.3f}", _ends(row["interval"]), _ends(row.get("less_estimate"))]
+        for row in sorted(figures["methods"], key=lambda row: -row["lds"])
+    ]
+    stages = [[name, f"{spent:.0f}"] for name, spent in figures["seconds"].items()]
+    head = ["method", "LDS", "95 %", "less `estimate`'s, 95 %"]
+    return [markdown(head, body) + "\n", markdown(["stage", "seconds"], stages) + "\n"]
 
 
 def _ends(interval: list[float] | None) -> str:
@@ -971,12 +981,14 @@ def facts_page(figures: Figures) -> str:
     body = [[_traced(name), *(_cell(found[name][m]) for m in metrics), f"{found[name]['bytes']:,}"] for name in names]
     right = figures["right"]
     rights = ["—" if value is None else f"{value:.2f}" for value in figures["tail_patch_of_right_rows"].values()]
+    steps = (
+        f" Tail-patch in percentage points, at the run's last learning rate ({figures['last_rate']:g}) times .3, 1 and"
+        f" 3; of the right rows themselves {', '.join(rights)}."
+    )
     parts = [
         f"# Fact tracing: {figures['queries']} queries, {figures['rows']} rows\n",
         f"{figures['facts']} facts; right answers to the third paraphrase: base {right['base']:.0%}, fine-tuned"
-        f" {right['tuned']:.0%}. Tail-patch in percentage points, at the run's last learning rate"
-        f" ({figures['last_rate']:g}) times .3, 1 and 3; of the right rows themselves"
-        f" {', '.join(rights)}. 95 % intervals over the queries.\n",
+        f" {right['tuned']:.0%}.{steps if figures['last_rate'] else ''} 95 % intervals over the queries.\n",
         markdown([*head, "bytes a row"], body) + "\n",
         markdown(
             ["what is made of a row", "CPU seconds a row"],
@@ -1113,9 +1125,10 @@ def _by_seed(ranks: Figures, name: str, way: str | tuple[str, str]) -> str:
     return " ".join("—" if value is None else f"{value:.3f}" for value in values)
 
 
-def render_page(name: str, page: Callable[[Figures], str], folder: Path) -> None:
-    """Write NAME.md, which `page` returns, from NAME.json."""
-    write(folder / f"{name}.md", page(read(folder, name)[name]["figures"]))
+def render_page(pattern: str, page: Callable[[Figures], str], folder: Path) -> None:
+    """Write NAME.md, which `page` returns, for every NAME.json that fits the pattern."""
+    for name, content in read(folder, pattern).items():
+        write(folder / f"{name}.md", page(content["figures"]))
 
 
 PARTS = {
@@ -1123,7 +1136,7 @@ PARTS = {
     "retrieval": render_retrieval,
     "caching": render_caching,
     "lds": partial(render_page, "lds", lds_page),
-    "facts": partial(render_page, "facts", facts_page),
+    "facts": partial(render_page, "facts*", facts_page),
     "verify": partial(render_page, "verify", verify_page),
     "influcoder": partial(render_page, "influcoder", influcoder_page),
     "retrained": partial(render_page, "verify_retrained", retrained_page),

@@ -5,6 +5,7 @@ arrays [queries, examples]. Rows that a query did not return have a value betwee
 no count of the first or last k sees.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,14 @@ ANN_TOP = 10
 """Matches asked for through FAISS: of so few rows, more would be scanned exactly."""
 
 
+def recipe_names(text: str) -> tuple[str, ...]:
+    """Read names of `RECIPES` with commas between them, for a command line."""
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in RECIPES]:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; choose among {', '.join(RECIPES)}")
+    return names
+
+
 def product_scores(
     data: str,
     model: ModelConfig,
@@ -52,30 +61,28 @@ def product_scores(
     queries: Sequence[TaskQuery],
     folder: Path,
     *,
-    recipes: Sequence[str],
+    recipe: str,
     seed: int,
-    most: int,
+    most: int | None,
     progress: Progress,
 ) -> Scores:
-    """Return scores `product/RECIPE/exact` and `product/RECIPE/ann`.
+    """Return scores `product/RECIPE/exact` and `product/RECIPE/ann` of one recipe's index.
 
-    `most` is the number of matches in each direction. `product/RECIPE/ann used` is 1 for a query that FAISS answered,
-    else 0.
+    `most` is the number of matches in each direction; None for all rows, which FAISS is then not asked for.
+    `product/RECIPE/ann used` is 1 for a query that FAISS answered, else 0.
     """
-    scores: Scores = {}
-    for recipe in recipes:
-        folder_of_index = str(folder / f"index-{recipe.replace(' ', '-')}")
-        projection = "two-sided" if recipe.startswith("two-sided") else "rapidgrad"
-        gradient, sketch = GradientConfig(**RECIPES[recipe], seed=seed), SketchConfig(seed=seed, projection=projection)
-        build(BuildRequest(data, folder_of_index, model, encoding, gradient, sketch), progress=progress)
-        index, name = Index.open(folder_of_index), f"product/{recipe}"
-        scores[f"{name}/exact"], _ = _ask(index, queries, most, exact=True)
-        with index.store.lock():
-            VectorIndex.build(index.rows_of("sentence"), factory=DEFAULT_FACTORY, progress=progress)
-        scores[f"{name}/ann"], scores[f"{name}/ann used"] = _ask(
-            Index.open(folder_of_index), queries, ANN_TOP, exact=False
-        )
-    return scores
+    folder_of_index, name = str(folder / f"index-{recipe.replace(' ', '-')}"), f"product/{recipe}"
+    projection = "two-sided" if recipe.startswith("two-sided") else "rapidgrad"
+    gradient, sketch = GradientConfig(**RECIPES[recipe], seed=seed), SketchConfig(seed=seed, projection=projection)
+    build(BuildRequest(data, folder_of_index, model, encoding, gradient, sketch), progress=progress)
+    index = Index.open(folder_of_index)
+    exact, _ = _ask(index, queries, most or len(index.rows_of("sentence")), exact=True)
+    if most is None:
+        return {f"{name}/exact": exact}
+    with index.store.lock():
+        VectorIndex.build(index.rows_of("sentence"), factory=DEFAULT_FACTORY, progress=progress)
+    ann, used = _ask(Index.open(folder_of_index), queries, ANN_TOP, exact=False)
+    return {f"{name}/exact": exact, f"{name}/ann": ann, f"{name}/ann used": used}
 
 
 def encoder_scores(

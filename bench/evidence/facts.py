@@ -2,12 +2,14 @@
 
     python -m bench.evidence.facts --work FOLDER               every stage that is missing, then facts.json
     python -m bench.evidence.facts --work FOLDER --only text,full,trackstar
+    python -m bench.evidence.facts --work FOLDER --seed 1      other facts, another order: facts_1.json
+    python -m bench.evidence.facts --work FOLDER --full        all parameters trained: facts_full.json
 
 Table 1 of TrackStar (arXiv 2410.17413) in small. Rows are passages, all of whose tokens are in the loss: facts of
 ParaRel in two paraphrases each, among sentences of FewRel and rows of Alpaca. A query is a fact's third paraphrase, up
 to its last word, which the fine-tuned model completes rightly (greedily) and the base does not. Its two rows are to be
 found (MRR, recall@10); and one step on each of the ten rows that a method finds is to raise the answer's probability
-(tail-patch, section 5.2).
+(tail-patch, section 5.2). Where all parameters are trained no gradient is kept whole, and no step is taken.
 """
 
 import argparse
@@ -29,16 +31,17 @@ from bench.common import parser, results_folder, save, write_text
 from bench.evidence import metrics
 from bench.evidence.cached import Replay, compressor_of, example_batches
 from bench.evidence.curvature import KRONECKER, of_sample, scores_of
+from bench.evidence.end_to_end import RECIPES, recipe_names
 from bench.evidence.lds import load_tokenizer
-from bench.evidence.lds_scores import DEFAULT, projected, scores_of_indexes
+from bench.evidence.lds_scores import DEFAULT, projected
 from bench.evidence.measured import of_both_models
 from bench.evidence.representations import representations
 from bench.evidence.retraining import Retrainer, Schedule
-from bench.evidence.run import STAGES, Seed, Sizes, encode_query
+from bench.evidence.run import STAGES, Seed, Sizes, encode_query, indexes
 from bench.evidence.sketched import Scores
 from bench.evidence.tasks import Task, TaskQuery, read_jsonl, write_jsonl
 from rapidindex.caching.batches import Item, as_batch
-from rapidindex.config import ModelConfig, SketchConfig, SpecializeOptions
+from rapidindex.config import FinetuneConfig, ModelConfig, SketchConfig, SpecializeOptions
 from rapidindex.data.examples import Example, read_examples
 from rapidindex.data.templates import Template
 from rapidindex.demo.demo import unpack_model
@@ -58,6 +61,8 @@ from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.second_moment import correction
 from rapidindex.gradients.sketch import Sketch
 from rapidindex.gradients.two_sided import TwoSided
+from rapidindex.model.finetune import finetune
+from rapidindex.model.model import load
 from rapidindex.progress import Bars, silent
 from rapidindex.query.specialize import PAPERS_COMPONENT, PAPERS_K
 
@@ -119,6 +124,7 @@ class Training(Schedule):
         return max(super().rate(step, steps), self.least * self.learning_rate * fallen)
 
 
+FULL = FinetuneConfig("full", epochs=5, batch_size=20, learning_rate=2e-4, early=0)
 SMOKE = Choice(facts=12, learnt=False, sentences=6, instructions=6, tokens=(2, 200))
 SMOKE_TRAINING = Training(epochs=2, batch_size=6, learning_rate=1e-2, layers=1, dtype="float32")
 
@@ -229,11 +235,10 @@ class Facts(Seed):
     def __init__(self, options: argparse.Namespace, bars: Bars) -> None:
         self.choice, self.training, self.source = options.choice, options.training, options.data
         counts = {"rows": self.choice.facts, "epochs": self.training.epochs, "batch_size": self.training.batch_size}
-        sizes = Sizes(
-            **counts, dtype="float32", template=TEMPLATE, max_length=options.choice.tokens[1], Ks=(K,), shuffles=(20,)
-        )
+        counts |= {"Ks": (K,), "shuffles": (20,), "recipes": options.recipes}
+        sizes = Sizes(**counts, dtype="float32", template=TEMPLATE, max_length=options.choice.tokens[1])
         task = Task("facts", lambda *_: [], lambda *_: [], lambda *_: [], ())
-        super().__init__(task, options.seed, sizes, options.work / "model", options.work / "facts", bars, ())
+        super().__init__(task, options.seed, sizes, options.work / "model", options.work / options.name, bars, ())
 
     @cached_property
     def facts(self) -> list[dict[str, Any]]:
@@ -299,10 +304,8 @@ class Facts(Seed):
         """For every fact, whether the base and the fine-tuned model answer rightly."""
         file = self.folder / "answers.jsonl"
         if not file.exists():
-            model = self.job.loaded.model
-            tuned = right(model, self.questions)
-            with model.disable_adapter():
-                base = right(model, self.questions)
+            tuned = right(self.job.loaded.model, self.questions)
+            base = right(load(ModelConfig(self.model, device="cpu", dtype="float32")).model, self.questions)
             write_jsonl(file, [{"base": b, "tuned": t} for b, t in zip(base, tuned, strict=True)])
         return read_jsonl(file)
 
@@ -333,6 +336,31 @@ class Facts(Seed):
         """Which rows state the fact of a query, bool [queries, rows]."""
         facts = np.array([example.meta["fact"] for example in self.examples])
         return np.array(self.asked)[:, None] == facts[None]
+
+    @property
+    def size(self) -> int:
+        """The entries of a gradient."""
+        return self.job.layers[-1].start + self.job.layers[-1].size
+
+    @property
+    def last_rate(self) -> float | None:
+        """The learning rate of the run's last step; None where no step of the tail-patch is taken."""
+        steps = len(self.training.batches(len(self.examples), self.seed))
+        return self.training.rate(steps - 1, steps)
+
+
+class WholeModel(Facts):
+    """The same where all parameters are trained, by the package's own `finetune`."""
+
+    last_rate = None
+
+    @cached_property
+    def adapter(self) -> ModelConfig:
+        """The fine-tuned model."""
+        base, folder = ModelConfig(self.model, device="cpu", dtype="float32"), self.folder / "whole"
+        done = finetune(read_examples(self.data), self.encoding, base, self.training, folder, progress=self.bars)
+        self.note("training", {"seconds": done.seconds, "loss": done.epoch_losses[-1]})
+        return replace(base, model=str(folder))
 
 
 def as_query(fact: dict[str, Any]) -> TaskQuery:
@@ -468,7 +496,7 @@ class Patcher:
         self.parameters = list(trainable(self.retrainer.model).values())
         self.start = [parameter.detach().clone() for parameter in self.parameters]
         self.optimizer_of = adamw(torch.from_numpy(np.load(facts.folder / "adam.npy")))
-        self.rate = last_rate(facts.training, len(facts.examples), facts.seed)
+        self.rate = facts.last_rate
         self.before = self._probabilities(np.arange(len(self.queries)))
 
     def __call__(self, row: int, here: np.ndarray, factor: float) -> np.ndarray:
@@ -486,12 +514,6 @@ class Patcher:
 
     def _probabilities(self, here: np.ndarray) -> np.ndarray:
         return np.exp(-self.lengths[here] * self.retrainer.evaluate([self.queries[number] for number in here]))
-
-
-def last_rate(training: Schedule, rows: int, seed: int) -> float:
-    """Return the last learning rate of the run."""
-    steps = len(training.batches(rows, seed))
-    return training.rate(steps - 1, steps)
 
 
 # --- what a row costs ---
@@ -620,13 +642,13 @@ def measure(facts: Facts, options: argparse.Namespace) -> Path:
     What the file holds of the same queries and model stays; without a method in PATCHED no step is taken.
     """
     scores, seconds = of_both_models(facts.folder)
-    patch = {name: values for name, values in scores.items() if name in PATCHED}
+    patch = {name: values for name, values in scores.items() if name in PATCHED and facts.last_rate}
     wanted = tops(patch) | facts.truth if patch else np.zeros_like(facts.truth)
     scores["perfect"] = facts.truth.astype(np.float32)
-    before = options.results_folder / "facts.json"
+    before = options.results_folder / f"{options.name}.json"
     earlier = json.loads(before.read_text())["figures"] if before.exists() else {}
     for changes in patched(facts, wanted):
-        path = save("facts", _added(earlier, _figures(facts, scores, seconds, changes)), options)
+        path = save(options.name, _added(earlier, _figures(facts, scores, seconds, changes)), options)
     return path
 
 
@@ -657,21 +679,22 @@ def _figures(facts: Facts, scores: Scores, seconds: dict[str, float], changes: n
         "queries": len(facts.asked),
         "right": {name: float(np.mean([a[name] for a in facts.answers])) for name in ("base", "tuned")},
         "relations": dict(Counter(facts.facts[number]["relation"] for number in facts.asked)),
-        "last_rate": last_rate(facts.training, len(facts.examples), facts.seed),
+        "last_rate": facts.last_rate,
         "tail_patch_of_right_rows": dict(zip(map(str, RATES), of_right_rows, strict=True)),
         "seconds": seconds,
-        "cpu_seconds_a_row": costs(facts),
+        "cpu_seconds_a_row": costs(facts) if facts.last_rate else {},
         "notes": json.loads((facts.folder / "notes.json").read_text()),
-        "methods": table(scores, facts.truth, changes, facts.rows.rows.shape[1]),
+        "methods": table(scores, facts.truth, changes, facts.size),
     }
 
 
 OWN: dict[str, Callable[[Facts], Scores]] = {
     "trackstar": trackstar_scores,
     "task": task_scores,
-    "product": scores_of_indexes,
 }
-"""The stages that the other tasks lack, or have otherwise."""
+"""The stages that the other tasks lack."""
+WHOLE = ("text", "representations", "product")
+"""The methods of a model all of whose parameters are trained."""
 
 
 def main() -> None:
@@ -679,13 +702,15 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     with Bars() as bars:
         unpack_model(options.work / "model", bars)
-        facts = Facts(options, bars)
+        facts = (WholeModel if options.full else Facts)(options, bars)
         bars.say(f"{len(facts.examples)} rows, {len(facts.asked)} queries of {len(facts.facts)} facts")
         if not facts.asked:
             raise SystemExit("The model has learnt no fact that the base does not know: train it longer (--epochs).")
         for method in options.only:
             if method in OWN:
                 facts.scores(method, lambda make=OWN[method]: make(facts))
+            elif method == "product":
+                indexes(facts)
             else:
                 STAGES[method](facts)
         bars.say(f"written to {measure(facts, options)}")
@@ -696,16 +721,25 @@ def parse() -> argparse.Namespace:
     add = (options := parser(__doc__)).add_argument
     add("--data", type=Path, default=Path("../shared/data"), help="alpaca_9k.jsonl, pararel and fewrel")
     add("--seed", type=int, default=0, help="draws rows, the order of training and projections")
-    add("--only", type=lambda text: tuple(text.split(",")), default=ORDER, help="methods to score")
+    add("--full", action="store_true", help="train all parameters")
+    add("--only", type=lambda text: tuple(text.split(",")), help="methods to score")
+    add("--recipes", type=recipe_names, default=tuple(RECIPES), help="of the product's indexes, with commas between")
     for name in ("facts", "sentences", "instructions"):
         add(f"--{name}", type=int, help="number of them")
     add("--epochs", type=int, help="of fine-tuning")
+    add("--dtype", choices=("bfloat16", "float32"), help="dtype of the frozen weights in fine-tuning")
     given = options.parse_args()
     given.results_folder = results_folder(given)
     choice, training = (SMOKE, SMOKE_TRAINING) if given.smoke else (Choice(), Training())
     changes = {name: getattr(given, name) for name in ("facts", "sentences", "instructions")}
     given.choice = replace(choice, **{name: value for name, value in changes.items() if value is not None})
+    if given.full:
+        training = replace(FULL, epochs=training.epochs if given.smoke else FULL.epochs, seed=given.seed)
+    elif given.dtype:
+        training = replace(training, dtype=given.dtype)
     given.training = replace(training, epochs=given.epochs or training.epochs)
+    given.only = given.only or (WHOLE if given.full else ORDER)
+    given.name = "facts" + "_full" * given.full + f"_{given.seed}" * bool(given.seed)
     return given
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from bench.common import circumstances, parser, results_folder, write_text
+from bench.evidence.end_to_end import RECIPES, recipe_names
 from bench.evidence.retraining import Retrainer, Row, Schedule
 from rapidindex.caching.batches import Item, as_batch
 from rapidindex.data.examples import Example, read_examples
@@ -33,7 +34,8 @@ from rapidindex.progress import Bars
 
 BANK = "lds_bank"
 TEMPLATE = "plain"
-ORDER = ("text", "full", "kronecker", "two-sided", "rapidin", "representations", "datainf", "limit", "ekfac", "product")
+ORDER = ("text", "full", "kronecker", "two-sided", "rapidin", "representations", "datainf", "limit", "ekfac", "cg")
+ORDER += ("product",)
 """The methods that are scored, those that take longest last."""
 KS = (2**10, 2**12, 2**14, 2**16)
 
@@ -113,14 +115,17 @@ def parse() -> argparse.Namespace:
     add("--first", type=int, default=-1, help="number of the first subset; -1 for all rows")
     add("--retrainings", type=int, default=50, help="number of subsets, those before --first counted")
     add("--dtype", choices=("bfloat16", "float32"), help="dtype of the frozen weights")
+    add("--model-dtype", choices=("bfloat16", "float32"), help="that of the model that is scored, if not the bank's")
     add("--only", type=lambda text: tuple(text.split(",")), default=ORDER, help="methods to score")
     add("--Ks", type=_numbers, default=KS, help="lengths of RapidGrads, with commas between")
+    add("--recipes", type=recipe_names, default=tuple(RECIPES), help="of the product's indexes, with commas between")
     given = options.parse_args()
     given.results_folder = results_folder(given)
     given.choice, given.schedule = (SMOKE, SMOKE_SCHEDULE) if given.smoke else (Choice(), Schedule())
     if given.smoke:
         given.retrainings = min(given.retrainings, 3)
     given.dtype = given.dtype or given.schedule.dtype
+    given.model_dtype = given.model_dtype or given.dtype
     return given
 
 

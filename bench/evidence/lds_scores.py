@@ -8,6 +8,7 @@ and subsets anew, the same draws for all methods, so that differences have inter
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ import numpy as np
 import torch
 
 from bench.common import save
-from bench.evidence.cached import Replay
+from bench.evidence.cached import Replay, example_batches
+from bench.evidence.conjugate import LABEL_DRAWS, cg_scores
 from bench.evidence.curvature import of_sample
-from bench.evidence.end_to_end import RECIPES, product_scores
 from bench.evidence.lds import BANK, Chosen, choose, load_tokenizer
 from bench.evidence.measured import of_both_models
-from bench.evidence.run import STAGES, Seed, Sizes
+from bench.evidence.run import STAGES, Seed, Sizes, ekfac_of, indexes
 from bench.evidence.sketched import Scores
 from bench.evidence.tasks import Task, TaskQuery, read_jsonl, write_jsonl
 from rapidindex.config import ModelConfig, SketchConfig
@@ -39,9 +40,10 @@ class Bank(Seed):
 
     def __init__(self, options: argparse.Namespace, bars: Bars) -> None:
         choice, self.source = options.choice, options.data
-        self.full = options.work / f"full-{options.dtype}-{options.seed}"
+        self.full = options.work / f"full-{options.model_dtype}-{options.seed}"
         self.chosen: Chosen = choose(options.data, load_tokenizer(options.work / "model"), choice)
-        sizes = Sizes(choice.rows, dtype="float32", max_length=choice.tokens[1] + 1, Ks=options.Ks, ekfac_rows=512)
+        sizes = Sizes(choice.rows, dtype="float32", max_length=choice.tokens[1] + 1, ekfac_rows=512)
+        sizes = replace(sizes, Ks=options.Ks, recipes=options.recipes)
         task = Task("lds", lambda *_: [], lambda *_: [], lambda *_: [], ())
         super().__init__(task, options.seed, sizes, options.work / "model", options.work / "scores-of", bars, ())
 
@@ -67,6 +69,17 @@ class Bank(Seed):
         """The queries as their losses are measured after each retraining, with the token that ends the response."""
         return self.chosen.query_batches
 
+    @property
+    def drawn(self) -> list[np.ndarray]:
+        """Gradients of all rows with tokens drawn from the model, float32 [rows, |v|] each."""
+        batches = example_batches(self.job.items)
+        return [self._drawn(number, batches) for number in range(1, LABEL_DRAWS + 1)]
+
+    def _drawn(self, draw: int, batches: list[tuple[list[int], Batch]]) -> np.ndarray:
+        seeds = (2**20 * self.seed + 2**12 * draw + number for number in range(len(batches)))
+        labelled = [(numbers, one.with_drawn_labels(seed)) for (numbers, one), seed in zip(batches, seeds, strict=True)]
+        return self.gradients_of(f"drawn-{draw}", labelled).rows
+
 
 def score(options: argparse.Namespace, bars: Bars) -> None:
     """Compute the scores that are missing, and write `lds.json`."""
@@ -77,19 +90,12 @@ def score(options: argparse.Namespace, bars: Bars) -> None:
         if method == "two-sided":
             bank.scores(method, lambda: two_sided_scores(bank))
         elif method == "product":
-            bank.scores(method, lambda: scores_of_indexes(bank), gradients=False)
+            indexes(bank)
+        elif method == "cg":
+            bank.scores(method, lambda: cg_scores(bank.rows, bank.posed, bank.drawn, ekfac_of(bank), bars))
         else:
             STAGES[method](bank)
         bars.say(f"written to {measure(bank.folder, options)}")
-
-
-def scores_of_indexes(seed: Seed) -> Scores:
-    """Score rows by the product's own indexes, scanned whole."""
-    where = (seed.data, seed.adapter, seed.encoding, seed.queries, seed.folder)
-    recipes = [name for name in RECIPES if name != "paper"]
-    how = {"recipes": recipes, "seed": seed.seed, "most": len(seed.examples)}
-    found = product_scores(*where, **how, progress=seed.bars)
-    return {name: scores for name, scores in found.items() if name.endswith("/exact")}
 
 
 def two_sided_scores(bank: Bank) -> Scores:
@@ -127,15 +133,21 @@ def projected(
 
 
 def measure(folder: Path, options: argparse.Namespace) -> Path:
-    """Write the LDS of all scores in `folder` by the bank's retrainings, beside those of other methods in the file."""
+    """Write the LDS of all scores in `folder` by the bank's retrainings, beside those of other methods in the file.
+
+    Those of a model of another dtype than the bank's are kept apart.
+    """
     bank = json.loads((options.results_folder / f"{BANK}.json").read_text())["figures"]
     subsets, losses = outcomes(bank, options.seed, options.dtype)
     scores, seconds = of_both_models(folder)
     rows, earlier = lds_table(scores, subsets, losses), {"methods": [], "seconds": {}, "notes": {}}
     if (before := options.results_folder / "lds.json").exists():
         earlier = json.loads(before.read_text())["figures"]
+    if options.model_dtype != options.dtype:
+        apart = {options.model_dtype: {"methods": rows, "seconds": seconds}}
+        return save("lds", earlier | {"other_models": earlier.get("other_models", {}) | apart}, options)
     new = {row["method"] for row in rows}
-    figures = {
+    figures = earlier | {
         "setting": {name: bank[name] for name in ("choice", "schedule", "template")},
         "subsets": len(subsets),
         "queries": losses.shape[1],

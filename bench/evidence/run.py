@@ -77,6 +77,8 @@ class Sizes:
     """Queries of each group that LiSSA scores, by sentence and by word."""
     ekfac_rows: int = 512
     """Examples that EK-FAC's factors are fitted on."""
+    recipes: tuple[str, ...] = tuple(RECIPES)
+    """The product's recipes that have an index of their own."""
 
 
 SMOKE = Sizes(rows=32, share=0.25, epochs=2, prompts=3, queries=2, Ks=(2**10, 2**16), shuffles=(20,))
@@ -97,7 +99,7 @@ class Seed:
     def _check_settings(self) -> None:
         """Raise SystemExit where the folder holds a run of other sizes."""
         settings = {"task": self.task.name, "seed": self.seed, **asdict(self.sizes)}
-        for name in ("Ks", "shuffles"):  # these decide which files of scores there are, and no more
+        for name in ("Ks", "shuffles", "recipes"):  # these decide which files of scores there are, and no more
             del settings[name]
         file = self.folder / "settings.json"
         if file.exists() and json.loads(file.read_text()) != settings:
@@ -312,21 +314,29 @@ def alone(seed: Seed) -> list[Batch]:
     return [batches[number] for number in range(len(batches))]
 
 
-def _ekfac_scores(seed: Seed) -> Scores:
+def ekfac_of(seed: Seed) -> dict[str, Eigenbasis]:
+    """Return EK-FAC's eigenbases of each layer, fitted once a seed."""
     from bench.evidence.ekfac import fit, prepared
 
     examples, started = alone(seed), time.perf_counter()
     bases = fit(prepared(seed.single(), seed.folder / "ekfac"), examples, seed.sizes.ekfac_rows, seed.seed)
     seed.note("ekfac factors", {"seconds": time.perf_counter() - started}, keep=True)
-    return _preconditioned(seed, bases, EKFAC)
+    return bases
+
+
+def _ekfac_scores(seed: Seed) -> Scores:
+    return _preconditioned(seed, ekfac_of(seed), EKFAC)
 
 
 def _kronecker_scores(seed: Seed) -> Scores:
     return _preconditioned(seed, of_sample(seed.drawn_sample), KRONECKER)
 
 
-def _representation_scores(seed: Seed) -> Scores:
-    return representation_scores(seed.job.loaded.model, alone(seed), seed.query_batches, seed.bars)
+def _representations(seed: Seed) -> None:
+    def make() -> Scores:
+        return representation_scores(seed.job.loaded.model, alone(seed), seed.query_batches, seed.bars)
+
+    seed.scores("representations", make, gradients=False)
 
 
 def _preconditioned(seed: Seed, bases: dict[str, Eigenbasis], powers: dict[str, tuple[float, float]]) -> Scores:
@@ -335,12 +345,17 @@ def _preconditioned(seed: Seed, bases: dict[str, Eigenbasis], powers: dict[str, 
     return scores_of(bases, powers, seed.rows, seed.posed, config, Ks, seed.bars)
 
 
-def _product(seed: Seed) -> None:
-    finished = seed.folder.name != EARLY
+def indexes(seed: Seed, most: int | None = None) -> None:
+    """Score rows by the product's own indexes: `most` matches in each direction, or all rows by a scan alone."""
     where = (seed.data, seed.adapter, seed.encoding, seed.queries, seed.folder)
-    how = {"recipes": tuple(RECIPES) if finished else ("estimate",), "seed": seed.seed, "most": max(seed.task.tops)}
-    seed.scores("product", lambda: product_scores(*where, **how, progress=seed.bars), gradients=False)
-    if finished:
+    for recipe in seed.sizes.recipes:
+        make = partial(product_scores, *where, recipe=recipe, seed=seed.seed, most=most, progress=seed.bars)
+        seed.scores(f"product-{recipe}".replace(" ", "-"), make, gradients=False)
+
+
+def _product(seed: Seed) -> None:
+    indexes(seed, max(seed.task.tops))
+    if seed.folder.name != EARLY:
         _product(seed.early)
 
 
@@ -372,7 +387,7 @@ STAGES: dict[str, Callable[[Seed], None]] = {
     "lissa": _stage("lissa", _lissa_scores),
     "ekfac": _stage("ekfac", _ekfac_scores),
     "kronecker": _stage("kronecker", _kronecker_scores),
-    "representations": _stage("representations", _representation_scores),
+    "representations": _representations,
 }
 METHODS = tuple(STAGES)
 """Names for --only: `text` is random, BM25 and embeddings; `full` the uncompressed recipes; `early` those, RapidGrads

@@ -33,7 +33,7 @@ from rapidindex.caching.moment import ESTIMATES, moment_sample
 from rapidindex.config import BuildRequest
 from rapidindex.errors import ResourceError
 from rapidindex.gradients.rapidgrad import Compressor, RapidGrads
-from rapidindex.gradients.second_moment import kept_bytes, preconditioner_of
+from rapidindex.gradients.second_moment import preconditioner_of
 from rapidindex.progress import Progress, silent
 from rapidindex.search.vector_index import search_index_bytes
 from rapidindex.store import Store, disk_bytes, encode_rows
@@ -236,8 +236,8 @@ def _array_bytes(job: Job) -> dict[str, int]:
         return {}
     kind = preconditioner_of(job.recipe)
     arrays = {"map of slots": 4 * job.size} if job.recipe.sketch.projection == "rapidgrad" else {}
-    if kind.sample_passes:
-        arrays["correction"] = 4 * (kind.moment_entries(job.layers) + kind.vector_entries(job.layers))
+    if entries := kind.moment_entries(job.layers) + kind.vector_entries(job.layers):
+        arrays["correction"] = 4 * entries
     return arrays
 
 
@@ -311,7 +311,7 @@ class _Timing:
         kind = preconditioner_of(job.recipe)
         if lacks_moment and job.recipe.gradient.second_moment in ESTIMATES:
             sample = plan_batches(moment_sample(job), job.request.work.batch_tokens)
-            passes = min(kind.sample_passes, 1 if kept_bytes(job.layers, sum(map(len, sample))) else 2)
+            passes = kind.sample_passes(job.layers, sum(map(len, sample)))
             parts["second moment"] = passes * self._caching_seconds(sample)
         if workers > 1:
             starting = _IMPORT_SECONDS * max(1, workers / (psutil.cpu_count() or 1)) + loading

@@ -56,8 +56,6 @@ Track = Callable[[Sequence[Batch], str], Iterable[Batch]]
 class Preconditioner:
     """The identity, and what the others share: they correct the gradients of one layer at a time."""
 
-    sample_passes = 0
-    """Passes over the sample that `estimate` makes, with gradients."""
     takes_factors = True
     """Whether `apply` takes gradients as factors, too."""
     moment_of_means = False
@@ -75,6 +73,11 @@ class Preconditioner:
     def vector_entries(layers: Sequence[Layer]) -> int:
         """Count the entries of the eigenvectors that are stored beside it."""
         return 0
+
+    @staticmethod
+    def sample_passes(layers: Sequence[Layer], examples: int) -> int:
+        """Return the number of passes over a sample of so many `examples` that `estimate` makes, with gradients."""
+        return 1
 
     @staticmethod
     def sample_bytes(layers: Sequence[Layer], examples: int) -> int:
@@ -101,7 +104,6 @@ class Preconditioner:
 class Diagonal(Preconditioner):
     """Multiplies each entry by (v + 1e-3 · mean(v))^-½."""
 
-    sample_passes = 1
     takes_factors = False
 
     @staticmethod
@@ -126,8 +128,6 @@ class Diagonal(Preconditioner):
 class Eigenbasis(Preconditioner):
     """Multiplies the parts along each layer's eigenvectors by (v + 0.1 · the layer's mean squared gradient)^-½."""
 
-    sample_passes = 2
-    """One where the gradients can be kept."""
     takes_factors = False
     moment_of_means = True
     moment_entries = staticmethod(moment_entries)
@@ -150,6 +150,11 @@ class Eigenbasis(Preconditioner):
     def vector_entries(cls, layers: Sequence[Layer]) -> int:
         """Count the entries of the eigenvectors."""
         return vector_entries(layers, cls.kept)
+
+    @staticmethod
+    def sample_passes(layers: Sequence[Layer], examples: int) -> int:
+        """Return 1 where the gradients of the sample are kept, else 2."""
+        return 1 if kept_bytes(layers, examples) else 2
 
     @classmethod
     def sample_bytes(cls, layers: Sequence[Layer], examples: int) -> int:
@@ -196,8 +201,8 @@ class Kfac(Eigenbasis):
     side keeps its axes.
     """
 
-    sample_passes = 1
     takes_factors = True
+    sample_passes = staticmethod(Preconditioner.sample_passes)
     kept = staticmethod(of_short)
 
     def _split(self, factors: Tensor) -> tuple[Sequence[Any], Kept]:
@@ -327,7 +332,6 @@ class RowColumn(Preconditioner):
     1804.04235). The damping of either side is that of `estimate`. Every entry of a vector is a row.
     """
 
-    sample_passes = 1
     moment_of_means = True
 
     def __init__(self, layers: Sequence[Layer], factors: Tensor, vectors: Tensor | None) -> None:

@@ -13,6 +13,7 @@ import torch
 from bench import render
 from bench.evidence import metrics, stories, tasks
 from bench.evidence.cached import Replay, compressor_of, compute, numbered
+from bench.evidence.conjugate import cg_scores
 from bench.evidence.curvature import DAMPING, EKFAC, KRONECKER, of_sample, scores_of
 from bench.evidence.influence import hessian_products, layer_datainf, limit_of, lissa
 from bench.evidence.measured import by_length, of_both_models, summed
@@ -357,6 +358,28 @@ def test_a_second_moment_along_kronecker_eigenvectors_is_the_diagonal_one_where_
     )
     truth = whole[:5] @ whole.T / whole.norm(dim=1)
     np.testing.assert_allclose(found["full/kronecker/unit"], truth, rtol=1e-4, atol=1e-4)
+
+
+def test_conjugate_gradients_begin_at_ekfacs_solution_and_end_at_the_exact_one():
+    draw = torch.Generator().manual_seed(8)
+    layers = [Layer("a", 0, 12, (3, 4)), Layer("b", 12, 6, (2, 3))]
+    mixed = torch.randn(18, 18, generator=draw)  # entries of both layers depend on each other
+    parts = [(torch.randn(20, 18, generator=draw) @ mixed).numpy() for _ in range(2)]
+    rows, queries = (Replay(layers, torch.randn(n, 18, generator=draw).numpy()) for n in (5, 3))
+    drawn = np.concatenate(parts)
+    bases = of_sample(Replay(layers, drawn))
+    found = cg_scores(rows, queries, parts, bases, lambda *_: None, iterations=(1, 40))
+    H = (drawn.T @ drawn / len(drawn)).astype(float)
+    for layer in layers:
+        part = slice(layer.start, layer.start + layer.size)
+        H[part, part] += DAMPING * np.diag(H)[part].mean() * np.eye(layer.size)
+    truth = queries.rows @ np.linalg.solve(H, rows.rows.T.astype(float))
+    np.testing.assert_allclose(found["full/ekfac-cg-40/none"], truth, rtol=1e-3, atol=1e-4)
+    unit = truth / np.linalg.norm(rows.rows, axis=1)
+    np.testing.assert_allclose(found["full/ekfac-cg-40/unit"], unit, rtol=1e-3, atol=1e-4)
+    first = scores_of(bases, EKFAC, rows, queries, SketchConfig(64, 3), (64,), lambda *_: None)["full/ekfac/none"]
+    errors = [np.linalg.norm(one - truth) for one in (first, found["full/ekfac-cg-1/none"])]
+    assert errors[0] > 1e-2 * np.linalg.norm(truth) and errors[1] < errors[0]
 
 
 def seed_result(number, ap):

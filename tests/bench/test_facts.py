@@ -106,9 +106,7 @@ def test_a_step_moves_the_answer_as_torchs_own_adamw_does(tmp_path):
         rows=SimpleNamespace(rows=flat),
         query_batches=batches[:2],
         folder=tmp_path,
-        training=training,
-        examples=batches,
-        seed=0,
+        last_rate=training.rate(3, 4),
     )
     start = [parameter.detach().clone() for parameter in parameters]
     patcher = Patcher(facts)
@@ -173,6 +171,12 @@ def test_the_bench_runs_and_goes_on(tmp_path):
     assert {"full/kronecker-mixed/unit", "product/kronecker 16/exact", "product/two-sided kfac/exact"} <= names
     assert [row for row in more["methods"] if row["method"] in found] == first["methods"]
     assert "quiet" not in json.dumps(more)
+    few = ("--full", "--seed", 1, "--only", "representations,product", "--recipes", "estimate,two-sided kfac")
+    whole = run(tmp_path, "bench.evidence.facts", *options[:2], *few, results=["facts", "facts_full_1"])
+    whole = whole["facts_full_1"]
+    names = {row["method"] for row in whole["methods"]}
+    assert {"repsim/last", "product/estimate/exact", "product/two-sided kfac/exact"} <= names
+    assert whole["last_rate"] is None and "TrackStar" not in facts_page(whole)
     page = facts_page(first)
     assert "TrackStar" in page and "| RepT, last layer |" in page
 

@@ -228,6 +228,7 @@ def test_stages_of_evidence_that_need_no_other_package(work, folder, task):
     rows, questions = (tasks.read_jsonl(folder / name) for name in ("alpaca_9k.jsonl", "webquestions_test.jsonl"))
     sources = (rows, [row["qText"] for row in questions])
     sizes = stages.replace(stages.SMOKE, epochs=1, dtype="float32", Ks=(2**10,))
+    sizes = stages.replace(sizes, recipes=("kronecker", "two-sided kfac"))
     seed = stages.Seed(tasks.TASKS[task], 0, sizes, work / "model", work / task, Bars(quiet=True), sources)
     methods = tuple(method for method in stages.METHODS if method not in ("text", "ekfac"))
     stages.score(seed, methods, product=True)
@@ -236,7 +237,9 @@ def test_stages_of_evidence_that_need_no_other_package(work, folder, task):
             with np.load(file) as scores:
                 shapes = {scores[name].shape for name in scores.files if name != "seconds" and "used" not in name}
             assert shapes == (set() if file.stem == "encoder" else {(len(seed.queries), 32)}), file  # 32: too few
-    assert {file.stem for file in (work / task / "scores").glob("*.npz")} >= {"full", "datainf", "lissa", "product"}
+    both = {"full", "datainf", "product-kronecker", "product-two-sided-kfac"}
+    for model, expected in ((work / task, {"lissa", *both}), (work / task / "early", both)):
+        assert {file.stem for file in (model / "scores").glob("*.npz")} >= expected
 
 
 @pytest.mark.slow

@@ -1,0 +1,94 @@
+"""An influence function whose inverse is computed by conjugate gradients, preconditioned by EK-FAC.
+
+H is the Fisher matrix F of the mean loss, over all layers at once, plus EK-FAC's damping of each layer. F is the mean
+g gᵀ over gradients of tokens drawn from the model, a few draws of every example, which are kept on disk: as many draws,
+as good an estimate. EK-FAC leaves out what lies between layers and all but a Kronecker product within one; with each
+iteration the solution for a query moves from EK-FAC's (iteration 0) to the whole matrix's.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.evidence.cached import Replay
+from bench.evidence.curvature import DAMPING, Eigenbasis
+from bench.evidence.sketched import Scores
+from rapidindex.progress import Progress
+
+LABEL_DRAWS = 4
+"""Draws of every example's tokens."""
+ITERATIONS = (1, 2, 5, 10, 20)
+"""After which scores are taken."""
+
+
+def cg_scores(
+    rows: Replay,
+    queries: Replay,
+    drawn: Sequence[np.ndarray],
+    bases: Mapping[str, Eigenbasis],
+    progress: Progress,
+    iterations: Sequence[int] = ITERATIONS,
+) -> Scores:
+    """Return scores `full/ekfac-cg-N/none` and `…/unit` of ⟨H⁻¹ q, g⟩ after each N of `iterations`.
+
+    `drawn` are files of gradients of drawn tokens, float32 [n, |v|] each; `bases` the preconditioner.
+    """
+    damping = _damping(rows, drawn)
+    lengths = np.array([np.linalg.norm(row) for row in rows.rows])
+    b, scores = torch.from_numpy(np.array(queries.rows)), {}
+    x = _solved(rows, bases, b)
+    residual = b - _times(x, drawn, damping)
+    along, before = None, None
+    for count in range(1, max(iterations) + 1):
+        preconditioned = _solved(rows, bases, residual)
+        now = (residual * preconditioned).sum(1, dtype=torch.float64)
+        along = preconditioned if along is None else preconditioned.add_(along.mul_((now / before).float()[:, None]))
+        product = _times(along, drawn, damping)
+        step = (now / (along * product).sum(1, dtype=torch.float64)).float()[:, None]
+        x += step * along
+        residual -= step * product
+        before = now
+        if count in iterations:
+            found = _inner(x, rows.rows)
+            scores[f"full/ekfac-cg-{count}/none"] = found
+            scores[f"full/ekfac-cg-{count}/unit"] = (found / lengths).astype(np.float32)
+        progress("conjugate gradients", count, max(iterations))
+    return scores
+
+
+def _damping(rows: Replay, drawn: Sequence[np.ndarray]) -> Tensor:
+    """Return what is added to the diagonal of F: a share of each layer's mean, as EK-FAC has it; [|v|]."""
+    squares = sum(np.square(part[here]).sum(0) for part in drawn for here in _blocks(len(part)))
+    squares = torch.from_numpy(squares / sum(len(part) for part in drawn))
+    damping = torch.empty_like(squares)
+    for layer in rows.layers:
+        part = slice(layer.start, layer.start + layer.size)
+        damping[part] = DAMPING * squares[part].mean()
+    return damping
+
+
+def _times(x: Tensor, drawn: Sequence[np.ndarray], damping: Tensor) -> Tensor:
+    """Return H x of each of `x` [Q, |v|]."""
+    found = torch.zeros_like(x)
+    for part in drawn:
+        for here in _blocks(len(part)):
+            g = torch.from_numpy(part[here])
+            found.addmm_(x @ g.T, g)
+    return found.div_(sum(len(part) for part in drawn)).addcmul_(x, damping)
+
+
+def _solved(rows: Replay, bases: Mapping[str, Eigenbasis], x: Tensor) -> Tensor:
+    """Return EK-FAC's inverse times each of `x` [Q, |v|]."""
+    layers = rows.layers
+    return torch.cat([bases[one.name].solved(x[:, one.start : one.start + one.size], 1.0) for one in layers], 1)
+
+
+def _inner(x: Tensor, rows: np.ndarray) -> np.ndarray:
+    """Return the inner products of `x` [Q, |v|] and `rows` [n, |v|], float32 [Q, n]."""
+    return np.concatenate([(x @ torch.from_numpy(np.array(rows[here])).T).numpy() for here in _blocks(len(rows))], 1)
+
+
+def _blocks(count: int, size: int = 128) -> list[slice]:
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
