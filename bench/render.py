@@ -979,22 +979,20 @@ def facts_page(figures: Figures) -> str:
         *(name.replace("_", " ").replace("mrr", "MRR").replace("recall", "recall@10") for name in metrics),
     ]
     body = [[_traced(name), *(_cell(found[name][m]) for m in metrics), f"{found[name]['bytes']:,}"] for name in names]
-    right = figures["right"]
-    rights = ["—" if value is None else f"{value:.2f}" for value in figures["tail_patch_of_right_rows"].values()]
-    steps = (
-        f" Tail-patch in percentage points, at the run's last learning rate ({figures['last_rate']:g}) times .3, 1 and"
-        f" 3; of the right rows themselves {', '.join(rights)}."
-    )
+    right, steps, costs = figures["right"], "", figures["cpu_seconds_a_row"]
+    if rate := figures["last_rate"]:
+        rights = ["—" if value is None else f"{value:.2f}" for value in figures["tail_patch_of_right_rows"].values()]
+        steps = (
+            f" Tail-patch in percentage points, at the run's last learning rate ({rate:g}) times .3, 1 and 3; of the"
+            f" right rows themselves {', '.join(rights)}."
+        )
     parts = [
         f"# Fact tracing: {figures['queries']} queries, {figures['rows']} rows\n",
         f"{figures['facts']} facts; right answers to the third paraphrase: base {right['base']:.0%}, fine-tuned"
-        f" {right['tuned']:.0%}.{steps if figures['last_rate'] else ''} 95 % intervals over the queries.\n",
+        f" {right['tuned']:.0%}.{steps} 95 % intervals over the queries.\n",
         markdown([*head, "bytes a row"], body) + "\n",
-        markdown(
-            ["what is made of a row", "CPU seconds a row"],
-            [[name, f"{spent:.4f}"] for name, spent in figures["cpu_seconds_a_row"].items()],
-        )
-        + "\n",
+        *[markdown(["what is made of a row", "CPU seconds a row"], [[n, f"{c:.4f}"] for n, c in costs.items()]) + "\n"]
+        * bool(costs),
         markdown(["stage", "seconds"], [[name, f"{spent:.0f}"] for name, spent in figures["seconds"].items()]) + "\n",
     ]
     return "\n".join(parts)
