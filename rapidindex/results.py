@@ -137,6 +137,9 @@ class IndexInfo:
     encoder: str | None = None
     """The encoder whose cosine a match's `score` is; None where it is the inner product of RapidGrads. `exact_score` is
     the influence by the language model's gradients in either case."""
+    specialized: bool = False
+    """Whether `specialize` made the rows: `exact_score` is then the influence of compressed gradients, which alone the
+    task's R is known of."""
 
 
 @dataclass(frozen=True)

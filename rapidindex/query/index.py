@@ -439,10 +439,8 @@ class Index:
         K = self.rows_of(level).K
         unfinished = () if self.store.complete(level) else (self._examples(level), self.store.planned(level))
         model, adapter = recipe.model.path, recipe.adapter.path
-        encoder = recipe.encoder and recipe.encoder.path
-        return IndexInfo(
-            self.store.id, model, adapter, K, recipe.sketch.shuffles, n, *(unfinished or (None, None)), encoder
-        )
+        how = {"encoder": recipe.encoder and recipe.encoder.path, "specialized": recipe.task is not None}
+        return IndexInfo(self.store.id, model, adapter, K, recipe.sketch.shuffles, n, *unfinished, **how)
 
     def _examples(self, level: str) -> int:
         """Return how many examples have live rows of a level."""

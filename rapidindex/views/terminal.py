@@ -210,9 +210,9 @@ def _card(result: Result, match: Match, full: float, answer_full: float, theme: 
 
 
 def _card_head(result: Result, match: Match) -> Text:
-    uncompressed = "" if match.exact_score is None else f"   uncompressed {wording.signed(match.exact_score)}"
+    exact = "" if match.exact_score is None else f"   {wording.exact(result)} {wording.signed(match.exact_score)}"
     distance = f"   {far}" if (far := wording.distance(result, match)) else ""
-    scores = f"  score {wording.signed(match.score)}{uncompressed}{distance}   percentile {match.percentile:.1f}"
+    scores = f"  score {wording.signed(match.score)}{exact}{distance}   percentile {match.percentile:.1f}"
     head = Text.assemble((f"{match.rank}.", "bold"), scores)
     if match.position is not None:
         head.append(f"   token {line(wording.matched_token(match))}", "bold")

@@ -149,6 +149,11 @@ def verdict(result: Result) -> str:
     )
 
 
+def exact(result: Result) -> str:
+    """Return what the influence is that a heat-map adds up to: `uncompressed`, or `compressed` in a task's index."""
+    return "compressed" if result.index.specialized else "uncompressed"
+
+
 def rescored(result: Result) -> str:
     """Return a sentence about the order of the matches where their scores do not give it, otherwise an empty text."""
     if result.rescoring is None:
@@ -159,6 +164,6 @@ def rescored(result: Result) -> str:
     agreement = "" if correlation is None else f" The two orders have a rank correlation of {correlation:.2f};"
     moved = result.rescoring.largest_move
     return (
-        f"Ordered by uncompressed influence among {result.rescoring.candidates:,} candidates.{agreement} "
+        f"Ordered by {exact(result)} influence among {result.rescoring.candidates:,} candidates.{agreement} "
         f"{'a' if agreement else 'A'} candidate moved by {moved:,} {'place' if moved == 1 else 'places'} at most."
     )

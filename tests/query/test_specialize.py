@@ -119,6 +119,7 @@ def test_shares_average_to_the_score_whatever_the_recipe(index_of, queries, tmp_
     target = tmp_path / "index"
     specialize(index_of(projection, recipe), queries, target, SpecializeOptions(weight=0.5))
     result = Index.open(target).query(PROMPT, answer=ANSWER, token="Japan", k=10, rescore=True, answer_scores=True)
+    assert result.index.specialized
     spread = max(abs(match.score) for match in result.matches)
     for match in result.matches:
         assert match.exact_score == pytest.approx(match.score, abs=0.03 * spread)  # int8, twice

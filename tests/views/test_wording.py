@@ -1,9 +1,12 @@
 """Numbers and findings read the same in every view."""
 
+from dataclasses import replace
+
 import pytest
 
 from rapidindex.results import Rescoring
 from rapidindex.views import wording
+from rapidindex.views.html import page
 from tests.views import shown
 
 
@@ -65,6 +68,14 @@ def test_a_rescored_order_is_explained_and_does_not_hide_what_stands_out():
     assert "moved by 7 places at most" in result.to_html()
     assert "candidates. A candidate" in wording.rescored(shown.result(rescoring=Rescoring(1, None, 0)))
     assert "moved by 1 place at most" in wording.rescored(shown.result(rescoring=Rescoring(2, 1.0, 1)))
+
+
+def test_the_influence_in_a_tasks_index_is_of_compressed_gradients():
+    result = shown.result(rescoring=Rescoring(40, 0.873, 7))
+    task = replace(result, index=replace(result.index, specialized=True))
+    assert "Ordered by uncompressed influence" in wording.rescored(result)
+    assert "Ordered by compressed influence" in wording.rescored(task)
+    assert "uncompressed" not in page(task, None, "") and "uncompressed" in page(result, None, "")
 
 
 def test_without_a_summary_only_the_sign_is_judged():

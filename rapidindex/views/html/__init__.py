@@ -105,7 +105,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {name: getattr(wording, name) for name in ("signed", "percent", "search", "selected")}
+    environment.filters |= {
+        name: getattr(wording, name) for name in ("signed", "percent", "search", "selected", "exact")
+    }
     environment.tests["code"] = wording.is_code
     environment.filters["safe_text"] = lambda value: paragraph(str(value))
     return environment

@@ -122,6 +122,7 @@ def _match(result: Result, match: Match, full: float, answer_full: float) -> dic
     answer_whole = heatmap.answer_total(match, query) if match.answer_scores else 0.0
     return {
         "match": match,
+        "kind": wording.exact(result),
         "meta": wording.meta(match),
         "token": paragraph(wording.matched_token(match)),
         "place": wording.place(match),
