@@ -94,7 +94,7 @@ def floors(rows: Rows, threads: int) -> dict[str, Callable[[], Any]]:
 
 def searches(rows: Rows, queries: np.ndarray, index: VectorIndex, threads: int) -> dict[str, Callable[[], Any]]:
     """Return the scan of one query and of all, the index, and re-ranking, which one thread does."""
-    numbers = np.sort(np.random.default_rng(5).choice(len(rows), min(RERANKED, len(rows)), replace=False))
+    numbers = reranked(rows)
     scan = partial(exact_search, rows, k=10, threads=threads)
     methods = {
         "one": lambda: scan(queries[:1]),
@@ -104,9 +104,15 @@ def searches(rows: Rows, queries: np.ndarray, index: VectorIndex, threads: int) 
     return methods | ({"rerank": lambda: scores_of(rows, numbers, queries[0])} if threads == 1 else {})
 
 
+def reranked(rows: Rows) -> np.ndarray:
+    """Return the numbers of the rows that are re-ranked."""
+    return np.sort(np.random.default_rng(5).choice(len(rows), min(RERANKED, len(rows)), replace=False))
+
+
 def on_gpu(store: Store, queries: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """Return the scan, Flat and IVF on a GPU and, for the indexes, on the CPU: one query, and all."""
-    rows, methods = store.rows(_LEVEL), {}
+    """Return scan and re-ranking on a GPU, and Flat and IVF there and on the CPU: one query, and all."""
+    rows = store.rows(_LEVEL)
+    methods = {"re-ranking on the GPU": partial(scores_of, rows, reranked(rows), queries[0], device="cuda")}
     named = (("one", queries[:1]), ("batch", queries))
     for name, some in named:
         methods[f"scan on the GPU, {name}"] = partial(exact_search, rows, some, 10, device="cuda")

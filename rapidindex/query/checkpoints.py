@@ -257,10 +257,10 @@ class _Sum(Index):
         for name, (weight, index) in self._parts.items():
             rows, scores = index.rows_of(level), np.empty(len(index.rows_of(level)), np.float32)
             vectors = stack_rows([query.at[name] for query in queries])
-            for number, own in enumerate(live_scores(rows, vectors, device=index._scan_device)):
+            for number, own in enumerate(live_scores(rows, vectors, device=index._scan_device(level))):
                 scores[rows.live_mask] = own
                 sums[number] += weight * scores[self._rows_at(level)[name][live]]
-        device = next(index._scan_device for _, index in self._parts.values())
+        device = next(index._scan_device(level) for _, index in self._parts.values())
         return ranked(live, sums, len(queries), k, largest=largest, started=started, device=device)
 
     def _heatmaps(self, candidates: list[Candidate], query: EncodedAt, level: str) -> Iterator[Candidate]:

@@ -31,7 +31,7 @@ from rapidindex.results import IndexInfo, Match, Result, Seconds
 from rapidindex.search.exact import SearchResult, exact_search
 from rapidindex.search.metadata import IndexMetadata
 from rapidindex.search.spread import SpreadSearch
-from rapidindex.search.vector_index import VectorIndex
+from rapidindex.search.vector_index import VectorIndex, scan_device
 from rapidindex.store import Rows, Store, checkpoints_at
 
 Stored = Callable[[int], tuple[dict[str, Any], Encoding]]
@@ -66,6 +66,7 @@ class Index:
         self._compressors: dict[int, Compressor] = {}
         self._vector_indexes: dict[str, VectorIndex | None] = {}
         self._spread: dict[str, SpreadSearch] = {}
+        self._scan_devices: dict[str, str] = {}
 
     @classmethod
     def open(
@@ -310,10 +311,11 @@ class Index:
         """The device that was named for model and search alike, or `auto`."""
         return "auto" if self.loaded.config.device == "auto" else str(self.loaded.device)
 
-    @property
-    def _scan_device(self) -> str:
-        """Where rows are scanned: the CPU where no device was named, since a scan reads rows no faster than a copy."""
-        return self._named_device.replace("auto", "cpu")
+    def _scan_device(self, level: str) -> str:
+        """Where the rows of a level are scanned: see `scan_device`."""
+        if level not in self._scan_devices:
+            self._scan_devices[level] = scan_device(self.rows_of(level), self._named_device)
+        return self._scan_devices[level]
 
     @cached_property
     def influence(self) -> Influence:
@@ -394,7 +396,7 @@ class Index:
             return partial(self._spread[level].search, vectors, k, largest=largest)
         index = None if options.exact else self._vector_index(level)
         if index is None:
-            return partial(exact_search, rows, vectors, k, largest=largest, device=self._scan_device)
+            return partial(exact_search, rows, vectors, k, largest=largest, device=self._scan_device(level))
         return partial(index.search, vectors, k, largest=largest)
 
     def _vector_index(self, level: str) -> VectorIndex | None:

@@ -3,7 +3,8 @@ against it.
 
 Rows are mapped, not loaded. Each thread takes the next block of a few MiB and multiplies it by all queries, with one
 inner thread: a product as narrow as one query gains nothing from more. Of 8-bit rows the scan's scores are near enough
-for a summary; those that decide the answer are computed exactly. Knows vectors, not text, and nothing of FAISS.
+for a summary; those that decide the answer are computed exactly. To a GPU all blocks go in turn, and all scores are
+exact. Knows vectors, not text, and nothing of FAISS.
 """
 
 import threading
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -21,16 +23,29 @@ from torch import Tensor
 
 from rapidindex.errors import DamagedIndex, QueryError, UsageError
 from rapidindex.results import HISTOGRAM_BINS, ScoreSummary
-from rapidindex.search.products import Multiply, products_with, rough_products_with
+from rapidindex.search.products import (
+    Block,
+    Multiply,
+    products_with,
+    products_with_each,
+    rough_products_with,
+    streamed_scores,
+)
 from rapidindex.store import Rows, damaged
 
 SCORES_BYTES = 2**30
 """Scores held at once, in bytes of float32; more queries than fit take another pass over the rows."""
 _BLOCK_BYTES = 2**24
-"""A block as it is stored: rows are multiplied several times, or become float32, while they are in the cache."""
+"""A block as it is stored: its rows are multiplied several times while they are in the cache."""
 _BLOCK_BYTES_GPU = 2**26
 _ROUGH = 0.03
 """One 8-bit vector of a query is tried where it leaves scores off by less than this, in products of the two lengths."""
+_TRIED, _LONG = 4, 1.0
+"""Blocks of rows, and seconds, that finding out the faster device takes."""
+_GROUP = 64
+"""Scores of which the largest is looked at first."""
+_WIDE = 1e30
+"""Scores that lie farther apart, or nearer than its inverse, are summed up in float64."""
 _FEW, _NEAR = 1000, 1 / 16
 """Rows, and the share of all, that may be scored a second time after that; more cost as much as a second vector."""
 
@@ -84,7 +99,10 @@ def exact_search(
     started = time.perf_counter()
     queries = checked_queries(queries, rows.K, k)
     live = np.flatnonzero(rows.live_mask)
-    each = _scores_of_all(rows, queries, k, largest, device, threads)
+    if device == "cpu":
+        each = _scores_of_all(rows, queries, k, largest, threads)
+    else:
+        each = live_scores(rows, queries, device=device)
     return ranked(live, each, len(queries), k, largest=largest, started=started, device=device)
 
 
@@ -113,19 +131,18 @@ def ranked(
 
 
 def scores_of(
-    rows: Rows, numbers: Int64[np.ndarray, " n"], query: Float32[np.ndarray, " K"]
+    rows: Rows, numbers: Int64[np.ndarray, " n"], query: Float32[np.ndarray, " K"], *, device: str = "cpu"
 ) -> Float32[np.ndarray, " n"]:
-    """Return the inner products of one query with the n rows of these numbers.
+    """Return the inner products of one query with the n rows of these numbers, computed on `device`.
 
     Raises QueryError or DamagedIndex as `check_finite` does. A few rows at a time are copied side by side, and
     multiplied together.
     """
-    scores, multiply = np.empty(len(numbers), np.float32), products_with(query[None], rows.row_type)
-    together = max(1, _BLOCK_BYTES // rows.row_bytes)
-    with torch_threads(1):
-        for first in range(0, len(numbers), together):
-            entries, scale = rows.gather(numbers[first : first + together])
-            np.multiply(multiply(entries)[0], scale, out=scores[first : first + together])
+    blocks = _gathered(rows, numbers)
+    if device == "cpu":
+        scores = _multiplied(blocks, len(numbers), 1, products_with(query[None], rows.row_type), threads=1)[0]
+    else:
+        scores = streamed_scores(query[None], blocks, len(numbers), device)[0]
     check_finite(scores, rows, numbers)
     return scores
 
@@ -168,8 +185,40 @@ def live_scores(
     Scores take at most `scores_bytes` of memory, which decides the number of passes over the rows; a block of stored
     rows takes `block_bytes`, by default what suits the device. Raises QueryError or DamagedIndex as `check_finite`.
     """
-    multiply_with = partial(products_with, row_type=rows.row_type, device=device)
-    return _scanned(rows, queries, multiply_with, device, threads, scores_bytes, block_bytes)
+    if device == "cpu":
+        multiply_with = partial(products_with, row_type=rows.row_type)
+        score = partial(_all_scores, rows, multiply_with=multiply_with, threads=threads, block_bytes=block_bytes)
+    else:
+        score = partial(_streamed, rows, device=device, block_bytes=block_bytes)
+    return _scanned(rows, queries, score, scores_bytes)
+
+
+def faster_device(rows: Rows, device: str, *, threads: int | None = None) -> str:
+    """Return where the rows are scanned sooner, `device` or `cpu`: measured, with one query and 64 MiB of them."""
+    query = np.random.default_rng(0).standard_normal((1, rows.K), np.float32)
+    some = list(islice(_blocks(rows, _BLOCK_BYTES), _TRIED))
+    n = sum(len(entries) for entries, _ in some)
+    multiply = rough_products_with(query, rows.row_type, parts=1)[0]
+    return faster(
+        {
+            "cpu": lambda: _multiplied(iter(some), n, 1, multiply, threads or torch.get_num_threads()),
+            device: lambda: streamed_scores(query, some, n, device),
+        }
+    )
+
+
+def faster(ways: dict[str, Callable[[], object]]) -> str:
+    """Return the name of the fastest way, by the least of three times; what takes long is timed once."""
+
+    def seconds(name: str) -> float:
+        spent: list[float] = []
+        while len(spent) < 3 and sum(spent) < _LONG:
+            started = time.perf_counter()
+            ways[name]()
+            spent.append(time.perf_counter() - started)
+        return min(spent)
+
+    return min(ways, key=seconds)
 
 
 def check_finite(scores: Float32[np.ndarray, " n"], rows: Rows, numbers: Int64[np.ndarray, " n"]) -> None:
@@ -177,10 +226,10 @@ def check_finite(scores: Float32[np.ndarray, " n"], rows: Rows, numbers: Int64[n
 
     Raises DamagedIndex where a stored row is not finite, QueryError where the query makes the scores overflow.
     """
-    bad = np.flatnonzero(~np.isfinite(scores))
-    if not len(bad):
+    finite = np.isfinite(scores)
+    if finite.all():
         return
-    row = int(numbers[bad[0]])
+    row = int(numbers[np.argmin(finite)])
     if np.isfinite(rows.take([row])).all():
         raise QueryError("The query's gradient is so large that its scores overflow.", hint="Scale the query down.")
     raise not_finite(rows, row)
@@ -201,14 +250,9 @@ def padding(
 
 def top(scores: Float32[np.ndarray, " n"], k: int, largest: bool) -> Int64[np.ndarray, " best"]:
     """Return the positions of the min(k, n) best scores, best first; of equal scores the lower position first."""
-    signed = -scores if largest else scores
-    if k < len(signed):
-        worst = np.partition(signed, k - 1)[k - 1]
-        better, equal = np.flatnonzero(signed < worst), np.flatnonzero(signed == worst)
-        positions = np.concatenate([better, equal[: k - len(better)]])
-    else:
-        positions = np.arange(len(signed))
-    return positions[np.argsort(signed[positions], kind="stable")]
+    signed = scores if largest else -scores
+    reach = np.flatnonzero(signed >= _reached(signed, k)) if k < len(signed) else np.arange(len(signed))
+    return reach[np.argsort(-signed[reach], kind="stable")[:k]]
 
 
 def to_float32(
@@ -234,7 +278,6 @@ def _scores_of_all(
     queries: Float32[np.ndarray, "queries K"],
     k: int,
     largest: bool,
-    device: str,
     threads: int | None,
     parts: int = 1,
 ) -> Iterator[Float32[np.ndarray, " live"]]:
@@ -245,68 +288,118 @@ def _scores_of_all(
     """
     live = np.flatnonzero(rows.live_mask)
     lengths = rows.lengths[live]
-    _, errors = rough_products_with(queries, rows.row_type, device, parts=parts)
+    _, errors = rough_products_with(queries, rows.row_type, parts=parts)
     with np.errstate(over="ignore", invalid="ignore"):
         typical = np.linalg.norm(queries, axis=1) * np.median(lengths) if len(live) else 0
         if parts == 1 and (errors * lengths.max(initial=0) > _ROUGH * typical).any():
-            yield from _scores_of_all(rows, queries, k, largest, device, threads, parts=2)
+            yield from _scores_of_all(rows, queries, k, largest, threads, parts=2)
             return
-    multiply_with = partial(rough_products_with, row_type=rows.row_type, device=device, parts=parts)
-    rough = _scanned(rows, queries, lambda some: multiply_with(some)[0], device, threads)
-    for query, error, scores in zip(queries, errors, rough, strict=True):
+    rough = partial(rough_products_with, row_type=rows.row_type, parts=parts)
+    score = partial(_all_scores, rows, multiply_with=lambda some: rough(some)[0], threads=threads)
+    exactly = products_with_each(queries, rows.row_type)
+    each = zip(queries, errors, exactly, _scanned(rows, queries, score), strict=True)
+    for query, error, multiply, scores in each:
         if error and len(live):
-            near = _near(scores if largest else -scores, error * lengths, k)
+            near = _near(scores if largest else -scores, error, lengths, k)
             if parts == 1 and len(near) > max(_FEW, len(live) * _NEAR):
-                yield from _scores_of_all(rows, query[None], k, largest, device, threads, parts=2)
+                yield from _scores_of_all(rows, query[None], k, largest, threads, parts=2)
                 continue
-            scores[near] = scores_of(rows, live[near], query)
+            numbers = live[near]
+            scores[near] = _multiplied(_gathered(rows, numbers), len(near), 1, multiply, threads=1)[0]
+            check_finite(scores[near], rows, numbers)
         yield scores
 
 
-def _near(scores: Float32[np.ndarray, " n"], slack: Float32[np.ndarray, " n"], k: int) -> Int64[np.ndarray, " near"]:
-    """Return the rows that may be among the k best, or be the worst, where each score may be off by its slack."""
+def _near(
+    scores: Float32[np.ndarray, " n"], error: np.float32, lengths: Float32[np.ndarray, " n"], k: int
+) -> Int64[np.ndarray, " near"]:
+    """Return the rows that may be among the k best, or be the worst, where each may be off by its length times `error`.
+
+    They are looked for among a few: twice the largest such slack holds them all, and three times, whatever is rounded.
+    """
     with np.errstate(over="ignore"):
-        least, most = scores - slack, scores + slack
+        far = 3 * error * lengths.max()
+        some = np.flatnonzero((scores >= _reached(scores, k) - far) | (scores <= scores.min() + far))
+        slack = error * lengths[some]
+        least, most = scores[some] - slack, scores[some] + slack
+    place = max(len(some) - k, 0)
+    return some[(most >= np.partition(least, place)[place]) | (least <= most.min())]
+
+
+def _reached(scores: Float32[np.ndarray, " n"], k: int) -> np.float32:
+    """Return a score that k of the scores reach, or all where they are fewer, and not many more do.
+
+    It is the k-th largest of the maxima of groups of scores.
+    """
+    groups = len(scores) // _GROUP
+    if groups > k:
+        scores = scores[: groups * _GROUP].reshape(_GROUP, groups).max(0)
     place = max(len(scores) - k, 0)
-    return np.flatnonzero((most >= np.partition(least, place)[place]) | (least <= most.min()))
+    return np.partition(scores, place)[place]
 
 
 def _scanned(
     rows: Rows,
     queries: Float32[np.ndarray, "queries K"],
-    multiply_with: Callable[[np.ndarray], Multiply],
-    device: str,
-    threads: int | None,
+    score: Callable[[np.ndarray], np.ndarray],
     scores_bytes: int = SCORES_BYTES,
-    block_bytes: int | None = None,
 ) -> Iterator[Float32[np.ndarray, " live"]]:
-    """Yield for each query its scores of all live rows; see `live_scores`."""
+    """Yield for each query its scores of all live rows; `score` gives those of some queries and all rows."""
     live = np.flatnonzero(rows.live_mask)
-    suited = _BLOCK_BYTES if device == "cpu" else _BLOCK_BYTES_GPU
-    block_rows = max(1, (block_bytes or suited) // rows.row_bytes)
     per_pass = max(1, scores_bytes // (4 * max(1, len(rows))))
-    count = (threads or torch.get_num_threads()) if device == "cpu" else 1
     for first in range(0, len(queries), per_pass):
-        some = queries[first : first + per_pass]
-        for scores in _all_scores(rows, len(some), multiply_with(some), block_rows, count):
-            check_finite(scores[live], rows, live)
-            yield scores[live]
+        for scores in score(queries[first : first + per_pass]):
+            of_live = scores if len(live) == len(scores) else scores[live]
+            check_finite(of_live, rows, live)
+            yield of_live
+
+
+def _streamed(
+    rows: Rows, queries: Float32[np.ndarray, "queries K"], *, device: str, block_bytes: int | None
+) -> Float32[np.ndarray, "queries rows"]:
+    return streamed_scores(queries, _blocks(rows, block_bytes or _BLOCK_BYTES_GPU), len(rows), device)
 
 
 def _all_scores(
-    rows: Rows, queries: int, multiply: Multiply, block_rows: int, threads: int
+    rows: Rows,
+    queries: Float32[np.ndarray, "queries K"],
+    *,
+    multiply_with: Callable[[np.ndarray], Multiply],
+    threads: int | None,
+    block_bytes: int | None = None,
 ) -> Float32[np.ndarray, "queries rows"]:
-    scores = np.empty((queries, len(rows)), np.float32)
-    blocks, turn = rows.blocks(block_rows), threading.Lock()
+    blocks = _blocks(rows, block_bytes or _BLOCK_BYTES)
+    return _multiplied(blocks, len(rows), len(queries), multiply_with(queries), threads or torch.get_num_threads())
+
+
+def _gathered(rows: Rows, numbers: Int64[np.ndarray, " n"]) -> Iterator[Block]:
+    """Yield copies of the rows of these numbers, a few together."""
+    together = max(1, _BLOCK_BYTES // rows.row_bytes)
+    return (rows.gather(numbers[first : first + together]) for first in range(0, len(numbers), together))
+
+
+def _blocks(rows: Rows, size: int) -> Iterator[Block]:
+    """Yield all rows, in blocks of at most `size` bytes."""
+    return ((entries, scale) for _, entries, scale in rows.blocks(max(1, size // rows.row_bytes)))
+
+
+def _multiplied(
+    blocks: Iterator[Block], n: int, queries: int, multiply: Multiply, threads: int
+) -> Float32[np.ndarray, "queries n"]:
+    """Return the scores of the n rows of `blocks`; each thread takes the next block."""
+    scores, first, turn = np.empty((queries, n), np.float32), 0, threading.Lock()
 
     def multiply_blocks() -> None:
+        nonlocal first
         with torch_threads(1):
             while True:
                 with turn:
-                    first, entries, scale = next(blocks, (0, None, None))
-                if entries is None:
-                    return
-                np.multiply(multiply(entries), scale, out=scores[:, first : first + len(entries)])
+                    entries, scale = next(blocks, (None, None))
+                    if entries is None:
+                        return
+                    there = slice(first, first + len(entries))
+                    first = there.stop
+                np.multiply(multiply(entries), scale, out=scores[:, there])
 
     if threads == 1:
         multiply_blocks()
@@ -320,8 +413,14 @@ def _all_scores(
 def _summary(scores: Float32[np.ndarray, " n"]) -> ScoreSummary:
     if not len(scores):
         return ScoreSummary(0, 0.0, 0.0, 0.0, 0.0, [0] * HISTOGRAM_BINS)
-    scores = scores.astype(np.float64)
     lowest, highest = float(scores.min()), float(scores.max())
-    bins = (scores - lowest) * (HISTOGRAM_BINS / (highest - lowest or 1.0))
-    counts = np.bincount(bins.astype(np.int64).clip(max=HISTOGRAM_BINS - 1), minlength=HISTOGRAM_BINS)
-    return ScoreSummary(len(scores), lowest, highest, float(scores.mean()), float(scores.std()), counts.tolist())
+    width = highest - lowest or 1.0
+    places = np.subtract(scores, lowest, dtype=np.float32 if 1 / _WIDE < width < _WIDE else np.float64)
+    places *= HISTOGRAM_BINS / width
+    counts = torch.bincount(torch.from_numpy(places.astype(np.int32)), minlength=HISTOGRAM_BINS + 1).tolist()
+    counts[-2] += counts.pop()  # the highest score
+    mean = float(places.mean())
+    places -= mean
+    std = float(np.dot(places, places) / len(places)) ** 0.5
+    unit = width / HISTOGRAM_BINS
+    return ScoreSummary(len(scores), lowest, highest, lowest + unit * mean, unit * std, counts)

@@ -35,6 +35,8 @@ from rapidindex.search.exact import (
     SearchResult,
     checked_queries,
     exact_search,
+    faster,
+    faster_device,
     not_finite,
     padding,
     scores_of,
@@ -53,13 +55,15 @@ REMEASURE_GROWTH = 1.1
 """`update` measures recall again once the live rows have grown by this factor since the last measurement."""
 _TRAIN_ROWS, _TRAIN_PER_LIST, _TRAIN_BYTES = 2**14, 64, 2**30
 _FIRST_READ = 32  # candidates read before the k-th best score says how many more are needed
+_SCAN_BYTES = 2**26
 _FOLD_BYTES = 2**25  # rows folded at a time, in bytes of float32
 
 _Best = tuple[Float32[np.ndarray, " k"], Int64[np.ndarray, " k"]]
 
 
 GPU_BYTES = 256 * 2**20
-"""An index of fewer bytes is searched on the CPU where no device is named: at 6 GB/s that takes less than 50 ms."""
+"""An index of fewer bytes is searched on the CPU where no device is named: at 6 GB/s that takes less than 50 ms. Of a
+larger one the faster place is measured."""
 
 
 def default_factory(rows: int, K: int, max_entries: int = EXACT_MAX_ENTRIES) -> str:
@@ -137,7 +141,8 @@ class VectorIndex:
         """Open the index in the folder of `rows`; None where there is none. It may lack some of the rows: see `stale`.
 
         With a `device` of `cuda` or `cuda:N` it is searched there, where FAISS can; else `not_on_gpu` says why not.
-        `auto` decides by its size (`suited_device`).
+        `auto` takes what is faster: measured, where FAISS has the index on a GPU and its size lets that be felt
+        (`suited_device`), and for scans (`scan_device`).
         Raises DamagedIndex where its files were changed, StoreError where they cannot be read, ResourceError where
         FAISS is missing.
         """
@@ -150,11 +155,11 @@ class VectorIndex:
             if IndexMetadata.read(rows.path) == metadata:
                 raise
             return cls.open(rows, device=device, threads=threads)  # a writer replaced both after the metadata was read
+        index = cls(rows, metadata, ann, device=scan_device(rows, device, threads=threads), threads=threads)
         if device == "auto":
             device = suited_device(metadata.factory, 0 if ann is None else metadata.live * ann.bytes_per_row())
-        scanning = device if torch.cuda.is_available() or not device.startswith("cuda") else "cpu"
-        index = cls(rows, metadata, ann, device=scanning, threads=threads)
-        if ann is not None and device.startswith("cuda"):
+            index._move(ann, device, only_if_faster=True)
+        else:
             index._move(ann, device)
         return index
 
@@ -236,14 +241,32 @@ class VectorIndex:
         """Return the metadata as plain data; see `IndexMetadata.describe`."""
         return self.metadata.describe(self.rows)
 
-    def _move(self, ann: AnnIndex, device: str) -> None:
+    def _move(self, ann: AnnIndex | None, device: str, *, only_if_faster: bool = False) -> None:
         """Have FAISS search on the GPU, or note why it does not."""
+        if ann is None or not device.startswith("cuda"):
+            return
         self.not_on_gpu = not_on_gpu(self.metadata.factory)
         if self.not_on_gpu is None:
             try:
-                self._ann = ann.on_gpu(device)
+                moved = ann.on_gpu(device)
             except ResourceError as error:
                 self.not_on_gpu = str(error).rstrip(".")
+            else:
+                self._ann = self._faster(ann, moved) if only_if_faster else moved
+
+    def _faster(self, *places: AnnIndex) -> AnnIndex:
+        """Return the copy of FAISS's index that finds the candidates of a drawn query sooner."""
+        query = np.random.default_rng(self.metadata.seed).standard_normal((1, self.metadata.dim), np.float32)
+        calibration = self.metadata.proponents
+        count, lists = (calibration.candidates, calibration.lists) if calibration else (_FIRST_READ, None)
+        copies = {ann.device: ann for ann in places}
+        return copies[faster({name: partial(ann.search, query, count, lists) for name, ann in copies.items()})]
+
+    @property
+    def _rerank_device(self) -> str:
+        """Where candidates are re-ranked: on the GPU that found them, where torch sees it, too."""
+        found = self._ann.device
+        return found if torch.cuda.is_available() or not found.startswith("cuda") else "cpu"
 
     def _scan(self, queries: np.ndarray, k: int, largest: bool) -> SearchResult:
         return exact_search(self.rows, queries, k, largest=largest, device=self._device, threads=self._threads)
@@ -295,7 +318,7 @@ class VectorIndex:
         while start < len(numbers) and estimates[start] >= threshold:
             block = slice(start, start + size)
             chosen = np.sort(numbers[block][estimates[block] >= threshold])  # the files are read forwards
-            scores = np.append(scores, scores_of(self.rows, chosen, query))
+            scores = np.append(scores, scores_of(self.rows, chosen, query, device=self._rerank_device))
             scored = np.append(scored, chosen)
             threshold = scores[top(scores, k, largest)[-1]] / length - margin
             start, size = start + size, 2 * size
@@ -403,6 +426,23 @@ def suited_device(factory: str, size: int) -> str:
     On the GPUs that it sees where it has the factory there, from the size on at which a CPU's search can be felt.
     """
     return "cuda" if size >= GPU_BYTES and not_on_gpu(factory) is None else "cpu"
+
+
+def scan_device(rows: Rows, device: str, *, threads: int | None = None) -> str:
+    """Return where to scan the rows: `device`, where torch sees it; where it is `auto`, the faster one, measured.
+
+    Fewer than 64 MiB are scanned on the CPU: that takes some ten ms.
+    """
+    if not torch.cuda.is_available() and (device == "auto" or device.startswith("cuda")):
+        return "cpu"
+    if device != "auto":
+        return device
+    if len(rows) * rows.row_bytes < _SCAN_BYTES:
+        return "cpu"
+    try:
+        return faster_device(rows, "cuda", threads=threads)
+    except torch.OutOfMemoryError:  # beside the model
+        return "cpu"
 
 
 def _device(factory: str, gpu: bool) -> str:

@@ -114,7 +114,8 @@ class Rows:
         scale = np.empty(len(numbers), np.float32)
         for file, which, inside in self._by_file(numbers):
             arrays = self._arrays(file)
-            entries[which], scale[which] = arrays["rows"][inside], arrays["scale"][inside]
+            rows, scales = np.asarray(arrays["rows"]), np.asarray(arrays["scale"])  # a memmap's own indexing is slow
+            entries[which], scale[which] = rows[inside], scales[inside]
         return entries, scale
 
     def each(self, row_numbers: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray, np.float32]]:
@@ -206,7 +207,8 @@ class Rows:
     def _by_file(self, row_numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield (file, indices of the row numbers that lie in it, their places in it) for each file that holds any."""
         order = np.argsort(row_numbers)  # so that each file is read forwards
-        files = np.searchsorted(self._first_row, row_numbers[order], side="right") - 1
-        for file in np.unique(files):
-            which = order[files == file]
-            yield int(file), which, row_numbers[which] - self._first_row[file]
+        numbers = row_numbers[order]
+        bounds = np.searchsorted(numbers, self._first_row)
+        for file in np.flatnonzero(np.diff(bounds)):
+            here = slice(bounds[file], bounds[file + 1])
+            yield int(file), order[here], numbers[here] - self._first_row[file]

@@ -1,12 +1,14 @@
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from rapidindex.errors import DamagedIndex, QueryError, UsageError
 from rapidindex.search import exact
-from rapidindex.search.exact import exact_search, live_scores
+from rapidindex.search.exact import exact_search, faster, faster_device, live_scores, scores_of, top
 from rapidindex.search.products import multiplies_integers
-from rapidindex.store import Store
+from rapidindex.store import Store, manifest
 from tests.search.stores import CountedRows, gradients, make_store, remove, spoil
 
 N, K = 600, 256
@@ -210,11 +212,109 @@ def test_stored_rows_that_are_not_finite_are_reported_as_damage(tmp_path, querie
         exact_search(rows, queries, 3)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def with_ties(n, kinds, seed=0):
+    """float32 [n]: many equal scores among a few different ones."""
+    return np.random.default_rng(seed).integers(-kinds, kinds, n).astype(np.float32) / 8
+
+
 @pytest.mark.parametrize("largest", [True, False])
-def test_a_gpu_finds_the_same(rows, queries, largest):
-    result = exact_search(rows, queries, 10, largest=largest, device="cuda")
-    expected, scores = brute_force(rows, queries, 10, largest)
-    np.testing.assert_array_equal(result.rows, expected)
-    np.testing.assert_allclose(result.scores, scores, atol=1e-5)
+@pytest.mark.parametrize(("n", "kinds"), [(1, 5), (63, 5), (700, 3), (7000, 40), (7000, 10**6)])
+@pytest.mark.parametrize("k", [1, 2, 30, 6999, 7001])
+def test_the_best_are_the_first_of_a_stable_sort(n, kinds, k, largest):
+    scores = with_ties(n, kinds)
+    expected = np.argsort(-scores if largest else scores, kind="stable")[:k]
+    np.testing.assert_array_equal(top(scores, k, largest), expected)
+    rising = np.sort(scores)
+    np.testing.assert_array_equal(top(rising, 1, largest), [np.argmax(rising) if largest else 0])
+
+
+@pytest.mark.parametrize("k", [1, 10, 300, 5000])
+@pytest.mark.parametrize("error", [1e-6, 0.05, 3.0])
+@pytest.mark.parametrize("kinds", [20, 10**6])
+def test_rows_that_may_be_among_the_best_are_all_that_their_slack_leaves_in_doubt(k, error, kinds):
+    scores = with_ties(5000, kinds, seed=2)
+    lengths = np.random.default_rng(3).standard_exponential(5000, np.float32)
+    least, most = scores - np.float32(error) * lengths, scores + np.float32(error) * lengths
+    expected = np.flatnonzero((most >= np.sort(least)[-k]) | (least <= most.min()))
+    np.testing.assert_array_equal(exact._near(scores, np.float32(error), lengths, k), expected)
+
+
+def test_the_summary_of_scores_of_any_size_is_that_of_float64():
+    for scale in (1e-44, 1e-37, 1e-3, 1.0, 1e37):
+        scores = (np.random.default_rng(7).standard_normal(4000) * scale + scale).astype(np.float32)
+        wide, summary = scores.astype(np.float64), exact._summary(scores)
+        assert (summary.mean, summary.std) == pytest.approx((wide.mean(), wide.std()), rel=1e-4)
+        assert np.abs(np.array(summary.histogram) - np.histogram(wide, 50)[0]).sum() <= 40
+
+
+# On a GPU: `cpu:0` is a device that the same code runs on.
+
+
+def device(name):
+    needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+    return pytest.param(name, marks=[pytest.mark.gpu, needs_cuda] if name == "cuda" else [])
+
+
+devices = pytest.mark.parametrize("place", [device("cpu:0"), device("cuda")])
+
+
+@pytest.fixture(scope="module", params=["int8", "float16"])
+def stored(request, tmp_path_factory):
+    """Rows of either type, some of them removed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "row_type", lambda _: request.param)
+        store = make_store(tmp_path_factory.mktemp("stored") / "index", gradients(N, K), per_shard=130)
+        remove(store, np.arange(5, N, 50))
+        return store.rows("sentence")
+
+
+@devices
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_gpu_finds_the_same(stored, queries, largest, place):
+    there, here = (exact_search(stored, queries, 10, largest=largest, device=device) for device in (place, "cpu"))
+    np.testing.assert_array_equal(there.rows, here.rows)
+    np.testing.assert_allclose(there.scores, here.scores, atol=1e-6)
+    assert (there.device, there.n) == (place, here.n)
+    for ours, theirs in zip(there.summaries, here.summaries, strict=True):
+        assert (ours.mean, ours.std) == pytest.approx((theirs.mean, theirs.std), abs=1e-3)
+
+
+@devices
+def test_blocks_that_pass_through_two_buffers_keep_their_places(stored, queries, place):
+    scores = {}
+    for rows_a_block in (1, 7, 50, 1000):
+        size = rows_a_block * stored.row_bytes
+        scores[rows_a_block] = np.stack(list(live_scores(stored, queries, device=place, block_bytes=size)))
+        np.testing.assert_allclose(scores[rows_a_block], list(live_scores(stored, queries)), atol=1e-6)
+
+
+@devices
+def test_rows_scored_again_on_a_gpu_have_the_same_scores(stored, queries, place):
+    numbers = np.random.default_rng(8).permutation(N)[:400]
+    for some in (numbers, numbers[:0]):
+        there = scores_of(stored, some, queries[0], device=place)
+        np.testing.assert_allclose(there, scores_of(stored, some, queries[0]), atol=1e-6)
+
+
+@devices
+def test_damage_is_found_on_a_gpu_as_well(tmp_path, queries, place):
+    store = make_store(tmp_path / "index", gradients(20, K), per_shard=10)
+    rows = store.rows("sentence")
+    spoil(store.path / "sentence" / "shard-00001.h5", row=4)
+    with pytest.raises(DamagedIndex, match="row 14 "):
+        exact_search(rows, queries, 3, device=place)
+
+
+def test_the_faster_of_two_ways_is_found_and_a_slow_one_timed_once():
+    times = {"slow": [], "fast": []}
+    ways = {"slow": lambda: (times["slow"].append(1), time.sleep(0.02)), "fast": lambda: times["fast"].append(1)}
+    assert faster(ways) == "fast" and faster(dict(reversed(ways.items()))) == "fast"
+    assert [len(each) for each in times.values()] == [6, 6]
+
+
+def test_a_device_is_tried_with_a_part_of_the_rows(rows, monkeypatch):
+    assert faster_device(rows, "cpu:0") in ("cpu", "cpu:0")
+    for slow, other in (("_multiplied", "cpu:0"), ("streamed_scores", "cpu")):
+        with monkeypatch.context() as patch:
+            patch.setattr(exact, slow, lambda *_: time.sleep(0.05))
+            assert faster_device(rows, "cpu:0") == other

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from rapidindex.search import products
-from rapidindex.search.products import multiplies_integers, products_with, rough_products_with
+from rapidindex.search.products import multiplies_integers, products_with, products_with_each, rough_products_with
 
 
 def stored(n, K, row_type, seed=0):
@@ -21,6 +21,21 @@ def test_products_are_those_of_float64(row_type, queries):
     expected = posed.astype(np.float64) @ entries.astype(np.float64).T
     lengths = np.linalg.norm(posed, axis=1)[:, None] * np.linalg.norm(entries.astype(np.float64), axis=1)
     assert (np.abs(products_with(posed, row_type)(entries) - expected) / lengths).max() < 1e-6
+
+
+@pytest.mark.parametrize("row_type", ["int8", "float16"])
+def test_a_query_alone_has_the_products_that_it_has_among_others(row_type):
+    posed, entries = np.random.default_rng(4).standard_normal((5, 1024)).astype(np.float32), stored(700, 1024, row_type)
+    together = products_with(posed, row_type)(entries)
+    for one, multiply in enumerate(products_with_each(posed, row_type)):
+        np.testing.assert_allclose(multiply(entries)[0], together[one], rtol=1e-5, atol=0.01)
+
+
+def test_rows_become_float32_a_few_at_a_time(monkeypatch):
+    posed, entries = np.random.default_rng(4).standard_normal((5, 64)).astype(np.float32), stored(50, 64, "float16")
+    whole = products_with(posed, "float16")(entries)
+    monkeypatch.setattr(products, "_FLOATS", 64 * 7)
+    np.testing.assert_allclose(products_with(posed, "float16")(entries), whole, rtol=1e-5, atol=1e-5)
 
 
 needs_integers = pytest.mark.skipif(not multiplies_integers(), reason="this CPU multiplies no 8-bit integers")

@@ -3,22 +3,25 @@ import multiprocessing
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from rapidindex.errors import DamagedIndex, QueryError, ResourceError, UsageError
 from rapidindex.search import metadata
 from rapidindex.search.calibration import KINDS, calibrate, draw_held_out
 from rapidindex.search.exact import exact_search
-from rapidindex.search.faiss_index import check_factory, not_on_gpu
+from rapidindex.search.faiss_index import AnnIndex, check_factory, not_on_gpu
 from rapidindex.search.vector_index import (
     EXACT_MAX_ENTRIES,
     VectorIndex,
     default_factory,
     fold,
+    scan_device,
     search_index_bytes,
     suited_device,
 )
@@ -528,7 +531,59 @@ def test_a_large_index_is_searched_on_the_gpu_where_no_device_is_named(store, qu
     rows = store.rows("sentence")
     VectorIndex.build(rows, factory="Flat", dim=DIM, target_recall=0.95)
     monkeypatch.setattr("rapidindex.search.vector_index.GPU_BYTES", 1)
+    monkeypatch.setattr("rapidindex.search.vector_index.faster", lambda ways: list(ways)[-1])
     assert VectorIndex.open(rows, device="auto").search(queries, 10).device == "cuda"
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """Have FAISS's index on the device `cpu:0`, on which torch runs what it runs on a GPU."""
+    monkeypatch.setattr("rapidindex.search.vector_index.not_on_gpu", lambda _: None)
+    monkeypatch.setattr("rapidindex.search.vector_index.GPU_BYTES", 1)
+    monkeypatch.setattr(AnnIndex, "on_gpu", lambda self, _: AnnIndex(self._index, device="cpu:0"))
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_candidates_are_re_ranked_where_they_were_found(store, queries, pretended_gpu, largest):
+    rows = store.rows("sentence")
+    VectorIndex.build(rows, factory="Flat", dim=DIM, target_recall=0.95)
+    there, here = (
+        VectorIndex.open(rows, device=device).search(queries, 10, largest=largest) for device in ("cuda", "cpu")
+    )
+    np.testing.assert_array_equal(there.rows, here.rows)
+    np.testing.assert_allclose(there.scores, here.scores, atol=1e-6)
+    assert (there.device, here.device, there.method) == ("cpu:0", "cpu", "ann")
+
+
+@pytest.mark.parametrize(("slow", "taken"), [("cpu", "cpu:0"), ("cpu:0", "cpu")])
+def test_where_no_device_is_named_the_faster_one_is_found_out(store, queries, pretended_gpu, monkeypatch, slow, taken):
+    rows, search = store.rows("sentence"), AnnIndex.search
+    VectorIndex.build(rows, factory="Flat", dim=DIM, target_recall=0.95)
+
+    def sleepy(index, *how):
+        time.sleep(0.05 if index.device == slow else 0)
+        return search(index, *how)
+
+    monkeypatch.setattr(AnnIndex, "search", sleepy)
+    assert VectorIndex.open(rows, device="auto").search(queries[:1], 10).device == taken
+
+
+def test_scans_take_the_faster_device_where_none_is_named(store, monkeypatch):
+    rows = store.rows("sentence")
+    assert scan_device(rows, "auto") == "cpu"  # small
+    monkeypatch.setattr("rapidindex.search.vector_index._SCAN_BYTES", 1)
+    monkeypatch.setattr("rapidindex.search.vector_index.faster_device", lambda *_, **__: "cuda")
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        expected = ["cuda", "cuda", "cuda:1", "cpu"] if there else ["cpu"] * 4
+        assert [scan_device(rows, device) for device in ("auto", "cuda", "cuda:1", "cpu")] == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("rapidindex.search.vector_index.faster_device", full)
+    assert scan_device(rows, "auto") == "cpu"
 
 
 # Growing
