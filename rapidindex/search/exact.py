@@ -418,7 +418,7 @@ def _summary(scores: Float32[np.ndarray, " n"]) -> ScoreSummary:
     places = np.subtract(scores, lowest, dtype=np.float32 if 1 / _WIDE < width < _WIDE else np.float64)
     places *= HISTOGRAM_BINS / width
     counts = torch.bincount(torch.from_numpy(places.astype(np.int32)), minlength=HISTOGRAM_BINS + 1).tolist()
-    counts[-2] += counts.pop()  # the highest score
+    counts[HISTOGRAM_BINS - 1] += counts.pop()  # the highest score
     mean = float(places.mean())
     places -= mean
     std = float(np.dot(places, places) / len(places)) ** 0.5
