@@ -259,6 +259,10 @@ def title(name: str) -> str:
     if name.startswith("two-sided="):
         K, corrected, normalize = name.removeprefix("two-sided=").split("/")
         return f"two-sided, K = {int(K):,}, correction {corrected}, normalise {normalize}, float32"
+    if name.startswith("full/fisher-"):
+        *root, sample, damping = name.split("/")[1].removeprefix("fisher-").split("-")
+        kind = f"root of the Fisher matrix on either side, {name.split('/')[2]}" if root else "Fisher matrix's inverse"
+        return f"{kind}, {sample} drawn gradients, damping {damping} mean eigenvalues"
     if name.startswith("full/ekfac-cg-"):
         _, steps, normalize = name.replace("full/ekfac-cg-", "cg/").split("/")
         kind = "" if normalize == "none" else " / length of the gradient"

@@ -34,8 +34,8 @@ from rapidindex.progress import Bars
 
 BANK = "lds_bank"
 TEMPLATE = "plain"
-ORDER = ("text", "full", "kronecker", "two-sided", "rapidin", "representations", "datainf", "limit", "ekfac", "cg")
-ORDER += ("product",)
+ORDER = ("text", "full", "kronecker", "two-sided", "rapidin", "representations", "datainf", "limit", "ekfac")
+ORDER += ("fisher", "cg", "product")
 """The methods that are scored, those that take longest last."""
 KS = (2**10, 2**12, 2**14, 2**16)
 

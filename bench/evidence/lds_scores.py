@@ -18,8 +18,8 @@ import torch
 
 from bench.common import save
 from bench.evidence.cached import Replay, example_batches
-from bench.evidence.conjugate import LABEL_DRAWS, cg_scores
 from bench.evidence.curvature import of_sample
+from bench.evidence.fisher import LABEL_DRAWS, cg_scores, solved_scores
 from bench.evidence.lds import BANK, Chosen, choose, load_tokenizer
 from bench.evidence.measured import of_both_models
 from bench.evidence.run import STAGES, Seed, Sizes, ekfac_of, indexes
@@ -91,6 +91,8 @@ def score(options: argparse.Namespace, bars: Bars) -> None:
             bank.scores(method, lambda: two_sided_scores(bank))
         elif method == "product":
             indexes(bank)
+        elif method == "fisher":
+            bank.scores(method, lambda: solved_scores(bank.rows, bank.posed, bank.drawn, bars))
         elif method == "cg":
             bank.scores(method, lambda: cg_scores(bank.rows, bank.posed, bank.drawn, ekfac_of(bank), bars))
         else:

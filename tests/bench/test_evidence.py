@@ -13,8 +13,8 @@ import torch
 from bench import render
 from bench.evidence import metrics, stories, tasks
 from bench.evidence.cached import Replay, compressor_of, compute, numbered
-from bench.evidence.conjugate import cg_scores
 from bench.evidence.curvature import DAMPING, EKFAC, KRONECKER, of_sample, scores_of
+from bench.evidence.fisher import DAMPINGS, cg_scores, solved_scores
 from bench.evidence.influence import hessian_products, layer_datainf, limit_of, lissa
 from bench.evidence.measured import by_length, of_both_models, summed
 from bench.evidence.seeds import combine_seeds, merge_results
@@ -380,6 +380,25 @@ def test_conjugate_gradients_begin_at_ekfacs_solution_and_end_at_the_exact_one()
     first = scores_of(bases, EKFAC, rows, queries, SketchConfig(64, 3), (64,), lambda *_: None)["full/ekfac/none"]
     errors = [np.linalg.norm(one - truth) for one in (first, found["full/ekfac-cg-1/none"])]
     assert errors[0] > 1e-2 * np.linalg.norm(truth) and errors[1] < errors[0]
+
+
+def test_the_closed_form_of_the_damped_fisher_matrix_is_its_inverse():
+    draw = torch.Generator().manual_seed(9)
+    layers = [Layer("a", 0, 24, (4, 6)), Layer("b", 24, 16, (4, 4))]
+    parts = [torch.randn(25, 40, generator=draw).numpy() for _ in range(2)]
+    rows, queries = (Replay(layers, torch.randn(n, 40, generator=draw).numpy()) for n in (5, 3))
+    found = solved_scores(rows, queries, parts, lambda *_: None)
+    s = np.concatenate(parts)[:32].astype(float)
+    F, g = s.T @ s / 32, rows.rows.astype(float)
+    assert len(found) == 2 * len(DAMPINGS)
+    for damping in DAMPINGS:
+        H = F + damping * np.trace(F) / 40 * np.eye(40)
+        truth = queries.rows @ np.linalg.solve(H, g.T)
+        np.testing.assert_allclose(found[f"full/fisher-32-{damping:g}/none"], truth, rtol=1e-4, atol=1e-5)
+        lengths = np.sqrt((g * np.linalg.solve(H, g.T).T).sum(1))
+        np.testing.assert_allclose(
+            found[f"full/fisher-root-32-{damping:g}/unit"], truth / lengths, rtol=1e-4, atol=1e-5
+        )
 
 
 def seed_result(number, ap):

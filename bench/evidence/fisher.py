@@ -1,9 +1,9 @@
-"""An influence function whose inverse is computed by conjugate gradients, preconditioned by EK-FAC.
+"""Influence functions of the Fisher matrix F over all layers at once: the mean g gᵀ over gradients of drawn tokens.
 
-H is the Fisher matrix F of the mean loss, over all layers at once, plus EK-FAC's damping of each layer. F is the mean
-g gᵀ over gradients of tokens drawn from the model, a few draws of every example, which are kept on disk: as many draws,
-as good an estimate. EK-FAC leaves out what lies between layers and all but a Kronecker product within one; with each
-iteration the solution for a query moves from EK-FAC's (iteration 0) to the whole matrix's.
+EK-FAC leaves out what lies between layers, and all but a Kronecker product within one. The gradients, a few draws of
+every example, are kept on disk: the more, the better the estimate. `cg_scores` solves with EK-FAC's damping of each
+layer by conjugate gradients that EK-FAC preconditions: with each iteration the solution for a query moves from EK-FAC's
+(iteration 0) to the whole matrix's. `solved_scores` solves in closed form, with one damping for all entries.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +21,10 @@ LABEL_DRAWS = 4
 """Draws of every example's tokens."""
 ITERATIONS = (1, 2, 5, 10, 20)
 """After which scores are taken."""
+SAMPLES = (32, 64, 500, 2000)
+"""Gradients that F is the mean of, in closed form."""
+DAMPINGS = (0.1, 10.0, 100.0, 1000.0, 3000.0, 10_000.0)
+"""In units of F's mean eigenvalue."""
 
 
 def cg_scores(
@@ -55,6 +59,38 @@ def cg_scores(
             scores[f"full/ekfac-cg-{count}/none"] = found
             scores[f"full/ekfac-cg-{count}/unit"] = (found / lengths).astype(np.float32)
         progress("conjugate gradients", count, max(iterations))
+    return scores
+
+
+def solved_scores(rows: Replay, queries: Replay, drawn: Sequence[np.ndarray], progress: Progress) -> Scores:
+    """Return ⟨H⁻¹ q, g⟩, and ⟨H^-½ q, H^-½ g⟩ / |H^-½ g|, for H = F + damping, of each sample and each damping.
+
+    By name `full/fisher-SAMPLE-DAMPING/none` and `full/fisher-root-SAMPLE-DAMPING/unit`.
+    """
+    sides, most = (queries.rows, rows.rows), sum(map(len, drawn))
+    gram, plain = (torch.zeros(n, m, dtype=torch.float64) for n, m in ((most, most), tuple(map(len, sides))))
+    asked, kept = (torch.zeros(len(side), most, dtype=torch.float64) for side in sides)
+    squares = torch.zeros(len(rows), dtype=torch.float64)
+    for number, layer in enumerate(rows.layers, 1):
+        part = slice(layer.start, layer.start + layer.size)
+        s = torch.from_numpy(np.concatenate([one[:, part] for one in drawn]))
+        q, g = (torch.from_numpy(np.array(side[:, part])) for side in sides)
+        gram += s @ s.T
+        asked += q @ s.T
+        kept += g @ s.T
+        plain += q @ g.T
+        squares += g.square().sum(1)
+        progress("Fisher matrix", number, len(rows.layers))
+    scores = {}
+    for m in (m for m in SAMPLES if m <= most):
+        for damping in DAMPINGS:
+            added = damping * float(gram[:m, :m].trace()) / m / rows.rows.shape[1]
+            solved = torch.linalg.solve(gram[:m, :m] + m * added * torch.eye(m), kept[:, :m].T)
+            found = (plain - asked[:, :m] @ solved) / added
+            lengths = ((squares - (kept[:, :m].T * solved).sum(0)) / added).sqrt()
+            name = f"{m}-{damping:g}"
+            scores[f"full/fisher-{name}/none"] = found.numpy().astype(np.float32)
+            scores[f"full/fisher-root-{name}/unit"] = (found / lengths).numpy().astype(np.float32)
     return scores
 
 
