@@ -240,9 +240,9 @@ def in_recipe(
 ) -> tuple[GradientConfig, SketchConfig]:
     """Return the options with the recipe's values in the place of None. UsageError if the recipe is unknown.
 
-    Where not an `adapter`, but every parameter is trained, the default's rows are two-sided, unless another second moment
-    than `kfac` is given. Two-sided rows have `kfac` in the place of `kronecker`. RapidGrads of every parameter have
-    `estimate`, since the products of `kronecker` would double the time.
+    Where not an `adapter`, but every parameter is trained, the default's rows are two-sided, unless another second
+    moment than `kfac` is given. Two-sided rows have `kfac` in the place of `kronecker`; RapidGrads of every parameter
+    have `estimate`, since the products of `kronecker` would double the time.
     """
     _one_of("--recipe", recipe, tuple(RECIPES))
     values = dict(RECIPES[recipe])

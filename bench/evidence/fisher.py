@@ -15,6 +15,8 @@ from torch import Tensor
 from bench.evidence.cached import Replay
 from bench.evidence.curvature import DAMPING, Eigenbasis
 from bench.evidence.sketched import Scores
+from rapidindex.config import SketchConfig
+from rapidindex.gradients.sketch import Sketch
 from rapidindex.progress import Progress
 
 LABEL_DRAWS = 4
@@ -62,35 +64,61 @@ def cg_scores(
     return scores
 
 
-def solved_scores(rows: Replay, queries: Replay, drawn: Sequence[np.ndarray], progress: Progress) -> Scores:
+def solved_scores(
+    rows: Replay, queries: Replay, drawn: Sequence[np.ndarray], config: SketchConfig, progress: Progress
+) -> Scores:
     """Return ⟨H⁻¹ q, g⟩, and ⟨H^-½ q, H^-½ g⟩ / |H^-½ g|, for H = F + damping, of each sample and each damping.
 
-    By name `full/fisher-SAMPLE-DAMPING/none` and `full/fisher-root-SAMPLE-DAMPING/unit`.
+    By name `full/fisher-SAMPLE-DAMPING/none` and `full/fisher-root-SAMPLE-DAMPING/unit`, and so of RapidGrads, whose
+    Fisher matrix is that of the sample's RapidGrads: `K=…/shuffles=…/fisher-SAMPLE-DAMPING/none/float32`.
     """
-    sides, most = (queries.rows, rows.rows), sum(map(len, drawn))
-    gram, plain = (torch.zeros(n, m, dtype=torch.float64) for n, m in ((most, most), tuple(map(len, sides))))
-    asked, kept = (torch.zeros(len(side), most, dtype=torch.float64) for side in sides)
-    squares = torch.zeros(len(rows), dtype=torch.float64)
+    sketch = Sketch(rows.rows.shape[1], config)
+    counts = len(queries), len(rows), sum(map(len, drawn))
+    compressed, whole = [sketch.empty(count) for count in counts], _Products(*counts)
     for number, layer in enumerate(rows.layers, 1):
         part = slice(layer.start, layer.start + layer.size)
-        s = torch.from_numpy(np.concatenate([one[:, part] for one in drawn]))
-        q, g = (torch.from_numpy(np.array(side[:, part])) for side in sides)
-        gram += s @ s.T
-        asked += q @ s.T
-        kept += g @ s.T
-        plain += q @ g.T
-        squares += g.square().sum(1)
+        sides = [np.array(queries.rows[:, part]), np.array(rows.rows[:, part])]
+        values = [torch.from_numpy(one) for one in (*sides, np.concatenate([one[:, part] for one in drawn]))]
+        whole.add(*values)
+        for total, value in zip(compressed, values, strict=True):
+            sketch.add(total, layer.start, value)
         progress("Fisher matrix", number, len(rows.layers))
+    short = _Products(*counts)
+    short.add(*map(sketch.finish, compressed))
+    place = f"K={config.K}/shuffles={config.shuffles}"
+    size = rows.rows.shape[1]
+    return _solved_by(whole, size, "full", "") | _solved_by(short, size, place, "/float32")
+
+
+class _Products:
+    """Inner products of queries, rows and the sample, summed over parts of the gradient, float64."""
+
+    def __init__(self, queries: int, rows: int, sample: int) -> None:
+        shapes = ((queries, rows), (queries, sample), (rows, sample), (sample, sample))
+        self.plain, self.asked, self.kept, self.gram = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        self.squares = torch.zeros(rows, dtype=torch.float64)
+
+    def add(self, queries: Tensor, rows: Tensor, sample: Tensor) -> None:
+        """Add a part of the gradient, [n, entries] each."""
+        self.plain += queries @ rows.T
+        self.asked += queries @ sample.T
+        self.kept += rows @ sample.T
+        self.gram += sample @ sample.T
+        self.squares += rows.square().sum(1)
+
+
+def _solved_by(products: _Products, size: int, place: str, kind: str) -> Scores:
+    """Return the scores by name; the mean eigenvalue is that over the gradient's `size` entries, compressed or not."""
     scores = {}
-    for m in (m for m in SAMPLES if m <= most):
+    for m in (m for m in SAMPLES if m <= len(products.gram)):
+        gram, asked, kept = products.gram[:m, :m], products.asked[:, :m], products.kept[:, :m]
         for damping in DAMPINGS:
-            added = damping * float(gram[:m, :m].trace()) / m / rows.rows.shape[1]
-            solved = torch.linalg.solve(gram[:m, :m] + m * added * torch.eye(m), kept[:, :m].T)
-            found = (plain - asked[:, :m] @ solved) / added
-            lengths = ((squares - (kept[:, :m].T * solved).sum(0)) / added).sqrt()
-            name = f"{m}-{damping:g}"
-            scores[f"full/fisher-{name}/none"] = found.numpy().astype(np.float32)
-            scores[f"full/fisher-root-{name}/unit"] = (found / lengths).numpy().astype(np.float32)
+            added = damping * float(gram.trace()) / m / size
+            solved = torch.linalg.solve(gram + m * added * torch.eye(m), kept.T)
+            found = (products.plain - asked @ solved) / added
+            lengths = ((products.squares - (kept.T * solved).sum(0)) / added).sqrt()
+            scores[f"{place}/fisher-{m}-{damping:g}/none{kind}"] = found.numpy().astype(np.float32)
+            scores[f"{place}/fisher-root-{m}-{damping:g}/unit{kind}"] = (found / lengths).numpy().astype(np.float32)
     return scores
 
 

@@ -70,6 +70,11 @@ class Bank(Seed):
         return self.chosen.query_batches
 
     @property
+    def sketch(self) -> SketchConfig:
+        """How the longest RapidGrads are made."""
+        return SketchConfig(max(self.sizes.Ks), seed=self.seed)
+
+    @property
     def drawn(self) -> list[np.ndarray]:
         """Gradients of all rows with tokens drawn from the model, float32 [rows, |v|] each."""
         batches = example_batches(self.job.items)
@@ -92,7 +97,7 @@ def score(options: argparse.Namespace, bars: Bars) -> None:
         elif method == "product":
             indexes(bank)
         elif method == "fisher":
-            bank.scores(method, lambda: solved_scores(bank.rows, bank.posed, bank.drawn, bars))
+            bank.scores(method, lambda: solved_scores(bank.rows, bank.posed, bank.drawn, bank.sketch, bars))
         elif method == "cg":
             bank.scores(method, lambda: cg_scores(bank.rows, bank.posed, bank.drawn, ekfac_of(bank), bars))
         else:

@@ -387,18 +387,19 @@ def test_the_closed_form_of_the_damped_fisher_matrix_is_its_inverse():
     layers = [Layer("a", 0, 24, (4, 6)), Layer("b", 24, 16, (4, 4))]
     parts = [torch.randn(25, 40, generator=draw).numpy() for _ in range(2)]
     rows, queries = (Replay(layers, torch.randn(n, 40, generator=draw).numpy()) for n in (5, 3))
-    found = solved_scores(rows, queries, parts, lambda *_: None)
+    found = solved_scores(rows, queries, parts, SketchConfig(2**14, 5), lambda *_: None)
     s = np.concatenate(parts)[:32].astype(float)
     F, g = s.T @ s / 32, rows.rows.astype(float)
-    assert len(found) == 2 * len(DAMPINGS)
+    assert len(found) == 4 * len(DAMPINGS)
     for damping in DAMPINGS:
         H = F + damping * np.trace(F) / 40 * np.eye(40)
         truth = queries.rows @ np.linalg.solve(H, g.T)
-        np.testing.assert_allclose(found[f"full/fisher-32-{damping:g}/none"], truth, rtol=1e-4, atol=1e-5)
-        lengths = np.sqrt((g * np.linalg.solve(H, g.T).T).sum(1))
-        np.testing.assert_allclose(
-            found[f"full/fisher-root-32-{damping:g}/unit"], truth / lengths, rtol=1e-4, atol=1e-5
-        )
+        unit = truth / np.sqrt((g * np.linalg.solve(H, g.T).T).sum(1))
+        for place, kind in (("full", ""), ("K=16384/shuffles=5", "/float32")):  # 40 entries hardly meet in 16,384
+            one = found[f"{place}/fisher-32-{damping:g}/none{kind}"]
+            np.testing.assert_allclose(one, truth, rtol=1e-4, atol=1e-5)
+            one = found[f"{place}/fisher-root-32-{damping:g}/unit{kind}"]
+            np.testing.assert_allclose(one, unit, rtol=1e-4, atol=1e-5)
 
 
 def seed_result(number, ap):
