@@ -219,12 +219,16 @@ def test_several_threads_get_the_answers_of_one(index):
         found = of.query(
             PROMPT, answer=ANSWER, token=token, opponents=opponents, k=4, answer_scores=True, all=True
         ).matches
-        return [(m.id, m.score, m.exact_score, m.token_scores, m.answer_scores) for m in found]
+        numbers = [(m.score, m.exact_score, *m.token_scores, *m.answer_scores) for m in found]
+        return [m.id for m in found], np.concatenate(numbers)
 
     alone = [matches(index, *one) for one in asked]
     with ThreadPoolExecutor(6) as threads:
         futures = [threads.submit(matches, shared[i % 2], *one) for i, one in enumerate(asked)]
-    assert [future.result() for future in futures] == alone
+    for (ids, numbers), future in zip(alone, futures, strict=True):
+        assert future.result()[0] == ids
+        # at another address torch's products may end in other bits; another query's numbers would be far off
+        np.testing.assert_allclose(future.result()[1], numbers, rtol=1e-3, atol=1e-6)
 
 
 def test_an_index_has_a_length_and_a_short_repr(index):
