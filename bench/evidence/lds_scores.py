@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.common import save
+from bench.common import circumstances, save, write_text
 from bench.evidence.cached import Replay, example_batches
 from bench.evidence.curvature import of_sample
 from bench.evidence.fisher import LABEL_DRAWS, cg_scores, solved_scores
@@ -147,12 +147,16 @@ def measure(folder: Path, options: argparse.Namespace) -> Path:
     bank = json.loads((options.results_folder / f"{BANK}.json").read_text())["figures"]
     subsets, losses = outcomes(bank, options.seed, options.dtype)
     scores, seconds = of_both_models(folder)
-    rows, earlier = lds_table(scores, subsets, losses), {"methods": [], "seconds": {}, "notes": {}}
-    if (before := options.results_folder / "lds.json").exists():
-        earlier = json.loads(before.read_text())["figures"]
+    rows, before = lds_table(scores, subsets, losses), options.results_folder / "lds.json"
+    content = json.loads(before.read_text()) if before.exists() else {}
+    earlier = content.get("figures", {"methods": [], "seconds": {}, "notes": {}})
     if options.model_dtype != options.dtype:
-        apart = {options.model_dtype: {"methods": rows, "seconds": seconds}}
-        return save("lds", earlier | {"other_models": earlier.get("other_models", {}) | apart}, options)
+        if not content:
+            raise SystemExit(f"{before} is not there: score the bank's own model first.")
+        apart = {options.model_dtype: {**circumstances(), "methods": rows, "seconds": seconds}}
+        figures = earlier | {"other_models": earlier.get("other_models", {}) | apart}
+        write_text(before, json.dumps({**content, "figures": figures}, indent=1) + "\n")
+        return before
     new = {row["method"] for row in rows}
     figures = earlier | {
         "setting": {name: bank[name] for name in ("choice", "schedule", "template")},
