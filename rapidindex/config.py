@@ -240,19 +240,15 @@ def in_recipe(
 ) -> tuple[GradientConfig, SketchConfig]:
     """Return the options with the recipe's values in the place of None. UsageError if the recipe is unknown.
 
-    Where not an `adapter`, but every parameter is trained, the default's rows are two-sided, unless another second
-    moment than `kfac` is given. Two-sided rows have `kfac` in the place of `kronecker`; RapidGrads of every parameter
-    have `estimate`, since the products of `kronecker` would double the time.
+    Where not an `adapter`, but every parameter is trained, `estimate` stands for `kronecker`, whose products would
+    double the time; beside a two-sided projection, `kfac` does, which goes into the factors of a gradient.
     """
     _one_of("--recipe", recipe, tuple(RECIPES))
     values = dict(RECIPES[recipe])
-    if values["second_moment"] == "kronecker":
-        if not adapter and gradient.second_moment in (None, "kfac"):
-            values["projection"] = "two-sided"
-        if (sketch.projection or values["projection"]) == "two-sided":
-            values["second_moment"] = "kfac"
-        elif not adapter:
-            values["second_moment"] = "estimate"
+    if values["second_moment"] == "kronecker" and sketch.projection == "two-sided":
+        values["second_moment"] = "kfac"
+    elif values["second_moment"] == "kronecker" and not adapter:
+        values["second_moment"] = "estimate"
     gradient = _filled(gradient, values)
     examples = {"moment_examples": 32 if gradient.second_moment in ("kronecker", "kfac") else 64}
     return _filled(gradient, examples), _filled(sketch, values)
