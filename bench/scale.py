@@ -49,8 +49,11 @@ def main() -> None:
     if options.stage in (None, "slopes"):
         save("scale_slopes", slopes(short_rows(options.work, options.rows)), options)
     folder = results_folder(options)
-    read = (json.loads((folder / f"{name}.json").read_text())["figures"] for name in ("scale", "scale_slopes"))
-    text = table(next(read)["builds"], next(read))
+    files = [folder / f"{name}.json" for name in ("scale", "scale_slopes")]
+    if not all(file.exists() for file in files):
+        return  # scale.md takes both stages
+    built, slopes_of = (json.loads(file.read_text())["figures"] for file in files)
+    text = table(built["builds"], slopes_of)
     write_text(folder / "scale.md", text)
     print(text)
 
