@@ -923,9 +923,13 @@ def _scored(figures: Figures) -> list[str]:
         [title(row["method"]), f"{row['lds']:.3f}", _ends(row["interval"]), _ends(row.get("less_estimate"))]
         for row in sorted(figures["methods"], key=lambda row: -row["lds"])
     ]
-    stages = [[name, f"{spent:.0f}"] for name, spent in figures["seconds"].items()]
     head = ["method", "LDS", "95 %", "less `estimate`'s, 95 %"]
-    return [markdown(head, body) + "\n", markdown(["stage", "seconds"], stages) + "\n"]
+    return [markdown(head, body) + "\n", _stages(figures)]
+
+
+def _stages(figures: Figures) -> str:
+    """Return the table of what each stage took."""
+    return markdown(["stage", "seconds"], [[name, f"{spent:.0f}"] for name, spent in figures["seconds"].items()]) + "\n"
 
 
 def _ends(interval: list[float] | None) -> str:
@@ -983,7 +987,7 @@ def facts_page(figures: Figures) -> str:
         *(name.replace("_", " ").replace("mrr", "MRR").replace("recall", "recall@10") for name in metrics),
     ]
     body = [[_traced(name), *(_cell(found[name][m]) for m in metrics), f"{found[name]['bytes']:,}"] for name in names]
-    right, steps, costs = figures["right"], "", figures["cpu_seconds_a_row"]
+    right, steps = figures["right"], ""
     if rate := figures["last_rate"]:
         rights = ["—" if value is None else f"{value:.2f}" for value in figures["tail_patch_of_right_rows"].values()]
         steps = (
@@ -995,10 +999,11 @@ def facts_page(figures: Figures) -> str:
         f"{figures['facts']} facts; right answers to the third paraphrase: base {right['base']:.0%}, fine-tuned"
         f" {right['tuned']:.0%}.{steps} 95 % intervals over the queries.\n",
         markdown([*head, "bytes a row"], body) + "\n",
-        *[markdown(["what is made of a row", "CPU seconds a row"], [[n, f"{c:.4f}"] for n, c in costs.items()]) + "\n"]
-        * bool(costs),
-        markdown(["stage", "seconds"], [[name, f"{spent:.0f}"] for name, spent in figures["seconds"].items()]) + "\n",
     ]
+    if costs := figures["cpu_seconds_a_row"]:
+        body = [[name, f"{spent:.4f}"] for name, spent in costs.items()]
+        parts.append(markdown(["what is made of a row", "CPU seconds a row"], body) + "\n")
+    parts.append(_stages(figures))
     return "\n".join(parts)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bench.common import parser, results_folder
 from bench.evidence.end_to_end import recipe_names
+from bench.evidence.lds import numbers
 from bench.evidence.run import METHODS, SMOKE, Sizes
 from bench.evidence.seeds import run
 
@@ -40,8 +41,7 @@ def parse() -> argparse.Namespace:
     add("--data", type=Path, default=Path("../shared/data"), help="alpaca_9k and webquestions_test")
     for field in fields(Sizes):
         kind = type(field.default)
-        read = (lambda text: tuple(map(int, text.split(",")))) if kind is tuple else kind
-        read = recipe_names if field.name == "recipes" else read
+        read = {"recipes": recipe_names, "Ks": numbers, "shuffles": numbers}.get(field.name, kind)
         add(f"--{field.name.replace('_', '-')}", type=read, help="with commas between" if kind is tuple else None)
     given = options.parse_args()
     if unknown := set(given.only) - set(METHODS):

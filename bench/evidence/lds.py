@@ -117,7 +117,7 @@ def parse() -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), help="dtype of the frozen weights")
     add("--model-dtype", choices=("bfloat16", "float32"), help="that of the model that is scored, if not the bank's")
     add("--only", type=lambda text: tuple(text.split(",")), default=ORDER, help="methods to score")
-    add("--Ks", type=_numbers, default=KS, help="lengths of RapidGrads, with commas between")
+    add("--Ks", type=numbers, default=KS, help="lengths of RapidGrads, with commas between")
     add("--recipes", type=recipe_names, default=tuple(RECIPES), help="of the product's indexes, with commas between")
     given = options.parse_args()
     given.results_folder = results_folder(given)
@@ -129,7 +129,8 @@ def parse() -> argparse.Namespace:
     return given
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
+    """Read numbers with commas between them, for a command line."""
     return tuple(map(int, text.split(",")))
 
 

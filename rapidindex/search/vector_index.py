@@ -156,11 +156,9 @@ class VectorIndex:
                 raise
             return cls.open(rows, device=device, threads=threads)  # a writer replaced both after the metadata was read
         index = cls(rows, metadata, ann, device=scan_device(rows, device, threads=threads), threads=threads)
-        if device == "auto":
+        if automatic := device == "auto":
             device = suited_device(metadata.factory, 0 if ann is None else metadata.live * ann.bytes_per_row())
-            index._move(ann, device, only_if_faster=True)
-        else:
-            index._move(ann, device)
+        index._move(ann, device, only_if_faster=automatic)
         return index
 
     @classmethod
@@ -265,8 +263,7 @@ class VectorIndex:
     @property
     def _rerank_device(self) -> str:
         """Where candidates are re-ranked: on the GPU that found them, where torch sees it, too."""
-        found = self._ann.device
-        return found if torch.cuda.is_available() or not found.startswith("cuda") else "cpu"
+        return scan_device(self.rows, self._ann.device)
 
     def _scan(self, queries: np.ndarray, k: int, largest: bool) -> SearchResult:
         return exact_search(self.rows, queries, k, largest=largest, device=self._device, threads=self._threads)

@@ -227,8 +227,8 @@ def test_stages_of_evidence_that_need_no_other_package(work, folder, task):
 
     rows, questions = (tasks.read_jsonl(folder / name) for name in ("alpaca_9k.jsonl", "webquestions_test.jsonl"))
     sources = (rows, [row["qText"] for row in questions])
-    sizes = stages.replace(stages.SMOKE, epochs=1, dtype="float32", Ks=(2**10,))
-    sizes = stages.replace(sizes, recipes=("kronecker", "two-sided kfac"))
+    small = {"epochs": 1, "dtype": "float32", "Ks": (2**10,), "recipes": ("kronecker", "two-sided kfac")}
+    sizes = stages.replace(stages.SMOKE, **small)
     seed = stages.Seed(tasks.TASKS[task], 0, sizes, work / "model", work / task, Bars(quiet=True), sources)
     methods = tuple(method for method in stages.METHODS if method not in ("text", "ekfac"))
     stages.score(seed, methods, product=True)

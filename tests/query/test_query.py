@@ -228,7 +228,7 @@ def test_several_threads_get_the_answers_of_one(index):
     for (ids, numbers), future in zip(alone, futures, strict=True):
         assert future.result()[0] == ids
         # at another address torch's products may end in other bits; another query's numbers would be far off
-        np.testing.assert_allclose(future.result()[1], numbers, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(future.result()[1], numbers, rtol=1e-5, atol=1e-6)
 
 
 def test_an_index_has_a_length_and_a_short_repr(index):
