@@ -391,22 +391,22 @@ def _multiplied(
 
     def multiply_blocks() -> None:
         nonlocal first
-        with torch_threads(1):
-            while True:
-                with turn:
-                    entries, scale = next(blocks, (None, None))
-                    if entries is None:
-                        return
-                    there = slice(first, first + len(entries))
-                    first = there.stop
-                np.multiply(multiply(entries), scale, out=scores[:, there])
+        while True:
+            with turn:
+                entries, scale = next(blocks, (None, None))
+                if entries is None:
+                    return
+                there = slice(first, first + len(entries))
+                first = there.stop
+            np.multiply(multiply(entries), scale, out=scores[:, there])
 
-    if threads == 1:
-        multiply_blocks()
-        return scores
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(multiply_blocks) for _ in range(threads)]:
-            done.result()
+    with torch_threads(1):  # here alone: threads that each set and restore the number leave each other's behind
+        if threads == 1:
+            multiply_blocks()
+            return scores
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(multiply_blocks) for _ in range(threads)]:
+                done.result()
     return scores
 
 

@@ -1,4 +1,5 @@
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -215,6 +216,20 @@ def test_stored_rows_that_are_not_finite_are_reported_as_damage(tmp_path, querie
 def with_ties(n, kinds, seed=0):
     """float32 [n]: many equal scores among a few different ones."""
     return np.random.default_rng(seed).integers(-kinds, kinds, n).astype(np.float32) / 8
+
+
+def test_a_scan_by_several_threads_leaves_later_threads_torchs_own_number():
+    def multiply(entries):
+        time.sleep(0.01)  # so that the threads are at work together
+        assert torch.get_num_threads() == 1
+        return np.ones((1, len(entries)), np.float32)
+
+    block = np.zeros((5, 8), np.int8), np.ones(5, np.float32)
+    with exact.torch_threads(3):
+        for _ in range(20):
+            np.testing.assert_array_equal(exact._multiplied(iter([block] * 4), 20, 1, multiply, 2), np.ones((1, 20)))
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize("largest", [True, False])
