@@ -17,7 +17,6 @@ from bench.evidence.tasks import TaskQuery
 from rapidindex import Index, Query
 from rapidindex.caching.build import build
 from rapidindex.config import (
-    BuildConfig,
     BuildRequest,
     DistillConfig,
     EncoderConfig,
@@ -75,10 +74,7 @@ def product_scores(
     folder_of_index, name = str(folder / f"index-{recipe.replace(' ', '-')}"), f"product/{recipe}"
     projection = "two-sided" if recipe.startswith("two-sided") else "rapidgrad"
     gradient, sketch = GradientConfig(**RECIPES[recipe], seed=seed), SketchConfig(seed=seed, projection=projection)
-    # The embedding's gradients of many short rows would fill the memory, where they are made whole.
-    whole = model.adapter is None and projection == "rapidgrad"
-    work = BuildConfig(batch_tokens=256 if whole else BuildConfig.batch_tokens)
-    build(BuildRequest(data, folder_of_index, model, encoding, gradient, sketch, work), progress=progress)
+    build(BuildRequest(data, folder_of_index, model, encoding, gradient, sketch), progress=progress)
     index = Index.open(folder_of_index)
     exact, _ = _ask(index, queries, most or len(index.rows_of("sentence")), exact=True)
     if most is None:

@@ -15,8 +15,10 @@ from rapidindex.config import BuildConfig
 from rapidindex.data.examples import Example
 from rapidindex.data.templates import Encoding, Template
 from rapidindex.errors import ResourceError
-from rapidindex.gradients.losses import Batch
+from rapidindex.gradients.losses import Batch, Layer
 
+_LAYER_BYTES = 2**31
+"""What a layer's gradients take in a batch at most, where they are made whole: those of a vocabulary are large."""
 _UNIT_BATCHES = 8
 """Batches of token rows that are stored together: a killed build can lose them beside the shard under way."""
 
@@ -53,28 +55,37 @@ Unit = list[list[Item]]
 """Batches whose rows are stored together, so that an example has all of its rows in the store or none."""
 
 
-def plan_batches(items: Sequence[Item], batch_tokens: int) -> list[list[Item]]:
-    """Batch items of like length, longest first, `batch_tokens` padded tokens (or one item) a batch at most."""
+def most_items(layers: Sequence[Layer]) -> int:
+    """Return how many items a batch may hold whose gradients are made whole, one layer at a time."""
+    return max(1, _LAYER_BYTES // (4 * max(layer.size for layer in layers)))
+
+
+def plan_batches(items: Sequence[Item], batch_tokens: int, most: int | None = None) -> list[list[Item]]:
+    """Batch items of like length, longest first: of `batch_tokens` padded tokens (or one item), and `most` items."""
     batches: list[list[Item]] = []
     for item in sorted(items, key=lambda item: (-item.tokens, item.example.id, item.position)):
-        if batches and batches[-1][0].tokens * (len(batches[-1]) + 1) <= batch_tokens:
+        count = len(batches[-1]) + 1 if batches else 1
+        if 1 < count <= (most or count) and batches[-1][0].tokens * count <= batch_tokens:
             batches[-1].append(item)
         else:
             batches.append([item])
     return batches
 
 
-def _plan_tokens(examples: Sequence[Sequence[Item]], batch_tokens: int) -> list[list[Item]]:
+def _plan_tokens(examples: Sequence[Sequence[Item]], batch_tokens: int, most: int | None) -> list[list[Item]]:
     """Batch each example's tokens by themselves, since they share a forward pass; those left single, together."""
-    batches = [batch for tokens in examples for batch in plan_batches(tokens, batch_tokens)]
+    batches = [batch for tokens in examples for batch in plan_batches(tokens, batch_tokens, most)]
     single = [batch[0] for batch in batches if len(batch) == 1]
-    return [batch for batch in batches if len(batch) > 1] + plan_batches(single, batch_tokens)
+    return [batch for batch in batches if len(batch) > 1] + plan_batches(single, batch_tokens, most)
 
 
-def plan_units(items: Sequence[Item], batch_tokens: int) -> list[Unit]:
-    """Divide the work into units, longest first: one batch of examples, or the tokens of examples of like length."""
+def plan_units(items: Sequence[Item], batch_tokens: int, most: int | None = None) -> list[Unit]:
+    """Divide the work into units, longest first: one batch of examples, or the tokens of examples of like length.
+
+    Batches are those of `plan_batches`.
+    """
     if all(item.position < 0 for item in items):
-        return [[batch] for batch in plan_batches(items, batch_tokens)]
+        return [[batch] for batch in plan_batches(items, batch_tokens, most)]
     examples: dict[str, list[Item]] = {}
     for item in items:
         examples.setdefault(item.example.id, []).append(item)
@@ -87,7 +98,7 @@ def plan_units(items: Sequence[Item], batch_tokens: int) -> list[Unit]:
             filled = 0
         groups[-1].append(examples[id])
         filled += work[id]
-    return [_plan_tokens(group, batch_tokens) for group in groups]
+    return [_plan_tokens(group, batch_tokens, most) for group in groups]
 
 
 def padded_tokens(batch: Sequence[Item]) -> int:

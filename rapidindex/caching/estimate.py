@@ -1,8 +1,9 @@
 """What a build takes: disk by arithmetic, time and memory from a few of its batches (`--dry-run`). Writes nothing.
 
 The time of a batch is its padded tokens times a rate that depends on its examples' length. The memory of a process is
-its measured peak while it computes the longest batch. Before a build starts, `check_resources` compares what can be
-known without computing anything; a batch that then does not fit is halved (`shard_writer.py`). All sizes are in bytes.
+its measured peak while it computes the longest batch and that of most examples. Before a build starts,
+`check_resources` compares what can be known without computing anything; a batch that then does not fit is halved
+(`shard_writer.py`). All sizes are in bytes.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ import psutil
 import torch
 
 from rapidindex.caching.actors import on_cluster
-from rapidindex.caching.batches import Item, as_batch, padded_tokens, plan_batches
+from rapidindex.caching.batches import Item, as_batch, most_items, padded_tokens, plan_batches
 from rapidindex.caching.job import (
     Job,
     LevelPlan,
@@ -210,13 +211,13 @@ def _measured(job: Job, timing: "_Timing", store: Store | None) -> ResourceEstim
     """Return the memory of all processes, from the measured peak of one."""
     plan, devices = timing.plan, _devices_here(job, timing.plan)
     workers = len(devices)
-    memory = {"longest batch, model and libraries": timing.peak, "rows buffer": workers * _buffer_bytes(job, plan)}
+    memory = {"largest batch, model and libraries": timing.peak, "rows buffer": workers * _buffer_bytes(job, plan)}
     device = {}
     if _lacks_moment(job, store):
         sample = preconditioner_of(job.recipe).sample_bytes(job.layers, len(moment_sample(job)))
         memory |= {"sample of the second moment": sample} if sample else {}
     if job.device.type == "cuda":
-        device = {"longest batch and model": timing.device_peak * max(map(devices.count, devices))}
+        device = {"largest batch and model": timing.device_peak * max(map(devices.count, devices))}
     if workers > 1:
         memory["other workers"] = (workers - 1) * max(0, timing.peak - sum(_array_bytes(job).values()))
     return ResourceEstimate({}, memory, device)
@@ -271,7 +272,7 @@ def _disk_bytes(job: Job, plan: LevelPlan, store: Store | None) -> dict[str, int
 
 
 class _Timing:
-    """The seconds of a few batches of a plan, and the peak memory of the longest."""
+    """The seconds of a few batches of a plan, and the peak memory of the longest and of that with most examples."""
 
     def __init__(self, job: Job, plan: LevelPlan, progress: Progress) -> None:
         self.job, self.plan = job, plan
@@ -291,6 +292,7 @@ class _Timing:
             started = time.perf_counter()
             self._compress(self.batches[0])
             self.first_seconds = time.perf_counter() - started  # also compares batched gradients with autograd's
+            self._compress(max(self.batches, key=len))  # layers' gradients grow with the examples, not with tokens
         self.peak, self.device_peak = peak.memory, peak.device
         picks = sorted({round(at) for at in np.linspace(0, len(self.batches) - 1, _TIMED_BATCHES)})
         self.lengths, self.rates, writing = [], [], []
@@ -310,7 +312,8 @@ class _Timing:
         parts = {}
         kind = preconditioner_of(job.recipe)
         if lacks_moment and job.recipe.gradient.second_moment in ESTIMATES:
-            sample = plan_batches(moment_sample(job), job.request.work.batch_tokens)
+            most_tokens = job.request.work.batch_tokens
+            sample = plan_batches(moment_sample(job), most_tokens, most_items(job.layers))
             passes = kind.sample_passes(job.layers, sum(map(len, sample)))
             parts["second moment"] = passes * self._caching_seconds(sample)
         if workers > 1:

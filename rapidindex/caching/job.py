@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapidindex.caching.batches import Item, Unit, padded_tokens, plan_units
+from rapidindex.caching.batches import Item, Unit, most_items, padded_tokens, plan_units
 from rapidindex.config import BuildRequest, EncoderConfig, ModelConfig
 from rapidindex.data.examples import Dataset, read_examples
 from rapidindex.data.templates import Template, check_template, encode_examples
@@ -119,6 +119,12 @@ class Job:
     def size(self) -> int:
         """|v|, the length of the flattened gradient."""
         return sum(layer.size for layer in self.layers)
+
+    @property
+    def most_items(self) -> int | None:
+        """How many items a batch may hold; None where no layer's gradients are made whole."""
+        whole = not self.embeds and self.recipe.sketch.projection == "rapidgrad"
+        return most_items(self.layers) if whole else None
 
     @property
     def embeds(self) -> bool:
@@ -336,7 +342,7 @@ def _plan_level(job: Job, level: str, store: Store | None) -> LevelPlan:
     if level == "token":
         positions = job.token_positions
         items = [replace(item, position=at) for item in examples for at in positions[item.example.id]]
-    units, K = plan_units(items, job.request.work.batch_tokens), job.K(level)
+    units, K = plan_units(items, job.request.work.batch_tokens, job.most_items), job.K(level)
     return LevelPlan(
         level,
         K,

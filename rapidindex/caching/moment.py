@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch import Tensor
 
-from rapidindex.caching.batches import Item, as_batch, does_not_fit, padded_tokens, plan_batches
+from rapidindex.caching.batches import Item, as_batch, does_not_fit, most_items, padded_tokens, plan_batches
 from rapidindex.caching.job import Job
 from rapidindex.errors import ModelError, StoreError
 from rapidindex.gradients.losses import Batch, is_out_of_memory
@@ -66,7 +66,7 @@ def _estimate(job: Job, progress: Progress) -> tuple[Tensor, Tensor | None]:
     """Return v and its eigenvectors, if any. ResourceError where a single example does not fit into memory."""
     sample, most = moment_sample(job), job.request.work.batch_tokens
     while True:
-        batches = plan_batches(sample, most)
+        batches = plan_batches(sample, most, most_items(job.layers))
         try:
             return _estimate_in(batches, job, progress)
         except (MemoryError, RuntimeError) as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rapidindex.caching.batches import Item, padded_tokens, plan_units
+from rapidindex.caching.batches import Item, most_items, padded_tokens, plan_units
 from rapidindex.caching.shard_writer import ShardWriter, cache
 from rapidindex.config import BuildConfig, EncoderConfig, ModelConfig, QueryOptions
 from rapidindex.data.examples import Example
@@ -150,7 +150,8 @@ class EncoderIndex(Index):
 
     def _compute(self, items: list[Item], rows: Rows) -> None:
         store, work = self.gradients.store, BuildConfig()
-        units, done = plan_units(items, work.batch_tokens), 0
+        compressor = self.gradients.compressor_of("sentence")
+        units, done = plan_units(items, work.batch_tokens, most_items(compressor.gradients.layers)), 0
         total = sum(padded_tokens(batch) for unit in units for batch in unit)
 
         def report(batch: list[Item]) -> None:
@@ -160,7 +161,7 @@ class EncoderIndex(Index):
 
         numbers = itertools.count(rows.next_number())
         writer = ShardWriter(rows, work, numbers, lambda name: store.record_shard("sentence", name), len(items))
-        cache(units, self.gradients.compressor_of("sentence"), writer, report)
+        cache(units, compressor, writer, report)
 
     def _example(self, id: str) -> Example:
         rows = self.rows_of("sentence")

@@ -7,7 +7,7 @@ import torch
 
 from rapidindex.caching.batches import plan_batches
 from rapidindex.caching.build import build
-from rapidindex.caching.job import prepare
+from rapidindex.caching.job import plan_levels, prepare
 from rapidindex.config import BuildConfig, BuildRequest, EncodingConfig, GradientConfig, ModelConfig, SketchConfig
 from rapidindex.data.templates import Template
 from rapidindex.errors import ConfigMismatch, DataError, ModelError, ResourceError, StoreError, UsageError
@@ -222,6 +222,25 @@ def test_batches_hold_like_lengths_under_the_token_budget(data, tmp_path, llama_
     assert all(len(batch) == 1 or len(batch) * batch[0].tokens <= 200 for batch in batches)
     lengths = [item.tokens for batch in batches for item in batch]
     assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize("second_moment", ["estimate", "kfac"])
+def test_a_batch_holds_no_more_examples_than_the_gradients_of_the_largest_layer_allow(
+    data, tmp_path, llama_folders, monkeypatch, second_moment
+):
+    asked = request(data, tmp_path / "index", llama_folders, gradient=GradientConfig(second_moment=second_moment))
+    build(asked)
+    largest = max(layer.size for layer in prepare(asked).layers)
+    monkeypatch.setattr("rapidindex.caching.batches._LAYER_BYTES", 3 * 4 * largest)
+    both = replace(asked, output=str(tmp_path / "limited"), levels=("sentence", "token"))
+    for plan in plan_levels(prepare(both), None):
+        assert max(map(len, plan.batches)) == 3
+    two_sided = replace(both, sketch=replace(both.sketch, projection="two-sided"))
+    assert max(map(len, plan_levels(prepare(two_sided), None)[0].batches)) > 3
+    build(replace(both, levels=("sentence",)))
+    rows, limited = all_rows(tmp_path / "index"), all_rows(tmp_path / "limited")
+    for id, row in rows.items():
+        np.testing.assert_allclose(limited[id], row, atol=np.abs(row).max() / 100)
 
 
 def test_a_quantized_base_builds_and_is_part_of_the_identity(data, tmp_path):

@@ -38,7 +38,7 @@ def test_the_bytes_on_disk_are_predicted_within_two_per_cent(asked, second_momen
 def test_parts_add_up_and_an_index_that_is_there_needs_only_the_rest(asked):
     whole = estimate(asked)
     assert whole.examples == 60 and whole.total_seconds == pytest.approx(sum(whole.seconds.values()))
-    parts = {"longest batch, model and libraries", "rows buffer"}
+    parts = {"largest batch, model and libraries", "rows buffer"}
     assert set(whole.memory) == parts | {"sample of the second moment"}
     plain = replace(asked, gradient=GradientConfig(second_moment="estimate"))
     assert set(estimate(plain).memory) == parts
@@ -65,7 +65,7 @@ def test_the_memory_of_a_build_is_the_measured_peak_of_its_longest_batch(asked, 
     with PeakMemory(torch.device("cpu")) as peak:
         build(asked)
     rows = predicted.memory["rows buffer"]
-    assert peak.memory - rows == pytest.approx(predicted.memory["longest batch, model and libraries"], rel=0.2)
+    assert peak.memory - rows == pytest.approx(predicted.memory["largest batch, model and libraries"], rel=0.2)
 
 
 def test_what_is_more_than_what_is_free_is_refused_with_the_numbers():
