@@ -263,6 +263,10 @@ def title(name: str) -> str:
         *root, sample, damping = name.split("/")[1].removeprefix("fisher-").split("-")
         kind = f"root of the Fisher matrix on either side, {name.split('/')[2]}" if root else "Fisher matrix's inverse"
         return f"{kind}, {sample} drawn gradients, damping {damping} mean eigenvalues"
+    if name.startswith("full/rows-"):
+        *root, damping = name.split("/")[1].removeprefix("rows-").split("-")
+        kind = "root on either side, unit" if root else "inverse on the query's side"
+        return f"second moment of the rows at length 1, {kind}, damping {damping} mean eigenvalues"
     if name.startswith("full/ekfac-cg-"):
         _, steps, normalize = name.replace("full/ekfac-cg-", "cg/").split("/")
         kind = "" if normalize == "none" else " / length of the gradient"
@@ -1007,6 +1011,33 @@ def facts_page(figures: Figures) -> str:
     return "\n".join(parts)
 
 
+def render_facts(folder: Path) -> None:
+    """Write the page of every file of fact tracing, and facts_seeds.md of those that differ in their seed alone."""
+    render_page("facts*", facts_page, folder)
+    seeds = [content["figures"] for content in read(folder, "facts*").values() if content["figures"]["last_rate"]]
+    if len(seeds) > 1:
+        write(folder / "facts_seeds.md", facts_seeds_page(sorted(seeds, key=lambda figures: figures["seed"])))
+
+
+def facts_seeds_page(seeds: list[Figures]) -> str:
+    """Return the table of the methods that were measured for all seeds."""
+    found = [{row["method"]: row for row in figures["methods"]} for figures in seeds]
+    common = [name for name in found[0] if all(name in one for one in found) and not name.startswith("K=")]
+    names = [name for name in TRACED if all(name in one for one in found)]
+    metrics = {"mrr": "MRR", "recall": "recall@10", "tail_patch_1": "tail-patch"}
+    body = []
+    for name in (*names, *(name for name in common if name not in TRACED)):
+        values = [[one[name][metric]["mean"] for one in found] for metric in metrics]
+        body.append([_traced(name), *("—" if None in some else _mean_and_range(some, 3, "") for some in values)])
+    parts = [
+        f"# Fact tracing: seeds {', '.join(str(figures['seed']) for figures in seeds)}\n",
+        "Each seed draws facts, rows, the order of training and projections. The mean over the seeds, the lowest and"
+        " the highest; tail-patch in percentage points, at the run's last learning rate.\n",
+        markdown(["method", *metrics.values()], body) + "\n",
+    ]
+    return "\n".join(parts)
+
+
 def _traced(name: str) -> str:
     if name in TRACED:
         return TRACED[name]
@@ -1063,8 +1094,8 @@ def _nats(changes: list[list[list[float]]]) -> str:
     return _mean_and_range([statistics.mean(nats for _, nats in groups) for groups in changes], 3)
 
 
-def _mean_and_range(values: Sequence[float], digits: int) -> str:
-    mean, low, high = (f"{value:+.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
+def _mean_and_range(values: Sequence[float], digits: int, sign: str = "+") -> str:
+    mean, low, high = (f"{value:{sign}.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
     return f"{mean} ({low} to {high})"
 
 
@@ -1143,7 +1174,7 @@ PARTS = {
     "retrieval": render_retrieval,
     "caching": render_caching,
     "lds": partial(render_page, "lds", lds_page),
-    "facts": partial(render_page, "facts*", facts_page),
+    "facts": render_facts,
     "verify": partial(render_page, "verify", verify_page),
     "influcoder": partial(render_page, "influcoder", influcoder_page),
     "retrained": partial(render_page, "verify_retrained", retrained_page),

@@ -75,7 +75,19 @@ PATCHED += tuple(f"K=65536/shuffles=20/{recipe}/int8" for recipe in ("none/layer
 PATCHED += tuple(f"R=none/{recipe}" for recipe in ("none/none", "none/unit", "estimate/unit"))
 PATCHED += tuple(f"R={which}/{correction}/unit" for which in ("train", "mixed") for correction in ("none", "estimate"))
 """The methods whose rows are put to the test: a step of each of three rates on every row that one of them finds."""
-ORDER = ("text", "full", "trackstar", "rapidin", "kronecker", "task", "representations", "limit", "ekfac", "product")
+ORDER = (
+    "text",
+    "full",
+    "trackstar",
+    "rapidin",
+    "kronecker",
+    "rows",
+    "task",
+    "representations",
+    "limit",
+    "ekfac",
+    "product",
+)
 """The methods that are scored, those that take longest last."""
 TOP = 10
 RATES = (0.3, 1.0, 3.0)

@@ -3,7 +3,8 @@
 EK-FAC leaves out what lies between layers, and all but a Kronecker product within one. The gradients, a few draws of
 every example, are kept on disk: the more, the better the estimate. `cg_scores` solves with EK-FAC's damping of each
 layer by conjugate gradients that EK-FAC preconditions: with each iteration the solution for a query moves from EK-FAC's
-(iteration 0) to the whole matrix's. `solved_scores` solves in closed form, with one damping for all entries.
+(iteration 0) to the whole matrix's. `solved_scores` solves in closed form, with one damping for all entries; and so
+does `scores_by_rows`, with the rows of an index, which are at hand, in the place of drawn gradients.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ def cg_scores(
     `drawn` are files of gradients of drawn tokens, float32 [n, |v|] each; `bases` the preconditioner.
     """
     damping = _damping(rows, drawn)
-    lengths = np.array([np.linalg.norm(row) for row in rows.rows])
+    lengths = _lengths(rows)
     b, scores = torch.from_numpy(np.array(queries.rows)), {}
     x = _solved(rows, bases, b)
     residual = b - _times(x, drawn, damping)
@@ -85,9 +86,24 @@ def solved_scores(
         progress("Fisher matrix", number, len(rows.layers))
     short = _Products(*counts)
     short.add(*map(sketch.finish, compressed))
+    size, named = rows.rows.shape[1], {f"fisher{{}}-{m}": m for m in SAMPLES if m <= counts[2]}
     place = f"K={config.K}/shuffles={config.shuffles}"
-    size = rows.rows.shape[1]
-    return _solved_by(whole, size, "full", "") | _solved_by(short, size, place, "/float32")
+    return _solved_by(whole, size, named, "full") | _solved_by(short, size, named, place, "/float32")
+
+
+def scores_by_rows(rows: Replay, queries: Replay, progress: Progress) -> Scores:
+    """Return scores as `solved_scores` does, of whole gradients, where F is the mean over all rows at length 1.
+
+    By name `full/rows-DAMPING/none` and `full/rows-root-DAMPING/unit`, both of rows of length 1.
+    """
+    products, lengths = _Products(len(queries), len(rows), len(rows)), torch.from_numpy(_lengths(rows)).float()
+    for number, layer in enumerate(rows.layers, 1):
+        part = slice(layer.start, layer.start + layer.size)
+        asked, kept = (torch.from_numpy(np.array(side.rows[:, part])) for side in (queries, rows))
+        kept /= lengths[:, None]
+        products.add(asked, kept, kept)
+        progress("second moment of the rows", number, len(rows.layers))
+    return _solved_by(products, rows.rows.shape[1], {"rows{}": len(rows)}, "full")
 
 
 class _Products:
@@ -107,19 +123,27 @@ class _Products:
         self.squares += rows.square().sum(1)
 
 
-def _solved_by(products: _Products, size: int, place: str, kind: str) -> Scores:
-    """Return the scores by name; the mean eigenvalue is that over the gradient's `size` entries, compressed or not."""
+def _solved_by(products: _Products, size: int, named: Mapping[str, int], place: str, kind: str = "") -> Scores:
+    """Return the scores by name; the mean eigenvalue is that over the gradient's `size` entries, compressed or not.
+
+    `named` has the number of gradients that are taken of the sample, by a name with room for `-root`.
+    """
     scores = {}
-    for m in (m for m in SAMPLES if m <= len(products.gram)):
+    for name, m in named.items():
         gram, asked, kept = products.gram[:m, :m], products.asked[:, :m], products.kept[:, :m]
         for damping in DAMPINGS:
             added = damping * float(gram.trace()) / m / size
             solved = torch.linalg.solve(gram + m * added * torch.eye(m), kept.T)
             found = (products.plain - asked @ solved) / added
             lengths = ((products.squares - (kept.T * solved).sum(0)) / added).sqrt()
-            scores[f"{place}/fisher-{m}-{damping:g}/none{kind}"] = found.numpy().astype(np.float32)
-            scores[f"{place}/fisher-root-{m}-{damping:g}/unit{kind}"] = (found / lengths).numpy().astype(np.float32)
+            for root, normalize, values in (("", "none", found), ("-root", "unit", found / lengths)):
+                method = f"{place}/{name.format(root)}-{damping:g}/{normalize}{kind}"
+                scores[method] = values.numpy().astype(np.float32)
     return scores
+
+
+def _lengths(rows: Replay) -> np.ndarray:
+    return np.array([np.linalg.norm(row) for row in rows.rows])
 
 
 def _damping(rows: Replay, drawn: Sequence[np.ndarray]) -> Tensor:

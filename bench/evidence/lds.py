@@ -35,7 +35,7 @@ from rapidindex.progress import Bars
 BANK = "lds_bank"
 TEMPLATE = "plain"
 ORDER = ("text", "full", "kronecker", "two-sided", "rapidin", "representations", "datainf", "limit", "ekfac")
-ORDER += ("fisher", "cg", "product")
+ORDER += ("rows", "fisher", "cg", "product")
 """The methods that are scored, those that take longest last."""
 KS = (2**10, 2**12, 2**14, 2**16)
 

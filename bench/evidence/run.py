@@ -22,6 +22,7 @@ from bench.evidence import tasks
 from bench.evidence.cached import Replay, compute, example_batches, numbered
 from bench.evidence.curvature import EKFAC, KRONECKER, Eigenbasis, of_sample, scores_of
 from bench.evidence.end_to_end import RECIPES, encoder_scores, product_scores
+from bench.evidence.fisher import scores_by_rows
 from bench.evidence.influence import RandomHessians, datainf, limit, lissa
 from bench.evidence.representations import representation_scores
 from bench.evidence.sketched import ROTATED_K, Scores, sketched, uncompressed
@@ -366,7 +367,7 @@ def _encoder(seed: Seed) -> None:
 
 
 def _early(seed: Seed) -> None:
-    for name in ("full", "rapidin", "datainf", "limit", "kronecker", "representations"):
+    for name in ("full", "rapidin", "datainf", "limit", "kronecker", "rows", "representations"):
         STAGES[name](seed.early)
 
 
@@ -387,8 +388,10 @@ STAGES: dict[str, Callable[[Seed], None]] = {
     "lissa": _stage("lissa", _lissa_scores),
     "ekfac": _stage("ekfac", _ekfac_scores),
     "kronecker": _stage("kronecker", _kronecker_scores),
+    "rows": _stage("rows", lambda seed: scores_by_rows(seed.rows, seed.posed, seed.bars)),
     "representations": _representations,
 }
 METHODS = tuple(STAGES)
 """Names for --only: `text` is random, BM25 and embeddings; `full` the uncompressed recipes; `early` those, RapidGrads
-with the first λ, DataInf, LiSSA's limit and the Kronecker second moment once more, at the early model."""
+with the first λ, DataInf, LiSSA's limit, the Kronecker second moment and that of the rows once more, at the early
+model."""

@@ -14,7 +14,7 @@ from bench import render
 from bench.evidence import metrics, stories, tasks
 from bench.evidence.cached import Replay, compressor_of, compute, numbered
 from bench.evidence.curvature import DAMPING, EKFAC, KRONECKER, of_sample, scores_of
-from bench.evidence.fisher import DAMPINGS, cg_scores, solved_scores
+from bench.evidence.fisher import DAMPINGS, cg_scores, scores_by_rows, solved_scores
 from bench.evidence.influence import hessian_products, layer_datainf, limit_of, lissa
 from bench.evidence.measured import by_length, of_both_models, summed
 from bench.evidence.seeds import combine_seeds, merge_results
@@ -400,6 +400,20 @@ def test_the_closed_form_of_the_damped_fisher_matrix_is_its_inverse():
             np.testing.assert_allclose(one, truth, rtol=1e-4, atol=1e-5)
             one = found[f"{place}/fisher-root-32-{damping:g}/unit{kind}"]
             np.testing.assert_allclose(one, unit, rtol=1e-4, atol=1e-5)
+
+
+def test_the_closed_form_by_the_rows_themselves_is_the_inverse_of_their_mean_outer_product():
+    draw = torch.Generator().manual_seed(10)
+    layers = [Layer("a", 0, 24, (4, 6)), Layer("b", 24, 16, (4, 4))]
+    rows, queries = (Replay(layers, torch.randn(n, 40, generator=draw).numpy()) for n in (60, 3))
+    found = scores_by_rows(rows, queries, lambda *_: None)
+    g = rows.rows.astype(float) / np.linalg.norm(rows.rows, axis=1, keepdims=True)
+    for damping in DAMPINGS:
+        H = g.T @ g / 60 + damping / 40 * np.eye(40)
+        truth = queries.rows @ np.linalg.solve(H, g.T)
+        np.testing.assert_allclose(found[f"full/rows-{damping:g}/none"], truth, rtol=1e-4, atol=1e-5)
+        unit = truth / np.sqrt((g * np.linalg.solve(H, g.T).T).sum(1))
+        np.testing.assert_allclose(found[f"full/rows-root-{damping:g}/unit"], unit, rtol=1e-4, atol=1e-5)
 
 
 def seed_result(number, ap):

@@ -24,7 +24,7 @@ from bench.evidence.facts import (
 )
 from bench.evidence.lds_scores import DEFAULT
 from bench.evidence.retraining import Retrainer
-from bench.render import facts_page
+from bench.render import facts_page, facts_seeds_page
 from rapidindex.gradients.losses import Batch, trainable
 from tests import tiny
 from tests.bench.test_smoke import examples, run, write_lines
@@ -179,6 +179,10 @@ def test_the_bench_runs_and_goes_on(tmp_path):
     assert whole["last_rate"] is None and "TrackStar" not in facts_page(whole)
     page = facts_page(first)
     assert "TrackStar" in page and "| RepT, last layer |" in page
+    higher = [row | {"mrr": {"mean": row["mrr"]["mean"] + 0.5}} for row in first["methods"] if row["method"] != "trak"]
+    seeds = facts_seeds_page([first, first | {"seed": 1, "methods": higher}])
+    mrr = found["rept/last"]["mrr"]["mean"]
+    assert f"| RepT, last layer | {mrr + 0.25:.3f} ({mrr:.3f} to {mrr + 0.5:.3f}) |" in seeds and "TRAK" not in seeds
 
 
 def test_bytes_are_those_of_the_numbers_kept():
