@@ -395,8 +395,8 @@ class QueryOptions:
     all: bool = False
     """Compute heat-maps and answer scores for matches within chance, too, which the views fold."""
     rescore: bool | int = False
-    """Order candidates by their uncompressed influence: so many, or with True four times `k`; in an index of embeddings
-    200, and the language model is loaded for them."""
+    """Order candidates by their uncompressed influence, asked about words by that of their strongest token: so many, or
+    with True four times `k`; in an index of embeddings 200, and the language model is loaded for them."""
     level: str | None = None
     """`sentence` for whole examples, `token` for single response tokens; None for the index's first level."""
     checkpoint: str | None = None

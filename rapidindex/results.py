@@ -118,6 +118,11 @@ class QueryInfo:
     meta: dict[str, Any] = field(default_factory=dict)
     """The query's further keys, such as an id."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether the query is about the whole answer."""
+        return len(set(self.selection)) == len(self.tokens)
+
 
 @dataclass(frozen=True)
 class IndexInfo:
@@ -162,6 +167,8 @@ class Rescoring:
     """Spearman's correlation of the two orders; None for fewer than two candidates."""
     largest_move: int
     """The most places that a candidate moved."""
+    by_token: bool = False
+    """Whether each candidate's strongest token gives the order, as for a query about words; else its `exact_score`."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +202,7 @@ class Result:
     """None for `ann`, which does not score every row."""
     matches: list[Match]
     rescoring: Rescoring | None = None
-    """Given where `exact_score` orders the matches; None where `score` does."""
+    """Given where uncompressed influence orders the matches; None where `score` does."""
     checkpoint: str | None = None
     """Of an index of several: the checkpoint that was asked, or `sum`; None for other indexes."""
     agreements: list[Agreement] = field(default_factory=list)

@@ -6,9 +6,9 @@
     python -m bench.render evidence                          tables and plots, from the JSON alone
 
 Each stage is kept under FOLDER and skipped where it is there: after a kill the same command goes on. `--only` names
-methods (text, full, rapidin, datainf, limit, early, product, encoder, lissa, ekfac, kronecker, representations). Others
-can be run later: with `--add` their figures join those in the JSON. The whole gradients of a seed at two models take 15
-MB of disk an example; --clean removes them when the seed is done.
+methods (text, full, rapidin, datainf, limit, early, product, rescored, encoder, lissa, ekfac, kronecker, rows,
+representations). Others can be run later: with `--add` their figures join those in the JSON. The whole gradients of a
+seed at two models take 15 MB of disk an example; --clean removes them when the seed is done.
 """
 
 import argparse

@@ -85,6 +85,38 @@ def product_scores(
     return {f"{name}/exact": exact, f"{name}/ann": ann, f"{name}/ann used": used}
 
 
+def rescored_scores(
+    data: str,
+    model: ModelConfig,
+    encoding: EncodingConfig,
+    queries: Sequence[TaskQuery],
+    folder: Path,
+    *,
+    seed: int,
+    progress: Progress,
+) -> Scores:
+    """Return `product/kronecker/rescored`: the first `ANN_TOP` matches of `--rescore` for questions about a word.
+
+    Those of other questions are not finite. Nothing where no question is about a word.
+    """
+    if not any(query.word for query in queries):
+        return {}
+    name = str(folder / "index-kronecker")
+    gradient, sketch = GradientConfig(**RECIPES["kronecker"], seed=seed), SketchConfig(seed=seed)
+    build(BuildRequest(data, name, model, encoding, gradient, sketch), progress=progress)
+    index = Index.open(name)
+    place = _places(index)
+    scores = np.full((len(queries), len(place)), np.nan, np.float32)
+    for number, query in enumerate(queries):
+        progress("rescored", number, len(queries))
+        if query.word:
+            asked = Query(query.prompt, query.answer, query.word)
+            found = index.query(asked, k=min(ANN_TOP, len(place)), exact=True, rescore=True)
+            scores[number] = 0
+            scores[number, [place[match.id] for match in found.matches]] = [1 / match.rank for match in found.matches]
+    return {"product/kronecker/rescored": scores}
+
+
 def encoder_scores(
     data: str,
     model: ModelConfig,
@@ -122,15 +154,20 @@ def encoder_scores(
 
 def _ask(index: Index, queries: Sequence[TaskQuery], most: int, *, exact: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return scores [queries, examples in the order of the data's lines], and which queries FAISS answered."""
-    rows = index.rows_of("sentence")
-    records = sorted((rows.record(number) for number in range(len(rows.ids))), key=lambda record: record["line"])
-    place = {record["id"]: number for number, record in enumerate(records)}
+    place = _places(index)
     asked = [Query(query.prompt, query.answer, query.word) for query in queries]
-    how = {"k": min(most, len(records)), "exact": exact, "heatmaps": False}
+    how = {"k": min(most, len(place)), "exact": exact, "heatmaps": False}
     proponents, opponents = (index.query(asked, **how, opponents=opponents) for opponents in (False, True))
-    scores = np.empty((len(queries), len(records)), np.float32)
+    scores = np.empty((len(queries), len(place)), np.float32)
     for row, (best, worst) in enumerate(zip(proponents, opponents, strict=True)):
         scores[row] = (best.matches[-1].score + worst.matches[-1].score) / 2
         for match in (*best.matches, *worst.matches):
             scores[row, place[match.id]] = match.score
     return scores, np.array([result.search == "ann" for result in proponents], np.float32)
+
+
+def _places(index: Index) -> dict[str, int]:
+    """Return the place of each example, by its id, among the lines of the data."""
+    rows = index.rows_of("sentence")
+    records = sorted((rows.record(number) for number in range(len(rows.ids))), key=lambda record: record["line"])
+    return {record["id"]: number for number, record in enumerate(records)}

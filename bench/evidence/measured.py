@@ -77,7 +77,7 @@ def summed(scores: Scores) -> Scores:
 
 def _counts(seed: Seed, name: str, values: np.ndarray, truth: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """Return a row for each group, way of asking and k: the means over its queries."""
-    tops = [k for k in seed.task.tops if k <= 10 or not name.endswith("/ann")]
+    tops = [k for k in seed.task.tops if k <= 10 or not name.endswith(("/ann", "/rescored"))]
     counted = metrics.two_sets if seed.task.name == "backdoor" else _share
     rows = []
     for group, wanted in truth.items():

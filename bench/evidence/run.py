@@ -21,7 +21,7 @@ from bench.common import timed, write_text
 from bench.evidence import tasks
 from bench.evidence.cached import Replay, compute, example_batches, numbered
 from bench.evidence.curvature import EKFAC, KRONECKER, Eigenbasis, of_sample, scores_of
-from bench.evidence.end_to_end import RECIPES, encoder_scores, product_scores
+from bench.evidence.end_to_end import RECIPES, encoder_scores, product_scores, rescored_scores
 from bench.evidence.fisher import scores_by_rows
 from bench.evidence.influence import RandomHessians, datainf, limit, lissa
 from bench.evidence.representations import representation_scores
@@ -360,10 +360,15 @@ def _product(seed: Seed) -> None:
         _product(seed.early)
 
 
-def _encoder(seed: Seed) -> None:
-    where = (seed.data, seed.adapter, seed.encoding, seed.queries, seed.folder)
-    make = partial(encoder_scores, *where, seed=seed.seed, progress=seed.bars)
-    seed.scores("encoder", make, gradients=False)
+def _by_index(name: str, scores_of_index: Callable[..., Scores]) -> Callable[[Seed], None]:
+    """Return the stage that writes scores which the product's index of `kronecker` gives."""
+
+    def stage(seed: Seed) -> None:
+        where = (seed.data, seed.adapter, seed.encoding, seed.queries, seed.folder)
+        make = partial(scores_of_index, *where, seed=seed.seed, progress=seed.bars)
+        seed.scores(name, make, gradients=False)
+
+    return stage
 
 
 def _early(seed: Seed) -> None:
@@ -384,7 +389,8 @@ STAGES: dict[str, Callable[[Seed], None]] = {
     "limit": _stage("limit", lambda seed: {"limit": limit(seed.rows, seed.posed, seed.bars)}),
     "early": _early,
     "product": _product,
-    "encoder": _encoder,
+    "rescored": _by_index("rescored", rescored_scores),
+    "encoder": _by_index("encoder", encoder_scores),
     "lissa": _stage("lissa", _lissa_scores),
     "ekfac": _stage("ekfac", _ekfac_scores),
     "kronecker": _stage("kronecker", _kronecker_scores),

@@ -71,8 +71,8 @@ def query(
         int | None,
         opt.in_search(
             metavar="[N]",
-            help="Order N candidates by their uncompressed influence; without N four times as many as -k, or 200 of "
-            "those that an encoder finds.",
+            help="Order N candidates by their uncompressed influence, asked about a word by their strongest word's; "
+            "without N four times as many as -k, or 200 of those that an encoder finds.",
             show_default=False,
         ),
     ] = None,

@@ -370,7 +370,8 @@ class Index:
             candidates[at] = one
             yield Scored(number, one.match, next(done), total)
         if options.rescore:
-            candidates, rescoring = rescore(candidates, options.k, largest=result.direction == "proponents")
+            largest = result.direction == "proponents"
+            candidates, rescoring = rescore(candidates, options.k, query.info, largest=largest)
         for at in answers:
             with model_work:
                 candidates[at] = self._with_answer_scores(candidates[at], query)

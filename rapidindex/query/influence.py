@@ -14,7 +14,7 @@ from rapidindex.gradients.losses import Batch
 from rapidindex.gradients.rapidgrad import Compressor
 from rapidindex.gradients.token_scores import TokenScores, shares
 from rapidindex.query.encode import EncodedQuery, selected_batch
-from rapidindex.results import Match, Rescoring
+from rapidindex.results import Match, QueryInfo, Rescoring
 
 RESCORED = 4
 """Candidates for each match, of which `rescore` computes the uncompressed influence."""
@@ -101,21 +101,31 @@ class Influence:
         return shares(self.scorer, self.compressor, direction, whole, query.rapidgrads.norms)[0]
 
 
-def rescore(candidates: Sequence[Candidate], k: int, *, largest: bool) -> tuple[list[Candidate], Rescoring]:
-    """Return the k candidates of the largest (or smallest) uncompressed influence, and how far the order has moved."""
-    influence = np.array([candidate.match.exact_score for candidate in candidates])
+def rescore(
+    candidates: Sequence[Candidate], k: int, query: QueryInfo, *, largest: bool
+) -> tuple[list[Candidate], Rescoring]:
+    """Return the k candidates of the largest (or smallest) uncompressed influence, and how far the order has moved.
+
+    Asked about words, a candidate counts by its strongest token: what taught a word is mostly one word of a row, which
+    the mean over a long row hides.
+    """
+    by_token = not query.whole and all(candidate.match.position is None for candidate in candidates)
+    strongest = max if largest else min
+    influence = np.array(
+        [strongest(one.match.token_scores) if by_token else one.match.exact_score for one in candidates]
+    )
     order = np.argsort(-influence if largest else influence, kind="stable")
     best = [candidates[number] for number in order[:k]]
     ranked = [replace(one, match=replace(one.match, rank=rank)) for rank, one in enumerate(best, 1)]
-    return ranked, rescoring_of(order)
+    return ranked, rescoring_of(order, by_token=by_token)
 
 
-def rescoring_of(order: np.ndarray) -> Rescoring:
+def rescoring_of(order: np.ndarray, *, by_token: bool) -> Rescoring:
     """Return how far candidates have moved whose new order this is: their former places, best first."""
     n = len(order)
     moves = np.abs(np.argsort(order) - np.arange(n))
     spearman = 1 - 6 * float((moves.astype(float) ** 2).sum()) / (n * (n**2 - 1)) if n > 1 else None
-    return Rescoring(n, spearman, int(moves.max(initial=0)))
+    return Rescoring(n, spearman, int(moves.max(initial=0)), by_token)
 
 
 def _key(what: str, candidate: Candidate) -> tuple[str, str, int | None]:

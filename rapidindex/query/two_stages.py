@@ -122,14 +122,15 @@ class EncoderIndex(Index):
         best = [self._true_candidate(matches[place], int(numbers[place])) for place in order[: RESCORED * options.k]]
         best = list(self.gradients.influence.heatmaps(best, query.asked, rows.norms, model_work))
         places = {candidate.match.id: int(place) for candidate, place in zip(best, order, strict=False)}
-        best, _ = rescore(best, len(best), largest=largest)
+        best, rescoring = rescore(best, len(best), query.info, largest=largest)
         final = [places[candidate.match.id] for candidate in best] + order[len(best) :].tolist()
+        rescoring = rescoring_of(np.array(final), by_token=rescoring.by_token)
         best = best[: options.k]
         if options.answer_scores:
             best = [self.gradients.influence.with_answer_scores(candidate, query.asked) for candidate in best]
         seconds = replace(found.seconds, heatmaps=time.perf_counter() - started)
         shown = [candidate.match for candidate in best]
-        return replace(found, matches=shown, rescoring=rescoring_of(np.array(final)), seconds=seconds)
+        return replace(found, matches=shown, rescoring=rescoring, seconds=seconds)
 
     def _with_gradients(self, matches: Sequence[Match]) -> Rows:
         """Return the rows of true gradients, after those that are missing were computed and stored."""

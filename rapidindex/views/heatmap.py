@@ -121,7 +121,7 @@ def marked_answer(query: QueryInfo) -> list[tuple[str, bool]]:
     Nothing is marked where every token is selected. A special token appears, by its name, only where it is marked.
     """
     pieces, rest = segments(query.answer, query.tokens, [0.0] * len(query.tokens), words=False)
-    selected = set(query.selection) if len(set(query.selection)) < len(query.tokens) else set()
+    selected = set() if query.whole else set(query.selection)
     runs: list[tuple[str, bool]] = []
     for piece in pieces:
         marked = any(share.position in selected for share in piece.shares)

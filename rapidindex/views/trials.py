@@ -217,7 +217,7 @@ def _points(found: Verification) -> str:
 
 def _words(found: Verification) -> str:
     pieces = [text.strip() for text, marked in heatmap.marked_answer(found.query) if marked]
-    if len(found.query.selection) == len(found.query.tokens) or not pieces:
+    if found.query.whole or not pieces:
         return "the answer"
     return " … ".join(f"“{piece}”" for piece in dict.fromkeys(pieces))
 

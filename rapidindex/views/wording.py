@@ -35,7 +35,7 @@ def is_code(text: str) -> bool:
 
 def selected(query: QueryInfo) -> str:
     """Return a sentence about which words of the answer are asked about."""
-    if len(query.selection) == len(query.tokens):
+    if query.whole:
         return "The question is about the whole answer."
     if query.parts_of_words:
         return "The question is about the marked words, which hold the text that was asked about as a part."
@@ -163,7 +163,8 @@ def rescored(result: Result) -> str:
     correlation = result.rescoring.rank_correlation
     agreement = "" if correlation is None else f" The two orders have a rank correlation of {correlation:.2f};"
     moved = result.rescoring.largest_move
+    of = "the strongest word's " if result.rescoring.by_token else ""
     return (
-        f"Ordered by {exact(result)} influence among {result.rescoring.candidates:,} candidates.{agreement} "
+        f"Ordered by {of}{exact(result)} influence among {result.rescoring.candidates:,} candidates.{agreement} "
         f"{'a' if agreement else 'A'} candidate moved by {moved:,} {'place' if moved == 1 else 'places'} at most."
     )

@@ -236,7 +236,8 @@ def test_stages_of_evidence_that_need_no_other_package(work, folder, task):
         for file in (folder / "scores").glob("*.npz"):
             with np.load(file) as scores:
                 shapes = {scores[name].shape for name in scores.files if name != "seconds" and "used" not in name}
-            assert shapes == (set() if file.stem == "encoder" else {(len(seed.queries), 32)}), file  # 32: too few
+            nothing = file.stem == "encoder" or file.stem == "rescored" and task == "backdoor"  # 32 rows are too few
+            assert shapes == (set() if nothing else {(len(seed.queries), 32)}), file
     both = {"full", "datainf", "product-kronecker", "product-two-sided-kfac"}
     for model, expected in ((work / task, {"lissa", *both}), (work / task / "early", both)):
         assert {file.stem for file in (model / "scores").glob("*.npz")} >= expected

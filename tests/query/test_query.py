@@ -135,6 +135,20 @@ def test_rescoring_orders_by_the_uncompressed_influence(index):
     assert result.rescoring.candidates == 10 and result.rescoring.rank_correlation > 0.5
 
 
+@pytest.mark.parametrize("opponents", [False, True])
+def test_rescoring_for_a_word_orders_by_the_strongest_token(index, opponents):
+    options = {"answer": ANSWER, "token": "Japan", "opponents": opponents}
+    strongest = min if opponents else max
+    plain = index.query(PROMPT, **options, k=10, all=True)
+    result = index.query(PROMPT, **options, k=4, rescore=True)
+    truth = sorted(plain.matches, key=lambda match: strongest(match.token_scores), reverse=not opponents)
+    assert [match.id for match in result.matches] == [match.id for match in truth[:4]]
+    assert result.rescoring.by_token and result.rescoring.candidates == 10
+    by_mean = sorted(plain.matches, key=lambda match: match.exact_score, reverse=not opponents)
+    assert [match.id for match in truth] != [match.id for match in by_mean]
+    assert not index.query(PROMPT, answer=ANSWER, k=4, rescore=True).rescoring.by_token
+
+
 def test_the_steps_of_an_answer_add_up_to_its_result(index):
     options = QueryOptions(k=4, answer_scores=True, all=True)
     asked = [Query(PROMPT, ANSWER, "Japan"), Query("Tell me about cats", "cats purr")]

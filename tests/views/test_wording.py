@@ -74,6 +74,8 @@ def test_the_influence_in_a_tasks_index_is_of_compressed_gradients():
     result = shown.result(rescoring=Rescoring(40, 0.873, 7))
     task = replace(result, index=replace(result.index, specialized=True))
     assert "Ordered by uncompressed influence" in wording.rescored(result)
+    of_a_word = shown.result(rescoring=Rescoring(40, 0.873, 7, by_token=True))
+    assert "Ordered by the strongest word's uncompressed influence among 40" in wording.rescored(of_a_word)
     assert "Ordered by compressed influence" in wording.rescored(task)
     assert "uncompressed" not in page(task, None, "") and "uncompressed" in page(result, None, "")
 
