@@ -44,6 +44,8 @@ RECIPES = {
 """A build's options; two-sided rows by the name."""
 ANN_TOP = 10
 """Matches asked for through FAISS: of so few rows, more would be scanned exactly."""
+RESCORED_QUERIES = 5
+"""Questions about a word of each group that are asked with `--rescore`: forty heat-maps each."""
 
 
 def recipe_names(text: str) -> tuple[str, ...]:
@@ -97,9 +99,12 @@ def rescored_scores(
 ) -> Scores:
     """Return `product/kronecker/rescored`: the first `ANN_TOP` matches of `--rescore` for questions about a word.
 
-    Those of other questions are not finite. Nothing where no question is about a word.
+    Of each group `RESCORED_QUERIES` are asked; the scores of the others are not finite. Nothing without such questions.
     """
-    if not any(query.word for query in queries):
+    groups = {query.group for query in queries}
+    about = [[n for n, query in enumerate(queries) if query.word and query.group == group] for group in groups]
+    chosen = sorted(number for numbers in about for number in numbers[:RESCORED_QUERIES])
+    if not chosen:
         return {}
     name = str(folder / "index-kronecker")
     gradient, sketch = GradientConfig(**RECIPES["kronecker"], seed=seed), SketchConfig(seed=seed)
@@ -107,13 +112,13 @@ def rescored_scores(
     index = Index.open(name)
     place = _places(index)
     scores = np.full((len(queries), len(place)), np.nan, np.float32)
-    for number, query in enumerate(queries):
-        progress("rescored", number, len(queries))
-        if query.word:
-            asked = Query(query.prompt, query.answer, query.word)
-            found = index.query(asked, k=min(ANN_TOP, len(place)), exact=True, rescore=True)
-            scores[number] = 0
-            scores[number, [place[match.id] for match in found.matches]] = [1 / match.rank for match in found.matches]
+    for count, number in enumerate(chosen, 1):
+        query = queries[number]
+        asked = Query(query.prompt, query.answer, query.word)
+        found = index.query(asked, k=min(ANN_TOP, len(place)), exact=True, rescore=True)
+        scores[number] = 0
+        scores[number, [place[match.id] for match in found.matches]] = [1 / match.rank for match in found.matches]
+        progress("rescored", count, len(chosen))
     return {"product/kronecker/rescored": scores}
 
 
