@@ -107,7 +107,7 @@ NAMES = {
     "product/estimate/ann": "the product's index, `estimate`, through FAISS",
     "product/kronecker/exact": "the product's index, `kronecker`",
     "product/kronecker/ann": "the product's index, `kronecker`, through FAISS",
-    "product/kronecker/rescored": "the same, `--rescore`",
+    "product/kronecker/rescored": "the same, `--rescore` (five of the questions)",
     "product/kronecker 16/exact": "the product's index, `kronecker` of 16 examples",
     "encoder/kronecker": "the product's index, `kronecker`, once more",
     "encoder/first": "an encoder distilled from it, alone",
