@@ -251,14 +251,16 @@ class Result:
     def stands_out(self, match: Match) -> bool | None:
         """Return whether a match scores further out than chance puts the best of as many scores; None if not known.
 
-        Its score has the sign of the direction, and lies further from the mean than `ScoreSummary.chance`.
+        Its score has the sign of the direction, and lies further from the mean than `ScoreSummary.chance`. Of a match
+        that its strongest token may have brought up (`Rescoring.by_token`) a score within chance says nothing.
         """
         sign = 1 if self.direction == "proponents" else -1
+        within = None if self.rescoring is not None and self.rescoring.by_token else False
         if sign * match.score <= 0:
-            return False
+            return within
         if self.summary is None or self.summary.n < 2:
             return None
-        return self.summary.std > 0 and sign * self.summary.distance(match.score) > self.summary.chance
+        return (self.summary.std > 0 and sign * self.summary.distance(match.score) > self.summary.chance) or within
 
     @classmethod
     def from_json(cls, text: str) -> "Result":

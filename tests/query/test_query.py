@@ -144,6 +144,8 @@ def test_rescoring_for_a_word_orders_by_the_strongest_token(index, opponents):
     truth = sorted(plain.matches, key=lambda match: strongest(match.token_scores), reverse=not opponents)
     assert [match.id for match in result.matches] == [match.id for match in truth[:4]]
     assert result.rescoring.by_token and result.rescoring.candidates == 10
+    assert not any(result.stands_out(match) is False for match in result.matches)  # no view folds them
+    assert any(plain.stands_out(match) is False for match in plain.matches)
     by_mean = sorted(plain.matches, key=lambda match: match.exact_score, reverse=not opponents)
     assert [match.id for match in truth] != [match.id for match in by_mean]
     assert not index.query(PROMPT, answer=ANSWER, k=4, rescore=True).rescoring.by_token
