@@ -73,10 +73,7 @@ def product_scores(
     `most` is the number of matches in each direction; None for all rows, which FAISS is then not asked for.
     `product/RECIPE/ann used` is 1 for a query that FAISS answered, else 0.
     """
-    folder_of_index, name = str(folder / f"index-{recipe.replace(' ', '-')}"), f"product/{recipe}"
-    projection = "two-sided" if recipe.startswith("two-sided") else "rapidgrad"
-    gradient, sketch = GradientConfig(**RECIPES[recipe], seed=seed), SketchConfig(seed=seed, projection=projection)
-    build(BuildRequest(data, folder_of_index, model, encoding, gradient, sketch), progress=progress)
+    folder_of_index, name = _built(data, model, encoding, folder, recipe, seed, progress), f"product/{recipe}"
     index = Index.open(folder_of_index)
     exact, _ = _ask(index, queries, most or len(index.rows_of("sentence")), exact=True)
     if most is None:
@@ -85,6 +82,17 @@ def product_scores(
         VectorIndex.build(index.rows_of("sentence"), factory=DEFAULT_FACTORY, progress=progress)
     ann, used = _ask(Index.open(folder_of_index), queries, ANN_TOP, exact=False)
     return {f"{name}/exact": exact, f"{name}/ann": ann, f"{name}/ann used": used}
+
+
+def _built(
+    data: str, model: ModelConfig, encoding: EncodingConfig, folder: Path, recipe: str, seed: int, progress: Progress
+) -> str:
+    """Build a recipe's index, or go on with it, and return its folder."""
+    name = str(folder / f"index-{recipe.replace(' ', '-')}")
+    projection = "two-sided" if recipe.startswith("two-sided") else "rapidgrad"
+    gradient, sketch = GradientConfig(**RECIPES[recipe], seed=seed), SketchConfig(seed=seed, projection=projection)
+    build(BuildRequest(data, name, model, encoding, gradient, sketch), progress=progress)
+    return name
 
 
 def rescored_scores(
@@ -106,10 +114,7 @@ def rescored_scores(
     chosen = sorted(number for numbers in about for number in numbers[:RESCORED_QUERIES])
     if not chosen:
         return {}
-    name = str(folder / "index-kronecker")
-    gradient, sketch = GradientConfig(**RECIPES["kronecker"], seed=seed), SketchConfig(seed=seed)
-    build(BuildRequest(data, name, model, encoding, gradient, sketch), progress=progress)
-    index = Index.open(name)
+    index = Index.open(_built(data, model, encoding, folder, "kronecker", seed, progress))
     place = _places(index)
     scores = np.full((len(queries), len(place)), np.nan, np.float32)
     for count, number in enumerate(chosen, 1):
@@ -139,9 +144,8 @@ def encoder_scores(
     of the encoder's `CANDIDATES` best: what `--rescore` orders by, before the uncompressed influence of the first few.
     Nothing where the rows are too few to distil from.
     """
-    gradient, sketch = GradientConfig(**RECIPES["kronecker"], seed=seed), SketchConfig(seed=seed)
-    gradients, distilled, embeddings = (str(folder / name) for name in ("index-kronecker", "encoder", "index-encoder"))
-    build(BuildRequest(data, gradients, model, encoding, gradient, sketch), progress=progress)
+    gradients = _built(data, model, encoding, folder, "kronecker", seed, progress)
+    distilled, embeddings = (str(folder / name) for name in ("encoder", "index-encoder"))
     full = Index.open(gradients)
     count = len(full.rows_of("sentence"))
     if count < LEAST:
