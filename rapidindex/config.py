@@ -394,9 +394,10 @@ class QueryOptions:
     """Compute each match's influence on every token of the answer (Eq. 7)."""
     all: bool = False
     """Compute heat-maps and answer scores for matches within chance, too, which the views fold."""
-    rescore: bool | int = False
+    rescore: bool | int | None = None
     """Order candidates by their uncompressed influence, asked about words by that of their strongest token: so many, or
-    with True four times `k`; in an index of embeddings 200, and the language model is loaded for them."""
+    with True four times `k`; in an index of embeddings 200, and the language model is loaded for them. None: True for a
+    question about words that has heat-maps, but not in an index of embeddings; else False."""
     level: str | None = None
     """`sentence` for whole examples, `token` for single response tokens; None for the index's first level."""
     checkpoint: str | None = None
@@ -409,12 +410,18 @@ class QueryOptions:
         if self.k < 1:
             raise UsageError(f"-k must be at least 1, not {self.k}.", hint="Leave it out for 10 examples.")
         check_level(self.level)
-        _at_least("--rescore", int(self.rescore), 0)
+        _at_least("--rescore", int(self.rescore or 0), 0)
         _at_least("--max-new-tokens", self.max_new_tokens, 1)
+
+    def rescores(self, *, whole: bool, level: str) -> bool:
+        """Return whether a question, about the `whole` answer or words of it, has its candidates rescored."""
+        if self.rescore is None:
+            return self.heatmaps and level == "sentence" and not whole
+        return bool(self.rescore)
 
     def candidates(self, default: int) -> int:
         """Return how many candidates are ordered: those of `rescore`, or `default`; never fewer than `k`."""
-        return max(self.k, default if self.rescore is True else int(self.rescore))
+        return max(self.k, default if self.rescore is None or self.rescore is True else int(self.rescore))
 
 
 METHODS = ("lora", "qlora", "full")

@@ -50,8 +50,8 @@ class Match:
     """The estimated influence: the inner product of RapidGrads."""
     exact_score: float | None
     """The uncompressed influence; for an example the mean of `token_scores`. None where it was not computed."""
-    percentile: float
-    """Percent of all rows that score lower."""
+    percentile: float | None
+    """Percent of all rows that score lower; None for a candidate that its words brought up, and not the search."""
     id: str
     prompt: str
     response: str
@@ -169,6 +169,8 @@ class Rescoring:
     """The most places that a candidate moved."""
     by_token: bool = False
     """Whether each candidate's strongest token gives the order, as for a query about words; else its `exact_score`."""
+    for_words: int = 0
+    """Candidates that are there because their responses hold the words of such a query, and not by their scores."""
 
 
 @dataclass(frozen=True)

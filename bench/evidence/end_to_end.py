@@ -44,8 +44,8 @@ RECIPES = {
 """A build's options; two-sided rows by the name."""
 ANN_TOP = 10
 """Matches asked for through FAISS: of so few rows, more would be scanned exactly."""
-RESCORED_QUERIES = 5
-"""Questions about a word of each group that are asked with `--rescore`: forty heat-maps each."""
+RESCORED_QUERIES = 10
+"""Questions about a word of each group that are asked as users ask them, with forty heat-maps each."""
 
 
 def recipe_names(text: str) -> tuple[str, ...]:
@@ -105,7 +105,7 @@ def rescored_scores(
     seed: int,
     progress: Progress,
 ) -> Scores:
-    """Return `product/kronecker/rescored`: the first `ANN_TOP` matches of `--rescore` for questions about a word.
+    """Return `product/kronecker/rescored`: the first `ANN_TOP` matches of questions about a word, as users get them.
 
     Of each group `RESCORED_QUERIES` are asked; the scores of the others are not finite. Nothing without such questions.
     """
@@ -120,7 +120,7 @@ def rescored_scores(
     for count, number in enumerate(chosen, 1):
         query = queries[number]
         asked = Query(query.prompt, query.answer, query.word)
-        found = index.query(asked, k=min(ANN_TOP, len(place)), exact=True, rescore=True)
+        found = index.query(asked, k=min(ANN_TOP, len(place)), exact=True)
         scores[number] = 0
         scores[number, [place[match.id] for match in found.matches]] = [1 / match.rank for match in found.matches]
         progress("rescored", count, len(chosen))

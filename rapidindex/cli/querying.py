@@ -73,9 +73,12 @@ def query(
             metavar="[N]",
             help="Order N candidates by their uncompressed influence, asked about a word by their strongest word's; "
             "without N four times as many as -k, or 200 of those that an encoder finds.",
-            show_default=False,
+            show_default="of a question about a word, where heat-maps are drawn",
         ),
     ] = None,
+    no_rescore: Annotated[
+        bool, opt.in_search("--no-rescore", help="Order by the search's scores, asked about a word, too.")
+    ] = False,
     ids_out: Annotated[
         Path | None,
         opt.in_output(**opt.PATH, help="Write the matches' ids to this file, for `remove --ids`.", show_default=False),
@@ -120,6 +123,8 @@ def query(
         raise UsageError(
             "--answer, --token, --span and --system stand in the lines of --queries.", hint="Leave them out here."
         )
+    if no_rescore and rescore is not None:
+        raise UsageError("--rescore and --no-rescore are both given.", hint="Leave out one.")
     if html is not None and queries is not None:
         raise UsageError("--html takes one query, not --queries.", hint="Give a PROMPT.")
     if html is not None:
@@ -133,7 +138,7 @@ def query(
         heatmaps=heatmaps,
         answer_scores=answer_scores or html is not None,
         all=every,
-        rescore=False if rescore is None else rescore or True,
+        rescore=False if no_rescore else None if rescore is None else rescore or True,
         level=level,
         checkpoint=checkpoint,
         max_new_tokens=max_new_tokens,
@@ -208,7 +213,8 @@ def _answer(index: Any, encoded: list[Any], options: QueryOptions, theme: Theme 
     results, events = [], index.ask(encoded, options)
     for event in events:
         if isinstance(event, Ranked):
-            early = theme and options.heatmaps and not options.rescore
+            rescored = options.rescores(whole=event.result.query.whole, level=event.result.level)
+            early = theme and options.heatmaps and not rescored
             if early:
                 show(terminal.result(event.result, every=options.all))
             results.append(_completed(events, quiet=quiet or not theme))

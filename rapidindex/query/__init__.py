@@ -3,6 +3,7 @@
 questions   what a caller may ask, and files of questions
 encode      a question as the model reads it, and its RapidGrad
 influence   heat-maps and uncompressed influence of what a search found
+holders     the rows that hold the words asked about, candidates beside those
 evaluation  precision and average precision of rankings, beside BM25
 events      the steps of an answer, which every view shares
 index       open an index, ask it, say what it holds

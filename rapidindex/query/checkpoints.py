@@ -23,7 +23,7 @@ from rapidindex.model.model import LoadedModel
 from rapidindex.query.encode import EncodedQuery, selected_batch, stack_rows
 from rapidindex.query.events import Answered, Event, Ranked
 from rapidindex.query.index import Index, model_work
-from rapidindex.query.influence import RESCORED, Candidate, Influence
+from rapidindex.query.influence import Candidate, Influence
 from rapidindex.results import Agreement, Match, Result
 from rapidindex.search.exact import SearchResult, live_scores, ranked
 from rapidindex.store import Checkpoints, Rows
@@ -243,11 +243,11 @@ class _Sum(Index):
             self._places[level] = _aligned({name: index.rows_of(level) for name, (_, index) in self._parts.items()})
         return self._places[level]
 
-    def _search(self, level: str, queries: Sequence[EncodedQuery], options: QueryOptions) -> Callable[[], SearchResult]:
-        rows_at = self._rows_at(level)
-        live = np.flatnonzero(np.all([rows >= 0 for rows in rows_at.values()], axis=0))
-        k = min(options.candidates(RESCORED * options.k) if options.rescore else options.k, max(1, len(live)))
-        return partial(self._scan, level, queries, live, k, largest=not options.opponents)
+    def _search(
+        self, level: str, queries: Sequence[EncodedQuery], k: int, options: QueryOptions
+    ) -> Callable[[], SearchResult]:
+        live = np.flatnonzero(self._searched(level))
+        return partial(self._scan, level, queries, live, min(k, max(1, len(live))), largest=not options.opponents)
 
     def _scan(
         self, level: str, queries: Sequence[EncodedAt], live: np.ndarray, k: int, *, largest: bool
@@ -262,6 +262,14 @@ class _Sum(Index):
                 sums[number] += weight * scores[self._rows_at(level)[name][live]]
         device = next(index._scan_device(level) for _, index in self._parts.values())
         return ranked(live, sums, len(queries), k, largest=largest, started=started, device=device)
+
+    def _searched(self, level: str) -> np.ndarray:
+        return np.all([rows >= 0 for rows in self._rows_at(level).values()], axis=0)
+
+    def _scores_of(self, numbers: np.ndarray, query: EncodedAt) -> np.ndarray:
+        places = self._rows_at("sentence")
+        each = [index._scores_of(places[name][numbers], query.at[name]) for name, (_, index) in self._parts.items()]
+        return np.dot([weight for weight, _ in self._parts.values()], each)
 
     def _heatmaps(self, candidates: list[Candidate], query: EncodedAt, level: str) -> Iterator[Candidate]:
         parts = []

@@ -24,11 +24,12 @@ from rapidindex.progress import Progress, silent
 from rapidindex.query.encode import EncodedQuery, encode_query, generate_answer, selected_text, stack_rows
 from rapidindex.query.evaluation import Evaluation, average_precision, precision_at
 from rapidindex.query.events import Answered, Event, Posed, Ranked, Scored
+from rapidindex.query.holders import SHARE, holders, joined, respond_with, words_of
 from rapidindex.query.influence import RESCORED, Candidate, Influence, rescore
 from rapidindex.query.questions import Query, as_query, is_conversation
 from rapidindex.recipe import Recipe
 from rapidindex.results import IndexInfo, Match, Result, Seconds
-from rapidindex.search.exact import SearchResult, exact_search
+from rapidindex.search.exact import SearchResult, exact_search, scores_of, top
 from rapidindex.search.metadata import IndexMetadata
 from rapidindex.search.spread import SpreadSearch
 from rapidindex.search.vector_index import VectorIndex, scan_device
@@ -153,16 +154,22 @@ class Index:
             yield Posed(number, encoded[-1])
         if not encoded:
             return
+        rescored = [options.rescores(whole=query.info.whole, level=level) for query in encoded]
+        k = options.candidates(RESCORED * options.k) if any(rescored) else options.k
         with model_work:
-            search = self._search(level, encoded, options)
+            search = self._search(level, encoded, k, options)
         found, rows = search(), self.rows_of(level)
         stored = cache(lambda number: self._stored(rows.record(number)))  # once, for all queries
         for number, query in enumerate(encoded):
             with model_work:  # tokenizers are not safe among threads
                 candidates = self._candidates(rows, found, number, stored)
-            ranked = self._ranked(level, encoded, found, number, candidates[: options.k])
+                ranked = self._ranked(level, encoded, found, number, candidates[: options.k])
+                if not rescored[number]:
+                    candidates = candidates[: options.k]
+                elif level == "sentence" and not query.info.whole:
+                    candidates = self._with_holders(candidates, rows, query, stored, largest=found.largest)
             yield ranked
-            yield from self._complete(ranked, candidates, query, options)
+            yield from self._complete(ranked, candidates, query, options, rescored[number])
 
     def encode(self, queries: Iterable[Any], options: QueryOptions | None = None) -> list[EncodedQuery]:
         """Answer queries and compute their gradients, once for several searches. Raises as `query` does."""
@@ -353,23 +360,28 @@ class Index:
         return Ranked(number, result)
 
     def _complete(
-        self, ranked: Ranked, candidates: list[Candidate], query: EncodedQuery, options: QueryOptions
+        self,
+        ranked: Ranked,
+        candidates: list[Candidate],
+        query: EncodedQuery,
+        options: QueryOptions,
+        rescored: bool,
     ) -> Iterator[Event]:
         """Yield the question's heat-maps, one after the other, and its result. The model is free between them.
 
-        Matches within chance get them where `all` is set, or `rescore`, which needs all influences.
+        Matches within chance get them where `all` is set, or candidates are `rescored`, which needs all influences.
         """
         started, result, number = time.perf_counter(), ranked.result, ranked.number
-        every = options.all or options.rescore
+        every = options.all or rescored
         shown = [at for at, one in enumerate(candidates) if every or result.stands_out(one.match) is not False]
-        heatmaps = shown if options.heatmaps or options.rescore else []
+        heatmaps = shown if options.heatmaps or rescored else []
         answers = [at for at in shown if at < options.k] if options.answer_scores else []
         done, total, rescoring = itertools.count(1), len(heatmaps) + len(answers), None
         drawn = self._heatmaps([candidates[at] for at in heatmaps], query, result.level) if heatmaps else ()
         for at, one in zip(heatmaps, drawn, strict=True):
             candidates[at] = one
             yield Scored(number, one.match, next(done), total)
-        if options.rescore:
+        if rescored:
             largest = result.direction == "proponents"
             candidates, rescoring = rescore(candidates, options.k, query.info, largest=largest)
         for at in answers:
@@ -386,10 +398,12 @@ class Index:
     def _with_answer_scores(self, candidate: Candidate, query: EncodedQuery) -> Candidate:
         return self.influence.with_answer_scores(candidate, query)
 
-    def _search(self, level: str, queries: Sequence[EncodedQuery], options: QueryOptions) -> Callable[[], SearchResult]:
-        """Return the search of the queries, which several threads may run at the same time."""
+    def _search(
+        self, level: str, queries: Sequence[EncodedQuery], k: int, options: QueryOptions
+    ) -> Callable[[], SearchResult]:
+        """Return the search for k rows for each of the queries, which several threads may run at the same time."""
         rows, vectors = self.rows_of(level), stack_rows(queries)
-        k = min(options.candidates(RESCORED * options.k) if options.rescore else options.k, max(1, len(rows)))
+        k = min(k, max(1, len(rows)))
         largest = not options.opponents
         if self.ray is not None:
             if level not in self._spread:
@@ -415,17 +429,40 @@ class Index:
             if row >= 0
         ]
 
+    def _with_holders(
+        self, candidates: list[Candidate], rows: Rows, query: EncodedQuery, stored: Stored, *, largest: bool
+    ) -> list[Candidate]:
+        """Return as many candidates, among them the best of the rows whose responses hold the words asked about."""
+        words = words_of(query.info)
+        held = holders(rows, self._searched("sentence"), words)
+        scores = self._scores_of(held, query)
+        ordered = (at for at in top(scores, len(held), largest) if respond_with(rows, int(held[at]), words))
+        best = itertools.islice(ordered, int(SHARE * len(candidates)))
+        numbered = enumerate(best, len(candidates) + 1)
+        holding = [self._candidate(rows, rank, int(held[at]), float(scores[at]), None, stored) for rank, at in numbered]
+        return joined(candidates, holding)
+
+    def _searched(self, level: str) -> np.ndarray:
+        """Return bool [n]: which rows of a level a search sees."""
+        return self.rows_of(level).live_mask
+
+    def _scores_of(self, numbers: np.ndarray, query: EncodedQuery) -> np.ndarray:
+        """Return float32 [n]: the scores of n sentence rows of these numbers."""
+        return scores_of(self.rows_of("sentence"), numbers, stack_rows([query])[0])
+
     def _stored(self, record: dict[str, Any]) -> tuple[dict[str, Any], Encoding]:
         return record, self.template.encode_stored(record)[1]
 
-    def _candidate(self, rows: Rows, rank: int, row: int, score: float, percentile: float, stored: Stored) -> Candidate:
+    def _candidate(
+        self, rows: Rows, rank: int, row: int, score: float, percentile: float | None, stored: Stored
+    ) -> Candidate:
         record, encoding = stored(int(rows.example[row]))
         position = int(rows.position[row])
         match = self._match(record, rank, score, percentile)
         match = replace(match, tokens=encoding.tokens, position=None if position < 0 else position)
         return Candidate(row, encoding, match)
 
-    def _match(self, record: dict[str, Any], rank: int, score: float, percentile: float) -> Match:
+    def _match(self, record: dict[str, Any], rank: int, score: float, percentile: float | None) -> Match:
         """Return the match of a stored record, without tokens."""
         example = Example.from_record(record)
         columns = (example.id, example.prompt, example.response, example.meta)

@@ -117,7 +117,8 @@ def rescore(
     order = np.argsort(-influence if largest else influence, kind="stable")
     best = [candidates[number] for number in order[:k]]
     ranked = [replace(one, match=replace(one.match, rank=rank)) for rank, one in enumerate(best, 1)]
-    return ranked, rescoring_of(order, by_token=by_token)
+    for_words = sum(one.match.percentile is None for one in candidates)
+    return ranked, replace(rescoring_of(order, by_token=by_token), for_words=for_words)
 
 
 def rescoring_of(order: np.ndarray, *, by_token: bool) -> Rescoring:

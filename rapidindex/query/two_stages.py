@@ -172,7 +172,9 @@ class EncoderIndex(Index):
     def _numbers(self) -> dict[str, int]:
         return {id: number for number, id in enumerate(self.rows_of("sentence").ids)}
 
-    def _candidate(self, rows: Rows, rank: int, row: int, score: float, percentile: float, stored: Stored) -> Candidate:
+    def _candidate(
+        self, rows: Rows, rank: int, row: int, score: float, percentile: float | None, stored: Stored
+    ) -> Candidate:
         """Return a candidate of the first stage, which knows no tokens."""
         match = self._match(rows.record(int(rows.example[row])), rank, score, percentile)
         return Candidate(row, None, match)  # type: ignore[arg-type]

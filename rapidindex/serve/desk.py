@@ -181,7 +181,12 @@ class Desk:
             if isinstance(event, Scored):
                 yield _scored(event, name)
             elif isinstance(event, Answered):
-                _keep(self._results, f"{key} {name}", replace(event.result, checkpoint=posed.checkpoint))
+                result = replace(event.result, checkpoint=posed.checkpoint)
+                _keep(self._results, f"{key} {name}", result)
+                if result.rescoring:  # in another order, and of others, than the search has said
+                    found |= {_name(match): match for match in result.matches}
+                    yield self._ranking(result)
+                    yield from (_scored(Scored(0, match, 1, 1), name) for match in result.matches)
         yield {"kind": "done", "direction": name}
 
     def word(self, asked: Piece) -> Iterator[Piece]:
@@ -310,7 +315,8 @@ class Desk:
             "unit": wording.unit_name(result),
             "search": wording.search(result),
             "seconds": asdict(result.seconds),
-            "standing": wording.standing(result),
+            "standing": " ".join(filter(None, (wording.standing(result), wording.rescored(result)))),
+            "final": result.rescoring is not None,
             "folded": wording.folded(result)[2],
             "unfinished": wording.unfinished(result),
             "matches": [_match(result, match) for match in result.matches],

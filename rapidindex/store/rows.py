@@ -155,6 +155,18 @@ class Rows:
         except ValueError as error:
             raise self._damaged(file, str(error)) from None
 
+    def holding(self, text: str) -> Iterator[int]:
+        """Yield, in order, the numbers of the examples whose stored record holds this text, in whatever column."""
+        wanted = writing.encode_json(text)[1:-1]
+        for file, first_example in enumerate(self._first_example[:-1]):
+            arrays = self._arrays(file)
+            records, offsets = arrays["examples"].tobytes(), arrays["examples_offsets"]
+            place = records.find(wanted)
+            while place >= 0:
+                number = int(np.searchsorted(offsets, place, side="right")) - 1
+                yield int(first_example) + number
+                place = records.find(wanted, int(offsets[number + 1]))
+
     def example_of(self, row: int) -> int:
         """Return the number of the row's example. Raise IndexError where `row` is not 0 to n - 1."""
         return int(self.example[self._checked([row])[0]])

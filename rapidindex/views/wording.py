@@ -93,12 +93,18 @@ def standing(result: Result) -> str:
     if result.summary is None or result.summary.n < 2:
         return ""
     out = sum(map(bool, map(result.stands_out, result.matches)))
-    of = f"{'One' if out == 1 else out} of the {len(result.matches)}" if len(result.matches) > 1 else "The"
+    of = f"{_count(out)} of the {len(result.matches)}" if len(result.matches) > 1 else "The"
+    by_token = result.rescoring is not None and result.rescoring.by_token
+    others = " The rest is there for its strongest word." if by_token and out < len(result.matches) else ""
     return (
         f"{of} {result.direction if len(result.matches) > 1 else result.direction[:-1]} shown "
         f"{'stand' if out > 1 else 'stands'} out: further from the mean than the {result.summary.chance:.1f} σ of the "
-        f"most extreme of {result.summary.n:,} scores by chance."
+        f"most extreme of {result.summary.n:,} scores by chance.{others}"
     )
+
+
+def _count(number: int) -> str:
+    return {0: "None", 1: "One"}.get(number, f"{number:,}")
 
 
 def folded(result: Result, every: bool = False) -> tuple[list[Match], list[Match], str]:
@@ -132,10 +138,12 @@ def verdict(result: Result) -> str:
     if not result.matches:
         return f"There is nothing to compare: the search found no {unit[:-1]}."
     sign = 1 if result.direction == "proponents" else -1
-    best = sign * max(sign * match.score for match in result.matches)  # not the first, where they were rescored
+    summary = result.summary
+    best = sign * max(sign * match.score for match in result.matches)
+    if summary is not None and result.rescoring is not None:  # the best score may not be among the matches
+        best = summary.max if sign > 0 else summary.min
     if sign * best <= 0:
         return f"Nothing stands out: no {unit[:-1]} scores {'above' if sign > 0 else 'below'} zero."
-    summary = result.summary
     if summary is None or summary.n < 2:
         return ""
     if summary.std == 0:
@@ -164,7 +172,10 @@ def rescored(result: Result) -> str:
     agreement = "" if correlation is None else f" The two orders have a rank correlation of {correlation:.2f};"
     moved = result.rescoring.largest_move
     of = "the strongest word's " if result.rescoring.by_token else ""
+    added = (
+        f", {result.rescoring.for_words:,} of them added for the words they hold" if result.rescoring.for_words else ""
+    )
     return (
-        f"Ordered by {of}{exact(result)} influence among {result.rescoring.candidates:,} candidates.{agreement} "
+        f"Ordered by {of}{exact(result)} influence among {result.rescoring.candidates:,} candidates{added}.{agreement} "
         f"{'a' if agreement else 'A'} candidate moved by {moved:,} {'place' if moved == 1 else 'places'} at most."
     )

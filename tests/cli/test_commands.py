@@ -17,12 +17,15 @@ from tests.tiny import WORDS
 
 
 def test_query_prints_a_table_on_stdout_and_nothing_else_there(index):
-    done = rapidindex("query", index, PROMPT, "--answer", ANSWER, "--token", "Japan", "-k", 3)
+    asked = ("query", index, PROMPT, "--answer", ANSWER, "--token", "Japan", "-k", 3)
+    done = rapidindex(*asked, "--no-rescore")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Tell me about") == 3  # the question, and in the table and on a card what stands out
     assert done.stdout.count("2 more, no further out than chance") == 1
-    every = rapidindex("query", index, PROMPT, "--answer", ANSWER, "--token", "Japan", "-k", 3, "--all").stdout
-    assert every.count("Response  ") == 3 and "no further out than chance" not in every
+    for more in (("--no-rescore", "--all"), ()):
+        every = rapidindex(*asked, *more).stdout
+        assert every.count("Response  ") == 3 and "no further out than chance" not in every
+        assert ("Ordered by the strongest word's" in every) == (not more)
     assert "number" in done.stdout and "exhaustive search over 10 examples" in done.stdout
     assert "Loading" in done.stderr and "Loading" not in done.stdout
 
@@ -89,6 +92,11 @@ def test_the_colours_are_those_of_the_theme(typed, index, monkeypatch):
     asked = ("query", index, PROMPT, "--answer", ANSWER, "--token", "Japan", "-k", 1, "-q")
     for more, text in (((), "244;245;247"), (("--theme", "light"), "22;24;29"), (("--rescore",), "244;245;247")):
         assert f"\x1b[38;2;{text};48;2;" in typed(*asked, *more)[1]
+
+
+def test_one_order_is_asked_for_at_a_time(typed, index):
+    code, _, said = typed("query", index, PROMPT, "--rescore", "--no-rescore")
+    assert code == 2 and "both given" in said
 
 
 def test_rescoring_and_plain_tables_can_be_asked_for(typed, index):

@@ -33,7 +33,18 @@ QUERY = {
     "--theme": ["dark", *TEXTS],
     "--encoder": PATHS,
 } | dict.fromkeys(
-    ["--opponents", "--exact", "--no-heatmaps", "--all", "--answer-scores", "--rescore", "--jsonl", "-q"], FLAGS
+    [
+        "--opponents",
+        "--exact",
+        "--no-heatmaps",
+        "--all",
+        "--answer-scores",
+        "--rescore",
+        "--no-rescore",
+        "--jsonl",
+        "-q",
+    ],
+    FLAGS,
 )
 BUILD = {
     "-K": ["16", "256", "1000", *NUMBERS],

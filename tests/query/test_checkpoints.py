@@ -92,7 +92,7 @@ def test_the_first_answers_and_the_others_are_compared_with_it(index):
 
 @pytest.mark.parametrize(("level", "opponents"), [("sentence", False), ("token", True)])
 def test_the_sum_is_the_weighed_sum_over_all_rows(index, level, opponents):
-    several, options = Index.open(index), {"level": level, "opponents": opponents, "k": 200}
+    several, options = Index.open(index), {"level": level, "opponents": opponents, "k": 200, "rescore": False}
     weights = several.several.weights
     parts = {name: by_id(several.query(PROMPT, **ASKED | options, checkpoint=name)) for name in several.names}
     result = several.query(PROMPT, **ASKED | options, checkpoint="sum", answer_scores=True)
@@ -107,8 +107,22 @@ def test_the_sum_is_the_weighed_sum_over_all_rows(index, level, opponents):
             match.exact_score, rel=1e-3, abs=1e-5
         )
     assert result.summary.n == len(scores) and result.summary.max == pytest.approx(max(scores))
-    rescored = several.query(PROMPT, **ASKED | options | {"k": 3}, checkpoint="sum", rescore=True)
+    rescored = several.query(PROMPT, **ASKED | options | {"k": 3, "rescore": True}, checkpoint="sum")
     assert rescored.rescoring.candidates == min(12, len(scores))
+
+
+def test_the_sum_takes_the_row_that_holds_the_word_too(index):
+    several, added = Index.open(index), 0
+    (asked,) = several.encode([{"prompt": PROMPT, "answer": "the sky is nice", "token": "sky"}])
+    for opponents in (False, True):
+        options = {"opponents": opponents, "checkpoint": "sum"}
+        every = several.query(asked, **options, k=10, heatmaps=False).matches
+        found = several.query(asked, **options, k=4, rescore=4)
+        (held,) = [match for match in found.matches if match.response.startswith("sky")]
+        assert held.score == pytest.approx(next(one.score for one in every if one.id == held.id), rel=1e-5)
+        assert found.rescoring.for_words == (held.id not in {one.id for one in every[:4]})
+        added += found.rescoring.for_words
+    assert added >= 1
 
 
 def test_each_checkpoint_is_searched_on_the_cluster_that_is_given(index):

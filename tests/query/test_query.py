@@ -59,7 +59,7 @@ def brute_force(index, positions):
 @pytest.mark.parametrize("opponents", [False, True])
 @pytest.mark.parametrize("token", [None, "Japan", "Japan#2"])
 def test_the_order_is_that_of_a_brute_force_computation(index, token, opponents):
-    result = index.query(PROMPT, answer=ANSWER, token=token, k=10, opponents=opponents)
+    result = index.query(PROMPT, answer=ANSWER, token=token, k=10, opponents=opponents, rescore=False)
     truth = brute_force(index, result.query.selection if token else None)
     expected = sorted(truth, key=truth.get, reverse=not opponents)
     assert [match.id for match in result.matches] == expected
@@ -139,8 +139,8 @@ def test_rescoring_orders_by_the_uncompressed_influence(index):
 def test_rescoring_for_a_word_orders_by_the_strongest_token(index, opponents):
     options = {"answer": ANSWER, "token": "Japan", "opponents": opponents}
     strongest = min if opponents else max
-    plain = index.query(PROMPT, **options, k=10, all=True)
-    result = index.query(PROMPT, **options, k=4, rescore=True)
+    plain = index.query(PROMPT, **options, k=10, all=True, rescore=False)
+    result = index.query(PROMPT, **options, k=4)
     truth = sorted(plain.matches, key=lambda match: strongest(match.token_scores), reverse=not opponents)
     assert [match.id for match in result.matches] == [match.id for match in truth[:4]]
     assert result.rescoring.by_token and result.rescoring.candidates == 10
@@ -149,10 +149,12 @@ def test_rescoring_for_a_word_orders_by_the_strongest_token(index, opponents):
     by_mean = sorted(plain.matches, key=lambda match: match.exact_score, reverse=not opponents)
     assert [match.id for match in truth] != [match.id for match in by_mean]
     assert not index.query(PROMPT, answer=ANSWER, k=4, rescore=True).rescoring.by_token
+    assert index.query(PROMPT, **options, k=4, heatmaps=False).rescoring is None
+    assert index.query(PROMPT, answer=ANSWER, k=4).rescoring is None
 
 
 def test_the_steps_of_an_answer_add_up_to_its_result(index):
-    options = QueryOptions(k=4, answer_scores=True, all=True)
+    options = QueryOptions(k=4, answer_scores=True, all=True, rescore=False)
     asked = [Query(PROMPT, ANSWER, "Japan"), Query("Tell me about cats", "cats purr")]
     events = list(index.ask(asked, options))
     order = [(type(event).__name__, event.number) for event in events]
@@ -169,7 +171,7 @@ def test_the_steps_of_an_answer_add_up_to_its_result(index):
 
 
 def test_matches_within_chance_have_no_heat_map_unless_all_are_asked_for(index):
-    asked = {"answer": ANSWER, "token": "Japan", "k": 10, "answer_scores": True}
+    asked = {"answer": ANSWER, "token": "Japan", "k": 10, "answer_scores": True, "rescore": False}
     result, whole = (index.query(PROMPT, **asked, all=every) for every in (False, True))
     within = [match for match in result.matches if result.stands_out(match) is False]
     assert len(within) > 5 and all(match.token_scores and match.answer_scores for match in whole.matches)

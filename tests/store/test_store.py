@@ -280,6 +280,15 @@ def test_rows_come_back_with_their_examples(path):
     assert [count for _, _, count in rows.shards] == [3, 0, 2]
 
 
+def test_examples_are_found_by_a_text_that_they_hold(path):
+    rows = make(path, "abc", "", "dé").rows("sentence")
+    ids = [rows.record(number)["id"] for number in range(5)]
+    for text in ("What", "is d?", "What is é?", "né \ud83d", "c", "nothing of this"):
+        expected = [number for number in range(5) if any(text in str(v) for v in rows.record(number).values())]
+        assert list(rows.holding(text)) == expected, text
+    assert ids == list("abcdé")
+
+
 def test_token_rows_know_their_position_and_token(path):
     store = create(path, token=2)
     write(store, ["a", "b"], level="token", tokens=3)

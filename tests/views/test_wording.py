@@ -75,7 +75,12 @@ def test_the_influence_in_a_tasks_index_is_of_compressed_gradients():
     task = replace(result, index=replace(result.index, specialized=True))
     assert "Ordered by uncompressed influence" in wording.rescored(result)
     of_a_word = shown.result(rescoring=Rescoring(40, 0.873, 7, by_token=True))
-    assert "Ordered by the strongest word's uncompressed influence among 40" in wording.rescored(of_a_word)
+    assert "Ordered by the strongest word's uncompressed influence among 40 candidates. " in wording.rescored(of_a_word)
+    matches = [shown.match(1, "Yoga.", score=0.01), shown.match(2, "Japan.", score=0.4)]
+    said = wording.standing(replace(of_a_word, matches=matches))
+    assert said.startswith("One of the 2") and said.endswith("by chance. The rest is there for its strongest word.")
+    added = replace(of_a_word, rescoring=Rescoring(40, 0.873, 7, by_token=True, for_words=3))
+    assert "among 40 candidates, 3 of them added for the words they hold. " in wording.rescored(added)
     assert "Ordered by compressed influence" in wording.rescored(task)
     assert "uncompressed" not in page(task, None, "") and "uncompressed" in page(result, None, "")
 

@@ -195,11 +195,10 @@ function ask(all = false) {
       if (!newest()) return;
       if (piece.kind === "loading") waiting(piece);
       else if (piece.kind === "posed") { key = piece.key; state("Searching …", true); }
-      else if (piece.kind === "ranked") { if (!all) ranked(piece); }
+      else if (piece.kind === "ranked") { if (!all || piece.final) ranked(piece); }
       else if (piece.kind === "scored") {
         list.scored(piece);
-        const {done, total} = piece, maps = total / 2;
-        state(done <= maps ? `Heat-map ${done} of ${maps}` : `What each did to the answer: ${done - maps} of ${maps}`, true);
+        state(`${piece.answer ? "What each did to the answer" : "Heat-maps"}: step ${piece.done} of ${piece.total}`, true);
       } else if (piece.kind === "done") finished(question, text);
     }
   });
