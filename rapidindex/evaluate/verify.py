@@ -59,7 +59,7 @@ def verify(
     asked = QueryOptions(options.top, level="sentence", heatmaps=False, max_new_tokens=options.max_new_tokens)
     question = query if isinstance(query, EncodedQuery) else as_query(query)
     (encoded,) = index.encode([question], asked)
-    found = index.query(encoded, options=replace(asked, rescore=not encoded.info.whole))
+    found = index.query(encoded, options=asked)
     if options.method == "retrain":
         if isinstance(question, EncodedQuery):
             raise UsageError("A retraining takes a question with its prompt.", hint="Give a Query, a dict or a text.")
@@ -76,8 +76,7 @@ def _stepped(
     """Return the fields of a verification by steps."""
     pool = Pool.of(index)
     pool.check(options.top)
-    order = {"heatmaps": False, "rescore": not query.info.whole}
-    against = QueryOptions(options.top, level="sentence", opponents=True, **order)
+    against = QueryOptions(options.top, level="sentence", heatmaps=False, opponents=True)
     top, opponents = (
         [pool.by_id[match.id] for match in result.matches] for result in (found, index.query(query, options=against))
     )
