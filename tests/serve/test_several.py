@@ -52,8 +52,11 @@ def test_a_checkpoints_model_is_loaded_by_the_first_question_that_needs_it(two_c
 def test_a_question_is_answered_at_its_checkpoint(served, several, name):
     truth = several.query(PROMPT, **ALONE, checkpoint=name, answer_scores=True)
     pieces = served.pieces("ask", QUESTION | {"checkpoint": name})
-    (ranked,) = (piece for piece in pieces if piece["kind"] == "ranked" and piece["direction"] == "proponents")
-    assert ranked["checkpoint"] == truth.checkpoint
+    first, ranked = (piece for piece in pieces if piece["kind"] == "ranked" and piece["direction"] == "proponents")
+    assert first["checkpoint"] == ranked["checkpoint"] == truth.checkpoint
+    assert not first["final"] and ranked["final"] and "the strongest word's" in ranked["standing"]
+    again = [piece["id"] for piece in pieces[pieces.index(ranked) + 1 :] if piece["kind"] == "scored"]
+    assert again == [match["id"] for match in ranked["matches"]]
     assert [match["id"] for match in ranked["matches"]] == [match.id for match in truth.matches]
     heats = {piece["id"]: piece["heat"] for piece in pieces if piece.get("heat")}
     moved = {piece["id"]: piece["answer"] for piece in pieces if piece.get("answer")}
@@ -124,7 +127,7 @@ def test_a_change_of_one_checkpoint_is_noticed_and_reloaded_with_the_models_at_h
     path = shutil.copytree(two_checkpoints, tmp_path / "index")
     server = Server(path)
     asked = QUESTION | {"checkpoint": "early"}
-    (before,) = (p for p in server.pieces("ask", asked) if p["kind"] == "ranked" and p["direction"] == "proponents")
+    before, _ = (p for p in server.pieces("ask", asked) if p["kind"] == "ranked" and p["direction"] == "proponents")
     models = {name: index.loaded.model for name, index in server.desk.index.opened.items()}
     assert not state(server)["changed"]
     remove(path / "early", ids=[before["matches"][0]["id"]])
@@ -132,7 +135,7 @@ def test_a_change_of_one_checkpoint_is_noticed_and_reloaded_with_the_models_at_h
     assert server.ask("POST", "/api/reload", {})[0] == 200 and not state(server)["changed"]
     assert {name: index.loaded.model for name, index in server.desk.index.opened.items()} == models
     pieces = server.pieces("ask", asked)
-    (after,) = (p for p in pieces if p["kind"] == "ranked" and p["direction"] == "proponents")
+    after, _ = (p for p in pieces if p["kind"] == "ranked" and p["direction"] == "proponents")
     assert pieces[0]["kind"] == "posed"
     ids = [[match["id"] for match in one["matches"]] for one in (before, after)]
     assert ids[0][1:] == ids[1][:3] and ids[0][0] not in ids[1]
