@@ -35,8 +35,7 @@ def holders(rows: Rows, searched: np.ndarray, words: set[str]) -> np.ndarray:
 
     None where more than `MOST_HOLDERS` do.
     """
-    examples = {number for word in words for number in rows.holding(word)}
-    held = np.flatnonzero(np.isin(rows.example, list(examples)) & searched)
+    held = np.flatnonzero(np.isin(rows.example, list(rows.holding(words))) & searched)
     return held if len(held) <= MOST_HOLDERS else held[:0]
 
 

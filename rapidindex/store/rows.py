@@ -4,7 +4,7 @@ Rows are numbered in the order of their shards' numbers. A later build gives its
 their numbers as an index grows, and a vector index compares `Rows.shards` to know whether it is still current.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -155,17 +155,19 @@ class Rows:
         except ValueError as error:
             raise self._damaged(file, str(error)) from None
 
-    def holding(self, text: str) -> Iterator[int]:
-        """Yield, in order, the numbers of the examples whose stored record holds this text, in whatever column."""
-        wanted = writing.encode_json(text)[1:-1]
+    def holding(self, texts: Iterable[str]) -> set[int]:
+        """Return the numbers of the examples whose stored record holds any of these texts, in whatever column."""
+        wanted, found = [writing.encode_json(text)[1:-1] for text in texts], set()
         for file, first_example in enumerate(self._first_example[:-1]):
             arrays = self._arrays(file)
             records, offsets = arrays["examples"].tobytes(), arrays["examples_offsets"]
-            place = records.find(wanted)
-            while place >= 0:
-                number = int(np.searchsorted(offsets, place, side="right")) - 1
-                yield int(first_example) + number
-                place = records.find(wanted, int(offsets[number + 1]))
+            for text in wanted:
+                place = records.find(text)
+                while place >= 0:
+                    number = int(np.searchsorted(offsets, place, side="right")) - 1
+                    found.add(int(first_example) + number)
+                    place = records.find(text, int(offsets[number + 1]))
+        return found
 
     def example_of(self, row: int) -> int:
         """Return the number of the row's example. Raise IndexError where `row` is not 0 to n - 1."""
