@@ -8,9 +8,8 @@ import numpy as np
 from rapidindex.data.bm25 import BM25
 from rapidindex.data.examples import Example
 from rapidindex.errors import UsageError
-from rapidindex.query.encode import EncodedQuery, selected_text, stack_rows
+from rapidindex.query.encode import EncodedQuery, selected_text
 from rapidindex.query.index import Index
-from rapidindex.search.exact import scores_of
 
 _SCORED = 4096
 """Rows among which the scores nearest to 0 are looked for."""
@@ -46,7 +45,7 @@ class Pool:
 
     def scores(self, index: Index, query: EncodedQuery, places: np.ndarray) -> np.ndarray:
         """Return the index's scores of the examples at these places, float32."""
-        return scores_of(index.rows_of("sentence"), self.rows[places], stack_rows([query])[0])
+        return index.scores_of(self.rows[places], query)
 
     def check(self, top: int) -> None:
         """Raise UsageError where there are too few examples for a control of as many rows."""

@@ -266,10 +266,11 @@ class _Sum(Index):
     def _searched(self, level: str) -> np.ndarray:
         return np.all([rows >= 0 for rows in self._rows_at(level).values()], axis=0)
 
-    def _scores_of(self, numbers: np.ndarray, query: EncodedAt) -> np.ndarray:
+    def scores_of(self, numbers: np.ndarray, query: EncodedAt) -> np.ndarray:
+        """Return the sum of the checkpoints' scores of n sentence rows, by the first one's numbers."""
         places = self._rows_at("sentence")
-        each = [index._scores_of(places[name][numbers], query.at[name]) for name, (_, index) in self._parts.items()]
-        return np.dot([weight for weight, _ in self._parts.values()], each)
+        each = [index.scores_of(places[name][numbers], query.at[name]) for name, (_, index) in self._parts.items()]
+        return self._weighed(each)
 
     def _heatmaps(self, candidates: list[Candidate], query: EncodedAt, level: str) -> Iterator[Candidate]:
         parts = []

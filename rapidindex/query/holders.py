@@ -5,7 +5,7 @@ and is known once the row's heat-map is drawn.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby
 
 import numpy as np
 
@@ -22,10 +22,9 @@ MOST_HOLDERS = 10_000
 
 def words_of(query: QueryInfo) -> set[str]:
     """Return the texts that a question is about, each also with its first letter small and large."""
-    chosen = sorted(set(query.selection))
-    starts = [chosen[0], *(b for a, b in pairwise(chosen) if b > a + 1)] if chosen else []
-    ends = [*(a for a, b in pairwise(chosen) if b > a + 1), *chosen[-1:]]
-    spans = [(query.tokens[first].start, query.tokens[last].end) for first, last in zip(starts, ends, strict=True)]
+    chosen = enumerate(sorted(set(query.selection)))  # place and position grow alike within a stretch
+    stretches = [[position for _, position in run] for _, run in groupby(chosen, lambda pair: pair[1] - pair[0])]
+    spans = [(query.tokens[run[0]].start, query.tokens[run[-1]].end) for run in stretches]
     texts = filter(None, (query.answer[start:end].strip() for start, end in spans))
     return {form for text in texts for form in (text, text[0].lower() + text[1:], text[0].upper() + text[1:])}
 

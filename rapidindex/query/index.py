@@ -435,7 +435,7 @@ class Index:
         """Return as many candidates, among them the best of the rows whose responses hold the words asked about."""
         words = words_of(query.info)
         held = holders(rows, self._searched("sentence"), words)
-        scores = self._scores_of(held, query)
+        scores = self.scores_of(held, query)
         ordered = (at for at in top(scores, len(held), largest) if respond_with(rows, int(held[at]), words))
         best = itertools.islice(ordered, int(SHARE * len(candidates)))
         numbered = enumerate(best, len(candidates) + 1)
@@ -446,8 +446,8 @@ class Index:
         """Return bool [n]: which rows of a level a search sees."""
         return self.rows_of(level).live_mask
 
-    def _scores_of(self, numbers: np.ndarray, query: EncodedQuery) -> np.ndarray:
-        """Return float32 [n]: the scores of n sentence rows of these numbers."""
+    def scores_of(self, numbers: np.ndarray, query: EncodedQuery) -> np.ndarray:
+        """Return floats [n]: the scores of n sentence rows of these numbers."""
         return scores_of(self.rows_of("sentence"), numbers, stack_rows([query])[0])
 
     def _stored(self, record: dict[str, Any]) -> tuple[dict[str, Any], Encoding]:

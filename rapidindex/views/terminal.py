@@ -111,8 +111,7 @@ def _folded(matches: Sequence[Match], heading: str) -> Text:
 
 def _row(result: Result, match: Match, names: list[str]) -> list[Text]:
     distance = wording.distance(result, match).removesuffix(" σ")
-    percentile = "" if match.percentile is None else f"{match.percentile:.1f}"
-    scores = (str(match.rank), f"{match.score:+.4f}", distance, percentile)
+    scores = (str(match.rank), f"{match.score:+.4f}", distance, wording.percentile(match))
     return [*map(Text, (*scores, *(_meta(match, name) for name in names)))]
 
 
@@ -213,7 +212,7 @@ def _card(result: Result, match: Match, full: float, answer_full: float, theme: 
 def _card_head(result: Result, match: Match) -> Text:
     exact = "" if match.exact_score is None else f"   {wording.exact(result)} {wording.signed(match.exact_score)}"
     distance = f"   {far}" if (far := wording.distance(result, match)) else ""
-    percentile = "" if match.percentile is None else f"   percentile {match.percentile:.1f}"
+    percentile = f"   percentile {lower}" if (lower := wording.percentile(match)) else ""
     scores = f"  score {wording.signed(match.score)}{exact}{distance}{percentile}"
     head = Text.assemble((f"{match.rank}.", "bold"), scores)
     if match.position is not None:

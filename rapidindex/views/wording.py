@@ -86,6 +86,11 @@ def distance(result: Result, match: Match) -> str:
     return f"{abs(result.summary.distance(match.score)):.1f} σ" if result.summary and result.summary.std > 0 else ""
 
 
+def percentile(match: Match) -> str:
+    """Return the percent of all rows that score lower, `99.4`; an empty text where that is not known."""
+    return "" if match.percentile is None else f"{match.percentile:.1f}"
+
+
 def standing(result: Result) -> str:
     """Return the finding in a sentence: how many of the matches stand out, or that none does; empty if not known."""
     if nothing := verdict(result):

@@ -127,6 +127,7 @@ def _match(result: Result, match: Match, full: float, answer_full: float) -> dic
         "token": paragraph(wording.matched_token(match)),
         "place": wording.place(match),
         "distance": wording.distance(result, match),
+        "percentile": wording.percentile(match),
         "folded": result.stands_out(match) is False,
         "response": _heatmap(match.response, match.tokens, match.token_scores, full, whole, match.position),
         "answer": _heatmap(query.answer, query.tokens, match.answer_scores, answer_full, answer_whole, None),
